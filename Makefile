@@ -1,0 +1,106 @@
+# `make demo` and `make test` need only a POSIX shell and Python 3.11 or newer: each makes .venv when there
+# is none, installs this package into it with the versions of constraints.txt, and runs. A second call
+# installs again only when pyproject.toml or constraints.txt has changed.
+#
+#   make PYTHON=/path/to/python3.12 ...   another interpreter for a new .venv
+#   make WORKERS=8 test                   more processes for the tests
+
+SHELL := /bin/sh
+MAKEFLAGS += --no-print-directory
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?=
+WORKERS ?= 2
+DEMO_OUTPUT ?= runs/demo
+
+VENV := .venv
+BIN := $(VENV)/bin
+PACKAGE_STAMP := $(VENV)/.installed
+DEV_STAMP := $(VENV)/.installed-dev
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# An environment knows its folder: when the folder was moved or copied, the package is installed again.
+MOVED := $(shell [ ! -f $(PACKAGE_STAMP) ] || [ "$$(cat $(PACKAGE_STAMP))" = "$$(pwd)" ] || echo moved)
+OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+.PHONY: help
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
+
+.PHONY: demo
+demo: $(PACKAGE_STAMP) ## set up, then adapt the shipped AR model and show the result
+	$(OFFLINE) $(BIN)/python -m nextblock demo --output $(DEMO_OUTPUT)
+
+.PHONY: test
+test: lint types imports wheel ## set up, then run every check: what CI runs
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+.PHONY: install
+install: $(PACKAGE_STAMP) ## make .venv with the package in it
+
+.PHONY: dev
+dev: $(DEV_STAMP) ## the same, with the tools that the checks need
+
+.PHONY: lint
+lint: $(DEV_STAMP) ## ruff: rules and format
+	$(BIN)/python -m ruff check
+	$(BIN)/python -m ruff format --check
+
+.PHONY: format
+format: $(DEV_STAMP) ## ruff: put right what it can
+	$(BIN)/python -m ruff check --fix
+	$(BIN)/python -m ruff format
+
+.PHONY: types
+types: $(DEV_STAMP) ## pyright
+	$(BIN)/python -m pyright --pythonpath $(BIN)/python
+
+.PHONY: imports
+imports: $(DEV_STAMP) ## import-linter: modules import downwards only
+	$(BIN)/python $(BIN)/lint-imports
+
+.PHONY: wheel
+wheel: $(DEV_STAMP) ## build sdist and wheel, import the wheel, look for its data
+	$(BIN)/python tests/check_wheel.py
+
+.PHONY: clean
+clean: ## remove .venv, caches and build products; runs/ stays
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamps are written last, so an install that was cut short is done again.
+$(PACKAGE_STAMP): pyproject.toml constraints.txt $(BIN)/python $(MOVED)
+	@echo "Installing nextblock into $(VENV): a few minutes the first time"
+	@$(INSTALL) --editable .
+	@pwd > $@
+
+.PHONY: moved
+moved:
+
+$(DEV_STAMP): pyproject.toml constraints.txt $(BIN)/python $(MOVED)
+	@echo "Installing nextblock and its development tools into $(VENV): a few minutes the first time"
+	@$(INSTALL) --editable '.[dev]'
+	@pwd > $(PACKAGE_STAMP)
+	@touch $@
+
+# The first interpreter that is new enough and able to make an environment with pip in it.
+$(BIN)/python:
+	@found=; \
+	for candidate in $(if $(PYTHON),"$(PYTHON)",python3 python3.13 python3.12 python3.11 python3.14); do \
+		if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+			found=$$candidate; \
+			if "$$candidate" -c 'import ensurepip, venv' 2>/dev/null; then break; fi; \
+		fi; \
+	done; \
+	if [ -z "$$found" ]; then \
+		echo "nextblock needs Python 3.11 or newer: tried $(or $(PYTHON),python3 and python3.11 to python3.14);" \
+			"install one, or name it: make PYTHON=/path/to/python3 ..." >&2; \
+		exit 1; \
+	fi; \
+	if ! "$$found" -c 'import ensurepip, venv' 2>/dev/null; then \
+		echo "$$found cannot make a virtual environment: install its venv package" \
+			"(Debian, Ubuntu: apt install python3-venv)" >&2; \
+		exit 1; \
+	fi; \
+	echo "Making $(VENV) with $$("$$found" --version)"; \
+	"$$found" -m venv $(VENV) || { rm -rf $(VENV); exit 1; }

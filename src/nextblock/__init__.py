@@ -1,0 +1,58 @@
+"""nextblock: turn an autoregressive language model into a block-diffusion one, and run it.
+
+import nextblock as nb
+
+nb.adapt("presets/demo.yaml")
+lm = nb.load("tiny-bd")
+print(lm.generate("Q: Tom has 12 apples. He buys 5 more. How many apples does Tom have?\\nA:").texts[0])
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nextblock.adapt import RunResult, adapt
+    from nextblock.config import AdaptConfig, BlockDiffusionSettings, UsageError
+    from nextblock.custom_generate import block_diffusion
+    from nextblock.generate import BlockDiffusionLM, Generation, load
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "AdaptConfig": "config",
+    "BlockDiffusionSettings": "config",
+    "UsageError": "config",
+    "BlockDiffusionLM": "generate",
+    "Generation": "generate",
+    "load": "generate",
+    "block_diffusion": "custom_generate",
+    "RunResult": "adapt",
+    "adapt": "adapt",
+}
+
+__all__ = [
+    "AdaptConfig",
+    "BlockDiffusionLM",
+    "BlockDiffusionSettings",
+    "Generation",
+    "RunResult",
+    "UsageError",
+    "adapt",
+    "block_diffusion",
+    "load",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: `import nextblock` and `--help` then take no seconds."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'nextblock' has no attribute '{name}'")
+    value = getattr(importlib.import_module(f"nextblock.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,144 @@
+"""Who may look at whom: the rule of the two-view pass, stated once, in the three forms that run it.
+
+Letters: B rows, T positions of [noised ; clean], Q queries, K keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Self
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+
+from nextblock.config import Context
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where each token of the two-view sequence stands. All int64, [B, T] unless broadcast.
+
+    view: 0 for the clean view, 1 and up for each noised view.
+    document: document in the row, -1 for padding.
+    position: position in the document.
+    block_start: position of the first token of the own block; the own position for context tokens.
+    seed: [B, 1], seed of the annealed mask's coins; read by that baseline alone.
+    """
+
+    view: Tensor
+    document: Tensor
+    position: Tensor
+    block_start: Tensor
+    seed: Tensor
+
+    def at(self, row: Tensor, index: Tensor) -> Self:
+        """The places of single tokens: `row` and `index` are broadcastable int64 indices."""
+        own = {f.name: getattr(self, f.name)[row, index] for f in fields(self) if f.name != "seed"}
+        return type(self)(**own, seed=self.seed[row, torch.zeros_like(index)])
+
+    def along(self, dim: int) -> Self:
+        """The same places with a new axis of size 1 at `dim`, to be broadcast against others."""
+        return type(self)(*(getattr(self, f.name).unsqueeze(dim) for f in fields(self)))
+
+
+Rule = Callable[[Places, Places], Tensor]
+"""rule(query, key): broadcastable places -> bool, True = the query may look at the key."""
+
+
+def block_diffusion_rule(context: Context = "context_causal", target_share: float | None = None) -> Rule:
+    """The mask of the parallel pass over [noised ; clean]   (arXiv 2512.06776, Eq. 4 and App. A).
+
+    noised -> noised   same view and block, both directions            M_BD
+    noised -> clean    strictly earlier blocks                         M_OBC
+    clean  -> clean    itself and earlier tokens                       M_CC
+                       ("block_causal": and the whole own block)
+    clean  -> noised   never
+
+    Nothing crosses documents. Padding sees padding, so that no query is left without a key.
+
+    Args:
+        context: the clean half's rule.
+        target_share: baseline "annealed mask": probability p that a pair (i, j) of one block follows
+            the target mask rather than the b = 1 mask. One coin decides whether i sees the noised j
+            or the clean j (for j before i), and whether it sees the noised j at all (for j after i).
+            None: the target mask.
+    """
+
+    def rule(query: Places, key: Places) -> Tensor:
+        same_document = query.document == key.document
+        same_block = query.block_start == key.block_start
+        query_clean, key_clean = query.view == 0, key.view == 0
+        itself = query.position == key.position
+
+        block_diffusion = same_block & (query.view == key.view)
+        offset_block_causal = key.position < query.block_start
+        if target_share is not None:
+            target = _coin(query, key) < target_share
+            block_diffusion = block_diffusion & (target | itself)
+            earlier_in_block = same_block & (key.position < query.position)
+            offset_block_causal = offset_block_causal | (earlier_in_block & ~target)
+
+        clean_clean = key.position <= query.position
+        if context == "block_causal":
+            clean_clean = clean_clean | same_block
+
+        noised_query = torch.where(key_clean, offset_block_causal, block_diffusion)
+        return same_document & torch.where(query_clean, key_clean & clean_clean, noised_query)
+
+    return rule
+
+
+def _coin(query: Places, key: Places) -> Tensor:
+    """Uniform [0, 1) number of a pair of positions: a hash, so every form of the mask flips the same coin."""
+    value = query.seed * 1_000_003 + query.document
+    for part in (query.position, key.position):
+        value = (value * 48_271 + part + 1) & 0x7FFF_FFFF
+        value = (((value >> 15) ^ value) * 73_244_475) & 0x7FFF_FFFF
+    value = ((value >> 13) ^ value) & 0xFF_FFFF
+    return value.to(torch.float32) / 2**24
+
+
+def within_window(rule: Rule, window: int | None) -> Rule:
+    """The same rule for a layer that sees only the last `window` positions (sliding-window families)."""
+    if window is None:
+        return rule
+    return lambda query, key: rule(query, key) & (key.position > query.position - window)
+
+
+def to_dense(rule: Rule, places: Places) -> Tensor:
+    """The rule as a bool mask [B, 1, T, T] for SDPA; T * T bytes a row."""
+    return rule(places.along(2), places.along(1)).unsqueeze(1)
+
+
+def to_block_mask(rule: Rule, places: Places, block: int = 128) -> BlockMask:
+    """The rule as a FlexAttention BlockMask: memory (T / `block`)**2, entries read from the places."""
+
+    def mask_mod(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return rule(places.at(row, query), places.at(row, key))
+
+    rows, length = places.position.shape
+    device = places.position.device
+    return create_block_mask(
+        mask_mod, rows, None, length, length, device=device, BLOCK_SIZE=block, _compile=device.type == "cuda"
+    )
+
+
+def decode_mask(position: Tensor, last_visible: Tensor, slots: int, window: int | None = None) -> Tensor:
+    """The mask of a cached decoding step, where cache slot j holds the token at position j.
+
+    Args:
+        position: int64 [B, Q], positions of the queries.
+        last_visible: int64 [B, Q], the last position that each may see: its own in a causal pass, the
+            end of its block while denoising.
+        slots: cache slots that the keys span.
+        window: sliding window of the layer, if it has one.
+    Returns:
+        bool [B, 1, Q, slots].
+    """
+    slot = torch.arange(slots, device=position.device)
+    mask = slot <= last_visible.unsqueeze(-1)
+    if window is not None:
+        mask = mask & (slot > position.unsqueeze(-1) - window)
+    return mask.unsqueeze(1)

@@ -1,0 +1,209 @@
+"""Rows of unequal length that are decoded together: their cache and the one forward pass they share.
+
+Every pass is one call of `Batch.forward`: the same number Q of tokens for each row, at the row's own position,
+either causal (it reads and extends the context) or with the whole block visible (denoising: what it writes to
+the cache is overwritten by the next pass). Rows of one batch may be in different phases.
+
+Letters: B rows, Q tokens of a pass, D hidden size, V vocabulary, N positions whose logits are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from nextblock.cache import Masks, SlotCache
+from nextblock.config import BlockDiffusionSettings
+from nextblock.events import Finish, Stats
+from nextblock.model import AttentionMask, Decoder
+from nextblock.sampling import DecodingConfig, choose_tokens, filter_logits, uniforms
+
+Processor = Callable[[Tensor, Tensor], Tensor]
+"""processor(prefixes int64 [B, T], logits [B, V]) -> logits [B, V], as transformers' logits processors."""
+
+
+@dataclass
+class Row:
+    """One prompt and its answer.
+
+    number: index in the caller's batch.
+    prompt: token ids, at least one.
+    limit: most tokens in the answer.
+    end_tokens: ids that end the answer.
+    stop: called with the answer after each token; a reason ends it there.
+    random: stream of uniform numbers, None when greedy.
+    padding: ids in front of the prompt that logits processors expect to see (left-padded input).
+    """
+
+    number: int
+    prompt: list[int]
+    limit: int
+    end_tokens: frozenset[int] = frozenset()
+    stop: Callable[[list[int]], Finish | None] | None = None
+    random: torch.Generator | None = None
+    padding: list[int] = field(default_factory=list)
+    answer: list[int] = field(default_factory=list)
+    passes: int = 0
+    finish: Finish | None = None
+
+    def push(self, token: int) -> bool:
+        """Append the next decided token; True if the answer ends with it."""
+        self.answer.append(token)
+        if token in self.end_tokens:
+            self.finish = "end_token"
+        elif self.stop is not None and (reason := self.stop(self.answer)) is not None:
+            self.finish = reason
+        elif len(self.answer) >= self.limit:
+            self.finish = "length"
+        return self.finish is not None
+
+    def draw(self, count: int) -> list[float]:
+        """The next `count` uniform numbers of this row, none when greedy."""
+        return uniforms(self.random, count) if self.random is not None else []
+
+
+class Batch:
+    """Rows decoded together: their cache, and the forward pass they share.
+
+    `rows` holds those still being decoded, in the order of the cache.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        settings: BlockDiffusionSettings | None,
+        config: DecodingConfig,
+        rows: Sequence[Row],
+        stats: Stats,
+        processor: Processor | None = None,
+    ) -> None:
+        self.decoder = decoder
+        self.mask_token_id = None if settings is None else settings.mask_token_id
+        self.shifted = settings is None or settings.prediction == "shifted"
+        self.block_causal = settings is not None and settings.context == "block_causal"
+        self.config = config
+        self.block_size = config.block_size or (1 if settings is None else settings.block_size)
+        self.rows = list(rows)
+        self.stats = stats
+        self.processor = processor
+        self.device = decoder.device
+        width = 1 if config.mode == "ar" else self.block_size
+        capacity = max(len(row.prompt) + row.limit for row in rows) + width
+        self.max_positions = decoder.max_positions or capacity
+        self.windows = {k: w if w is not None and w < capacity else None for k, w in decoder.windows.items()}
+        self.cache = SlotCache(len(rows), capacity)
+        self.masks = Masks(capacity, decoder.model.dtype, self.device)
+        self.span = torch.arange(capacity, device=self.device)
+
+    def forward(self, tokens: Tensor, starts: list[int], causal: list[bool]) -> Tensor:
+        """One pass over Q tokens of every row.
+
+        Args:
+            tokens: int64 [B, Q] on the model's device.
+            starts: position of each row's first token.
+            causal: for each row, whether its tokens see up to themselves or the whole Q.
+        Returns:
+            Final hidden states [B, Q, D].
+        """
+        width = tokens.shape[1]
+        self.stats.forwards += 1
+        for row in self.rows:
+            row.passes += 1
+        start, end = starts[0], max(starts) + width
+        inside = end <= self.max_positions
+        if inside and all(s == start for s in starts) and all(c == causal[0] for c in causal):
+            self.cache.aim(starts, width)
+            position = self.span[start:end].unsqueeze(0).expand(len(starts), -1)
+            return self.decoder.hidden(tokens, position, self._aligned_mask(start, width, causal[0]), self.cache)
+        slots = torch.tensor(starts, device=self.device)[:, None] + self.span[:width]
+        position = slots if inside else slots.clamp_max(self.max_positions - 1)
+        whole = torch.tensor([[s + width - 1] for s in starts], device=self.device)
+        is_causal = torch.tensor(causal, device=self.device)[:, None]
+        # Slots beyond the model's positions are scratch: nobody looks there.
+        last = torch.where(is_causal, slots, whole).clamp_max(self.max_positions - 1)
+        self.cache.aim(starts, width, slots)
+        mask = self._by_kind(lambda window: self.masks.each(slots, last, end, window))
+        return self.decoder.hidden(tokens, position, mask, self.cache)
+
+    def _aligned_mask(self, start: int, width: int, causal: bool) -> AttentionMask | None:
+        """None where transformers makes plain causal attention of it by itself, without or with a cheap mask."""
+        if causal and (start == 0 or (width == 1 and not any(self.windows.values()))):
+            return None
+        return self._by_kind(lambda window: self.masks.aligned(start, width, causal, window))
+
+    def _by_kind(self, build: Callable[[int | None], Tensor]) -> AttentionMask:
+        """One mask for each kind of layer, built once per window."""
+        masks = {window: build(window) for window in set(self.windows.values())}
+        return self.decoder.by_kind({kind: masks[window] for kind, window in self.windows.items()})
+
+    def prefill(self) -> Tensor:
+        """Read every prompt in one causal pass; hidden state of each one's last token, [B, D]."""
+        lengths = [len(row.prompt) for row in self.rows]
+        longest = max(lengths)
+        tokens = torch.tensor([row.prompt + [0] * (longest - len(row.prompt)) for row in self.rows])
+        # Padding stands behind the prompt, where no token of it looks, and is overwritten by the answer.
+        hidden = self.forward(tokens.to(self.device), [0] * len(self.rows), [True] * len(self.rows))
+        self.stats.count("prefill", len(self.rows))
+        last = torch.tensor(lengths, device=self.device) - 1
+        return hidden[torch.arange(len(lengths), device=self.device), last]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Filtered float32 logits [N, V] of hidden states [N, D]; the mask token is never among them."""
+        return self._filtered(self.decoder.logits(hidden))
+
+    def next_logits(self, hidden: Tensor, prefixes: Iterable[tuple[Row, list[int]]]) -> Tensor:
+        """As `logits`, for next tokens: through the processors, which see each position's own prefix.
+
+        Args:
+            hidden: [N, D].
+            prefixes: for each position its row and that row's answer up to there.
+        """
+        logits = self.decoder.logits(hidden)
+        if self.processor is not None:
+            logits = logits.float()
+            if self.mask_token_id is not None:
+                logits[:, self.mask_token_id] = -torch.inf
+            processed = []
+            for index, (row, answer) in enumerate(prefixes):
+                prefix = torch.tensor([row.padding + row.prompt + answer], device=self.device)
+                # Some processors keep a number for each row of the caller's batch: put ours in its place.
+                scores = logits[index : index + 1].repeat(self.stats.rows, 1)
+                scores = self.processor(prefix.repeat(self.stats.rows, 1), scores)
+                processed.append(scores[row.number : row.number + 1])
+            logits = torch.cat(processed)
+        return self._filtered(logits)
+
+    def _filtered(self, logits: Tensor) -> Tensor:
+        config = self.config
+        return filter_logits(
+            logits,
+            mask_token_id=self.mask_token_id,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+        )
+
+    def choose(self, logits: Tensor, uniform: list[float]) -> tuple[Tensor, Tensor]:
+        """Tokens int64 [N] and their probabilities [N] of filtered logits [N, V]."""
+        numbers = torch.tensor(uniform, dtype=torch.float64, device=self.device) if uniform else None
+        return choose_tokens(logits, self.config.temperature, numbers)
+
+    def leave(self) -> list[int]:
+        """Take finished rows out of the batch and the cache.
+
+        Returns:
+            For each row that stays, in the new order, its index in the old one; also what `rows` now holds.
+        """
+        order = list(range(len(self.rows)))
+        for index in range(len(order) - 1, -1, -1):
+            if self.rows[index].finish is None:
+                continue
+            # The last row takes the place of the one that left.
+            self.cache.drop(index)
+            last_row, last_index = self.rows.pop(), order.pop()
+            if index < len(self.rows):
+                self.rows[index], order[index] = last_row, last_index
+        return order

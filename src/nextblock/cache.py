@@ -1,0 +1,149 @@
+"""A key-value cache whose slots are positions: slot j of a row holds the token at position j of that row.
+
+So denoising can write into the slots behind the committed tokens and simply be overwritten by the next pass,
+rejected drafts are dropped by counting less far, and rows of unequal length live side by side without padding
+between them. Nothing is concatenated, copied at a step, or computed twice.
+
+Letters: B rows, H key-value heads, C slots, Q new tokens, D head size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from nextblock.attention_mask import decode_mask
+
+
+class SlotCache(Cache):
+    """Preallocated keys and values, [B, H, C, D] per layer, written at each row's own positions.
+
+    `aim` says where the next forward pass writes; transformers then calls `update` once per layer.
+    """
+
+    def __init__(self, rows: int, capacity: int) -> None:
+        super().__init__(layers=[])
+        self.rows = rows
+        self.capacity = capacity
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        self._start: int | None = 0
+        self._slots: Tensor | None = None
+        self._end = 0
+
+    def __len__(self) -> int:
+        """How many layers have been allocated."""
+        return len(self.keys)
+
+    def aim(self, starts: list[int], width: int, slots: Tensor | None = None) -> None:
+        """Set where the next pass of `width` tokens per row writes.
+
+        Args:
+            starts: first slot of each row.
+            width: Q.
+            slots: int64 [B, Q], the slots to write, where they are not `starts[i] ... starts[i] + Q - 1`
+                of equal starts; needed only if the starts differ.
+        """
+        aligned = all(start == starts[0] for start in starts)
+        self._start = starts[0] if aligned else None
+        self._slots = None if aligned or slots is None else slots[:, None, :, None]
+        self._end = max(starts) + width
+
+    @property
+    def end(self) -> int:
+        """Slots that the next pass sees: up to the last one written by any row."""
+        return self._end
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write [B, H, Q, D] keys and values of one layer; return those of slots 0 .. `end` - 1."""
+        while len(self.keys) <= layer_idx:
+            for store, states in ((self.keys, key_states), (self.values, value_states)):
+                rows, heads, _, size = states.shape
+                store.append(states.new_zeros(rows, heads, self.capacity, size))
+        views = []
+        for store, states in ((self.keys, key_states), (self.values, value_states)):
+            slots = store[layer_idx]
+            if self._start is not None:
+                slots.narrow(2, self._start, states.shape[2]).copy_(states)
+            else:
+                assert self._slots is not None
+                slots.scatter_(2, self._slots.expand_as(states), states)
+            views.append(slots.narrow(2, 0, self._end))
+        return views[0], views[1]
+
+    def drop(self, row: int) -> None:
+        """Take a row out: the last row moves into its place, and the batch is one shorter."""
+        last = self.rows - 1
+        for store in (self.keys, self.values):
+            for layer, slots in enumerate(store):
+                if row != last:
+                    slots[row, :, : self._end] = slots[last, :, : self._end]
+                store[layer] = slots[:last]
+        self.rows = last
+
+    # What transformers asks when it builds a mask itself (`attention_mask=None`).
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Slots before the next write; rows of unequal length always bring their own mask."""
+        return self._start or 0
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """Position of the next pass's first token."""
+        return self._start or 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """(slots that the keys span, slot of the first)."""
+        return self._end, 0
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """Slots allocated."""
+        return self.capacity
+
+    def reset(self) -> None:
+        """Forget everything; the memory stays."""
+        for slots in (*self.keys, *self.values):
+            slots.zero_()
+
+
+class Masks:
+    """Additive masks of cached passes: 0 where a query may look, the dtype's lowest number elsewhere.
+
+    Where all rows stand at the same position the mask is a slice of a template that is made once.
+    """
+
+    def __init__(self, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.capacity = capacity
+        self.dtype = dtype
+        self.device = device
+        self._templates: dict[tuple[int, bool, int | None], Tensor] = {}
+
+    def aligned(self, start: int, width: int, causal: bool, window: int | None) -> Tensor:
+        """Every row's queries at `start` ... `start + width - 1`: [1, 1, Q, S] with S = start + width.
+
+        Args:
+            causal: each query sees up to itself; else up to the last query (a block being denoised).
+            window: sliding window of the layer.
+        """
+        key = (width, causal, window)
+        if key not in self._templates:
+            query = torch.arange(width, device=self.device)
+            last = query if causal else torch.full_like(query, width - 1)
+            # Shifted by the capacity, so that a slice exists for every start.
+            template = self._additive(
+                decode_mask(query[None] + self.capacity, last[None] + self.capacity, self.capacity + width, window)
+            )
+            self._templates[key] = template
+        return self._templates[key].narrow(3, self.capacity - start, start + width)
+
+    def each(self, position: Tensor, last_visible: Tensor, slots: int, window: int | None) -> Tensor:
+        """Rows at positions of their own, [B, 1, Q, S]; arguments as in `decode_mask`."""
+        return self._additive(decode_mask(position, last_visible, slots, window))
+
+    def _additive(self, allowed: Tensor) -> Tensor:
+        lowest = torch.finfo(self.dtype).min
+        return torch.zeros(allowed.shape, dtype=self.dtype, device=self.device).masked_fill_(~allowed, lowest)

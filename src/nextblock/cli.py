@@ -1,0 +1,328 @@
+"""The command line: thin; every command is one call into the library."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from nextblock.config import AdaptConfig, Section, UsageError
+
+app = typer.Typer(
+    name="nextblock",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Turn an autoregressive language model into a block-diffusion one, and run it (arXiv 2512.06776).\n\n"
+    "A MODEL is a local Hugging Face folder, a Hub id, or a shipped model: tiny-ar (the AR parent) or tiny-bd "
+    "(adapted).",
+)
+
+Model = Annotated[str, typer.Argument(help="local folder, Hub id, tiny-ar or tiny-bd")]
+Mode = Annotated[
+    str | None,
+    typer.Option(help="ar: token by token. diffusion: a block at a time. speculative: a block at a time, AR's output"),
+]
+MaxNewTokens = Annotated[int, typer.Option(help="longest answer, in tokens")]
+BlockSize = Annotated[int | None, typer.Option(help="tokens in a block; default: the checkpoint's")]
+SubBlocks = Annotated[int | None, typer.Option(help="runs in which a block is denoised; divides the block size")]
+Sampler = Annotated[str | None, typer.Option(help="confidence, entropy, margin or entropy_bound")]
+Threshold = Annotated[str | None, typer.Option(help="diffusion: commit all above it, 0 to 1; 'none': one a step")]
+Temperature = Annotated[float, typer.Option(help="0: greedy")]
+TopP = Annotated[float | None, typer.Option(help="nucleus sampling")]
+TopK = Annotated[int | None, typer.Option(help="sample from the k likeliest tokens")]
+Seed = Annotated[int | None, typer.Option(help="of the random draws")]
+Dtype = Annotated[str | None, typer.Option(help="float32 or bfloat16; default: float32 on CPU, else as saved")]
+
+
+def main() -> None:
+    """Entry point: bad input ends in one line on standard error and exit status 2."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    try:
+        app()
+    except UsageError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _explain_config(section: type[Section] = AdaptConfig, prefix: str = "") -> list[str]:
+    """One line of help for each key of a run's configuration."""
+    lines = []
+    for name, field in section.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, Section):
+            lines += _explain_config(inner, f"{prefix}{name}.")
+        else:
+            default = "" if field.is_required() else f" [{field.get_default(call_default_factory=True)}]"
+            lines.append(f"--{prefix}{name}{default}: {field.description or ''}".rstrip(": "))
+    return lines
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    epilog="Every key of the configuration is an option: `--growth.b_max 16`, `--data.sources.0.path my_texts/`. "
+    "`nextblock adapt demo --keys` lists them all.",
+)
+def adapt(
+    context: typer.Context,
+    config: Annotated[str, typer.Argument(help="YAML file, or the name of a preset: demo, smoke, tiny_ar, ...")],
+    output: Annotated[str | None, typer.Option(help="folder for checkpoint, log and report")] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(help="auto: go on from the newest whole checkpoint in the output folder, else start"),
+    ] = None,
+    keys: Annotated[bool, typer.Option("--keys", help="list every key of the configuration and stop")] = False,
+) -> None:
+    """Adapt an AR model into a block-diffusion model, with any key of the configuration as an option."""
+    if keys:
+        print("\n".join(_explain_config()))
+        return
+    from nextblock.presets import find_config
+
+    overrides = parse_overrides(context.args)
+    if output is not None:
+        overrides["output"] = output
+    if resume not in (None, "auto"):
+        raise UsageError(f"--resume {resume}: the one value is auto; --output names the folder")
+    path = find_config(config)
+
+    from nextblock.adapt import adapt as run
+    from nextblock.config import load_config
+    from nextblock.live import TrainingBar
+
+    checked = load_config(path, overrides)
+    with TrainingBar(checked.training.steps) as bar:
+        result = run(checked, resume=resume == "auto", on_step=bar.update)
+    if not result.finished:
+        print(f"stopped at step {result.steps}; go on with --resume auto", file=sys.stderr)
+        return
+    for measure in result.results.get("bits_per_byte", []):
+        print(f"{measure['model']:8s} {measure['measure']:18s} {measure['value']:.3f} bits per byte")
+    print(f"checkpoint  {result.output}\nreport      {result.output / 'report.html'}")
+
+
+def parse_overrides(arguments: list[str]) -> dict[str, Any]:
+    """`--a.b value` and `--a.b=value` -> {"a.b": value}, values read as YAML."""
+    overrides: dict[str, Any] = {}
+    rest = list(arguments)
+    while rest:
+        key = rest.pop(0)
+        if not key.startswith("--"):
+            raise UsageError(f"unexpected argument '{key}'; options are written --key.sub value")
+        key, equals, value = key[2:].partition("=")
+        if not equals:
+            if not rest:
+                raise UsageError(f"option --{key} needs a value")
+            value = rest.pop(0)
+        overrides[key] = yaml.safe_load(value)
+    return overrides
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompts: Annotated[list[str] | None, typer.Argument(help="texts to go on from; none: standard input")] = None,
+    mode: Mode = None,
+    max_new_tokens: MaxNewTokens = 256,
+    block_size: BlockSize = None,
+    sub_blocks: SubBlocks = None,
+    sampler: Sampler = None,
+    threshold: Threshold = None,
+    temperature: Temperature = 0.0,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    seed: Seed = None,
+    stop: Annotated[list[str] | None, typer.Option(help="text that ends an answer; may be given again")] = None,
+    dtype: Dtype = None,
+    live: Annotated[bool, typer.Option("--live", help="watch the first answer being denoised")] = False,
+    stats: Annotated[bool, typer.Option("--stats", help="print forwards and speed to standard error")] = False,
+) -> None:
+    """Answer prompts, in ar, diffusion or speculative mode."""
+    options = decoding_options(locals())
+    lm = load_lm(model, dtype)
+    texts = [prompt.replace("\\n", "\n") for prompt in prompts] if prompts else [sys.stdin.read()]
+    common: dict[str, Any] = {"seed": seed, "stop": stop or (), "max_new_tokens": max_new_tokens, **options}
+    if live:
+        from rich.console import Console
+
+        from nextblock.live import show_denoising
+
+        size = lm.settings.block_size if lm.settings else 1
+        show_denoising(lm.stream(texts[0], **common), lm.tokenizer, texts[0], size, console=Console(), seconds=0.08)
+        return
+    out = lm.generate(texts, **common)
+    for prompt, answer in zip(texts, out.texts, strict=True):
+        print(f"{prompt}{answer}")
+    if stats:
+        print(
+            f"{out.stats.new_tokens} tokens, {out.stats.forwards} forwards, {out.stats.tokens_per_forward:.2f} tokens "
+            f"per forward, {out.stats.new_tokens / out.stats.seconds:.0f} tokens/s",
+            file=sys.stderr,
+        )
+
+
+def decoding_options(given: dict[str, Any]) -> dict[str, Any]:
+    """The decoding options that were given; the others stay the checkpoint's, or `generate`'s own."""
+    names = ("mode", "block_size", "sub_blocks", "sampler", "top_p", "top_k")
+    options = {name: given[name] for name in names if given[name] is not None}
+    if given["temperature"]:
+        options["temperature"] = given["temperature"]
+    if given["threshold"] is not None:
+        try:
+            options["threshold"] = None if given["threshold"] == "none" else float(given["threshold"])
+        except ValueError:
+            raise UsageError(f"threshold={given['threshold']} is not a number; use 0 to 1, or none") from None
+    return options
+
+
+def load_lm(model: str, dtype: str | None = None) -> Any:
+    """`nextblock.load` with a dtype by name."""
+    import torch
+
+    from nextblock.generate import load
+
+    if dtype not in (None, "float32", "bfloat16"):
+        raise UsageError(f"dtype={dtype} is unknown; use float32 or bfloat16")
+    lm = load(model, dtype=getattr(torch, dtype) if dtype else None)
+    if lm.tokenizer is None:
+        raise UsageError(f"model {model} has no tokenizer; use it from Python with token ids")
+    return lm
+
+
+@app.command()
+def chat(
+    model: Model,
+    mode: Mode = None,
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = 0.0,
+    dtype: Dtype = None,
+) -> None:
+    """Talk to a model; an empty line or end of input leaves."""
+    from nextblock.events import Committed
+    from nextblock.text import TextStream
+
+    lm = load_lm(model, dtype)
+    options = {"max_new_tokens": max_new_tokens, "temperature": temperature} | ({"mode": mode} if mode else {})
+    messages: list[dict[str, str]] = []
+    while True:
+        try:
+            said = input("you: ").replace("\\n", "\n")
+        except EOFError:
+            said = ""
+        if not said.strip():
+            return
+        messages.append({"role": "user", "content": said})
+        shown, decided, count, stream = "", {}, 0, TextStream(lm.tokenizer)
+        print("model: ", end="", flush=True)
+        for event in lm.stream(messages, **options):
+            if isinstance(event, Committed):
+                decided[event.offset] = event.token
+                while (token := decided.pop(count, None)) is not None:  # only the decided prefix is shown
+                    piece = stream.put(token)
+                    shown, count = shown + piece, count + 1
+                    print(piece, end="", flush=True)
+        rest = stream.end()
+        print(rest)
+        messages.append({"role": "assistant", "content": shown + rest})
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    task: Annotated[str, typer.Option(help="word_problems, algebra or functions")] = "word_problems",
+    mode: Annotated[list[str] | None, typer.Option(help="modes to score; may be given again; default: all")] = None,
+    threshold: Annotated[
+        list[str] | None, typer.Option(help="thresholds of diffusion mode; 'none': one a step")
+    ] = None,
+    block_size: BlockSize = None,
+    examples: Annotated[int, typer.Option(help="held-out prompts")] = 200,
+    batch_size: Annotated[int, typer.Option(help="prompts decoded together")] = 25,
+    output: Annotated[Path | None, typer.Option(help="write the figures as JSON")] = None,
+    dtype: Dtype = None,
+) -> None:
+    """Score a model on a built-in task: accuracy, tokens per forward, tokens per second, agreement with AR mode."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from nextblock.evaluate import score_task
+    from nextblock.report import decoding_table
+    from nextblock.tasks import get_task
+
+    chosen = get_task(task)
+    lm = load_lm(model, dtype)
+    modes = mode or (["ar", "speculative", "diffusion"] if lm.settings else ["ar"])
+    thresholds = [None if value == "none" else float(value) for value in threshold or ["none", "0.9"]]
+    settings: list[dict[str, Any]] = []
+    for name in modes:
+        settings += [{"mode": name, "threshold": t} for t in thresholds] if name == "diffusion" else [{"mode": name}]
+    rows, reference = [], None
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task("scoring", total=examples * len(settings))
+        for options in settings:
+            score, answers = score_task(
+                lm,
+                chosen,
+                examples=examples,
+                batch_size=batch_size,
+                block_size=block_size,
+                reference=reference,
+                on_example=lambda done: progress.advance(bar, done),
+                **options,
+            )
+            reference = answers if options["mode"] == "ar" else reference
+            rows.append({"model": model, **score.as_dict()})
+    Console().print(decoding_table({"decoding": rows}))
+    if output is not None:
+        output.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+
+
+@app.command()
+def verify(
+    model: Model,
+    mask_token: Annotated[
+        int | None, typer.Option(help="mask token id; default: as saved, or made for the test")
+    ] = None,
+    attention: Annotated[str, typer.Option(help="auto, sdpa, flex_attention or eager")] = "auto",
+) -> None:
+    """Run the identities that define "correct" on your own model, and print a table; exit status 1 if one fails."""
+    from rich.console import Console
+
+    from nextblock.verify import table
+    from nextblock.verify import verify as run
+
+    checks = run(model, mask_token=mask_token, attention=attention)
+    Console().print(table(checks))
+    if any(check.status == "failed" for check in checks):
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="output folder of adapt or demo")]) -> None:
+    """Make `report.html` of a finished run again, from its figures and its log."""
+    from nextblock.report import load_results, write_report
+
+    print(write_report(load_results(run), run))
+
+
+@app.command()
+def demo(
+    output: Annotated[Path | None, typer.Option(help="folder for everything; default: a new one under runs/")] = None,
+    examples: Annotated[int, typer.Option(help="held-out problems scored in each mode")] = 200,
+) -> None:
+    """Adapt the shipped AR model in front of your eyes, then decode with it in every mode (about 8 minutes)."""
+    from nextblock.demo import demo as run
+
+    run(output, examples=examples)

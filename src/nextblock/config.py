@@ -1,0 +1,280 @@
+"""Typed configuration of a run: YAML and overrides in, one resolved and checked object out.
+
+Everything that can be known to be wrong before weights are read is refused here, in one line
+that names the value, the rule and the cure.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class UsageError(ValueError):
+    """Bad input from the user: one line with the value, the rule and the cure. The CLI exits 2."""
+
+
+def nearest(word: str, choices: Sequence[str]) -> str:
+    """`; did you mean 'x'?` for the choice most like `word`, or the list of all choices."""
+    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
+    return f"; did you mean '{close[0]}'?" if close else f"; choose from {', '.join(choices)}"
+
+
+class Section(BaseModel):
+    """A frozen group of options; unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+S = TypeVar("S", bound=Section)
+Context = Literal["context_causal", "block_causal"]
+Prediction = Literal["shifted", "aligned"]
+
+
+class ModelConfig(Section):
+    """The AR parent."""
+
+    path: str = Field(default="tiny-ar", description="local Hugging Face folder, Hub id, or a shipped model")
+    revision: str | None = Field(default=None, description="Hub revision")
+    scratch: dict[str, Any] | None = Field(
+        default=None, description="start from random weights of this Hugging Face config instead of `path`"
+    )
+    tokenizer: str | None = Field(
+        default=None, description="folder or Hub id of the tokenizer, or `bytes`; default: the model's own"
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="dtype of the trained weights")
+    export_dtype: Literal["float32", "bfloat16"] | None = Field(
+        default=None, description="dtype of the exported weights; default: as trained"
+    )
+    attention: Literal["auto", "sdpa", "flex_attention"] = Field(
+        default="auto", description="auto: FlexAttention on CUDA, SDPA with a dense mask elsewhere"
+    )
+    mask_token: int | str | None = Field(
+        default=None,
+        description="mask token id or text; default: the tokenizer's, else an unused row, else a new one",
+    )
+    trust_remote_code: bool = Field(default=False, description="run model code that comes with the checkpoint")
+
+
+class Source(Section):
+    """One source of documents."""
+
+    path: str = Field(description="file, folder, glob, `datasets` id, `task:NAME`, or `python-stdlib`")
+    format: Literal["auto", "text", "jsonl", "parquet", "hub", "task"] = "auto"
+    text_field: str = Field(default="text", description="field of JSONL, Parquet and Hub rows that holds the document")
+    split: str = Field(default="train", description="split of a Hub data set or of a built-in task")
+    weight: float = Field(default=1.0, gt=0, description="share of documents drawn from this source")
+    examples: int | None = Field(default=None, gt=0, description="read at most this many documents")
+
+
+class DataConfig(Section):
+    """Documents and how they become rows."""
+
+    sources: tuple[Source, ...] = Field(min_length=1, description="where documents come from")
+    row_length: int = Field(default=512, ge=2, description="tokens in a packed row (L)")
+    held_out: float = Field(
+        default=0.02,
+        ge=0,
+        lt=1,
+        description="share of documents kept for evaluation, chosen by hash of their text",
+    )
+
+
+class GrowthConfig(Section):
+    """Block growth b(s) = min(b_max, b_0 * r ** floor(max(0, s - s_0) / delta))   (paper, Eq. 3)."""
+
+    b_0: int = Field(default=1, ge=1, description="first block size")
+    r: int = Field(default=2, ge=2, description="factor of each growth")
+    delta: int = Field(default=50, ge=1, description="steps between growths")
+    s_0: int = Field(default=0, ge=0, description="steps before the first interval starts")
+    b_max: int = Field(default=32, ge=1, description="target block size; the row length gives full-sequence diffusion")
+
+
+class RecipeConfig(Section):
+    """What is learned: mask, noise and losses (paper, section 4; baselines are settings of it)."""
+
+    context: Context = Field(default="context_causal", description="clean half: causal, or whole own block")
+    prediction: Prediction = Field(default="shifted", description="position i-1 predicts token i, or i predicts i")
+    ar_weight: float = Field(default=0.5, ge=0, description="lambda, weight of the AR loss (Eq. 2)")
+    ar_weight_final: float | None = Field(
+        default=None, ge=0, description="anneal lambda to this value while blocks grow; default: constant"
+    )
+    noise_per: Literal["block", "row"] = Field(default="block", description="one noise level t per block, or per row")
+    full_mask_share: float = Field(default=0.0, ge=0, le=1, description="share of blocks masked whole, whatever t is")
+    views: int = Field(default=1, ge=1, description="noised views of one clean pass (k)")
+    complementary: bool = Field(default=False, description="views in pairs: the second masks what the first left")
+    fill_last_block: bool = Field(
+        default=True, description="fill the last block of an ended span with end tokens, as decoding meets it"
+    )
+    annealed_mask_steps: int = Field(
+        default=0,
+        ge=0,
+        description="baseline: over this many steps go at random from the b = 1 to the b_max mask",
+    )
+
+
+class OptimizerConfig(Section):
+    """AdamW and its learning rate."""
+
+    lr: float = Field(default=1e-3, gt=0, description="peak learning rate")
+    schedule: Literal["constant", "cosine", "wsd"] = Field(default="wsd", description="wsd: warmup, stable, decay")
+    warmup_steps: int = Field(default=20, ge=0)
+    decay_share: float = Field(default=0.3, ge=0, le=1, description="wsd: last share of the steps that decays")
+    min_lr_ratio: float = Field(default=0.05, ge=0, le=1, description="final over peak learning rate")
+    weight_decay: float = Field(default=0.01, ge=0)
+    beta_1: float = Field(default=0.9, ge=0, lt=1)
+    beta_2: float = Field(default=0.95, ge=0, lt=1)
+    grad_clip: float = Field(default=1.0, gt=0, description="global gradient norm")
+
+
+class TrainingConfig(Section):
+    """Length, batch and bookkeeping of the run."""
+
+    steps: int = Field(default=300, ge=1, description="optimizer steps")
+    batch_rows: int = Field(default=8, ge=1, description="rows in the global batch, over all ranks and micro-batches")
+    micro_batch_rows: int | None = Field(
+        default=None, ge=1, description="rows in one forward pass; default: all of a rank's"
+    )
+    seed: int = Field(default=0, ge=0)
+    checkpoint_every: int = Field(default=200, ge=1, description="steps between resumable checkpoints")
+    keep_last: int = Field(default=2, ge=1, description="checkpoints kept")
+    evaluate_rows: int = Field(default=16, ge=0, description="held-out rows for bits per byte at the end")
+    gradient_checkpointing: bool = Field(default=False, description="recompute activations in the backward pass")
+    compile: bool = Field(default=False, description="torch.compile the model")
+    mixed_precision: Literal["no", "bf16"] = Field(default="no", description="autocast of the forward pass")
+
+
+class AdaptConfig(Section):
+    """All of one `nextblock adapt` run."""
+
+    model: ModelConfig = Field(default_factory=lambda: ModelConfig())
+    data: DataConfig
+    recipe: RecipeConfig = Field(default_factory=lambda: RecipeConfig())
+    growth: GrowthConfig = Field(default_factory=lambda: GrowthConfig())
+    optimizer: OptimizerConfig = Field(default_factory=lambda: OptimizerConfig())
+    training: TrainingConfig = Field(default_factory=lambda: TrainingConfig())
+    output: str = Field(default="runs/adapted", description="folder for the checkpoint, the log and the report")
+
+    @model_validator(mode="after")
+    def _cross_checks(self) -> Self:
+        growth, steps = self.growth, self.training.steps
+        row, b_max = self.data.row_length, growth.b_max
+        if growth.b_0 > b_max:
+            raise ValueError(f"growth.b_0={growth.b_0} is larger than growth.b_max={b_max}; start at or below it")
+        if row < b_max:
+            raise ValueError(
+                f"data.row_length={row} is smaller than the block growth.b_max={b_max}; use at least {b_max}"
+            )
+        if row % b_max:
+            raise ValueError(
+                f"data.row_length={row} is not a multiple of growth.b_max={b_max}; use {row // b_max * b_max}"
+            )
+        growths, size = 0, growth.b_0
+        while size < b_max:
+            size, growths = size * growth.r, growths + 1
+        needed = growth.s_0 + growths * growth.delta + 1 if growths else 1
+        if steps < needed:
+            raise ValueError(
+                f"growth.b_max={b_max} is not reached in training.steps={steps}; "
+                f"use at least {needed} steps or a smaller growth.delta"
+            )
+        if self.recipe.complementary and self.recipe.views % 2:
+            raise ValueError(
+                f"recipe.views={self.recipe.views} is odd, but recipe.complementary needs pairs; "
+                f"use {self.recipe.views + 1}"
+            )
+        if self.recipe.annealed_mask_steps and growth.b_0 != b_max:
+            raise ValueError(
+                f"recipe.annealed_mask_steps={self.recipe.annealed_mask_steps} replaces block growth; "
+                f"set growth.b_0 to growth.b_max={b_max}"
+            )
+        if self.recipe.annealed_mask_steps and self.recipe.context == "block_causal":
+            # A block-causal clean token has seen the rest of its block: it would tell the query its answer.
+            raise ValueError(
+                f"recipe.annealed_mask_steps={self.recipe.annealed_mask_steps} needs "
+                "recipe.context=context_causal; set it, or leave the annealing out"
+            )
+        return self
+
+
+class BlockDiffusionSettings(Section):
+    """The `block_diffusion` section of a checkpoint's `config.json`."""
+
+    block_size: int = Field(default=32, ge=1)
+    mask_token_id: int = Field(ge=0)
+    context: Context = "context_causal"
+    prediction: Prediction = "shifted"
+    decoding: dict[str, Any] = Field(default_factory=dict, description="default arguments of `generate`")
+
+
+def load_config(source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> AdaptConfig:
+    """Read a YAML file (or mapping), apply dotted overrides, check, and return the frozen result.
+
+    Args:
+        source: path of a YAML file, or an already parsed mapping.
+        overrides: dotted key -> YAML value, e.g. ``{"growth.b_max": 16}``; an integer part of a key
+            indexes a list (``data.sources.0.path``).
+    Raises:
+        UsageError: unreadable file, unknown key, value out of range, or keys that contradict each other.
+    """
+    if isinstance(source, Mapping):
+        values: Any = dict(source)
+    else:
+        try:
+            values = yaml.safe_load(Path(source).read_text(encoding="utf-8")) or {}
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            reason = " ".join(str(error).split())
+            raise UsageError(f"cannot read the configuration {source}: {reason}") from None
+    if not isinstance(values, dict):
+        raise UsageError(f"configuration {source}: expected a mapping of sections at the top level")
+    for key, value in (overrides or {}).items():
+        values = _assign(values, key.split("."), value, key)
+    return validate(AdaptConfig, values)
+
+
+def _assign(node: Any, parts: list[str], value: Any, key: str) -> Any:
+    """A copy of `node` with the value at the dotted path `parts` replaced."""
+    if not parts:
+        return value
+    head, rest = parts[0], parts[1:]
+    if isinstance(node, list | tuple):
+        if not head.isdigit() or int(head) > len(node):
+            raise UsageError(f"--{key}: '{head}' is not an index into a list of {len(node)}")
+        items = [*node, {}] if int(head) == len(node) else list(node)
+        items[int(head)] = _assign(items[int(head)], rest, value, key)
+        return items
+    if node is not None and not isinstance(node, Mapping):
+        raise UsageError(f"--{key}: '{head}' lies below a plain value")
+    return {**(node or {}), head: _assign((node or {}).get(head), rest, value, key)}
+
+
+def validate(section: type[S], values: Any) -> S:
+    """Build a section from plain values, turning pydantic's findings into one line."""
+    try:
+        return section.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            known = _known_keys(section, first["loc"][:-1])
+            raise UsageError(f"unknown key '{where}'{nearest(str(first['loc'][-1]), known)}") from None
+        if first["type"] == "missing":
+            raise UsageError(f"{where} is missing; it must be set") from None
+        message = first["msg"].removeprefix("Value error, ")
+        message = message if not where else f"{where}={first['input']!r}: {message}"
+        raise UsageError(message) from None
+
+
+def _known_keys(section: type[Section], location: Sequence[int | str]) -> list[str]:
+    """Keys that are valid at a location such as ('data', 'sources', 0)."""
+    for part in location:
+        if isinstance(part, str):
+            annotation = section.model_fields[part].annotation
+            candidates = [annotation, *get_args(annotation)]
+            section = next(c for c in candidates if isinstance(c, type) and issubclass(c, Section))
+    return list(section.model_fields)

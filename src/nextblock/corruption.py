@@ -1,0 +1,216 @@
+"""From clean rows to the two-view sequence [noised ; clean] and the targets of its positions.
+
+Corruption is a pure function of (seed, epoch, row number, step), never of rank, worker or batch split.
+Letters: B rows, L tokens of a row, N slots of the noised half, T = N + L.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nextblock.attention_mask import Places
+from nextblock.config import Context, RecipeConfig
+from nextblock.data import Rows
+
+UNSCORED = -1
+
+
+@dataclass(frozen=True)
+class TwoView:
+    """[noised ; clean], ready for one forward pass.
+
+    tokens: int64 [B, T].
+    places: where each token stands (what the attention rule reads); noised are those with view > 0.
+    target: int64 [B, T], the token that the hidden state at this position predicts, UNSCORED if none.
+    noised_length: N. The clean half starts there.
+    """
+
+    tokens: Tensor
+    places: Places
+    target: Tensor
+    noised_length: int
+
+    def to(self, device: torch.device) -> TwoView:
+        """The same view on `device`."""
+        places = Places(**{k: v.to(device, non_blocking=True) for k, v in vars(self.places).items()})
+        return TwoView(self.tokens.to(device), places, self.target.to(device), self.noised_length)
+
+
+def block_starts(position: Tensor, offset: Tensor, block_size: int) -> Tensor:
+    """`position - offset % b` where tokens are generated, the own position elsewhere (DESIGN, section 2)."""
+    return torch.where(offset >= 0, position - offset % block_size, position)
+
+
+def row_generator(seed: int, epoch: int, number: int, step: int) -> np.random.Generator:
+    """The random stream of one row at one step."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch, number, step])))
+
+
+MaskDraw = Callable[[np.random.Generator, np.ndarray], list[np.ndarray]]
+"""draw(generator, maskable bool [K, b]) -> one bool [K, b] per noised view, True = becomes the mask token."""
+
+
+def draw_by_level(recipe: RecipeConfig) -> MaskDraw:
+    """Noise of training: t ~ Uniform[0, 1] per block or row, each maskable token masked with probability t.
+
+    Of complementary views the second masks what the first left, so that every maskable token is scored
+    exactly once over the two   (paper, section 6.1; several views of one clean pass are ours).
+    """
+
+    def draw(generator: np.random.Generator, maskable: np.ndarray) -> list[np.ndarray]:
+        blocks, views = len(maskable), []
+        while len(views) < recipe.views:
+            level = generator.random(blocks)
+            if recipe.noise_per == "row":
+                level = np.broadcast_to(level[:1], (blocks,))
+            level = np.where(generator.random(blocks) < recipe.full_mask_share, 1.0, level)
+            masked = maskable & (generator.random(maskable.shape) < level[:, None])
+            views += [masked, maskable & ~masked] if recipe.complementary else [masked]
+        return views
+
+    return draw
+
+
+def corrupt(
+    rows: Rows,
+    block_size: int,
+    *,
+    mask_token_id: int,
+    end_token_id: int | None,
+    recipe: RecipeConfig,
+    seed: int,
+    step: int,
+    draw: MaskDraw | None = None,
+) -> TwoView:
+    """Noise rows at block size b and lay them out for the parallel pass   (paper, section 6.1 and Fig. 4).
+
+    The noised half holds only blocks in which something was masked. With shifted prediction a block's
+    first token is never masked, so that at b = 1 the noised half is empty and the pass is plain AR training.
+
+    The last block of a span that ended with the end token is filled up to b slots with end tokens
+    (`recipe.fill_last_block`): decoding always meets whole blocks, and cut ones would tell the model
+    where the text ends.
+
+    Args:
+        rows: packed rows, [B, L].
+        block_size: b.
+        mask_token_id, end_token_id: ids in the model's vocabulary.
+        recipe: noise and prediction options.
+        seed, step: with each row's epoch and number, the whole source of randomness.
+        draw: which tokens are masked; default: `draw_by_level(recipe)`.
+    Returns:
+        The two-view batch; rows with fewer noised slots are padded to the longest.
+    """
+    draw = draw or draw_by_level(recipe)
+    halves, seeds = [], []
+    for row in range(len(rows)):
+        key = (seed, int(rows.epoch[row]), int(rows.number[row]), step)
+        grid = block_grid(rows, row, block_size, end_token_id if recipe.fill_last_block else None)
+        halves.append(_noised_half(grid, mask_token_id, recipe, draw, row_generator(*key)))
+        seeds.append([int(np.random.SeedSequence([*key, 1]).generate_state(1)[0]) >> 1])
+    noised_length = max((half["tokens"].size for half in halves), default=0)
+
+    def stack(name: str, padding: int) -> Tensor:
+        padded = [np.pad(half[name], (0, noised_length - half[name].size), constant_values=padding) for half in halves]
+        return torch.from_numpy(np.stack(padded))
+
+    noised_target = stack("target", UNSCORED)
+    if recipe.prediction == "shifted" and noised_length:
+        # The hidden state of slot i - 1 predicts slot i; first slots are unscored, so no target leaves its block.
+        noised_target = torch.cat([noised_target[:, 1:], noised_target[:, :1]], dim=1)
+    places = Places(
+        view=torch.cat([stack("view", 1), torch.zeros_like(rows.tokens)], dim=1),
+        document=torch.cat([stack("document", -1), rows.document], dim=1),
+        position=torch.cat([stack("position", 0), rows.position], dim=1),
+        block_start=torch.cat([stack("block_start", -1), block_starts(rows.position, rows.offset, block_size)], dim=1),
+        seed=torch.tensor(seeds, dtype=torch.int64).reshape(len(rows), 1),
+    )
+    return TwoView(
+        tokens=torch.cat([stack("tokens", 0), rows.tokens], dim=1),
+        places=places,
+        target=torch.cat([noised_target, next_token_targets(rows, block_size, recipe.context)], dim=1),
+        noised_length=noised_length,
+    )
+
+
+def next_token_targets(rows: Rows, block_size: int, context: Context) -> Tensor:
+    """AR targets of the clean half   (Eq. 1): int64 [B, L], UNSCORED where the next token is not generated.
+
+    In a block-causal clean half a token has seen the rest of its block, so only the first token of the
+    next block is a prediction.
+    """
+    target = torch.full_like(rows.tokens, UNSCORED)
+    scored = (rows.document[:, 1:] == rows.document[:, :-1]) & (rows.offset[:, 1:] >= 0)
+    if context == "block_causal":
+        scored = scored & (rows.offset[:, 1:] % block_size == 0)
+    target[:, :-1] = torch.where(scored, rows.tokens[:, 1:], target[:, :-1])
+    return target
+
+
+@dataclass(frozen=True)
+class BlockGrid:
+    """One row's generated tokens as K blocks of b slots. Arrays [K, b]; slots that are not `present` are void."""
+
+    clean: np.ndarray
+    present: np.ndarray
+    document: np.ndarray
+    position: np.ndarray
+    block_start: np.ndarray
+
+
+def block_grid(rows: Rows, row: int, block_size: int, fill_token_id: int | None) -> BlockGrid:
+    """Cut a row's spans into blocks; an ended span's last block is filled up with `fill_token_id`, if given."""
+    tokens, document, position, offset = (
+        getattr(rows, name)[row].numpy() for name in ("tokens", "document", "position", "offset")
+    )
+    starts = (offset >= 0) & (offset % block_size == 0)
+    first = np.flatnonzero(starts)
+    block_of = np.where(offset >= 0, np.cumsum(starts) - 1, -1)
+    length = np.bincount(block_of[block_of >= 0], minlength=first.size)
+
+    slot = np.arange(block_size)
+    real = slot < length[:, None]
+    present, fill = real, 0
+    slot_position = position[first][:, None] + slot
+    if fill_token_id is not None and first.size:
+        fill = fill_token_id
+        ended = tokens[first + length - 1] == fill_token_id
+        # Not past the row's length, which the model's positions are known to allow.
+        present = real | (ended[:, None] & (slot_position < tokens.size))
+    clean = np.where(real, tokens[np.minimum(first[:, None] + slot, tokens.size - 1)], fill)
+    return BlockGrid(
+        clean=clean,
+        present=present,
+        document=np.broadcast_to(document[first][:, None], clean.shape),
+        position=slot_position,
+        block_start=np.broadcast_to(position[first][:, None], clean.shape),
+    )
+
+
+def _noised_half(
+    grid: BlockGrid, mask_token_id: int, recipe: RecipeConfig, draw: MaskDraw, generator: np.random.Generator
+) -> dict[str, np.ndarray]:
+    """One row's noised slots, view after view, with unshifted targets (slot i's own clean token)."""
+    maskable = grid.present.copy()
+    if recipe.prediction == "shifted":
+        maskable[:, :1] = False
+    parts: dict[str, list[np.ndarray]] = {}
+    for view, masked in enumerate(draw(generator, maskable), 1):
+        # A block in which nothing was masked carries no loss.
+        keep = grid.present & masked.any(axis=1, keepdims=True)
+        slots = {
+            "tokens": np.where(masked, mask_token_id, grid.clean),
+            "target": np.where(masked, grid.clean, UNSCORED),
+            "view": np.full_like(grid.clean, view),
+            "document": grid.document,
+            "position": grid.position,
+            "block_start": grid.block_start,
+        }
+        for name, values in slots.items():
+            parts.setdefault(name, []).append(values[keep].astype(np.int64))
+    return {name: np.concatenate(values) for name, values in parts.items()}

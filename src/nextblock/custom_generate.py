@@ -1,0 +1,174 @@
+"""Block-diffusion decoding inside transformers' own `generate`.
+
+model.generate(**inputs, custom_generate=nextblock.block_diffusion, mode="speculative")
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.generation.logits_process import (
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from nextblock.batch import Row
+from nextblock.config import UsageError
+from nextblock.events import Finish
+from nextblock.generate import BlockDiffusionLM, Stream, sequences
+from nextblock.model import read_settings
+from nextblock.request import make_request, resolve_config
+
+_OWN_WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
+_OWN_CRITERIA = (MaxLengthCriteria, EosTokenCriteria)
+_UNSET: Any = object()
+
+CUSTOM_GENERATE_SOURCE = '''"""Block-diffusion decoding of this checkpoint, where the nextblock package is installed.
+
+    model.generate(**inputs, custom_generate="path-or-hub-id", trust_remote_code=True, mode="speculative")
+"""
+
+import nextblock
+
+
+def generate(model, **arguments):
+    """Hand all arguments of `model.generate` on to nextblock."""
+    return model.generate(custom_generate=nextblock.block_diffusion, **arguments)
+'''
+"""Content of `custom_generate/generate.py` in an exported folder."""
+
+
+def block_diffusion(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    logits_processor: Any = None,
+    stopping_criteria: Any = None,
+    generation_config: Any = None,
+    streamer: Any = None,
+    mode: str = _UNSET,
+    block_size: int | None = _UNSET,
+    sub_blocks: int = _UNSET,
+    sampler: str = _UNSET,
+    threshold: float | None = _UNSET,
+    steps: int | None = _UNSET,
+    draft_steps: int = _UNSET,
+    draft_length: int | None = _UNSET,
+    seed: int | list[int] | None = None,
+    **model_kwargs: Any,
+) -> Any:
+    """A decoding method for `model.generate(custom_generate=...)`; called by it, not by users.
+
+    Args:
+        model, input_ids, logits_processor, stopping_criteria, generation_config: what `generate` prepared.
+            Temperature, top-p, top-k, lengths and end tokens are those of the generation config.
+        streamer: gets the answer's tokens in order, once they cannot change (batch of one).
+        mode ... draft_length, seed: as in `BlockDiffusionLM.generate`.
+        model_kwargs: `attention_mask` is read (padding on either side).
+    Returns:
+        int64 [B, T] as `generate` returns it, or its dict form where the config asks for that.
+    Raises:
+        UsageError: beam search, a logits processor in diffusion mode, or what `BlockDiffusionLM` refuses.
+    """
+    streamer = streamer if streamer is not None else _streamer_of_caller()
+    given = {
+        "mode": mode,
+        "block_size": block_size,
+        "sub_blocks": sub_blocks,
+        "sampler": sampler,
+        "threshold": threshold,
+        "steps": steps,
+        "draft_steps": draft_steps,
+        "draft_length": draft_length,
+    }
+    options: dict[str, Any] = {name: value for name, value in given.items() if value is not _UNSET}
+    lm = BlockDiffusionLM(model, None, read_settings(model.config))
+    if (generation_config.num_beams or 1) > 1:
+        raise UsageError(f"num_beams={generation_config.num_beams}: block_diffusion has no beam search; leave it out")
+    diffusion = resolve_config(lm.settings, options).mode == "diffusion"
+    foreign = [p for p in logits_processor or () if not _is_own(p, lm)]
+    if diffusion and foreign:
+        raise UsageError(
+            f"logits processor {type(foreign[0]).__name__} has no meaning in diffusion mode, where tokens are not "
+            "decided from left to right; use mode='ar' or 'speculative'"
+        )
+    options["temperature"] = float(generation_config.temperature or 1.0) if generation_config.do_sample else 0.0
+    if generation_config.do_sample and not foreign:
+        options |= {"top_k": generation_config.top_k or None, "top_p": generation_config.top_p}
+    if foreign:  # then temperature, top-k and top-p act in their place among the processors
+        options["temperature"] = 1.0 if generation_config.do_sample else 0.0
+    criteria: list[Any] = list(stopping_criteria or ())
+    lengths = [c.max_length for c in criteria if isinstance(c, MaxLengthCriteria)]
+    ends = {int(i) for c in criteria if isinstance(c, EosTokenCriteria) for i in c.eos_token_id.tolist()}
+    options |= {
+        "attention_mask": model_kwargs.get("attention_mask"),
+        "seed": seed,
+        "eos_token_id": sorted(ends),
+        "max_new_tokens": min([generation_config.max_length, *lengths]) - input_ids.shape[1],
+    }
+    request = make_request(lm.decoder, None, lm.settings, input_ids, options)
+    others = [c for c in criteria if not isinstance(c, _OWN_CRITERIA)]
+    if others:
+        for row in request.rows:
+            row.stop = _stop_by(others, row, model.device)
+    _drain(lm.run(request, time.perf_counter(), logits_processor if foreign else None), streamer)
+    padding = generation_config.pad_token_id
+    result = sequences(request.rows, padding if padding is not None else min(ends, default=0)).to(input_ids.device)
+    if generation_config.return_dict_in_generate:
+        return GenerateDecoderOnlyOutput(sequences=result)  # type: ignore[arg-type]
+    return result
+
+
+def _is_own(processor: Any, lm: BlockDiffusionLM) -> bool:
+    """Whether decoding does by itself what the processor does: temperature, top-k, top-p, no mask token."""
+    if isinstance(processor, SuppressTokensLogitsProcessor) and lm.settings is not None:
+        return set(processor.suppress_tokens.tolist()) <= {lm.settings.mask_token_id}
+    return isinstance(processor, _OWN_WARPERS)
+
+
+def _drain(stream: Stream, streamer: Any) -> None:
+    """Run to the end; the streamer gets each token of the answer once it and all before it are decided."""
+    if streamer is None:
+        for _ in stream:
+            pass
+        return
+    if len(stream.rows) > 1:
+        raise UsageError(f"streamer: streaming {len(stream.rows)} rows at once is not possible; give one prompt")
+    shown, answer = 0, stream.rows[0].answer
+    for _ in stream:
+        if len(answer) > shown:
+            streamer.put(torch.tensor(answer[shown:]))
+            shown = len(answer)
+    streamer.end()
+
+
+def _stop_by(criteria: list[Any], row: Row, device: torch.device) -> Callable[[list[int]], Finish | None]:
+    """Transformers' stopping criteria as a check of one row's answer."""
+
+    def check(answer: list[int]) -> Finish | None:
+        ids = torch.tensor([row.padding + row.prompt + answer], device=device)
+        return "criteria" if any(bool(torch.as_tensor(c(ids, None)).all()) for c in criteria) else None
+
+    return check
+
+
+def _streamer_of_caller() -> Any:
+    """The `streamer` argument of the `generate` call that runs us.
+
+    transformers (5.23) feeds it the prompt, but does not pass it on to a custom decoding method.
+    """
+    frame = inspect.currentframe()
+    for _ in range(2):  # out of this function, out of `block_diffusion`
+        frame = frame.f_back if frame is not None else None
+    if frame is None or frame.f_code.co_name != "generate":
+        return None
+    return frame.f_locals.get("streamer")

@@ -1,0 +1,398 @@
+"""Documents -> tokens -> packed rows [B, L], in an order that resumes exactly.
+
+Letters: B rows in a batch, L tokens in a row, n tokens in a document.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from nextblock.config import DataConfig, UsageError
+from nextblock.sources import Cursor, HubStream, Record, Records, is_held_out, one_line, read_source
+
+CHUNK_ROWS = 64  # rows packed together: enough for density, little to make again after a resume
+BATCH_DOCUMENTS, BATCH_CHARACTERS = 256, 2**20  # one call of the tokenizer ends at either
+IDLE_BATCHES = 8  # batches without one usable document after which the data counts as empty
+
+
+@dataclass(frozen=True)
+class Document:
+    """One tokenised document: `tokens` int64 [n]; `offset` int64 [n] in the generated span, -1 context."""
+
+    tokens: np.ndarray
+    offset: np.ndarray
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Packed rows (DESIGN section 2). int64 [B, L], but `epoch` and `number` [B], which seed the corruption.
+
+    `document` counts from 0 in each row, -1 is padding; `position` restarts in each document; `offset`
+    restarts in each generated span, -1 is context or padding.
+    """
+
+    tokens: Tensor
+    document: Tensor
+    position: Tensor
+    offset: Tensor
+    epoch: Tensor
+    number: Tensor
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+    def slice(self, start: int, stop: int) -> Rows:
+        """Rows start..stop-1, sharing memory."""
+        return Rows(*(getattr(self, field.name)[start:stop] for field in fields(self)))
+
+    def to(self, device: torch.device | str) -> Rows:
+        """The same rows on a device."""
+        return Rows(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
+
+
+# ---------------------------------------------------------------- documents: text -> tokens
+
+
+def encode(record: Record | Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Document:
+    """Tokenise one record; see `encode_batch`."""
+    return encode_batch([record if isinstance(record, Record) else Record(record, "record")], tokenizer)[0]
+
+
+def encode_batch(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> list[Document]:
+    """Tokenise records, in one call of the tokenizer.
+
+    {"text"}: [begin token if the tokenizer adds one] text, end token; offset 0..n-1.
+    {"prompt", "completion"}: the two are tokenised apart, so their border is exact; offset -1 in the
+        prompt, 0.. over the completion and its end token.
+    {"messages"}: the tokenizer's chat template; each assistant turn with its end-of-turn token is a span
+        with offset 0.., all else is context.
+    An empty text gives an empty document.
+
+    Raises:
+        UsageError: the tokenizer has no end token, or its chat template fails (file and line named).
+    """
+    end: Any = tokenizer.eos_token_id  # transformers types it too widely
+    if end is None:
+        raise UsageError("the tokenizer has no end token; set eos_token in its tokenizer_config.json")
+    begin: list[Any] = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    begin = begin if _ids([""], tokenizer, special=True)[0][:1] == begin else []
+    parts = [_segments(record, tokenizer) for record in records]
+    ids = iter(_ids([text for segments in parts for text, _ in segments], tokenizer))
+    documents = []
+    for record, segments in zip(records, parts, strict=True):
+        pieces = [(next(ids), generated) for _, generated in segments]
+        if "messages" not in record.value and any(piece for piece, _ in pieces):
+            pieces[0][0][:0] = begin
+            pieces[-1][0].extend([end] * record.ended)
+        tokens = [token for piece, _ in pieces for token in piece]
+        offsets = [np.arange(len(p)) if generated else np.full(len(p), -1) for p, generated in pieces]
+        documents.append(
+            Document(np.array(tokens, np.int64), np.concatenate(offsets or [np.empty(0)]).astype(np.int64))
+        )
+    return documents
+
+
+def _ids(texts: list[str], tokenizer: PreTrainedTokenizerBase, special: bool = False) -> list[list[int]]:
+    if not texts:
+        return []
+    encoded = tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False)
+    return encoded["input_ids"]  # pyright: ignore[reportReturnType]
+
+
+def _segments(record: Record, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
+    """The record as consecutive (text, generated?) segments."""
+    value = record.value
+    if "text" in value:
+        return [(value["text"], True)]
+    if "prompt" in value:
+        return [(value["prompt"], False), (value["completion"], True)]
+    return _chat_segments(value.get("messages"), value.get("tools"), record.where, tokenizer)
+
+
+def _chat_segments(
+    messages: Any, tools: Any, where: str, tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[str, bool]]:
+    """Split a rendered conversation at the borders of its assistant turns.
+
+    A turn starts where rendering all before it, with the generation prompt, ends: there decoding starts.
+    """
+    if not isinstance(messages, list) or not all(isinstance(m, Mapping) and "role" in m for m in messages):
+        raise UsageError(f"{where}: messages must be a list of objects with role and content")
+
+    def render(part: list[Any], prompt: bool = False) -> str:
+        try:
+            text = tokenizer.apply_chat_template(
+                part, tools=tools, tokenize=False, add_generation_prompt=prompt
+            )
+        except Exception as error:  # templates raise anything
+            raise UsageError(f"{where}: the chat template fails: {one_line(error)}") from None
+        assert isinstance(text, str)
+        return text
+
+    whole, done, segments = render(messages), 0, []
+    ends = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
+    for turn, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = render(messages[:turn], prompt=True)
+        stop = _turn_end(whole, len(before), render, messages, turn)
+        if not whole.startswith(before) or len(before) < done or stop is None:
+            raise UsageError(
+                f"{where}: the chat template does not render message {turn + 1} as a continuation of those "
+                "before it; use a template that does, or prompt and completion fields"
+            )
+        text = whole[len(before) : stop]
+        if text.rstrip().endswith(tuple(ends)):
+            text = text.rstrip()  # white space after the end-of-turn token is never generated
+        segments += [(whole[done : len(before)], False), (text, True)]
+        done = len(before) + len(text)
+    return [*segments, (whole[done:], False)]
+
+
+def _turn_end(
+    whole: str, start: int, render: Callable[[list[Any]], str], messages: list[Any], turn: int
+) -> int | None:
+    """Where the assistant turn that starts at `start` ends in the rendered conversation, None if unclear."""
+    upto = render(messages[: turn + 1])
+    if whole.startswith(upto) and len(upto) >= start:
+        return len(upto)
+    # Some templates (Qwen3) show a turn otherwise once others follow: look for what closes any turn.
+    marker = "\u2060turn\u2060"
+    closing = render([*messages[:turn], {**messages[turn], "content": marker}]).rpartition(marker)[2].rstrip()
+    found = whole.find(closing, start) if closing else -1
+    return None if found < 0 else found + len(closing)
+
+
+# ---------------------------------------------------------------- rows: documents -> [B, L]
+
+
+def cut(document: Document, row_length: int) -> list[Document]:
+    """Pieces of a document that each fit in a row.
+
+    Plain text longer than a row becomes several documents with offsets from 0. Other documents are
+    truncated at the end of the row, because a completion means little without its prompt; what then holds
+    no generated token is dropped.
+    """
+    n = len(document.tokens)
+    if n == 0 or not (document.offset >= 0).any():
+        return []
+    if document.offset[-1] == n - 1:  # one span from the first token on: plain text
+        bounds = range(0, n, row_length)
+        return [
+            Document(document.tokens[i : i + row_length], np.arange(min(row_length, n - i))) for i in bounds
+        ]
+    head = Document(document.tokens[:row_length], document.offset[:row_length])
+    return [head] if (head.offset >= 0).any() else []
+
+
+def pack(documents: Sequence[Document], row_length: int) -> list[list[Document]]:
+    """The pieces (`cut`) of all documents, each whole, in rows of at most `row_length` tokens.
+
+    A row takes the longest piece left, then the subset of the others that fills it best: with only a few
+    documents to a row, one by one best-fit-decreasing leaves more of it empty.
+    """
+    pieces = [piece for document in documents for piece in cut(document, row_length)]
+    rows = []
+    left = sorted(pieces, key=lambda piece: -len(piece.tokens))
+    while left:
+        longest, left = left[0], left[1:]
+        chosen = best_subset([len(piece.tokens) for piece in left], row_length - len(longest.tokens))
+        rows.append([longest, *(left[i] for i in chosen)])
+        taken = set(chosen)
+        left = [piece for i, piece in enumerate(left) if i not in taken]
+    return rows
+
+
+def best_subset(sizes: Sequence[int], room: int) -> list[int]:
+    """Indices of numbers in `sizes` (decreasing) with the largest sum <= room: dynamic programming on bits.
+
+    Bit s of `reach[i]` says that some of the first i sizes have the sum s. Where there are many sizes,
+    only the first are looked at: at least 256 of them, and enough for twice the room.
+    """
+    reach, mask, seen = [1], (1 << (room + 1)) - 1, 0
+    for i, size in enumerate(sizes):
+        if reach[-1] >> room & 1 or (i >= 256 and seen >= 2 * room):
+            break
+        reach.append(reach[-1] | (reach[-1] << size) & mask if size <= room else reach[-1])
+        seen += size if size <= room else 0
+    total, chosen = reach[-1].bit_length() - 1, []
+    for i in range(len(reach) - 2, -1, -1):
+        if not reach[i] >> total & 1:
+            chosen.append(i)
+            total -= sizes[i]
+    return chosen
+
+
+def collate(packed: Sequence[Sequence[Document]], row_length: int, pad: int, epoch: int, number: int) -> Rows:
+    """Rows from packed documents; `number` is that of the first row, `pad` the token of padding."""
+    shape = (len(packed), row_length)
+    tokens, position = np.full(shape, pad, np.int64), np.zeros(shape, np.int64)
+    document, offset = np.full(shape, -1, np.int64), np.full(shape, -1, np.int64)
+    for r, row in enumerate(packed):
+        start = 0
+        for d, piece in enumerate(row):
+            stop = start + len(piece.tokens)
+            tokens[r, start:stop], offset[r, start:stop] = piece.tokens, piece.offset
+            document[r, start:stop], position[r, start:stop] = d, np.arange(stop - start)
+            start = stop
+    numbers = torch.arange(number, number + len(packed))
+    parts = [torch.from_numpy(array) for array in (tokens, document, position, offset)]
+    return Rows(*parts, epoch=torch.full_like(numbers, epoch), number=numbers)
+
+
+def check_tokens(rows: Rows, vocab_size: int, mask_token_id: int | None) -> None:
+    """UsageError if a token lies outside the model's vocabulary, or the data uses the mask token."""
+    highest = int(rows.tokens.max()) if rows.tokens.numel() else 0
+    if highest >= vocab_size:
+        raise UsageError(
+            f"token id {highest} is outside the model's vocabulary of {vocab_size}; "
+            "use the tokenizer that belongs to the model"
+        )
+    if mask_token_id is not None and bool(((rows.tokens == mask_token_id) & (rows.document >= 0)).any()):
+        raise UsageError(
+            f"mask token id {mask_token_id} is used in the data; set model.mask_token to an unused token"
+        )
+
+
+class RowStream:
+    """Endless rows in an order that depends on (config, seed) only, so it is the same on every rank.
+
+    Documents are drawn from the sources with probability proportional to weight (document n's source
+    depends on (seed, n) only) and packed a chunk of about CHUNK_ROWS rows at a time. `state` names the
+    start of the chunk and how many of its rows are used; resuming makes the chunk again.
+
+    Attributes:
+        truncated: documents cut short at the end of a row so far (prompt or chat documents only).
+        skipped: documents so far with nothing to generate (empty, or a prompt that fills the row).
+    """
+
+    def __init__(
+        self, config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int, held_out: bool = False
+    ) -> None:
+        """Open all sources, read the first documents. UsageError as `read_source`, or if there are none."""
+        self._config, self._tokenizer, self._seed, self._held_out = config, tokenizer, seed, held_out
+        self._cursors: list[Cursor | HubStream] = []
+        self._split: list[bool] = []
+        for k, source in enumerate(config.sources):
+            opened = read_source(source, held_out, part_bytes=max(8192, 16 * config.row_length))
+            self._cursors.append(Cursor(opened, [seed, k]) if isinstance(opened, Records) else opened)
+            self._split.append(not isinstance(opened, Records) or opened.split_by_hash)
+        weights = np.array([source.weight for source in config.sources])
+        self._borders = np.cumsum(weights / weights.sum())
+        self._queue: deque[tuple[list[Document], dict[str, Any]]] = deque()  # pieces, position before them
+        self._drawn = self.truncated = self.skipped = 0
+        self._first = self._taken = 0  # number of the chunk's first row; its rows used so far
+        self._chunk: Rows | None = None
+        self._fill()
+        self._start = self._queue[0][1]  # position of the chunk's first document
+
+    def next(self, rows: int) -> Rows:
+        """The next `rows` rows: the next global batch."""
+        parts, missing = [], rows
+        while missing:
+            if self._chunk is None:
+                self._chunk = self._make_chunk()
+            part = self._chunk.slice(self._taken, min(self._taken + missing, len(self._chunk)))
+            self._taken, missing = self._taken + len(part), missing - len(part)
+            parts.append(part)
+            if self._taken == len(self._chunk):
+                self._first, self._taken, self._chunk = self._first + self._taken, 0, None
+                self._start = self._peek()[1]
+        return Rows(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Rows)))
+
+    def state(self) -> dict[str, Any]:
+        """Small and JSON-serialisable: what `load_state` needs to give exactly the next rows."""
+        return {"start": self._start, "first": self._first, "taken": self._taken}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state` was taken. UsageError if it belongs to other sources."""
+        start = state["start"]
+        if len(start["sources"]) != len(self._cursors):
+            raise UsageError(
+                f"the saved data position has {len(start['sources'])} sources, data.sources has "
+                f"{len(self._cursors)}; resume with the configuration of the run"
+            )
+        for cursor, place in zip(self._cursors, start["sources"], strict=True):
+            cursor.load_state(place)
+        self._drawn, self.truncated, self.skipped = start["drawn"], start["truncated"], start["skipped"]
+        self._queue.clear()
+        self._start, self._first, self._taken, self._chunk = start, state["first"], state["taken"], None
+
+    def _make_chunk(self) -> Rows:
+        """Pack the next documents; then fill what is left with documents while the next one fits."""
+        length, tokens = self._config.row_length, 0
+        pieces: list[Document] = []
+        while tokens < CHUNK_ROWS * length:
+            self._peek()
+            pieces += (document := self._queue.popleft()[0])
+            tokens += sum(len(piece.tokens) for piece in document)
+        packed = pack(pieces, length)
+        room = [length - sum(len(piece.tokens) for piece in row) for row in packed]
+        while (size := len((document := self._peek()[0])[-1].tokens)) <= max(room):
+            self._queue.popleft()
+            best = min((free, row) for row, free in enumerate(room) if free >= size)[1]
+            packed[best].append(document[-1])
+            room[best] -= size
+            packed += [[piece] for piece in document[:-1]]  # these fill a row each
+            room += [0] * len(document[:-1])
+        order = np.random.default_rng([self._seed, self._first]).permutation(len(packed))
+        pad: Any = self._tokenizer.pad_token_id
+        pad = self._tokenizer.eos_token_id if pad is None else pad
+        epoch = self._start["sources"][0]["epoch"]
+        return collate([packed[i] for i in order], length, pad, epoch, self._first)
+
+    def _peek(self) -> tuple[list[Document], dict[str, Any]]:
+        """The next document, as pieces that fit in a row, and the position before it."""
+        if not self._queue:
+            self._fill()
+        return self._queue[0]
+
+    def _fill(self) -> None:
+        """Read and tokenise the next documents and queue those that have something to generate."""
+        length = self._config.row_length
+        for _ in range(IDLE_BATCHES):
+            records: list[Record] = []
+            places: list[dict[str, Any]] = []
+            characters = 0
+            while len(records) < BATCH_DOCUMENTS and characters < BATCH_CHARACTERS:
+                places.append({"drawn": self._drawn, "sources": [c.state() for c in self._cursors]})
+                records.append(self._draw())
+                characters += sum(len(str(value)) for value in records[-1].value.values())
+            for document, place in zip(encode_batch(records, self._tokenizer), places, strict=True):
+                place.update(truncated=self.truncated, skipped=self.skipped)
+                pieces = cut(document, length)
+                self.skipped += not pieces
+                self.truncated += sum(len(piece.tokens) for piece in pieces) < len(document.tokens)
+                if pieces:
+                    self._queue.append((pieces, place))
+            if self._queue:
+                return
+        raise UsageError(
+            f"data: no document has anything to generate within data.row_length={length}; "
+            "use longer rows or other data"
+        )
+
+    def _draw(self) -> Record:
+        """The next record on this side of the held-out border."""
+        point = np.random.default_rng([self._seed, self._drawn]).random() if len(self._cursors) > 1 else 0.0
+        k = int(np.searchsorted(self._borders[:-1], point, side="right"))
+        cursor, share = self._cursors[k], self._config.held_out
+        self._drawn += 1
+        epoch = cursor.epoch
+        while cursor.epoch <= epoch + 1:  # one whole epoch at least
+            record = cursor.take()
+            if not self._split[k] or is_held_out(record, share) == self._held_out:
+                return record
+        side = "is held out" if self._held_out else "is left for training"
+        raise UsageError(
+            f"data source {self._config.sources[k].path}: no document {side} with data.held_out={share}; "
+            "change data.held_out or give more documents"
+        )

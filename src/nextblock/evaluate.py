@@ -1,0 +1,248 @@
+"""Measure a model: bits per byte (AR exact, diffusion bound) and accuracy on the built-in tasks."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from nextblock.attention_mask import block_diffusion_rule
+from nextblock.config import BlockDiffusionSettings, RecipeConfig, UsageError
+from nextblock.corruption import UNSCORED, MaskDraw, TwoView, corrupt
+from nextblock.data import Rows
+from nextblock.generate import BlockDiffusionLM
+from nextblock.model import Decoder
+from nextblock.tasks import Task
+
+
+@dataclass(frozen=True)
+class BitsPerByte:
+    """Held-out compression. `value` is exact for the AR measure and an upper bound for diffusion."""
+
+    measure: str
+    block_size: int | None
+    value: float
+    bytes: int
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """How one mode does on one task; speeds are of batch 1.
+
+    tokens_per_forward: generated tokens over forwards, all of them counted: prefill, denoise, check, commit.
+    equal_to_ar: share of prompts whose tokens equal AR mode's; None when there was nothing to compare with.
+    """
+
+    task: str
+    mode: str
+    threshold: float | None
+    block_size: int
+    accuracy: float
+    examples: int
+    tokens_per_forward: float
+    tokens_per_second: float
+    equal_to_ar: float | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def mask_by_count(generator: np.random.Generator, maskable: np.ndarray) -> list[np.ndarray]:
+    """In each block m ~ Uniform{1..n} of its n maskable tokens, a random subset: the draw behind the bound."""
+    count = maskable.sum(axis=1)
+    masked = np.ceil(generator.random(len(maskable)) * count)
+    order = np.where(maskable, generator.random(maskable.shape), 2.0).argsort(axis=1).argsort(axis=1)
+    return [maskable & (order < masked[:, None])]
+
+
+@torch.no_grad()
+def bits_per_byte(
+    decoder: Decoder,
+    tokenizer: Any,
+    rows: Rows,
+    settings: BlockDiffusionSettings | None = None,
+    *,
+    draws: int = 8,
+    batch_rows: int = 4,
+) -> list[BitsPerByte]:
+    """Bits per UTF-8 byte of the generated tokens in `rows`; the first token of a plain document is given.
+
+    AR: exact, from the clean half. Diffusion, where `settings` names a block size: the order-agnostic bound
+    -log p(block) <= E_m[n / m * sum over m masked of -log p(x_i | rest)], m ~ Uniform{1..n}, with the first
+    token of each block from the AR head as in decoding (when prediction is shifted).
+
+    Args:
+        decoder, tokenizer: the model.
+        rows: held-out rows.
+        settings: block size, mask token, context and prediction of the diffusion bound.
+        draws: noise draws averaged over.
+        batch_rows: rows in one forward pass.
+    """
+    size = settings.block_size if settings else 1
+    shifted = settings is None or settings.prediction == "shifted"
+    recipe = RecipeConfig(prediction="shifted" if shifted else "aligned")
+    mask_id = settings.mask_token_id if settings else 0
+    contexts = ["context_causal"] + ([settings.context] if settings else [])
+    scored_bytes = _scored_bytes(rows, tokenizer)
+    ar_nats = first_nats = bound_nats = 0.0
+    for start in range(0, len(rows), batch_rows):
+        batch = rows.slice(start, start + batch_rows)
+
+        def view_of(block_size: int, draw: int, draw_masks: MaskDraw, batch: Rows = batch) -> TwoView:
+            view = corrupt(
+                batch,
+                block_size,
+                mask_token_id=mask_id,
+                end_token_id=tokenizer.eos_token_id,
+                recipe=recipe,
+                seed=0,
+                step=draw,
+                draw=draw_masks,
+            )
+            return view.to(decoder.device)
+
+        clean = view_of(1, 0, lambda generator, maskable: [np.zeros_like(maskable)])
+        nats = _nats(decoder, clean, contexts[0])
+        ar_nats += float(nats.sum())
+        if settings is None:
+            continue
+        if settings.context == "block_causal":
+            nats = _nats(decoder, clean_blocks(view_of(size, 0, mask_by_count)), settings.context)
+        if shifted:
+            begins = torch.zeros_like(batch.offset, dtype=torch.bool)
+            begins[:, :-1] = (batch.offset[:, 1:] >= 0) & (batch.offset[:, 1:] % size == 0)
+            first_nats += float(nats[begins.to(nats.device)].sum())
+        for draw in range(draws):
+            view = view_of(size, draw, mask_by_count)
+            nats = _nats(decoder, view, settings.context)[:, : view.noised_length]
+            bound_nats += float((nats * _bound_weights(view, shifted).to(nats.device)).sum()) / draws
+    to_bits = 1 / (math.log(2) * scored_bytes)
+    results = [BitsPerByte("AR (exact)", None, ar_nats * to_bits, scored_bytes)]
+    if settings is not None:
+        total = (first_nats + bound_nats) * to_bits
+        results.append(BitsPerByte("diffusion (bound)", size, total, scored_bytes))
+    return results
+
+
+def clean_blocks(view: TwoView) -> TwoView:
+    """The clean half alone."""
+    n = view.noised_length
+    places = {k: v if k == "seed" else v[:, n:] for k, v in vars(view.places).items()}
+    return TwoView(view.tokens[:, n:], type(view.places)(**places), view.target[:, n:], 0)
+
+
+def _nats(decoder: Decoder, view: TwoView, context: Any) -> torch.Tensor:
+    """-log p of each position's target, 0 where there is none: float32 [B, T]."""
+    mask = decoder.masks(block_diffusion_rule(context), view.places)
+    hidden = decoder.hidden(view.tokens, view.places.position, mask)
+    scored = view.target != UNSCORED
+    nats = torch.zeros(view.target.shape, device=hidden.device)
+    logits = decoder.logits(hidden[scored]).float()
+    nats[scored] = functional.cross_entropy(logits, view.target[scored], reduction="none")
+    return nats
+
+
+def _bound_weights(view: TwoView, shifted: bool) -> torch.Tensor:
+    """n / m of each noised slot's block: maskable over masked tokens, [B, N]."""
+    n = view.noised_length
+    places = view.places
+    block = torch.stack([places.document[:, :n], places.block_start[:, :n]], dim=-1).cpu()
+    weights = torch.zeros(block.shape[:2])
+    scored = (view.target[:, :n] != UNSCORED).cpu()
+    for row in range(len(block)):
+        _, inverse, slots = torch.unique_consecutive(block[row], dim=0, return_inverse=True, return_counts=True)
+        masked = torch.zeros_like(slots).index_add_(0, inverse, scored[row].long())
+        weights[row] = ((slots - int(shifted)) / masked.clamp_min(1))[inverse]
+    return weights
+
+
+def _scored_bytes(rows: Rows, tokenizer: Any) -> int:
+    """UTF-8 bytes of all tokens that the AR loss scores, end tokens counting none."""
+    total = 0
+    for row in range(len(rows)):
+        document, offset, tokens = rows.document[row], rows.offset[row], rows.tokens[row]
+        for index in range(int(document.max()) + 1):
+            scored = (document == index) & (offset >= 0)
+            scored &= ~((offset == 0) & (rows.position[row] == 0))
+            text = tokenizer.decode(tokens[scored].tolist(), skip_special_tokens=True)
+            total += len(text.encode("utf-8"))
+    return total
+
+
+def score_task(
+    lm: BlockDiffusionLM,
+    task: Task,
+    *,
+    mode: str,
+    examples: int = 200,
+    threshold: float | None = 0.9,
+    block_size: int | None = None,
+    batch_size: int = 25,
+    timed: int = 16,
+    max_new_tokens: int = 160,
+    split: str = "test",
+    reference: Sequence[str] | None = None,
+    on_example: Callable[[int], None] | None = None,
+) -> tuple[TaskScore, list[str]]:
+    """Accuracy, tokens per forward and tokens per second of one mode on one task, greedy.
+
+    Args:
+        lm: the model.
+        task: a built-in task.
+        mode: "ar", "diffusion" or "speculative".
+        examples: held-out prompts, decoded in batches of `batch_size`.
+        timed: of these, so many are decoded again one at a time, for the speed at batch 1.
+        reference: AR mode's answers to the same prompts, to compare with.
+        on_example: called with the number of prompts just done.
+    Returns:
+        The score, and the answers in order.
+    Raises:
+        UsageError: a model without tokenizer, or a mode that it cannot decode in.
+    """
+    if lm.tokenizer is None:
+        raise UsageError("this model folder has no tokenizer; scoring a task reads and writes text")
+    cases = [task.example(split, index) for index in range(examples)]
+    options: dict[str, Any] = {"mode": mode, "max_new_tokens": max_new_tokens}
+    if mode != "ar" and block_size is not None:
+        options["block_size"] = block_size
+    if mode == "diffusion":
+        options["threshold"] = threshold
+    answers: list[str] = []
+    row_forwards = new_tokens = 0.0
+    for start in range(0, examples, batch_size):
+        prompts = [case.prompt for case in cases[start : start + batch_size]]
+        out = lm.generate(prompts, **options)
+        answers += out.texts
+        new_tokens += out.stats.new_tokens
+        row_forwards += out.stats.new_tokens / max(out.stats.tokens_per_forward, 1e-9)
+        if on_example:
+            on_example(len(prompts))
+    lm.generate(cases[0].prompt, **options)  # warm up
+    started, timed_tokens = time.perf_counter(), 0
+    for case in cases[:timed]:
+        timed_tokens += lm.generate(case.prompt, **options).stats.new_tokens
+    seconds = time.perf_counter() - started
+    right = sum(task.grade(answer, case) for answer, case in zip(answers, cases, strict=True))
+    equal = None
+    if reference is not None:
+        equal = sum(a == b for a, b in zip(answers, reference, strict=True)) / examples
+    size = 1 if mode == "ar" else int(block_size or (lm.settings.block_size if lm.settings else 1))
+    score = TaskScore(
+        task=task.name,
+        mode=mode,
+        threshold=threshold if mode == "diffusion" else None,
+        block_size=size,
+        accuracy=right / examples,
+        examples=examples,
+        tokens_per_forward=new_tokens / row_forwards,
+        tokens_per_second=timed_tokens / seconds,
+        equal_to_ar=equal,
+    )
+    return score, answers

@@ -1,0 +1,218 @@
+"""`load` a checkpoint and `generate`: prompts in; texts, token ids and honest counts out.
+
+Letters: B prompts, T tokens.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Unpack
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from nextblock.batch import Batch, Processor, Row
+from nextblock.config import BlockDiffusionSettings, UsageError, nearest
+from nextblock.decode import decode
+from nextblock.events import Committed, Event, Finish, RowFinished, Stats
+from nextblock.model import Decoder, choose_attention, load_model, load_tokenizer, read_config, read_settings
+from nextblock.request import GenerateOptions, Prompts, Request, make_request
+from nextblock.text import TextStream
+
+
+@dataclass
+class Generation:
+    """What `generate` returns.
+
+    texts: answers, without special tokens and cut before a stop string; empty without a tokenizer.
+    sequences: int64 [B, T], prompt and answer, padded on the right.
+    answers: token ids of each answer, end token included.
+    finish: why each answer ended.
+    stats: what it cost.
+    """
+
+    texts: list[str]
+    sequences: Tensor
+    answers: list[list[int]]
+    finish: list[Finish]
+    stats: Stats
+
+
+class Stream(Iterator[Event]):
+    """The events of one call, as they happen; `rows` and `stats` grow with them."""
+
+    def __init__(self, request: Request, stats: Stats, events: Iterator[Event]) -> None:
+        self.rows: list[Row] = request.rows
+        self.stop = request.stop
+        self.stats = stats
+        self._events = events
+
+    def __next__(self) -> Event:
+        return next(self._events)
+
+
+@dataclass
+class BlockDiffusionLM:
+    """A model, its tokenizer (None: token ids only) and its block-diffusion settings (None: ar mode only)."""
+
+    model: PreTrainedModel
+    tokenizer: Any
+    settings: BlockDiffusionSettings | None = None
+    decoder: Decoder = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.decoder = Decoder(self.model)
+
+    def generate(self, prompts: Prompts, **options: Unpack[GenerateOptions]) -> Generation:
+        """Answer every prompt.
+
+        Args:
+            prompts: one text, a list of texts, one chat (a list of {"role", "content"}), a list of chats, or
+                token ids int64 [B, T].
+            options: see `GenerateOptions` and `sampling.DecodingConfig`; what is left out is taken from the
+                checkpoint's `decoding` settings, then from the defaults of `DecodingConfig`.
+        Raises:
+            UsageError: bad input, in one line.
+        """
+        began = time.perf_counter()
+        request = make_request(self.decoder, self.tokenizer, self.settings, prompts, options)
+        stream = self.run(request, began)
+        for _ in stream:
+            pass
+        rows = stream.rows
+        return Generation(
+            texts=[] if self.tokenizer is None else [self._text(r, s) for r, s in zip(rows, stream.stop, strict=True)],
+            sequences=sequences(rows, self._padding_id(rows)).to(self.decoder.device),
+            answers=[row.answer for row in rows],
+            finish=[row.finish for row in rows if row.finish is not None],
+            stats=stream.stats,
+        )
+
+    def stream(self, prompts: Prompts, **options: Unpack[GenerateOptions]) -> Stream:
+        """The same as `generate`, as an iterator of events. Bad input is refused here, not at the first event."""
+        request = make_request(self.decoder, self.tokenizer, self.settings, prompts, options)
+        return self.run(request, time.perf_counter())
+
+    def stream_text(self, prompts: Prompts, **options: Unpack[GenerateOptions]) -> Iterator[tuple[int, str]]:
+        """The same as `generate`, as pieces (row, text); no piece splits a character or is ever taken back."""
+        if self.tokenizer is None:
+            raise UsageError("stream_text: this model has no tokenizer; use `stream`, which gives token ids")
+        request = make_request(self.decoder, self.tokenizer, self.settings, prompts, options)
+        return self._pieces(self.run(request, time.perf_counter()))
+
+    def _pieces(self, stream: Stream) -> Iterator[tuple[int, str]]:
+        texts = [TextStream(self.tokenizer, stop) for stop in stream.stop]
+        for event in stream:
+            row, text = stream.rows[event.row], texts[event.row]
+            # In diffusion mode a block is decided in any order: `answer` is what is decided without a gap.
+            for token in row.answer[len(text.tokens) :]:
+                if piece := text.put(token):
+                    yield event.row, piece
+            if isinstance(event, RowFinished) and (piece := text.end()):
+                yield event.row, piece
+
+    def run(self, request: Request, began: float, processor: Processor | None = None) -> Stream:
+        """Decode a checked request.
+
+        Args:
+            began: `time.perf_counter()` when the clock started.
+            processor: logits processors, for ar and speculative mode.
+        """
+        stats = Stats(rows=len(request.rows))
+        return Stream(request, stats, self._events(request, stats, began, processor))
+
+    def _events(self, request: Request, stats: Stats, began: float, processor: Processor | None) -> Iterator[Event]:
+        rows, config = request.rows, request.config
+        counted = [0] * len(rows)
+        with _dense_attention(self.model):
+            events: Iterator[Event] | None = None
+            while True:
+                # Entered anew for each event: an iterator must not leave a global switch on between two.
+                with torch.inference_mode():
+                    if events is None:
+                        events = decode(Batch(self.decoder, self.settings, config, rows, stats, processor))
+                    event = next(events, None)
+                stats.seconds = time.perf_counter() - began
+                if event is None:
+                    return
+                if isinstance(event, Committed):
+                    stats.first_token_seconds = stats.first_token_seconds or stats.seconds
+                    counted[event.row] += 1
+                    stats.new_tokens += 1
+                elif isinstance(event, RowFinished):  # without what was decided behind an end token
+                    stats.new_tokens += event.tokens - counted[event.row]
+                yield event
+
+    def _text(self, row: Row, stop: tuple[str, ...]) -> str:
+        text = self.tokenizer.decode(row.answer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        if row.finish == "stop_string":
+            text = text[: min((at for s in stop if (at := text.find(s)) >= 0), default=len(text))]
+        return text
+
+    def _padding_id(self, rows: list[Row]) -> int:
+        for source in (self.tokenizer, self.model.config):
+            if (found := getattr(source, "pad_token_id", None)) is not None:
+                return int(found)
+        return min(rows[0].end_tokens, default=0)
+
+
+@contextmanager
+def _dense_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Decoding brings dense masks, which FlexAttention does not take: SDPA meanwhile."""
+    if model.config._attn_implementation != "flex_attention":
+        yield
+        return
+    model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation("flex_attention")
+
+
+def sequences(rows: list[Row], padding: int) -> Tensor:
+    """int64 [B, T]: what stood in front of the prompt, prompt, answer, padding."""
+    lines = [row.padding + row.prompt + row.answer for row in rows]
+    longest = max(map(len, lines))
+    return torch.tensor([line + [padding] * (longest - len(line)) for line in lines])
+
+
+def load(
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    attention: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> BlockDiffusionLM:
+    """Load a checkpoint with its tokenizer and settings; a plain AR model loads too, for ar mode.
+
+    Args:
+        path: shipped name, local folder or Hub id.
+        dtype: None: float32 on CPU, the checkpoint's own elsewhere.
+        device: None: CUDA if there is one.
+        attention: "auto" (SDPA, or eager where scores are soft-capped), "sdpa" or "eager".
+    Raises:
+        UsageError: what cannot be loaded.
+    """
+    choices = ("auto", "sdpa", "eager")
+    if attention not in choices:
+        raise UsageError(f"attention={attention!r} cannot decode with dense masks{nearest(attention, choices)}")
+    config = read_config(path, revision, trust_remote_code)
+    settings = read_settings(config)
+    if attention == "auto":
+        attention = choose_attention(config, "auto", torch.device("cpu"))
+    model = load_model(
+        path,
+        dtype=dtype,
+        attention=attention,
+        device=device,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+    return BlockDiffusionLM(model, load_tokenizer(path, revision, trust_remote_code), settings)

@@ -1,0 +1,149 @@
+"""What a person watches in the terminal: the training bar, and a text coming out of the noise."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from nextblock.events import Committed, Event, Rejected, RowFinished
+from nextblock.train import StepMetrics
+
+MASK_CELL = "░"
+
+
+class TrainingBar(AbstractContextManager["TrainingBar"]):
+    """A progress bar with step, block size, both losses, tokens per second and the time left.
+
+    Where standard error is no terminal, a line is printed every `every` steps instead.
+    """
+
+    def __init__(self, steps: int, *, start: int = 0, console: Console | None = None, every: int = 50) -> None:
+        self.console = console or Console(stderr=True)
+        self.steps, self.every = steps, every
+        self.progress = Progress(
+            TextColumn("[bold]training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self.task = self.progress.add_task("training", total=steps, completed=start, status="")
+        self.speed: float | None = None
+
+    def __enter__(self) -> TrainingBar:
+        self.progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.progress.stop()
+
+    def update(self, metrics: StepMetrics) -> None:
+        """Show one finished step."""
+        new = metrics.tokens_per_second
+        self.speed = new if self.speed is None else 0.9 * self.speed + 0.1 * new
+        diffusion = "-" if math.isnan(metrics.diffusion_loss) else f"{metrics.diffusion_loss:.3f}"
+        ar = "-" if math.isnan(metrics.ar_loss) else f"{metrics.ar_loss:.3f}"
+        status = f"block {metrics.block_size:<3d} diffusion loss {diffusion}  AR loss {ar}  {self.speed:,.0f} tokens/s"
+        self.progress.update(self.task, completed=metrics.step + 1, status=status)
+        last = metrics.step + 1 == self.steps
+        if not self.console.is_terminal and (metrics.step % self.every == 0 or last):
+            self.console.print(f"step {metrics.step + 1}/{self.steps}  {status}", soft_wrap=True)
+
+
+class DenoisingView:
+    """Builds up what one row looks like from its events, and every frame of it for the report."""
+
+    def __init__(self, tokenizer: Any, block_size: int) -> None:
+        self.tokenizer, self.block_size = tokenizer, block_size
+        self.tokens: dict[int, tuple[int, float, int]] = {}
+        self.steps: list[list[str | None]] = []
+        self.confidence: list[list[float | None]] = []
+        self.step, self.end = 0, None
+
+    def feed(self, event: Event) -> bool:
+        """Take in an event of row 0; True when what is shown has changed."""
+        if isinstance(event, Committed):
+            if event.step != self.step:
+                self._keep()
+            self.step = event.step
+            self.tokens[event.offset] = (event.token, event.confidence, event.step)
+        elif isinstance(event, RowFinished):
+            self.end = event.tokens
+            self._keep()
+        return isinstance(event, Committed | Rejected | RowFinished)
+
+    def _keep(self) -> None:
+        if self.tokens:
+            offsets = range(self.width())
+            self.steps.append([self._piece(self.tokens[i][0]) if i in self.tokens else None for i in offsets])
+            self.confidence.append([self.tokens[i][1] if i in self.tokens else None for i in offsets])
+
+    def width(self) -> int:
+        """Slots shown: whole blocks up to the last decided token, cut at the end once it is known."""
+        if self.end is not None:
+            return self.end
+        return (max(self.tokens) // self.block_size + 1) * self.block_size if self.tokens else self.block_size
+
+    def _piece(self, token: int) -> str:
+        return str(self.tokenizer.decode([token]))
+
+    def render(self, prompt: str) -> Group:
+        """Prompt and answer; masks as shaded cells, the newest tokens bright, sure ones green."""
+        text = Text(prompt, style="dim")
+        for offset in range(self.width()):
+            if offset not in self.tokens:
+                text.append(MASK_CELL, style="grey50")
+                continue
+            token, confidence, step = self.tokens[offset]
+            colour = "green" if confidence > 0.9 else "yellow" if confidence > 0.5 else "red"
+            text.append(self._piece(token), style=f"bold {colour}" if step == self.step else colour)
+        return Group(Panel(text, title=f"forward {self.step}", title_align="left"))
+
+
+def show_denoising(
+    events: Iterable[Event],
+    tokenizer: Any,
+    prompt: str,
+    block_size: int,
+    *,
+    console: Console,
+    seconds: float = 0.0,
+) -> DenoisingView:
+    """Show one row's events live, each frame for at least `seconds`; without a terminal only its end."""
+    view = DenoisingView(tokenizer, block_size)
+    if not console.is_terminal:
+        for event in events:
+            view.feed(event)
+        console.print(view.render(prompt))
+        return view
+    with Live(console=console, refresh_per_second=30, transient=False) as live:
+        shown = 0
+        for event in events:
+            if view.feed(event) and (view.step != shown or isinstance(event, RowFinished)):
+                shown = view.step
+                live.update(view.render(prompt), refresh=True)
+                time.sleep(seconds)
+    return view

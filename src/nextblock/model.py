@@ -1,0 +1,455 @@
+"""Open any Hugging Face decoder: load it, find or make its mask token, check that it obeys a caller's
+mask and positions, and run hidden states and logits apart.
+
+No family is known by name. What a model cannot do is found by running it (`probe`) and ends in one line.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from nextblock.attention_mask import Places, Rule, to_block_mask, to_dense, within_window
+from nextblock.config import BlockDiffusionSettings, ModelConfig, UsageError, nearest, validate
+
+SHIPPED = ("tiny-ar", "tiny-bd")
+MASK_TOKEN = "<|mask|>"
+AttentionMask = Tensor | BlockMask | dict[str, Tensor | BlockMask]
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A causal LM with hidden states and logits apart, and masks in the form that its layers read.
+
+    Legend of shapes: B rows, T tokens, D hidden size, V vocabulary.
+    """
+
+    model: PreTrainedModel
+
+    @property
+    def device(self) -> torch.device:
+        """Where the embeddings are, so where token ids must be."""
+        return self.model.get_input_embeddings().weight.device  # type: ignore[union-attr]
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the input embedding; token ids are below it."""
+        return cast(nn.Embedding, self.model.get_input_embeddings()).num_embeddings
+
+    @property
+    def max_positions(self) -> int | None:
+        """Longest sequence that the model's positions allow, if it says."""
+        return getattr(self.model.config, "max_position_embeddings", None)
+
+    @property
+    def attention(self) -> str:
+        """Name of the attention implementation that transformers runs."""
+        return cast(str, self.model.config._attn_implementation)
+
+    @property
+    def windows(self) -> dict[str, int | None]:
+        """Kind of layer -> its sliding window in positions, None for full attention."""
+        return layer_windows(self.model.config)
+
+    def hidden(self, tokens: Tensor, position: Tensor, mask: AttentionMask | None, cache: Any = None) -> Tensor:
+        """Final hidden states, after the last norm.
+
+        Args:
+            tokens, position: int64 [B, T].
+            mask: from `masks` or `decode_masks`; None: plain causal.
+            cache: a transformers cache to read and write; None: none.
+        Returns:
+            [B, T, D] in the model's dtype.
+        """
+        output = self.model.base_model(
+            input_ids=tokens,
+            position_ids=position,
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
+        return output.last_hidden_state
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., D] -> [..., V] in the head's dtype, with the scaling and soft cap that the config names."""
+        config = self.model.config
+        logits = cast(nn.Module, self.model.get_output_embeddings())(hidden)
+        if (scale := getattr(config, "logit_scale", None)) is not None:
+            logits = logits * scale
+        if (divisor := getattr(config, "logits_scaling", None)) is not None:
+            logits = logits / divisor
+        if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
+            logits = torch.tanh(logits / cap) * cap
+        return logits
+
+    def masks(self, rule: Rule, places: Places) -> AttentionMask:
+        """The rule in the form this model's layers read: dense or BlockMask, one for each kind of layer."""
+        longest = int(places.position.max()) + 1
+        build = to_block_mask if self.attention == "flex_attention" else to_dense
+        built: dict[int | None, Any] = {}
+        for window in self.windows.values():
+            window = None if window is None or window >= longest else window
+            if window not in built:
+                built[window] = self.prepare_dense(build(within_window(rule, window), places))
+        return self.by_kind({k: built.get(w, built.get(None)) for k, w in self.windows.items()})
+
+    def prepare_dense(self, mask: Tensor | BlockMask) -> Tensor | BlockMask:
+        """Eager attention adds its mask to the scores; the others read booleans."""
+        if self.attention != "eager" or isinstance(mask, BlockMask):
+            return mask
+        lowest = torch.finfo(self.model.dtype).min
+        return torch.zeros(mask.shape, dtype=self.model.dtype, device=mask.device).masked_fill(~mask, lowest)
+
+    def by_kind(self, masks: dict[str, Any]) -> AttentionMask:
+        """One mask for a model with one kind of layer, a dict by kind for the others."""
+        return next(iter(masks.values())) if len(masks) == 1 else masks
+
+
+def layer_windows(config: PreTrainedConfig) -> dict[str, int | None]:
+    """Kind of layer -> sliding window, read from the config.
+
+    Raises:
+        UsageError: a kind of layer other than full or sliding attention.
+    """
+    window = getattr(config, "sliding_window", None)
+    if getattr(config, "use_sliding_window", True) is False:
+        window = None
+    kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or []))
+    for kind in kinds:
+        if kind not in ("full_attention", "sliding_attention"):
+            raise UsageError(
+                f"architecture '{config.model_type}' has layers of kind '{kind}', which cannot take a block "
+                "mask; use a decoder with full or sliding-window attention"
+            )
+    if not kinds:
+        return {"sliding_attention" if window else "full_attention": window}
+    return {kind: window if kind == "sliding_attention" else None for kind in kinds}
+
+
+def resolve(path: str | Path) -> str:
+    """A shipped model's name, a local folder or a Hub id -> what `from_pretrained` takes.
+
+    Raises:
+        UsageError: nothing of that name, or a folder that holds no model or no safetensors weights.
+    """
+    name = str(path)
+    if name in SHIPPED:
+        return str(resources.files("nextblock") / "assets" / name)
+    folder = Path(name).expanduser()
+    if folder.is_file():
+        raise UsageError(f"model {name} is a file; give the folder that holds config.json")
+    if not folder.exists():
+        if name.startswith((".", "/", "~")) or name.count("/") > 1:
+            raise UsageError(
+                f"model folder {name} does not exist; give a local folder, a Hub id, or one of {', '.join(SHIPPED)}"
+            )
+        return name
+    if not (folder / "config.json").is_file():
+        raise UsageError(f"model folder {name} has no config.json; give the folder of a Hugging Face model")
+    try:
+        json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot read {folder / 'config.json'}: {error}") from None
+    if not any(folder.glob("*.safetensors")):
+        raise UsageError(f"model folder {name} has no weights (*.safetensors); weights are read from safetensors only")
+    return str(folder)
+
+
+def read_config(path: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The model's config, refused in one line where the architecture cannot be adapted."""
+    source = resolve(path)
+    try:
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers raises many kinds here; each means the same to the user
+        raise UsageError(f"cannot load model {path}: {_first_line(error)}{_suggest(str(path))}") from None
+    check_architecture(config)
+    return config
+
+
+def check_architecture(config: PreTrainedConfig) -> None:
+    """Refuse what is known, before any weight is read, not to work: encoders, state-space, linear attention."""
+    kind = config.model_type
+    mapping: Any = AutoModelForCausalLM._model_mapping
+    remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if config.is_encoder_decoder or (type(config) not in mapping and not remote):
+        raise UsageError(f"architecture '{kind}' is not a causal decoder; use a model of AutoModelForCausalLM")
+    if not remote and getattr(mapping[type(config)], "_is_stateful", False):
+        raise UsageError(
+            f"architecture '{kind}' carries a recurrent state, which a block mask cannot reach; "
+            "use a decoder with softmax attention in every layer"
+        )
+    layer_windows(config)
+
+
+def load_model(
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    attention: str = "auto",
+    device: str | torch.device | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Load a causal LM from safetensors and put it in eval mode.
+
+    Args:
+        path: shipped name, local folder or Hub id.
+        dtype: None: float32 on CPU, the checkpoint's own elsewhere.
+        attention: "auto", "sdpa", "flex_attention" or "eager".
+        device: None: CUDA if there is one.
+    Raises:
+        UsageError: what cannot be loaded or adapted.
+    """
+    config = read_config(path, revision, trust_remote_code)
+    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    wanted: Any = dtype or (torch.float32 if target.type == "cpu" else "auto")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            resolve(path),
+            config=config,
+            dtype=wanted,
+            attn_implementation=choose_attention(config, attention, target),
+            use_safetensors=True,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+        )
+    except Exception as error:
+        raise UsageError(f"cannot load model {path}: {_first_line(error)}") from None
+    return cast(Any, model).to(target).eval()
+
+
+def choose_attention(config: PreTrainedConfig, wanted: str, device: torch.device) -> str:
+    """`auto`: FlexAttention on CUDA, SDPA elsewhere, eager where scores are soft-capped (SDPA cannot)."""
+    if wanted != "auto":
+        return wanted
+    if device.type == "cuda":
+        return "flex_attention"
+    return "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
+
+
+def load_tokenizer(
+    path: str | Path, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase | None:
+    """The model's tokenizer, or None where a local folder has none (token ids still work)."""
+    source = resolve(path)
+    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+    if Path(source).is_dir() and not any((Path(source) / name).is_file() for name in names):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise UsageError(f"cannot load the tokenizer of {path}: {_first_line(error)}") from None
+
+
+def byte_tokenizer() -> PreTrainedTokenizerBase:
+    """One token for each byte of UTF-8 text, id 256 the end token; a turn of chat is its bare text."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<|end|>", pad_token="<|end|>", clean_up_tokenization_spaces=False
+    )
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ message['content'] }}"
+        "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    )
+    return tokenizer
+
+
+def load_parent(config: ModelConfig, device: torch.device | str | None = None) -> tuple[Decoder, Any]:
+    """The parent of a run and its tokenizer: loaded, or random weights of `config.scratch`'s shape."""
+    if config.tokenizer == "bytes":
+        tokenizer = byte_tokenizer()
+    else:
+        source = config.tokenizer or config.path
+        tokenizer = load_tokenizer(source, config.revision, config.trust_remote_code)
+    if tokenizer is None:
+        raise UsageError(f"model {config.path} has no tokenizer; adapting reads text: set model.tokenizer")
+    dtype = getattr(torch, config.dtype)
+    if config.scratch is None:
+        model = load_model(
+            config.path,
+            dtype=dtype,
+            attention=config.attention,
+            device=device,
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+        )
+        return Decoder(model), tokenizer
+    values = dict(config.scratch)
+    kind = str(values.pop("model_type", "llama"))
+    try:
+        shape = AutoConfig.for_model(kind, **values)
+    except ValueError as error:
+        raise UsageError(f"model.scratch.model_type={kind!r}: {_first_line(error)}") from None
+    check_architecture(shape)
+    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    attention = choose_attention(shape, config.attention, target)
+    model = AutoModelForCausalLM.from_config(shape, dtype=dtype, attn_implementation=attention)
+    return Decoder(model.to(target).eval()), tokenizer
+
+
+def read_settings(config: PreTrainedConfig) -> BlockDiffusionSettings | None:
+    """The `block_diffusion` section of a checkpoint, None for a plain AR model."""
+    section = getattr(config, "block_diffusion", None)
+    return None if section is None else validate(BlockDiffusionSettings, section)
+
+
+def choose_mask_token(decoder: Decoder, tokenizer: Any, wanted: int | str | None) -> int:
+    """The mask token's id; makes one where the model has none, with embedding and head rows at the mean.
+
+    In this order: `wanted`; the id in the checkpoint's settings; the tokenizer's own mask token; an unused
+    row of a padded vocabulary; a new row.
+
+    Raises:
+        UsageError: an id outside the vocabulary, a token that is not in it, or the end token.
+    """
+    settings = read_settings(decoder.model.config)
+    if wanted is not None:
+        mask_id = _wanted_mask(decoder, tokenizer, wanted)
+    elif settings is not None:
+        mask_id = settings.mask_token_id
+    elif tokenizer is not None and tokenizer.mask_token_id is not None:
+        mask_id = int(tokenizer.mask_token_id)
+    else:
+        return _add_mask_token(decoder, tokenizer)
+    if tokenizer is not None and mask_id == tokenizer.eos_token_id:
+        raise UsageError(f"model.mask_token={wanted!r} is the end token (id {mask_id}); choose another")
+    return mask_id
+
+
+def _wanted_mask(decoder: Decoder, tokenizer: Any, wanted: int | str) -> int:
+    if isinstance(wanted, str):
+        if tokenizer is None or wanted not in tokenizer.get_vocab():
+            raise UsageError(
+                f"model.mask_token={wanted!r} is not in the tokenizer's vocabulary; give an id, or leave it out "
+                "to have one added"
+            )
+        wanted = int(tokenizer.convert_tokens_to_ids(wanted))
+    if not 0 <= wanted < decoder.vocabulary:
+        raise UsageError(
+            f"model.mask_token={wanted} is outside the vocabulary; ids run from 0 to {decoder.vocabulary - 1}"
+        )
+    return wanted
+
+
+def _add_mask_token(decoder: Decoder, tokenizer: Any) -> int:
+    """A new special token: on the first unused row of a padded vocabulary if there is one, else a new row."""
+    rows = decoder.vocabulary
+    if tokenizer is None:
+        mask_id = rows
+    else:
+        tokenizer.add_special_tokens({"mask_token": MASK_TOKEN})
+        mask_id = int(tokenizer.mask_token_id)
+    if mask_id >= rows:
+        decoder.model.resize_token_embeddings(mask_id + 1, mean_resizing=False)
+    layers = {id(m): m for m in (decoder.model.get_input_embeddings(), decoder.model.get_output_embeddings())}
+    with torch.no_grad():
+        for layer in layers.values():
+            for name in ("weight", "bias"):
+                values = getattr(layer, name, None)
+                if values is not None:
+                    values[mask_id] = values[: min(mask_id, rows)].float().mean(dim=0).to(values.dtype)
+    return mask_id
+
+
+def without_dropout(model: nn.Module) -> None:
+    """Set every dropout to zero: clean-half logits must be the causal model's own (identity 1)."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0  # type: ignore[assignment]
+
+
+@torch.no_grad()
+def probe(decoder: Decoder) -> None:
+    """Run the model on a few tokens and stop if it does not do what the method needs.
+
+    Checked: two documents whose tokens lie mixed in one row, with their own positions and mask, give what
+    each gives alone; a later token reaches an earlier one where the mask lets it; hidden states and head,
+    run apart, give the model's own logits. Mixed, because rotary positions are relative: a model that
+    ignores them would pass with documents side by side.
+
+    Raises:
+        UsageError: naming what the model ignores.
+    """
+    model, device = decoder.model, decoder.device
+    kind = model.config.model_type
+    generator = torch.Generator().manual_seed(0)
+    alone = [torch.randint(0, decoder.vocabulary, (1, n), generator=generator).to(device) for n in (5, 4)]
+    order = torch.tensor([6, 1, 4, 7, 0, 8, 3, 2, 5], device=device)  # slot -> token of [first ; second]
+    back = order.argsort()
+    tokens = torch.cat(alone, dim=1)[:, order]
+    steps = [torch.arange(part.shape[1], device=device)[None] for part in alone]
+    position = torch.cat(steps, dim=1)[:, order]
+    document = torch.cat([torch.full_like(part, i) for i, part in enumerate(alone)], dim=1)[:, order]
+    places = Places(
+        view=torch.zeros_like(tokens),
+        document=document,
+        position=position,
+        block_start=position,
+        seed=torch.zeros(1, 1, dtype=torch.int64, device=device),
+    )
+
+    def causal(query: Places, key: Places) -> Tensor:
+        return (query.document == key.document) & (key.position <= query.position)
+
+    def both_ways(query: Places, key: Places) -> Tensor:
+        return query.document == key.document
+
+    def differs(a: Tensor, b: Tensor) -> bool:
+        scale = float(b.float().abs().max()) + 1e-6
+        return float((a.float() - b.float()).abs().max()) > scale * (1e-3 if a.dtype == torch.float32 else 5e-2)
+
+    def logits(rule: Rule) -> Tensor:
+        mixed = decoder.logits(decoder.hidden(tokens, position, decoder.masks(rule, places)))
+        return mixed[:, back]
+
+    try:
+        packed, seen_both_ways = logits(causal), logits(both_ways)
+        own = [model(input_ids=part).logits for part in alone]
+        apart = [decoder.logits(decoder.hidden(*pair, None)) for pair in zip(alone, steps, strict=True)]
+    except Exception as error:
+        raise UsageError(f"architecture '{kind}' cannot run with a block mask: {_first_line(error)}") from None
+    if any(differs(a, b) for a, b in zip(apart, own, strict=True)):
+        raise UsageError(
+            f"architecture '{kind}': hidden states and head apart do not give the model's logits; it is not supported"
+        )
+    if differs(packed, torch.cat(own, dim=1)):
+        raise UsageError(
+            f"architecture '{kind}' ignores the attention mask or the position ids it is given "
+            f"(attention: {decoder.attention}); it is not supported"
+        )
+    if not differs(seen_both_ways[:, 0], packed[:, 0]):
+        raise UsageError(
+            f"architecture '{kind}' stays causal whatever mask it is given "
+            f"(attention: {decoder.attention}); it is not supported"
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def _suggest(name: str) -> str:
+    return nearest(name, SHIPPED) if "/" not in name else ""

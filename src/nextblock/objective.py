@@ -1,0 +1,86 @@
+"""The two losses of the parallel pass, as sums and counts; logits exist only where there is a target."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from nextblock.attention_mask import Rule
+from nextblock.corruption import UNSCORED, TwoView
+from nextblock.model import Decoder
+
+LOGIT_ELEMENTS = 2**24
+"""Logits alive at once in the chunk loop: 64 MiB in float32."""
+
+
+@dataclass(frozen=True)
+class LossSums:
+    """Sums of cross-entropies in nats, and how many tokens each sums over. 0-d tensors."""
+
+    diffusion: Tensor
+    ar: Tensor
+    diffusion_tokens: Tensor
+    ar_tokens: Tensor
+
+    def total(self, ar_weight: float, views: int = 1) -> Tensor:
+        """L_MDM + lambda * L_AR, a sum   (Eq. 2), with L_MDM averaged over noised views; divide by the global N."""
+        diffusion = self.diffusion / views
+        return diffusion + ar_weight * self.ar if ar_weight else diffusion
+
+
+def cross_entropy_sum(decoder: Decoder, hidden: Tensor, target: Tensor) -> Tensor:
+    """Sum of cross-entropies of `hidden` [S, D] against `target` int64 [S], in float32 or wider.
+
+    Chunks of scored positions go through head and loss one after another and are recomputed in the
+    backward pass, so that no more than LOGIT_ELEMENTS logits exist at a time.
+    """
+
+    def chunk_sum(chunk: Tensor, wanted: Tensor) -> Tensor:
+        logits = decoder.logits(chunk)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        return functional.cross_entropy(logits, wanted, reduction="sum")
+
+    size = max(1, LOGIT_ELEMENTS // decoder.vocabulary)
+    if len(target) <= size:
+        return chunk_sum(hidden, target)
+    total = hidden.new_zeros((), dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32)
+    for chunk, wanted in zip(hidden.split(size), target.split(size), strict=True):
+        total = total + checkpoint(chunk_sum, chunk, wanted, use_reentrant=False)  # type: ignore[operator]
+    return total
+
+
+class TwoViewLoss(nn.Module):
+    """The forward pass of a training step: [noised ; clean] once through the model, then both losses.
+
+    A module, because data-parallel wrappers act on modules.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__()
+        self.model = decoder.model
+
+    def forward(self, view: TwoView, rule: Rule, score_ar: bool = True) -> LossSums:
+        """L_MDM over masked tokens (Eq. 5) and L_AR over the clean half (Eq. 1).
+
+        Args:
+            view: from `corrupt`, on the model's device.
+            rule: the attention rule.
+            score_ar: False leaves the clean half unscored (lambda = 0), which saves its head time.
+        """
+        decoder = Decoder(self.model)
+        hidden = decoder.hidden(view.tokens, view.places.position, decoder.masks(rule, view.places))
+        noised, clean = (
+            slice(None, view.noised_length),
+            slice(view.noised_length, None if score_ar else view.noised_length),
+        )
+        sums, counts = [], []
+        for half in (noised, clean):
+            target = view.target[:, half]
+            scored = target != UNSCORED
+            counts.append(scored.sum())
+            sums.append(cross_entropy_sum(decoder, hidden[:, half][scored], target[scored]))
+        return LossSums(sums[0], sums[1], counts[0], counts[1])

@@ -1,0 +1,31 @@
+"""Find the configurations that come with the package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nextblock.config import UsageError, nearest
+
+
+def preset(name: str) -> Path:
+    """A preset by name, from the installed package or from a checkout of the repository.
+
+    Raises:
+        UsageError: there is none of that name.
+    """
+    here = Path(__file__).parent
+    folder = here / "presets" if (here / "presets").is_dir() else here.parents[1] / "presets"
+    names = sorted(path.stem for path in folder.glob("*.yaml"))
+    if name not in names:
+        raise UsageError(f"there is no preset '{name}'{nearest(name, names)}")
+    return folder / f"{name}.yaml"
+
+
+def find_config(argument: str) -> Path:
+    """A YAML path as given, or else the preset of that name (`demo`, `presets/demo.yaml`)."""
+    path = Path(argument)
+    if path.is_file():
+        return path
+    if path.suffix in (".yaml", ".yml") and path.parent.name not in ("", "presets"):
+        raise UsageError(f"configuration {argument} does not exist; give a YAML file or a preset's name")
+    return preset(path.stem)

@@ -1,0 +1,123 @@
+"""Figures, tables and the self-contained HTML report of an adaptation run.
+
+`results.json` holds what the report shows. Every part may be absent or null; its part of the report is
+then left out::
+
+    title         str
+    created       ISO 8601 time
+    command       str, how to make it again
+    environment   {"python", "torch", "transformers", "nextblock", "device", "threads"}
+    parent        {"name": str, "parameters": int}
+    settings      {"block_size", "mask_token_id", "context", "prediction"}
+    training      {"steps": int, "seconds": float, "tokens": int, "growth": [[step, block_size], ...]}
+    log           path of log.jsonl relative to results.json; one `train.StepMetrics` a line
+    bits_per_byte [{"model": "parent" | "adapted", "measure": "AR (exact)" | "diffusion (bound)",
+                    "block_size": int | null, "value": float, "bytes": int}]
+    decoding      [{"model": "parent" | "adapted", "task": str, "mode": "ar" | "diffusion" | "speculative",
+                    "threshold": float | null (one token per denoising step), "block_size": int,
+                    "accuracy": 0..1, "examples": int, "tokens_per_forward": float,
+                    "tokens_per_second": float, "equal_to_ar": 0..1 | null (share of prompts)}]
+    samples       [{"task": str, "prompt": str, "mode": str, "answer": str,
+                    "steps": [[token text | null (masked), ...], ...],
+                    "confidence": same shape, optional}]
+
+A row of `steps` is the state after one denoising step, of the block in work or of the whole answer so far.
+The page asks for nothing outside itself, and all text from a model is escaped.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nextblock.config import UsageError
+from nextblock.report.figures import plot_losses, plot_tradeoff
+from nextblock.report.page import decoding_table, findings, render, summary
+
+RESULTS = "results.json"
+REPORT = "report.html"
+
+__all__ = [
+    "REPORT",
+    "RESULTS",
+    "decoding_table",
+    "findings",
+    "load_results",
+    "plot_losses",
+    "plot_tradeoff",
+    "read_log",
+    "render",
+    "summary",
+    "write_report",
+]
+
+
+def load_results(folder: Path | str) -> dict[str, Any]:
+    """Read `results.json` of a run, to build its report again.
+
+    Raises:
+        UsageError: the folder has none, or it is not a JSON object.
+    """
+    path = Path(folder) / RESULTS
+    if not path.is_file():
+        raise UsageError(f"{folder} has no {RESULTS}; give a folder that `nextblock demo` wrote")
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read ({error}); make it again") from error
+    if not isinstance(results, dict):
+        raise UsageError(f"{path} holds a {type(results).__name__}, not an object; make it again")
+    return results
+
+
+def write_report(results: Mapping[str, Any], folder: Path | str) -> Path:
+    """Write `results.json` and `report.html` into `folder`, and return the report's path.
+
+    Args:
+        results: as the module says; its `log` is read from `folder` when it is there.
+        folder: made if missing.
+    Raises:
+        UsageError: a line of the log cannot be read; nothing is written then.
+    """
+    folder = Path(folder)
+    log = read_log(folder / results["log"]) if results.get("log") else []
+    results = _without_nan(results)
+    page = render(results, log)
+    folder.mkdir(parents=True, exist_ok=True)
+    stored = json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    for name, text in ((RESULTS, stored), (REPORT, page)):
+        part = folder / f".{name}.part"  # a reader never sees half a file
+        part.write_text(text, encoding="utf-8")
+        part.replace(folder / name)
+    return folder / REPORT
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The steps of `log.jsonl`, in order; none if there is no such file.
+
+    Raises:
+        UsageError: a line is not JSON; the last one may be unfinished, as a killed run leaves it.
+    """
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    steps = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            steps.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise UsageError(f"{path}, line {number} is not JSON ({error}); delete the line") from error
+    return steps
+
+
+def _without_nan(value: Any) -> Any:
+    """The same values with NaN and infinity as null, which every JSON reader understands."""
+    if isinstance(value, Mapping):
+        return {str(key): _without_nan(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,392 @@
+"""The report in words, tables and HTML."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+from importlib.resources import files
+from string import Template
+from typing import Any
+
+from rich import box
+from rich.markup import escape as escape_markup
+from rich.table import Table
+
+from nextblock.report.figures import Entry, inline_svg, of_kind, plot_losses, plot_tradeoff, tasks_of
+
+MODES = {"ar": "AR", "diffusion": "diffusion", "speculative": "speculative"}
+SIGNS = {" ": "␣", "\n": "↵", "\t": "⇥", "": "∅"}  # for tokens that would not be seen
+SAME_ACCURACY = 0.01  # a faster setting counts as no worse within this much of the slow one's accuracy
+DASH = "–"
+
+
+def render(results: Mapping[str, Any], log: Sequence[Entry] = ()) -> str:
+    """The whole report as one HTML page."""
+    decoding, training = results.get("decoding") or [], results.get("training") or {}
+    tiles = "".join(f"<li><b>{escape(head)}</b>{escape(text)}</li>" for head, text in findings(results))
+    sections = [
+        _training_section(log, training.get("growth")),
+        _decoding_section(decoding),
+        _bits_per_byte_section(results.get("bits_per_byte") or []),
+        _samples_section(results.get("samples") or []),
+        _again_section(results),
+    ]
+    page = Template((files("nextblock.report") / "page.html").read_text(encoding="utf-8"))
+    return page.substitute(
+        title=escape(results.get("title") or "nextblock report"),
+        summary=escape(summary(results)),
+        findings=f'<ul class="findings">{tiles}</ul>' if tiles else "",
+        sections="\n".join(section for section in sections if section),
+    )
+
+
+def summary(results: Mapping[str, Any]) -> str:
+    """One or two plain sentences: what was done."""
+    parent, training = results.get("parent") or {}, results.get("training") or {}
+    settings = results.get("settings") or {}
+    model = f"The autoregressive model {parent['name']}" if parent.get("name") else "An autoregressive model"
+    if parent.get("parameters"):
+        model += f" ({_short(parent['parameters'])} parameters)"
+    block_size = settings.get("block_size")
+    text = f"{model} was adapted to write " + (
+        f"blocks of {block_size} tokens" if block_size else "whole blocks"
+    )
+    done = []
+    if training.get("steps"):
+        done.append(f"{training['steps']:,} steps")
+    if training.get("tokens"):
+        done.append(f"{_short(training['tokens'])} tokens")
+    if training.get("seconds"):
+        done.append(_duration(training["seconds"]))
+    text += f": {', '.join(done)}." if done else "."
+    sizes = [str(size) for _, size in training.get("growth") or []]
+    return text + (f" The block grew {' → '.join(sizes)}." if len(sizes) > 1 else "")
+
+
+def findings(results: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The main results as (figure, sentence), each computed from the numbers; empty if there are none."""
+    decoding = results.get("decoding") or []
+    tasks = tasks_of(decoding)
+    found = []
+    for task in tasks:
+        where = f" ({_words(task)})" if len(tasks) > 1 else ""
+        entries = [entry for entry in decoding if entry["task"] == task]
+        found += [(head, text + where) for head, text in _decoding_findings(entries)]
+    values = {(e["model"], e["measure"]): e["value"] for e in results.get("bits_per_byte") or []}
+    parent, adapted = values.get(("parent", "AR (exact)")), values.get(("adapted", "AR (exact)"))
+    if parent is not None and adapted is not None:
+        found.append(
+            (f"{adapted:.3f} bits per byte", f"adapted model as AR, held-out text; its parent: {parent:.3f}")
+        )
+    return found
+
+
+def _decoding_findings(entries: Sequence[Entry]) -> list[tuple[str, str]]:
+    """Findings of one task: speculative, AR kept, diffusion a token at a time, diffusion faster."""
+    found = []
+    measured = [entry for entry in entries if entry.get("tokens_per_forward") is not None]
+    speculative, diffusion = (of_kind(measured, "adapted", mode) for mode in ("speculative", "diffusion"))
+    ar, parent = of_kind(entries, "adapted", "ar"), of_kind(entries, "parent", "ar")
+    if speculative:
+        best = max(speculative, key=lambda e: e["tokens_per_forward"])
+        text = "speculative mode" + _block_size(best, speculative)
+        if best.get("equal_to_ar") is not None:
+            same = round(best["equal_to_ar"] * best["examples"])
+            text += f": output equal to AR mode on {same} of {best['examples']} prompts"
+        found.append((f"{best['tokens_per_forward']:.2f} tokens per forward", text))
+    if ar and parent:
+        text = f"accuracy of the adapted model as AR; its parent has {_percent(parent[0]['accuracy'])}"
+        found.append((_percent(ar[0]["accuracy"]), text))
+    if diffusion:
+        single = [entry for entry in diffusion if entry.get("threshold") is None]
+        slow = max(single or diffusion, key=lambda e: e["accuracy"])
+        how = "one token per denoising step" if single else f"threshold {slow['threshold']:g}"
+        text = f"accuracy of diffusion mode, {how}{_block_size(slow, diffusion)}"
+        found.append((_percent(slow["accuracy"]), text))
+        least = slow["accuracy"] - SAME_ACCURACY
+        good = [e for e in diffusion if e.get("threshold") is not None and e["accuracy"] >= least]
+        fast = max(good, key=lambda e: e["tokens_per_forward"], default=slow)
+        if fast is not slow:
+            how = f"threshold {fast['threshold']:g}{_block_size(fast, diffusion)}"
+            text = f"diffusion mode at {how}, accuracy {_percent(fast['accuracy'])}"
+            found.append((f"{fast['tokens_per_forward']:.2f} tokens per forward", text))
+    return found
+
+
+def _block_size(entry: Entry, among: Sequence[Entry]) -> str:
+    """`, b = 8` where the entries differ in block size."""
+    return f", b = {entry['block_size']}" if len({other["block_size"] for other in among}) > 1 else ""
+
+
+# --------------------------------------------------------------------------------------------- tables
+
+INTERVAL = "95 %"
+MEASURES = ("Accuracy", INTERVAL, "Tokens per forward", "Tokens per second", "Speed-up", "Equal to AR")
+
+
+def decoding_table(results: Mapping[str, Any]) -> Table:
+    """The decoding results as a table for a terminal of 80 columns; without rows when there are none."""
+    decoding = results.get("decoding") or []
+    tasks = tasks_of(decoding)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title_justify="left")
+    if len(tasks) == 1:
+        table.title = escape_markup(f"{_words(tasks[0]).capitalize()}, {_prompts(decoding)}")
+    table.add_column("Model and mode", no_wrap=True, vertical="bottom")
+    shown = [number for number, name in enumerate(MEASURES, start=1) if name != INTERVAL]  # 80 columns
+    for number in shown:
+        name = MEASURES[number - 1].replace(" per ", "/\n").replace(" to ", "\nto ").replace("-up", "-\nup")
+        table.add_column(name, justify="right", vertical="bottom")
+    for task in tasks:
+        entries = [entry for entry in decoding if entry["task"] == task]
+        if len(tasks) > 1:
+            table.add_row(escape_markup(f"{_words(task).capitalize()}, {_prompts(entries)}"), style="bold")
+        for row in _decoding_rows(entries):
+            table.add_row(*(escape_markup(row[number]) for number in [0, *shown]))
+        table.add_section()
+    return table
+
+
+def _prompts(entries: Sequence[Entry]) -> str:
+    """`200 held-out prompts`, or `100 to 200 held-out prompts`."""
+    counts = sorted({entry["examples"] for entry in entries})
+    return " to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1]))) + " held-out prompts"
+
+
+def _decoding_rows(entries: Sequence[Entry]) -> list[tuple[str, ...]]:
+    """One task's entries: what was run, then MEASURES. Speed-up is against the parent's AR."""
+    parent = of_kind(entries, "parent", "ar")
+    pace = parent[0]["tokens_per_second"] if parent else None
+    blockwise = [entry for entry in entries if entry["mode"] != "ar"]
+    rows = []
+    for entry in entries:
+        mode, threshold, speed = entry["mode"], entry.get("threshold"), entry.get("tokens_per_second")
+        name = f"{entry['model']}, {MODES.get(mode, mode)}"
+        if mode == "diffusion":
+            name += ", 1 token/step" if threshold is None else f" ≥ {threshold:g}"
+        name += _block_size(entry, blockwise) if mode != "ar" else ""
+        low, high = _wilson(entry["accuracy"], entry["examples"])
+        rows.append(
+            (
+                name,
+                _percent(entry["accuracy"]),
+                f"{100 * low:.0f}–{100 * high:.0f}",
+                _number(entry.get("tokens_per_forward"), 2),
+                _number(speed, 0 if speed and speed >= 100 else 1),
+                f"{speed / pace:.2f}×" if speed and pace else DASH,
+                _percent(entry.get("equal_to_ar")),
+            )
+        )
+    return rows
+
+
+def _html_table(columns: Sequence[str], rows: Sequence[Sequence[str]], left: int, note: str) -> str:
+    """A table of numbers with a note below; its first `left` columns hold words."""
+    side = [' class="right"' if number >= left else "" for number in range(len(columns))]
+    head = "".join(f"<th{c}>{escape(text)}</th>" for c, text in zip(side, columns, strict=True))
+    body = "".join(
+        "<tr>" + "".join(f"<td{c}>{escape(text)}</td>" for c, text in zip(side, row, strict=True)) + "</tr>\n"
+        for row in rows
+    )
+    return (
+        f'<div class="scroll"><table class="numbers">\n'
+        f"<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>\n"
+        f'<p class="small">{escape(note)}</p>'
+    )
+
+
+# ------------------------------------------------------------------------------------------- sections
+
+
+def _training_section(log: Sequence[Entry], growth: Sequence[Sequence[int]] | None) -> str:
+    if not log:
+        return ""
+    svg = inline_svg(plot_losses(log, growth), "losses", "Diffusion and AR loss against the training step")
+    return (
+        f'<h2>Training</h2>\n<figure><div class="scroll">{svg}</div>\n'
+        "<figcaption>Dashed lines: the block grows to b tokens. With b = 1 there is nothing to denoise, so "
+        "only the AR loss is trained; a larger block is harder, so the diffusion loss may rise where the "
+        "block grows.</figcaption></figure>"
+    )
+
+
+def _decoding_section(decoding: Sequence[Entry]) -> str:
+    if not decoding:
+        return ""
+    svg = inline_svg(
+        plot_tradeoff(decoding), "tradeoff", "Accuracy against tokens per forward and per second"
+    )
+    parts = [
+        f'<h2>Accuracy and speed</h2>\n<figure><div class="scroll">{svg}</div>\n'
+        "<figcaption>Up and to the right is better. Dashed: the parent’s accuracy. Labels on the "
+        "diffusion curve: a token is taken when the model is surer of it than this threshold; 1/step: the "
+        "surest token alone.</figcaption></figure>"
+    ]
+    tasks = tasks_of(decoding)
+    for task in tasks:
+        entries = [entry for entry in decoding if entry["task"] == task]
+        note = (
+            f"{_prompts(entries)}, exact answers. "
+            "95 %: Wilson interval of the accuracy, in percent. Every forward pass counts: prompt, "
+            "denoising, check and commit. Speed-up: tokens/s against the parent’s AR. Equal to AR: share of "
+            "prompts whose whole output is that of AR mode."
+        )
+        heading = f"<h3>{escape(_words(task).capitalize())}</h3>\n" if len(tasks) > 1 else ""
+        parts.append(heading + _html_table(("Model and mode", *MEASURES), _decoding_rows(entries), 1, note))
+    return "\n".join(parts)
+
+
+def _bits_per_byte_section(entries: Sequence[Entry]) -> str:
+    if not entries:
+        return ""
+    rows = [
+        (
+            e["model"],
+            e["measure"],
+            _number(e.get("block_size"), 0),
+            _number(e["value"], 3),
+            _number(e.get("bytes"), 0),
+        )
+        for e in entries
+    ]
+    note = (
+        "Held-out text; lower is better. AR is exact; diffusion is an upper bound on what the model reaches."
+    )
+    columns = ("Model", "Measure", "Block", "Bits per byte", "Bytes")
+    return "<h2>Bits per byte</h2>\n" + _html_table(columns, rows, 2, note)
+
+
+def _samples_section(samples: Sequence[Entry]) -> str:
+    if not samples:
+        return ""
+    return (
+        "<h2>Denoising, step by step</h2>\n<p>Each row is one denoising step of a block, each cell a token. "
+        'Its colour is the step that decided it: <span class="small">first<span class="ramp"></span>last '
+        "of its block</span>. Outlined: decided in this step; grey: still masked.</p>\n"
+        + "\n".join(_sample(sample) for sample in samples)
+    )
+
+
+def _sample(sample: Entry) -> str:
+    """One sample: prompt, answer, and a strip of cells for each block."""
+    confidence = sample.get("confidence") or []
+    blocks = split_blocks(sample.get("steps") or []) if sample["mode"] != "ar" else []  # AR: nothing to see
+    strips = "".join(
+        _strip(steps, confidence[first : first + len(steps)], start) for first, start, steps in blocks
+    )
+    count = sum(len(steps) for _, _, steps in blocks)
+    kind = f"{_words(sample['task']).capitalize()}, {MODES.get(sample['mode'], sample['mode'])}"
+    kind += f": {count} steps, {len(blocks)} block{'s' * (len(blocks) != 1)}" if count else ""
+    return (
+        f'<section class="sample"><h3>{escape(kind)}</h3>\n<div class="label">Prompt</div>'
+        f"<pre>{escape(sample['prompt'])}</pre>\n"
+        f'<div class="label">Answer</div><pre>{escape(sample["answer"])}</pre>'
+        + (f'\n<div class="blocks">{strips}</div>' if strips else "")
+        + "</section>"
+    )
+
+
+def split_blocks(steps: Sequence[Sequence[str | None]]) -> list[tuple[int, int, list[Sequence[str | None]]]]:
+    """Group the denoising steps of an answer by block.
+
+    A new block begins where a decided place is masked or other text again (each row holds its block alone),
+    or where a wholly decided row is followed by a longer one that repeats it (each row holds the whole answer
+    so far); the repeated part is left out.
+
+    Returns:
+        For each block its first step, its first place in the rows' own numbering, and its rows.
+    """
+    blocks: list[tuple[int, int, list[Sequence[str | None]]]] = []
+    before: Sequence[str | None] = []
+    for number, row in enumerate(steps):
+        kept = len(row) >= len(before) and all(
+            old is None or old == new for old, new in zip(before, row, strict=False)
+        )
+        if not blocks or not kept:
+            blocks.append((number, 0, []))
+        elif len(row) > len(before) and None not in before:
+            blocks.append((number, len(before), []))
+        blocks[-1][2].append(row[blocks[-1][1] :])
+        before = row
+    return blocks
+
+
+def _strip(
+    steps: Sequence[Sequence[str | None]], confidence: Sequence[Sequence[float | None]], start: int
+) -> str:
+    """A block's steps as rows of cells, coloured by the step in which each place was decided."""
+    width = max(len(row) for row in steps)
+    decided = [
+        next((s for s, row in enumerate(steps) if place < len(row) and row[place] is not None), None)
+        for place in range(width)
+    ]
+    rows = []
+    for number, row in enumerate(steps):
+        cells = [f"<th>{number + 1}</th>"]
+        for place, text in enumerate(row):
+            when = decided[place]
+            if text is None or when is None:
+                cells.append('<td class="mask"></td>')
+                continue
+            classes = ["sign"] * (text in SIGNS) + ["new"] * (when == number)
+            attributes = f' class="{" ".join(classes)}"' if classes else ""
+            attributes += f' style="--when:{when / max(1, len(steps) - 1):.2f}"'
+            known = confidence[number] if number < len(confidence) and when == number else ()
+            sure = known[start + place] if start + place < len(known) else None
+            attributes += f' title="confidence {sure:.3f}"' if sure is not None else ""
+            cells.append(f"<td{attributes}>{escape(SIGNS.get(text, text))}</td>")
+        rows.append(f"<tr>{''.join(cells)}</tr>")
+    return f'<div class="block scroll"><table class="strip">{"".join(rows)}</table></div>'
+
+
+def _again_section(results: Mapping[str, Any]) -> str:
+    """How to make it again: the command, the environment, the settings."""
+    command, created = results.get("command"), results.get("created")
+    parts = [f"<pre>{escape(command)}</pre>"] if command else []
+    facts = {"created": created} if created else {}
+    facts |= {_words(key): value for key, value in (results.get("settings") or {}).items()}
+    facts |= {_words(key): value for key, value in (results.get("environment") or {}).items()}
+    if facts:
+        listed = "".join(
+            f"<dt>{escape(key)}</dt><dd>{escape(str(value))}</dd>" for key, value in facts.items()
+        )
+        parts.append(f"<dl>{listed}</dl>")
+    return "<h2>How to make it again</h2>\n" + "\n".join(parts) if parts else ""
+
+
+# -------------------------------------------------------------------------------------------- numbers
+
+
+def _wilson(share: float, number: int, z: float = 1.96) -> tuple[float, float]:
+    """The 95 % Wilson interval of a share seen in `number` trials."""
+    number = max(number, 1)
+    middle = (share + z * z / (2 * number)) / (1 + z * z / number)
+    half = z * math.sqrt(share * (1 - share) / number + z * z / (4 * number * number)) / (1 + z * z / number)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def _percent(share: float | None) -> str:
+    return DASH if share is None else f"{100 * share:.1f} %"
+
+
+def _number(value: float | None, digits: int) -> str:
+    return DASH if value is None else f"{value:,.{digits}f}"
+
+
+def _short(count: float) -> str:
+    """2014208 -> 2.0 M."""
+    for size, unit in ((1e9, " B"), (1e6, " M"), (1e3, " K")):
+        if count >= size:
+            return f"{count / size:.1f}{unit}"
+    return f"{count:.0f}"
+
+
+def _duration(seconds: float) -> str:
+    """305 -> 5 min 5 s."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")

@@ -1,0 +1,23 @@
+"""The built-in tasks: unlimited, exactly scored, train and test disjoint by construction."""
+
+from __future__ import annotations
+
+from nextblock.config import UsageError, nearest
+from nextblock.tasks import algebra, functions, word_problems
+from nextblock.tasks.example import Example, Task
+
+TASKS: dict[str, Task] = {module.NAME: module.TASK for module in (word_problems, algebra, functions)}
+
+
+def get_task(name: str) -> Task:
+    """The built-in task of that name.
+
+    Raises:
+        UsageError: there is none of that name.
+    """
+    if name not in TASKS:
+        raise UsageError(f"task '{name}' does not exist{nearest(name, list(TASKS))}")
+    return TASKS[name]
+
+
+__all__ = ["TASKS", "Example", "Task", "get_task"]

@@ -1,0 +1,316 @@
+"""The training loop. One step reads like the paper; state lives at the edges."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+from torch.nn.utils import clip_grad_norm_
+
+from nextblock import schedules
+from nextblock.attention_mask import block_diffusion_rule
+from nextblock.checkpoint import export, load_checkpoint, newest_whole_checkpoint, save_checkpoint
+from nextblock.config import AdaptConfig, BlockDiffusionSettings, UsageError
+from nextblock.corruption import corrupt
+from nextblock.data import Rows, RowStream, check_tokens
+from nextblock.model import Decoder, choose_mask_token, load_parent, probe, without_dropout
+from nextblock.objective import TwoViewLoss
+
+LOG = "log.jsonl"
+RESOLVED_CONFIG = "nextblock.yaml"
+MAY_CHANGE_ON_RESUME = (
+    "output",
+    "training.micro_batch_rows",
+    "training.checkpoint_every",
+    "training.keep_last",
+    "training.evaluate_rows",
+    "training.compile",
+    "training.gradient_checkpointing",
+    "model.export_dtype",
+    "model.attention",
+)
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """What one optimizer step did. Losses in nats per scored token; NaN where nothing was scored."""
+
+    step: int
+    block_size: int
+    diffusion_loss: float
+    ar_loss: float
+    loss: float
+    ar_weight: float
+    learning_rate: float
+    grad_norm: float
+    tokens: int
+    step_seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Clean tokens with offset >= 0 that the step trained on, per second."""
+        return self.tokens / self.step_seconds
+
+
+@dataclass
+class Run:
+    """Everything that a step needs and that outlives it."""
+
+    config: AdaptConfig
+    accelerator: Accelerator
+    tokenizer: Any
+    decoder: Decoder
+    loss: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    stream: RowStream
+    mask_token_id: int
+    step: int = 0
+
+    @property
+    def settings(self) -> BlockDiffusionSettings:
+        """What the checkpoint tells a sampler."""
+        return BlockDiffusionSettings(
+            block_size=self.config.growth.b_max,
+            mask_token_id=self.mask_token_id,
+            context=self.config.recipe.context,
+            prediction=self.config.recipe.prediction,
+        )
+
+
+def train_step(run: Run, step: int) -> StepMetrics:
+    """One optimizer step on one global batch   (paper, Eq. 1-5).
+
+    Every rank reads the whole global batch and computes its own share of the rows, so N is known
+    everywhere without communication, and neither micro-batches nor ranks enter the result.
+    """
+    config, recipe, start = run.config, run.config.recipe, time.perf_counter()
+    block_size = schedules.block_size(step, config.growth)
+    ar_weight = schedules.ar_weight(step, config)
+    rule = block_diffusion_rule(recipe.context, schedules.target_share(step, config))
+    rows = run.stream.next(config.training.batch_rows)
+    check_tokens(rows, run.decoder.vocabulary, run.mask_token_id)
+    global_tokens = int((rows.offset >= 0).sum())
+
+    sums = torch.zeros(4, dtype=torch.float64)
+    batches = list(micro_batches(run, rows))
+    for number, micro in enumerate(batches):
+        view = corrupt(
+            micro,
+            block_size,
+            mask_token_id=run.mask_token_id,
+            end_token_id=run.tokenizer.eos_token_id,
+            recipe=recipe,
+            seed=config.training.seed,
+            step=step,
+        ).to(run.accelerator.device)
+        last = number == len(batches) - 1
+        with nullcontext() if last else run.accelerator.no_sync(run.loss):
+            losses = run.loss(view, rule, score_ar=ar_weight > 0)
+            # Data parallelism averages gradients over ranks; the loss is a sum over them.
+            total = losses.total(ar_weight, recipe.views) / global_tokens * run.accelerator.num_processes
+            run.accelerator.backward(total)
+        parts = (losses.diffusion, losses.ar, losses.diffusion_tokens, losses.ar_tokens)
+        sums += torch.stack([part.detach().double() for part in parts]).cpu()
+    over_ranks: Any = run.accelerator.reduce(sums.float().to(run.accelerator.device))
+    diffusion, ar, diffusion_tokens, ar_tokens = over_ranks.tolist()
+    loss = (diffusion / recipe.views + ar_weight * ar) / global_tokens
+
+    learning_rate = schedules.learning_rate(step, config.optimizer, config.training.steps)
+    for group in run.optimizer.param_groups:
+        group["lr"] = learning_rate
+    grad_norm = float(clip_grad_norm_(run.loss.parameters(), config.optimizer.grad_clip))
+    if not math.isfinite(loss) or not math.isfinite(grad_norm):
+        raise UsageError(
+            f"step {step}: loss {loss} and gradient norm {grad_norm} are not finite (rows "
+            f"{rows.number.tolist()}); nothing was updated: lower optimizer.lr, or look at these rows"
+        )
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    return StepMetrics(
+        step=step,
+        block_size=block_size,
+        diffusion_loss=diffusion / diffusion_tokens if diffusion_tokens else math.nan,
+        ar_loss=ar / ar_tokens if ar_tokens else math.nan,
+        loss=loss,
+        ar_weight=ar_weight,
+        learning_rate=learning_rate,
+        grad_norm=grad_norm,
+        tokens=global_tokens,
+        step_seconds=time.perf_counter() - start,
+    )
+
+
+def micro_batches(run: Run, rows: Rows) -> Iterator[Rows]:
+    """This rank's rows of the global batch, in micro-batches."""
+    ranks, rank = run.accelerator.num_processes, run.accelerator.process_index
+    share = len(rows) // ranks
+    size = run.config.training.micro_batch_rows or share
+    for start in range(rank * share, (rank + 1) * share, size):
+        yield rows.slice(start, min(start + size, (rank + 1) * share))
+
+
+def train(config: AdaptConfig, *, resume: bool = False, on_step: Callable[[StepMetrics], None] | None = None) -> Run:
+    """Adapt the parent and leave a Hugging Face folder in `config.output`.
+
+    Args:
+        config: checked configuration.
+        resume: go on from the newest whole checkpoint in the output folder, if there is one.
+        on_step: called on the main process after each step.
+    Returns:
+        The run, with the trained model in memory. `run.step` is below `config.training.steps` when a
+        SIGTERM ended it early (a checkpoint was saved).
+    Raises:
+        UsageError: bad input, before anything is written.
+    """
+    output = Path(config.output)
+    check_output(output, resume)
+    run = prepare(config)
+    main = run.accelerator.is_main_process
+    if resume:
+        restore(run, output)
+    if main:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / RESOLVED_CONFIG).write_text(
+            yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8"
+        )
+        trim_log(output / LOG, run.step)
+    with (
+        stop_on_sigterm() as stop,
+        (output / LOG if main else Path("/dev/null")).open("a", encoding="utf-8") as log,
+    ):
+        while run.step < config.training.steps and not stop:
+            metrics = train_step(run, run.step)
+            run.step += 1
+            log.write(json.dumps(asdict(metrics)) + "\n")
+            log.flush()
+            if on_step and main:
+                on_step(metrics)
+            if run.step % config.training.checkpoint_every == 0 or run.step == config.training.steps or stop:
+                save(run, output)
+    if main and run.step == config.training.steps:
+        dtype = getattr(torch, config.model.export_dtype) if config.model.export_dtype else None
+        export(output, run.decoder.model, run.tokenizer, run.settings, dtype)
+    return run
+
+
+def prepare(config: AdaptConfig) -> Run:
+    """Read data, load and check the parent, and hand both to accelerate. Writes nothing."""
+    accelerator = Accelerator(mixed_precision=config.training.mixed_precision)
+    rows, ranks = config.training.batch_rows, accelerator.num_processes
+    if rows % ranks:
+        raise UsageError(
+            f"training.batch_rows={rows} does not divide over {ranks} processes; use {max(1, rows // ranks) * ranks}"
+        )
+    torch.manual_seed(config.training.seed)  # for a parent that starts from random weights
+    decoder, tokenizer = load_parent(config.model, accelerator.device)
+    stream = RowStream(config.data, tokenizer, seed=config.training.seed)
+    longest = decoder.max_positions
+    if longest is not None and config.data.row_length > longest:
+        raise UsageError(
+            f"data.row_length={config.data.row_length} is over the model's {longest} positions; use at most {longest}"
+        )
+    probe(decoder)
+    mask_token_id = choose_mask_token(decoder, tokenizer, config.model.mask_token)
+    start = stream.state()  # look at the first batch, so that most bad data stops before anything is written
+    check_tokens(stream.next(config.training.batch_rows), decoder.vocabulary, mask_token_id)
+    stream.load_state(start)
+    without_dropout(decoder.model)
+    decoder.model.requires_grad_(True)
+    if config.training.gradient_checkpointing:
+        decoder.model.gradient_checkpointing_enable({"use_reentrant": False})
+        decoder.model.train()  # transformers recomputes activations in train mode alone
+    if config.training.compile:
+        decoder.model.base_model.compile()
+    decay = [p for p in decoder.model.parameters() if p.ndim >= 2]
+    plain = [p for p in decoder.model.parameters() if p.ndim < 2]
+    options = config.optimizer
+    optimizer = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": options.weight_decay}, {"params": plain, "weight_decay": 0.0}],
+        lr=options.lr,
+        betas=(options.beta_1, options.beta_2),
+        fused=True,
+    )
+    loss, optimizer = accelerator.prepare(TwoViewLoss(decoder), optimizer)
+    return Run(config, accelerator, tokenizer, decoder, loss, optimizer, stream, mask_token_id)
+
+
+def save(run: Run, output: Path) -> None:
+    """Save a resumable checkpoint at the run's step."""
+    if run.accelerator.is_main_process:
+        state = {"stream": run.stream.state(), "config": run.config.model_dump(mode="json")}
+        keep = run.config.training.keep_last
+        save_checkpoint(output, run.step, run.decoder.model, run.optimizer, state, keep)
+    run.accelerator.wait_for_everyone()
+
+
+def restore(run: Run, output: Path) -> None:
+    """Go on from the newest whole checkpoint in `output`, if there is one.
+
+    Raises:
+        UsageError: the checkpoint was made under a configuration that would break the run.
+    """
+    folder, damaged = newest_whole_checkpoint(output)
+    for line in damaged:
+        run.accelerator.print(line)
+    if folder is None:
+        return
+    saved = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    before, now = _flat(saved["config"]), _flat(run.config.model_dump(mode="json"))
+    differing = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
+    breaking = [k for k in differing if k not in MAY_CHANGE_ON_RESUME]
+    if breaking:
+        named = "; ".join(f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in breaking)
+        raise UsageError(f"cannot resume from {folder}: {named}; set them back, or start in a new --output")
+    state = load_checkpoint(folder, run.decoder.model, run.optimizer)
+    run.stream.load_state(state["stream"])
+    run.step = state["step"]
+
+
+def check_output(output: Path, resume: bool) -> None:
+    """Refuse a folder with something in it, unless a run is to be resumed there."""
+    if output.is_file():
+        raise UsageError(f"output {output} is a file; give a folder")
+    if output.is_dir() and any(output.iterdir()) and not resume:
+        raise UsageError(f"output folder {output} is not empty; choose another --output, or go on with --resume auto")
+
+
+def trim_log(path: Path, steps: int) -> None:
+    """Drop log lines of steps that will be done again."""
+    if path.is_file():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        path.write_text("".join(lines[:steps]), encoding="utf-8")
+
+
+@contextmanager
+def stop_on_sigterm() -> Iterator[list[int]]:
+    """A list that is empty until SIGTERM comes; the loop then saves and ends."""
+    received: list[int] = []
+    try:
+        previous = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    except ValueError:  # not the main thread: the caller owns the signals
+        yield received
+        return
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted keys."""
+    if not isinstance(values, dict):
+        return {prefix: values}
+    flat = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}.{key}" if prefix else key)
+    return flat

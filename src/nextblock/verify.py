@@ -1,0 +1,418 @@
+"""The identities that define "correct" (DESIGN, section 3), measured on a user's own model.
+
+Random tokens in short rows: the laws hold for any weights, so nothing has to be trained or meaningful.
+Letters: B rows, T tokens, V vocabulary, b block size.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal, cast
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_mask
+
+from nextblock.attention_mask import (
+    Places,
+    Rule,
+    block_diffusion_rule,
+    to_block_mask,
+    to_dense,
+    within_window,
+)
+from nextblock.batch import Batch, Row
+from nextblock.config import BlockDiffusionSettings, RecipeConfig, UsageError
+from nextblock.corruption import TwoView, corrupt
+from nextblock.data import Rows
+from nextblock.events import Stats
+from nextblock.generate import BlockDiffusionLM
+from nextblock.model import Decoder, choose_mask_token, load_model, load_tokenizer, probe, read_settings
+from nextblock.objective import TwoViewLoss
+from nextblock.sampling import DecodingConfig, Mode
+
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 2e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+"""Largest difference that rounding explains, as a share of the largest value. float64 allows for the parts of
+some models that are float32 in any dtype."""
+LONGEST_WINDOW = 1024  # a sliding window up to this is exceeded by a document; longer ones cost too much
+AR_WEIGHT = 0.5
+
+
+Unit = Literal["relative", "tokens", "entries"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """What came out of one identity.
+
+    name: the law, in words, with its number in DESIGN section 3.
+    difference: the largest found: of logits or gradients over the largest of them, or a count of tokens or
+        mask entries (`unit`). None where nothing was measured.
+    tolerance: largest difference that passes, None likewise.
+    reason: why it was skipped or could not be measured; else empty.
+    """
+
+    name: str
+    status: Literal["passed", "failed", "skipped"]
+    difference: float | None
+    tolerance: float | None
+    unit: Unit
+    reason: str
+    seconds: float
+
+
+class _Skip(Exception):
+    """An identity that does not apply to this model; the message says why."""
+
+
+def verify(
+    path: str | Path,
+    *,
+    mask_token: int | str | None = None,
+    attention: str = "auto",
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device | None = None,
+) -> list[Check]:
+    """Run the identities that apply on a checkpoint; nothing on disk is changed.
+
+    Args:
+        path: shipped name, local folder or Hub id; adapted or not, with or without a tokenizer.
+        mask_token: id or text; default: the checkpoint's, else the tokenizer's, else the last id.
+        attention: "auto", "sdpa", "flex_attention" or "eager".
+        dtype: of the computation; float32 shows errors that bfloat16 hides.
+        device: None: CUDA if there is one.
+    Raises:
+        UsageError: the model cannot be loaded, or the mask token is not in its vocabulary.
+    """
+    model = load_model(path, dtype=dtype, attention=attention, device=device)
+    decoder, tokenizer, settings = Decoder(model), load_tokenizer(path), read_settings(model.config)
+    if mask_token is not None or settings is not None or getattr(tokenizer, "mask_token_id", None) is not None:
+        mask_id = choose_mask_token(decoder, tokenizer, mask_token)
+    else:
+        mask_id = decoder.vocabulary - 1
+    settings = settings or BlockDiffusionSettings(mask_token_id=mask_id)
+    settings = settings.model_copy(update={"mask_token_id": mask_id})
+    return verify_model(BlockDiffusionLM(model, None, settings))
+
+
+def verify_model(lm: BlockDiffusionLM) -> list[Check]:
+    """Run the identities on a model in memory, which must have settings (block size, mask token, recipe)."""
+    assert lm.settings is not None
+    block_size = lm.settings.block_size if 1 < lm.settings.block_size < 8 else 8
+    settings = lm.settings.model_copy(update={"block_size": block_size, "decoding": {}})
+    subject = _Subject(BlockDiffusionLM(lm.model, None, settings), settings)
+    relative = TOLERANCE.get(lm.model.dtype, 5e-2)
+    checks: list[tuple[str, Callable[[_Subject], float | None], float | None, Unit]] = [
+        ("the model obeys the mask and positions it is given", _probe, None, "relative"),
+        ("1  clean half = plain causal forward", _clean_half, relative, "relative"),
+        ("2  noised block = cached decoding step", _decoding_step, relative, "relative"),
+        ("3  at b = 1 loss and gradient = lambda x AR's", _ar_objective, relative, "relative"),
+        ("4  dense mask = FlexAttention mask = Eq. 4", _masks, 0, "entries"),
+        ("5  document in a packed row = document alone", _packing, relative, "relative"),
+        ("6  prompt in a batch = prompt alone, ar", lambda s: _batching(s, "ar"), 0, "tokens"),
+        ("6  prompt in a batch = prompt alone, diffusion", lambda s: _batching(s, "diffusion"), 0, "tokens"),
+        ("6  prompt in a batch = prompt alone, speculative", lambda s: _batching(s, "speculative"), 0, "tokens"),
+        ("7  speculative greedy = ar greedy", _speculative, 0, "tokens"),
+    ]
+    return [_measure(subject, *check) for check in checks]
+
+
+def table(checks: Iterable[Check]) -> Table:
+    """The checks as a table for the terminal."""
+    out = Table("identity", "largest difference", "tolerance", "seconds", "result")
+    colour = {"passed": "green", "failed": "bold red", "skipped": "yellow"}
+    for check in checks:
+        unit = "" if check.unit == "relative" else f" {check.unit}"
+        difference, tolerance = (
+            "" if value is None else f"{value:.2g}{unit}" for value in (check.difference, check.tolerance)
+        )
+        result = f"[{colour[check.status]}]{check.status}[/]" + (f": {check.reason}" if check.reason else "")
+        out.add_row(check.name, difference, tolerance, f"{check.seconds:.2f}", result)
+    return out
+
+
+def _measure(
+    subject: _Subject,
+    name: str,
+    check: Callable[[_Subject], float | None],
+    tolerance: float | None,
+    unit: Unit,
+) -> Check:
+    start, difference, reason = time.perf_counter(), None, ""
+    status: Literal["passed", "failed", "skipped"]
+    try:
+        difference = check(subject)
+        within = difference is None or tolerance is None or difference <= tolerance  # NaN is not
+        status = "passed" if within else "failed"
+    except _Skip as skip:
+        status, reason = "skipped", str(skip)
+    except Exception as error:  # a model that cannot do it at all is what this command is there to show
+        lines = str(error).strip().splitlines() or [""]
+        status = "failed"
+        reason = lines[0] if isinstance(error, UsageError) else f"{type(error).__name__}: {lines[0]}"
+    return Check(name, status, difference, tolerance, unit, reason, time.perf_counter() - start)
+
+
+# ------------------------------------------------------------------------------- what is measured on
+
+
+class _Subject:
+    """The model under test, and one row of three random documents: plain text, prompted, chat."""
+
+    def __init__(self, lm: BlockDiffusionLM, settings: BlockDiffusionSettings) -> None:
+        self.lm, self.model, self.settings = lm, lm.model, settings
+        self.decoder = Decoder(lm.model)
+        self.rule = block_diffusion_rule(settings.context)
+        self.generator = torch.Generator().manual_seed(0)
+        b = settings.block_size
+        windows = [w for w in self.decoder.windows.values() if w is not None and w <= LONGEST_WINDOW]
+        longest = min(max([3 * b, *(w + 2 * b for w in windows)]), (self.decoder.max_positions or 2**31) - b)
+        others = [[-5, 2 * b + 3], [-4, b + 1, -3, b - 2]]
+        self.rows = self.row([[longest - 1], *others])
+        self.short_rows = self.row([[b + 3], *others])  # for what is counted pair by pair
+
+    def tokens(self, count: int) -> Tensor:
+        """Random ids int64 [count], never the mask token."""
+        ids = torch.randint(0, self.decoder.vocabulary - 1, (count,), generator=self.generator)
+        return ids + (ids >= self.settings.mask_token_id)
+
+    def row(self, documents: list[list[int]]) -> Rows:
+        """One packed row; a document is a list of span lengths, negative ones context."""
+        document, position, offset = [], [], []
+        for number, spans in enumerate(documents):
+            length = sum(abs(n) for n in spans)
+            document += [number] * length
+            position += range(length)
+            offset += [k if n > 0 else -1 for n in spans for k in range(abs(n))]
+        zero = torch.zeros(1, dtype=torch.int64)
+        columns = (torch.tensor([values]) for values in (document, position, offset))
+        return Rows(self.tokens(len(document))[None], *columns, epoch=zero, number=zero)
+
+    def two_views(self, block_size: int, rows: Rows | None = None) -> TwoView:
+        """The row (default: the long one) and its noised half, on the model's device."""
+        context, prediction = self.settings.context, self.settings.prediction
+        # Half of the blocks whole: so that every document has noised ones, in both kinds.
+        recipe = RecipeConfig(context=context, prediction=prediction, full_mask_share=0.5, fill_last_block=False)
+        view = corrupt(
+            rows or self.rows,
+            block_size,
+            mask_token_id=self.settings.mask_token_id,
+            end_token_id=None,
+            recipe=recipe,
+            seed=0,
+            step=0,
+        )
+        return view.to(self.decoder.device)
+
+    @torch.no_grad()
+    def logits(self, tokens: Tensor, places: Places) -> Tensor:
+        """[1, T, V] of the parallel pass."""
+        masks = self.decoder.masks(self.rule, places)
+        return self.decoder.logits(self.decoder.hidden(tokens, places.position, masks))
+
+    def documents(self) -> Iterator[Tensor]:
+        """Columns of each document of the row."""
+        for number in range(int(self.rows.document.max()) + 1):
+            yield torch.nonzero(self.rows.document[0] == number).flatten()
+
+
+def _difference(ours: Tensor, theirs: Tensor) -> float:
+    """Largest difference over the largest value."""
+    scale = theirs.float().abs().max()
+    return float((ours.float() - theirs.float()).abs().max() / scale.clamp_min(1e-30))
+
+
+@contextmanager
+def _dense_attention(subject: _Subject) -> Iterator[None]:
+    """Decoding passes bring dense masks, which FlexAttention does not take."""
+    before = subject.decoder.attention
+    if before == "flex_attention":
+        subject.model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        if before == "flex_attention":
+            subject.model.set_attn_implementation(before)
+
+
+# ------------------------------------------------------------------------------- the identities
+
+
+def _probe(subject: _Subject) -> None:
+    probe(subject.decoder)
+
+
+@torch.no_grad()
+def _clean_half(subject: _Subject) -> float:
+    if subject.settings.context == "block_causal":
+        raise _Skip("the clean half is block-causal by choice")
+    view = subject.two_views(subject.settings.block_size)
+    clean = subject.logits(view.tokens, view.places)[0, view.noised_length :]
+    differences = []
+    for columns in subject.documents():
+        tokens = subject.rows.tokens[:, columns].to(subject.decoder.device)
+        plain = subject.model(input_ids=tokens, use_cache=False).logits[0]
+        differences.append(_difference(clean[columns.to(clean.device)], plain))
+    return max(differences)
+
+
+@torch.no_grad()
+def _decoding_step(subject: _Subject) -> float:
+    """The prompted document decoded block by block, each behind the cache that the committed ones left."""
+    view, b = subject.two_views(subject.settings.block_size), subject.settings.block_size
+    parallel = subject.logits(view.tokens, view.places)[0]
+    document = 1
+    columns = list(subject.documents())[document]
+    clean, offset = subject.rows.tokens[0, columns].tolist(), subject.rows.offset[0, columns]
+    context = int((offset < 0).sum())
+    config = DecodingConfig.model_validate({"mode": "diffusion", "block_size": b})
+    row = Row(0, clean[:context], limit=len(clean) - context)
+    differences = []
+    with _dense_attention(subject):
+        batch = Batch(subject.decoder, subject.settings, config, [row], Stats(rows=1))
+        batch.prefill()
+        for start in range(context, len(clean), b):
+            place = view.places
+            own = (place.view[0] > 0) & (place.document[0] == document) & (place.block_start[0] == start)
+            if own.any():
+                step = batch.forward(view.tokens[:, own], [start], [False])
+                differences.append(_difference(parallel[own], subject.decoder.logits(step)[0]))
+            block = torch.tensor([clean[start : start + b]], device=subject.decoder.device)
+            batch.forward(block, [start], [subject.settings.context == "context_causal"])
+    return max(differences)
+
+
+def _ar_objective(subject: _Subject) -> float:
+    """Gradients with respect to the embeddings: they pass through every layer, and cost little memory."""
+    if subject.settings.prediction == "aligned":
+        raise _Skip("with aligned prediction b = 1 has a noised half too")
+    if subject.decoder.attention == "flex_attention" and subject.decoder.device.type == "cpu":
+        raise _Skip("FlexAttention has no backward pass on CPU")
+    model, device = subject.model, subject.decoder.device
+    embedding = cast(nn.Embedding, model.get_input_embeddings()).weight
+    trained = [p for p in model.parameters() if p.requires_grad]
+    model.requires_grad_(False)
+    embedding.requires_grad_(True)
+    try:
+        with torch.enable_grad():
+            sums = TwoViewLoss(subject.decoder)(subject.two_views(1), subject.rule)
+            objective = sums.total(AR_WEIGHT)
+            (gradient,) = torch.autograd.grad(objective, embedding)
+            plain = objective.new_zeros(())
+            for columns in subject.documents():
+                tokens = subject.rows.tokens[0, columns].to(device)
+                scored = subject.rows.offset[0, columns][1:].to(device) >= 0
+                logits = model(input_ids=tokens[None], use_cache=False).logits[0, :-1]
+                log_p = logits.to(objective.dtype).log_softmax(-1).gather(-1, tokens[1:, None])[:, 0]
+                plain = plain - AR_WEIGHT * log_p[scored].sum()
+            (plain_gradient,) = torch.autograd.grad(plain, embedding)
+    finally:
+        embedding.requires_grad_(False)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+    return max(_difference(objective.detach(), plain.detach()), _difference(gradient, plain_gradient))
+
+
+@torch.no_grad()
+def _masks(subject: _Subject) -> float:
+    view = subject.two_views(subject.settings.block_size, subject.short_rows)
+    wanted = _equation_4(subject, view)
+    distance = view.places.position[0, :, None] - view.places.position[0]
+    wrong = 0
+    for window in set(subject.decoder.windows.values()):
+        rule: Rule = within_window(subject.rule, window)
+        near = wanted if window is None else wanted & (distance < window).cpu()
+        dense = to_dense(rule, view.places)[0, 0]
+        length = dense.shape[0]
+        block_mask = to_block_mask(rule, view.places)
+        flex = create_mask(block_mask.mask_mod, 1, 1, length, length, device=dense.device)[0, 0]
+        wrong += int((dense.cpu() != near).sum()) + int((flex.cpu() != near).sum())
+    return wrong
+
+
+def _equation_4(subject: _Subject, view: TwoView) -> Tensor:
+    """Bool [T, T], read from Eq. 4 pair by pair, with blocks counted out from the row rather than computed."""
+    block_of: dict[tuple[int, int], int] = {}  # (document, position) -> number of the block
+    first: list[int] = []  # block -> position of its first token
+    size = 0
+    rows = subject.short_rows
+    columns = (rows.document[0], rows.position[0], rows.offset[0])
+    for document, position, offset in zip(*(column.tolist() for column in columns), strict=True):
+        if offset < 0:
+            continue
+        if offset == 0 or size == subject.settings.block_size:
+            first.append(position)
+            size = 0
+        size += 1
+        block_of[document, position] = len(first) - 1
+    places = [getattr(view.places, name)[0].tolist() for name in ("view", "document", "position")]
+    slots = list(zip(*places, strict=True))
+    own = [block_of.get(slot[1:], -1 - k) for k, slot in enumerate(slots)]
+    whole_block = subject.settings.context == "block_causal"
+    allowed = torch.zeros(len(slots), len(slots), dtype=torch.bool)
+    for i, (query_view, query_document, query) in enumerate(slots):
+        for j, (key_view, key_document, key) in enumerate(slots):
+            if query_document != key_document:
+                continue
+            if query_view and key_view:
+                allowed[i, j] = query_view == key_view and own[i] == own[j]
+            elif query_view:
+                allowed[i, j] = key < first[own[i]]
+            elif not key_view:
+                allowed[i, j] = key <= query or (whole_block and own[i] == own[j])
+    return allowed
+
+
+@torch.no_grad()
+def _packing(subject: _Subject) -> float:
+    view = subject.two_views(subject.settings.block_size)
+    packed = subject.logits(view.tokens, view.places)[0]
+    differences = []
+    for number in range(int(subject.rows.document.max()) + 1):
+        own = view.places.document[0] == number
+        columns = {f.name: getattr(view.places, f.name) for f in fields(Places)}
+        places = Places(**{name: v if name == "seed" else v[:, own] for name, v in columns.items()})
+        differences.append(_difference(packed[own], subject.logits(view.tokens[:, own], places)[0]))
+    return max(differences)
+
+
+def _prompts(subject: _Subject) -> list[Tensor]:
+    room = (subject.decoder.max_positions or 2**31) - 3 * subject.settings.block_size
+    return [subject.tokens(max(1, min(length, room))) for length in (3, 11, 6)]
+
+
+def _greedy(subject: _Subject, mode: Mode, prompts: list[Tensor]) -> list[list[int]]:
+    """Greedy answers of two blocks and a bit to a batch of prompts, end tokens ignored."""
+    if subject.model.dtype not in (torch.float32, torch.float64):
+        raise _Skip(f"in {str(subject.model.dtype).removeprefix('torch.')} rounding decides near ties; use float32")
+    longest = max(len(prompt) for prompt in prompts)
+    tokens = torch.zeros(len(prompts), longest, dtype=torch.int64)
+    real = torch.zeros_like(tokens)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)], real[row, : len(prompt)] = prompt, 1
+    new = 2 * subject.settings.block_size + 2
+    out = subject.lm.generate(tokens, attention_mask=real, mode=mode, max_new_tokens=new, eos_token_id=())
+    return out.answers
+
+
+def _different_tokens(ours: list[list[int]], theirs: list[list[int]]) -> int:
+    return sum(
+        abs(len(a) - len(b)) + sum(x != y for x, y in zip(a, b, strict=False))
+        for a, b in zip(ours, theirs, strict=True)
+    )
+
+
+def _batching(subject: _Subject, mode: Mode) -> float:
+    prompts = _prompts(subject)
+    alone = [answer for prompt in prompts for answer in _greedy(subject, mode, [prompt])]
+    return _different_tokens(_greedy(subject, mode, prompts), alone)
+
+
+def _speculative(subject: _Subject) -> float:
+    prompts = _prompts(subject)
+    return _different_tokens(_greedy(subject, "speculative", prompts), _greedy(subject, "ar", prompts))

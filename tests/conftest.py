@@ -1,0 +1,53 @@
+"""Settings and fixtures that all tests share."""
+
+from __future__ import annotations
+
+import os
+
+# Before transformers is imported: nothing in the tests may reach the network.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from families import FAMILIES, tiny_model
+
+# Models here are tiny: more threads cost more than they give, and sums keep one order.
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip tests marked `gpu` where there is no CUDA device."""
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="no CUDA device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Each test starts from the same global random state, alone or in company."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    """The name of each supported family in turn."""
+    return request.param
+
+
+@pytest.fixture
+def family_model(family: str) -> PreTrainedModel:
+    """A fresh tiny random model of each supported family in turn; a test may change it."""
+    return tiny_model(family)
+
+
+@pytest.fixture
+def llama() -> PreTrainedModel:
+    """A fresh tiny random Llama, for laws that do not depend on the family."""
+    return tiny_model("llama")

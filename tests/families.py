@@ -1,0 +1,75 @@
+"""Tiny random models of every supported family, for tests.
+
+Weights are drawn from a wide normal distribution: with the usual 0.02 all logits are nearly equal, and a
+test that compares two computations would pass whatever they did.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+VOCABULARY = 97
+MASK_ID = 96  # the last row; tests draw their tokens from 3 .. 95
+PAD_ID, BOS_ID, EOS_ID = 0, 1, 2
+
+_LLAMA_LIKE: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+
+# family -> (model_type of its text configuration, sizes)
+_SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", _LLAMA_LIKE),
+    "qwen2": ("qwen2", _LLAMA_LIKE),
+    "qwen3": ("qwen3", {**_LLAMA_LIKE, "head_dim": 8}),
+    "mistral": ("mistral", _LLAMA_LIKE),
+    "gemma3": (
+        "gemma3_text",
+        {**_LLAMA_LIKE, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 512},
+    ),
+    "olmo2": ("olmo2", _LLAMA_LIKE),
+    "phi3": ("phi3", _LLAMA_LIKE),
+    "gpt2": ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512, "n_inner": 64}),
+    "gpt_neox": (
+        "gpt_neox",
+        {key: value for key, value in _LLAMA_LIKE.items() if key != "num_key_value_heads"},
+    ),
+}
+
+FAMILIES = list(_SETTINGS)
+
+
+def tiny_model(family: str, *, seed: int = 0, std: float = 0.25, **overrides: Any) -> PreTrainedModel:
+    """A random `family` model in float32 and eval mode; equal seeds give equal weights.
+
+    Two layers, width 32, four heads, 97 tokens. `overrides` go to the model's configuration; `std` is the
+    standard deviation of the matrices. Vectors (norm weights, biases) keep their own value plus noise of
+    0.1, so that no bias is zero and no norm is the identity. The global random state is left as it was.
+    """
+    model_type, sizes = _SETTINGS[family]
+    settings = {
+        "vocab_size": VOCABULARY,
+        "pad_token_id": PAD_ID,
+        "bos_token_id": BOS_ID,
+        "eos_token_id": EOS_ID,
+        **sizes,
+        **overrides,
+    }
+    config = AutoConfig.for_model(model_type, **settings)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim >= 2:
+                    parameter.normal_(0.0, std)
+                else:
+                    parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model.eval()

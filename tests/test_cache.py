@@ -1,0 +1,134 @@
+"""The cache whose slots are positions, and the masks of cached passes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from families import MASK_ID
+from nextblock.batch import Batch, Row
+from nextblock.cache import Masks, SlotCache
+from nextblock.config import BlockDiffusionSettings, validate
+from nextblock.events import Stats
+from nextblock.model import Decoder
+from nextblock.sampling import DecodingConfig
+
+
+def states(rows, width, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, 2, width, 4, generator=generator), torch.randn(rows, 2, width, 4, generator=generator)
+
+
+@pytest.mark.parametrize("starts", [[2, 2, 2], [2, 0, 5]])
+def test_each_row_is_written_at_its_own_positions_and_nothing_else_changes(starts):
+    cache = SlotCache(3, 12)
+    cache.aim([0, 0, 0], 8)
+    first, _ = cache.update(*states(3, 8, 0), 0)
+    before = first.clone()
+    slots = torch.tensor(starts)[:, None] + torch.arange(3)
+    cache.aim(starts, 3, slots)
+    keys, values = states(3, 3, 1)
+    seen_keys, seen_values = cache.update(keys, values, 0)
+    assert seen_keys.shape[2] == max(starts) + 3 == cache.end
+    for row, start in enumerate(starts):
+        expected = before[row].clone()
+        expected[:, start : start + 3] = keys[row]
+        end = min(seen_keys.shape[2], 8)
+        assert torch.equal(seen_keys[row, :, :end], expected[:, :end])
+        assert torch.equal(seen_values[row, :, start : start + 3], values[row])
+
+
+def test_a_pass_reads_the_memory_that_it_wrote_not_a_copy():
+    cache = SlotCache(2, 12)
+    cache.aim([0, 0], 5)
+    seen, _ = cache.update(*states(2, 5, 0), 0)
+    again = cache.keys[0]
+    assert seen.data_ptr() == again.data_ptr()
+    cache.aim([5, 5], 1)
+    seen, _ = cache.update(*states(2, 1, 1), 0)
+    assert seen.data_ptr() == again.data_ptr()
+
+
+def test_a_row_that_leaves_makes_room_for_the_last_one():
+    cache = SlotCache(3, 8)
+    cache.aim([0, 0, 0], 4)
+    keys, _ = states(3, 4, 0)
+    cache.update(keys, keys, 0)
+    cache.drop(0)
+    assert torch.equal(cache.keys[0][:, :, :4], keys[[2, 1]])
+    cache.drop(1)
+    assert torch.equal(cache.keys[0][:, :, :4], keys[[2]])
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("start", [0, 1, 6])
+def test_the_template_slice_is_the_mask_of_the_rule(causal, window, start):
+    masks = Masks(10, torch.float32, torch.device("cpu"))
+    width = 4
+    for _ in range(2):  # made, then taken from the template
+        mask = masks.aligned(start, width, causal, window)
+    assert mask.shape == (1, 1, width, start + width)
+    for i in range(width):
+        for j in range(start + width):
+            seen = j <= (start + i if causal else start + width - 1)
+            seen = seen and (window is None or j > start + i - window)
+            assert (mask[0, 0, i, j] == 0) == seen
+            assert mask[0, 0, i, j] in (0, torch.finfo(torch.float32).min)
+
+
+@torch.no_grad()
+def test_scratch_tokens_behind_the_committed_ones_leave_no_trace(family_model):
+    """prefill, denoise, denoise, commit = plain causal logits, for rows of unequal length."""
+    decoder = Decoder(family_model)
+    settings = BlockDiffusionSettings(block_size=4, mask_token_id=MASK_ID)
+    generator = torch.Generator().manual_seed(0)
+    texts = [torch.randint(3, 96, (n + 4,), generator=generator).tolist() for n in (7, 3, 5)]
+    rows = [Row(i, text[:-4], limit=4) for i, text in enumerate(texts)]
+    batch = Batch(decoder, settings, validate(DecodingConfig, {"block_size": 4}), rows, Stats())
+    last = batch.prefill()
+    starts = [len(text) - 4 for text in texts]
+    for noise in (MASK_ID, 5):
+        batch.forward(torch.full((3, 4), noise), starts, [False, False, True])
+    hidden = batch.forward(torch.tensor([text[-4:] for text in texts]), starts, [True] * 3)
+    for i, text in enumerate(texts):
+        plain = family_model(torch.tensor([text])).logits[0]
+        torch.testing.assert_close(decoder.logits(last[i]), plain[-5], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(decoder.logits(hidden[i]), plain[-4:], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_noised_block_of_the_parallel_pass_equals_its_cached_denoising_step(family_model):
+    """Identity 2, the parallel side written from Eq. 4: [noised ; clean], prompt of 3, blocks of 4."""
+    prompt, block, count = 3, 4, 3
+    length = prompt + block * count
+    generator = torch.Generator().manual_seed(1)
+    clean = torch.randint(3, 96, (length,), generator=generator)
+    noised = torch.where(torch.rand(length, generator=generator) < 0.6, MASK_ID, clean)
+    noised[:prompt] = clean[:prompt]
+    own = [(i - prompt) // block if i >= prompt else -1 for i in range(length)]
+    allowed = torch.zeros(2 * length, 2 * length, dtype=torch.bool)
+    for q in range(2 * length):
+        for k in range(2 * length):
+            i, j = q % length, k % length
+            if q < length and k < length:
+                allowed[q, k] = own[i] == own[j] and (own[i] >= 0 or i == j)  # M_BD
+            elif q < length:
+                allowed[q, k] = own[j] < own[i]  # M_OBC
+            elif k >= length:
+                allowed[q, k] = j <= i  # M_CC
+    position = torch.arange(length).repeat(2)[None]
+    tokens = torch.cat([noised, clean])[None]
+    parallel = family_model(tokens, position_ids=position, attention_mask=allowed[None, None], use_cache=False)
+
+    decoder = Decoder(family_model)
+    settings = BlockDiffusionSettings(block_size=block, mask_token_id=MASK_ID)
+    rows = [Row(0, clean[:prompt].tolist(), limit=block * count)]
+    batch = Batch(decoder, settings, validate(DecodingConfig, {"block_size": block}), rows, Stats())
+    batch.prefill()
+    for n in range(count):
+        start = prompt + n * block
+        step = batch.forward(noised[None, start : start + block], [start], [False])
+        expected = parallel.logits[0, start : start + block]
+        torch.testing.assert_close(decoder.logits(step)[0], expected, rtol=1e-4, atol=1e-4)
+        batch.forward(clean[None, start : start + block], [start], [True])

@@ -1,0 +1,148 @@
+"""Checkpoints are whole or absent, the newest whole one is found, and the last n are kept."""
+
+from __future__ import annotations
+
+import resource
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nextblock import checkpoint
+from nextblock.checkpoint import (
+    list_checkpoints,
+    load_checkpoint,
+    newest_whole_checkpoint,
+    save_checkpoint,
+)
+from nextblock.config import UsageError
+
+
+def trained(seed: int, width: int = 8) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A model with tied weights, after two optimizer steps."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width))
+    model[2].weight = model[0].weight
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    for _ in range(2):
+        model(torch.randn(3, width)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer
+
+
+def values_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [value for state in optimizer.state_dict()["state"].values() for value in state.values()]
+
+
+def write(output: Path, step: int, keep: int = 10, state: dict[str, Any] | None = None) -> Path:
+    return save_checkpoint(output, step, *trained(step), state or {}, keep)
+
+
+def test_weights_optimizer_and_state_come_back_bit_for_bit(tmp_path):
+    model, optimizer = trained(0)
+    folder = save_checkpoint(tmp_path, 7, model, optimizer, {"stream": {"taken": 3}}, keep=2)
+    other, other_optimizer = trained(1)
+    state = load_checkpoint(folder, other, other_optimizer)
+    assert state == {"step": 7, "stream": {"taken": 3}}
+    for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    assert other[2].weight is other[0].weight  # type: ignore[index]
+    for a, b in zip(values_of(optimizer), values_of(other_optimizer), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_last_n_checkpoints_are_kept(tmp_path):
+    for step in (5, 10, 15, 100):
+        write(tmp_path, step, keep=2)
+    assert [folder.name for folder in list_checkpoints(tmp_path)] == ["step-00000015", "step-00000100"]
+
+
+def test_a_step_written_again_replaces_the_old_one(tmp_path):
+    write(tmp_path, 5, state={"try": 1})
+    folder = write(tmp_path, 5, state={"try": 2})
+    assert load_checkpoint(folder, *trained(0))["try"] == 2
+    assert list_checkpoints(tmp_path) == [folder]
+
+
+FILES = ["model.safetensors", "optimizer.pt", "state.json", "manifest.json"]
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", ["removed", "cut short", "one bit flipped", "emptied"])
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(tmp_path, name, damage):
+    before, newest = write(tmp_path, 5), write(tmp_path, 10)
+    file = newest / name
+    content = file.read_bytes()
+    if damage == "removed":
+        file.unlink()
+    elif damage == "cut short":
+        file.write_bytes(content[:-5])
+    elif damage == "emptied":
+        file.write_bytes(b"")
+    else:
+        middle = len(content) // 2
+        file.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    found, said = newest_whole_checkpoint(tmp_path)
+    assert found == before
+    assert len(said) == 1
+    assert str(newest) in said[0]
+    assert name in said[0] or name == "manifest.json"  # a wrong digest speaks of the file it is for
+
+
+def test_without_a_whole_checkpoint_there_is_none(tmp_path):
+    assert newest_whole_checkpoint(tmp_path) == (None, [])
+    (write(tmp_path, 5) / "optimizer.pt").unlink()
+    found, said = newest_whole_checkpoint(tmp_path)
+    assert found is None
+    assert len(said) == 1
+
+
+def test_a_damaged_later_checkpoint_does_not_push_out_the_whole_ones(tmp_path):
+    write(tmp_path, 5)
+    (write(tmp_path, 10) / "optimizer.pt").unlink()
+    whole = write(tmp_path, 6, keep=1)  # the run went back to step 5 and on
+    assert newest_whole_checkpoint(tmp_path) == (whole, [])
+
+
+@pytest.mark.parametrize("stage", ["save_model", "torch.save", "_digest", "_flush", "os.replace"])
+def test_a_save_that_stops_half_way_leaves_the_earlier_checkpoint_the_newest(tmp_path, monkeypatch, stage):
+    before = write(tmp_path, 5)
+
+    def stop(*args: Any, **options: Any) -> None:
+        raise KeyboardInterrupt  # what no handler of write errors catches, as a kill
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"nextblock.checkpoint.{stage}" if "." not in stage else stage, stop)
+        with pytest.raises(KeyboardInterrupt):
+            write(tmp_path, 10)
+    assert newest_whole_checkpoint(tmp_path) == (before, [])
+    assert newest_whole_checkpoint(tmp_path)[0] != write(tmp_path, 10)
+    assert newest_whole_checkpoint(tmp_path)[0] == checkpoint.list_checkpoints(tmp_path)[-1]
+
+
+@pytest.mark.parametrize("room", ["no weights", "weights but no optimizer"])
+def test_a_disk_that_is_full_stops_with_one_line_and_leaves_the_last_good_checkpoint(tmp_path, room):
+    before = write(tmp_path, 5)
+    model, optimizer = trained(0, width=256)
+    limit = 2**10 if room == "no weights" else 300 * 2**10
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with pytest.raises(UsageError, match="cannot write checkpoint") as stopped:
+            save_checkpoint(tmp_path, 10, model, optimizer, {}, keep=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(stopped.value)
+    assert newest_whole_checkpoint(tmp_path) == (before, [])
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [before.name]
+
+
+def test_an_output_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "checkpoints").write_text("a file in the way")
+    with pytest.raises(UsageError, match="cannot write checkpoint"):
+        write(tmp_path, 1)
+    shutil.rmtree(tmp_path)

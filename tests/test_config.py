@@ -1,0 +1,217 @@
+"""Configuration: what is refused before anything is loaded, in one line, and what comes out resolved."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from nextblock.config import (
+    AdaptConfig,
+    BlockDiffusionSettings,
+    ModelConfig,
+    Source,
+    UsageError,
+    load_config,
+    nearest,
+    validate,
+)
+
+MINIMAL: dict[str, Any] = {"data": {"sources": [{"path": "text"}], "row_length": 64}}
+
+
+def refusal(overrides: dict[str, Any], base: Any = MINIMAL) -> str:
+    with pytest.raises(UsageError) as refused:
+        load_config(base, overrides)
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+# ------------------------------------------------------------------------------- reading
+
+
+def test_defaults_are_the_papers_recipe_and_agree_with_each_other():
+    config = load_config(MINIMAL)
+    assert config.growth.b_0 == 1
+    assert (config.growth.r, config.growth.b_max) == (2, 32)
+    assert config.recipe.ar_weight == 0.5
+    assert (config.recipe.context, config.recipe.prediction) == ("context_causal", "shifted")
+    assert config.recipe.noise_per == "block"
+
+
+def test_a_resolved_copy_in_yaml_gives_the_same_configuration(tmp_path):
+    config = load_config(MINIMAL, {"growth.b_max": 16, "optimizer.lr": "3e-4", "model.scratch": {"vocab_size": 7}})
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(yaml.safe_dump(config.model_dump(mode="json")), encoding="utf-8")
+    assert load_config(copy) == config
+
+
+def test_a_configuration_cannot_be_changed_afterwards():
+    with pytest.raises(ValidationError, match="frozen"):
+        load_config(MINIMAL).growth.b_max = 4  # type: ignore[misc]
+
+
+def test_overrides_reach_nested_keys_and_list_items_and_leave_the_source_as_it_was():
+    values = {"data": {"sources": [{"path": "a"}, {"path": "b"}]}}
+    config = load_config(values, {"data.sources.1.path": "c", "data.sources.2.path": "d", "training.steps": 999})
+    assert [source.path for source in config.data.sources] == ["a", "c", "d"]
+    assert config.training.steps == 999
+    assert values == {"data": {"sources": [{"path": "a"}, {"path": "b"}]}}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ({"data.sources.5.path": "x"}, "'5' is not an index into a list of 1"),
+        ({"data.sources.first.path": "x"}, "'first' is not an index"),
+        ({"data.row_length.x": 1}, "'x' lies below a plain value"),
+    ],
+)
+def test_an_override_that_leads_nowhere_is_named(overrides, said):
+    assert said in refusal(overrides)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"a: [", "cannot read the configuration"),
+        (b"\xff\xfe\xfa", "cannot read the configuration"),
+        (b"- 1", "expected a mapping"),
+        (b"", "data is missing"),
+    ],
+)
+def test_a_file_that_is_not_a_configuration_stops_with_one_line(tmp_path, content, said):
+    path = tmp_path / "c.yaml"
+    path.write_bytes(content)
+    assert said in refusal({}, path)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    assert "absent.yaml" in refusal({}, tmp_path / "absent.yaml")
+
+
+# ------------------------------------------------------------------------------- unknown keys
+
+
+@pytest.mark.parametrize(
+    ("key", "right"),
+    [
+        ("growht.b_max", "growth"),
+        ("growth.bmax", "b_max"),
+        ("optimizer.learning_rate", "learning_rate"),
+        ("data.row_lenght", "row_length"),
+        ("data.sources.0.fromat", "format"),
+        ("recipe.noise_par", "noise_per"),
+        ("training.step", "steps"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_nearest_right_one(key, right):
+    said = refusal({key: 1})
+    assert key.split(".")[-1] in said or key.split(".")[0] in said
+    assert said.startswith("unknown key")
+    if right != "learning_rate":  # nothing is near: all are listed
+        assert f"did you mean '{right}'?" in said
+    else:
+        assert "choose from lr, schedule, " in said
+
+
+def test_nearest_names_the_closest_choice_or_all():
+    assert nearest("entropi", ["confidence", "entropy"]) == "; did you mean 'entropy'?"
+    assert nearest("zzz", ["a", "b"]) == "; choose from a, b"
+
+
+# ------------------------------------------------------------------------------- values
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("growth.b_0", 0),
+        ("growth.r", 1),
+        ("growth.delta", 0),
+        ("growth.s_0", -1),
+        ("recipe.ar_weight", -0.1),
+        ("recipe.full_mask_share", 1.1),
+        ("recipe.context", "both"),
+        ("recipe.prediction", "none"),
+        ("recipe.noise_per", "token"),
+        ("recipe.views", 0),
+        ("optimizer.lr", 0),
+        ("optimizer.schedule", "linear"),
+        ("training.steps", 0),
+        ("training.steps", "many"),
+        ("training.batch_rows", 0),
+        ("data.sources", []),
+        ("data.sources.0.weight", 0),
+        ("data.held_out", 1.0),
+        ("model.dtype", "float16"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_with_its_key_and_value(key, value):
+    said = refusal({key: value})
+    assert said.startswith(f"{key}={value!r}: ")
+
+
+def test_what_must_be_set_is_named():
+    assert "data.sources.0.path is missing" in refusal({}, {"data": {"sources": [{}]}})
+    assert "data is missing" in refusal({}, {"model": {}})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ({"growth.b_0": 64}, "growth.b_0=64 is larger than growth.b_max=32; start at or below it"),
+        ({"data.row_length": 16}, "data.row_length=16 is smaller than the block growth.b_max=32; use at least 32"),
+        ({"data.row_length": 100}, "data.row_length=100 is not a multiple of growth.b_max=32; use 96"),
+        (
+            {"training.steps": 250},
+            "growth.b_max=32 is not reached in training.steps=250; use at least 251 steps or a smaller growth.delta",
+        ),
+        ({"growth.s_0": 100, "training.steps": 350}, "use at least 351 steps"),
+        ({"recipe.views": 3, "recipe.complementary": True}, "recipe.views=3 is odd, but recipe.complementary"),
+        (
+            {"recipe.annealed_mask_steps": 10},
+            "recipe.annealed_mask_steps=10 replaces block growth; set growth.b_0 to growth.b_max=32",
+        ),
+        (
+            {"recipe.annealed_mask_steps": 10, "growth.b_0": 32, "recipe.context": "block_causal"},
+            "recipe.annealed_mask_steps=10 needs recipe.context=context_causal",
+        ),
+    ],
+)
+def test_keys_that_contradict_each_other_are_refused_with_rule_and_cure(overrides, said):
+    assert said in refusal(overrides)
+
+
+@pytest.mark.parametrize("steps", [251, 10_000])
+def test_a_growth_that_reaches_its_target_is_accepted(steps):
+    assert load_config(MINIMAL, {"training.steps": steps}).training.steps == steps
+
+
+def test_full_sequence_diffusion_is_a_block_as_long_as_the_row():
+    config = load_config(MINIMAL, {"growth.b_0": 64, "growth.b_max": 64})
+    assert isinstance(config, AdaptConfig)
+
+
+def test_settings_left_out_take_the_defaults_of_the_format():
+    settings = validate(BlockDiffusionSettings, {"mask_token_id": 5})
+    assert settings.model_dump(exclude={"decoding"}) == {
+        "block_size": 32,
+        "mask_token_id": 5,
+        "context": "context_causal",
+        "prediction": "shifted",
+    }
+
+
+def test_every_option_says_what_it_is():
+    silent = [
+        f"{section.__name__}.{name}"
+        for section in (ModelConfig, Source, *(f.annotation for f in AdaptConfig.model_fields.values()))
+        if isinstance(section, type) and hasattr(section, "model_fields")
+        for name, field in section.model_fields.items()
+        if not field.description
+    ]
+    allowed = {"format", "weight_decay", "beta_1", "beta_2", "seed", "warmup_steps"}
+    assert {name.split(".")[1] for name in silent} <= allowed

@@ -1,0 +1,207 @@
+"""`model.generate(custom_generate=...)` behaves as users of transformers expect."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LogitsProcessor, StoppingCriteria
+
+from families import EOS_ID, MASK_ID, PAD_ID, tiny_model
+from nextblock.config import UsageError
+from nextblock.custom_generate import CUSTOM_GENERATE_SOURCE, block_diffusion
+from nextblock.generate import BlockDiffusionLM
+from nextblock.model import read_settings
+
+SECTION = {"block_size": 8, "mask_token_id": MASK_ID}
+
+
+@pytest.fixture
+def adapted():
+    model = tiny_model("llama")
+    model.config.block_diffusion = SECTION
+    # transformers itself must not say the mask token either
+    model.generation_config.suppress_tokens = [MASK_ID]
+    return model
+
+
+def left_padded(lengths=(4, 9)):
+    longest = max(lengths)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.full((len(lengths), longest), PAD_ID)
+    for row, length in zip(tokens, lengths, strict=True):
+        row[longest - length :] = torch.randint(3, 96, (length,), generator=generator)
+    return {"input_ids": tokens, "attention_mask": (tokens != PAD_ID).long()}
+
+
+class Collector:
+    """A streamer that keeps what it is given."""
+
+    def __init__(self):
+        self.tokens, self.ended = [], False
+
+    def put(self, value):
+        self.tokens += value.flatten().tolist()
+
+    def end(self):
+        self.ended = True
+
+
+class NoRepeat(LogitsProcessor):
+    """A stateless processor: no token of the prefix again."""
+
+    def __call__(self, input_ids, scores):
+        return scores.scatter(1, input_ids, -torch.inf)
+
+
+class After(StoppingCriteria):
+    def __init__(self, length):
+        self.length = length
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.tensor([row.shape[0] >= self.length for row in input_ids])
+
+
+@pytest.mark.parametrize("mode", ["ar", "speculative"])
+def test_left_padded_batches_give_what_plain_generate_gives(adapted, mode):
+    inputs = left_padded()
+    plain = adapted.generate(**inputs, max_new_tokens=20, do_sample=False)
+    ours = adapted.generate(**inputs, max_new_tokens=20, do_sample=False, custom_generate=block_diffusion, mode=mode)
+    assert torch.equal(ours, plain)
+
+
+@pytest.mark.parametrize("mode", ["ar", "speculative"])
+def test_logits_processors_and_stopping_criteria_act_as_in_plain_generate(adapted, mode):
+    options = {
+        "max_new_tokens": 20,
+        "min_new_tokens": 12,
+        "do_sample": False,
+        "repetition_penalty": 1.3,
+        "logits_processor": [NoRepeat()],
+        "stopping_criteria": [After(22)],
+    }
+    inputs = left_padded()
+    plain = adapted.generate(**inputs, **options)
+    ours = adapted.generate(**inputs, **options, custom_generate=block_diffusion, mode=mode)
+    assert torch.equal(ours, plain)
+
+
+def test_diffusion_mode_is_the_library_s_own(adapted):
+    inputs = left_padded()
+    lm = BlockDiffusionLM(adapted, None, read_settings(adapted.config))
+    expected = lm.generate(
+        inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        max_new_tokens=20,
+        threshold=None,
+        sub_blocks=2,
+    )
+    ours = adapted.generate(
+        **inputs, max_new_tokens=20, custom_generate=block_diffusion, mode="diffusion", threshold=None, sub_blocks=2
+    )
+    assert torch.equal(ours, expected.sequences)
+
+
+def test_sampling_takes_its_options_from_the_generation_config(adapted):
+    inputs = left_padded()
+    lm = BlockDiffusionLM(adapted, None, read_settings(adapted.config))
+    for mode in ("ar", "diffusion", "speculative"):
+        expected = lm.generate(
+            inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            mode=mode,
+            max_new_tokens=12,
+            temperature=0.7,
+            top_k=9,
+            top_p=0.8,
+            seed=3,
+        )
+        ours = adapted.generate(
+            **inputs,
+            max_new_tokens=12,
+            do_sample=True,
+            temperature=0.7,
+            top_k=9,
+            top_p=0.8,
+            custom_generate=block_diffusion,
+            mode=mode,
+            seed=3,
+        )
+        assert torch.equal(ours, expected.sequences)
+
+
+def test_sampling_with_a_processor_keeps_its_rule(adapted):
+    inputs = left_padded((6,))
+    out = adapted.generate(
+        **inputs,
+        max_new_tokens=20,
+        do_sample=True,
+        logits_processor=[NoRepeat()],
+        custom_generate=block_diffusion,
+        mode="speculative",
+        seed=3,
+    )
+    assert len(set(out[0].tolist())) == out.shape[1] - (6 - len(set(inputs["input_ids"][0].tolist())))
+
+
+@pytest.mark.parametrize("mode", ["ar", "diffusion", "speculative"])
+def test_streamers_get_the_answer_in_order_and_an_end(adapted, mode):
+    inputs, streamer = left_padded((6,)), Collector()
+    out = adapted.generate(**inputs, max_new_tokens=20, custom_generate=block_diffusion, mode=mode, streamer=streamer)
+    assert streamer.tokens == out[0].tolist()
+    assert streamer.ended
+
+
+def test_the_dict_form_and_several_answers_per_prompt(adapted):
+    inputs = left_padded((6,))
+    out = adapted.generate(
+        **inputs,
+        max_new_tokens=8,
+        do_sample=True,
+        num_return_sequences=3,
+        return_dict_in_generate=True,
+        custom_generate=block_diffusion,
+        mode="ar",
+        seed=0,
+    )
+    assert out.sequences.shape[0] == 3
+    assert len({tuple(row) for row in out.sequences.tolist()}) > 1
+
+
+def test_what_has_no_meaning_is_refused_in_one_line(adapted):
+    inputs = left_padded()
+    with pytest.raises(UsageError, match="NoRepeat has no meaning in diffusion mode"):
+        adapted.generate(
+            **inputs,
+            max_new_tokens=4,
+            custom_generate=block_diffusion,
+            mode="diffusion",
+            logits_processor=[NoRepeat()],
+        )
+    with pytest.raises(UsageError, match="num_beams=2"):
+        adapted.generate(**inputs, max_new_tokens=4, num_beams=2, custom_generate=block_diffusion, mode="ar")
+    with pytest.raises(UsageError, match="did you mean 'speculative'"):
+        adapted.generate(**inputs, max_new_tokens=4, custom_generate=block_diffusion, mode="speculativ")
+    with pytest.raises(UsageError, match="streaming 2 rows"):
+        adapted.generate(**inputs, max_new_tokens=4, custom_generate=block_diffusion, mode="ar", streamer=Collector())
+
+
+def test_an_exported_folder_decodes_by_its_own_name(adapted, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    folder = tmp_path / "exported"
+    (folder / "custom_generate").mkdir(parents=True)
+    (folder / "custom_generate" / "generate.py").write_text(CUSTOM_GENERATE_SOURCE)
+    inputs, streamer = left_padded((6,)), Collector()
+    expected = adapted.generate(**inputs, max_new_tokens=15, do_sample=False)
+    out = adapted.generate(
+        **inputs,
+        max_new_tokens=15,
+        do_sample=False,
+        custom_generate=str(folder),
+        trust_remote_code=True,
+        mode="speculative",
+        streamer=streamer,
+    )
+    assert torch.equal(out, expected)
+    assert streamer.tokens == expected[0].tolist()
+    assert EOS_ID in expected[0] or expected.shape[1] == 21

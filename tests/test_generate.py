@@ -1,0 +1,261 @@
+"""The public calls: prompts in every form, ends, events, counts, and bad input in one line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from families import EOS_ID, MASK_ID, tiny_model
+from nextblock.config import BlockDiffusionSettings, UsageError
+from nextblock.events import BlockFinished, Committed, Prefilled, Rejected, RowFinished
+from nextblock.generate import BlockDiffusionLM, load
+from test_text import byte_level
+
+MODES = ["ar", "diffusion", "speculative"]
+TOKENIZER = byte_level()
+BYTES = len(TOKENIZER)  # 256 tokens, then the end token, then the mask token
+
+
+@pytest.fixture
+def lm():
+    """A random model over bytes, which writes something like text."""
+    model = tiny_model("llama", vocab_size=BYTES + 2, eos_token_id=BYTES, max_position_embeddings=256)
+    TOKENIZER.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
+    return BlockDiffusionLM(model, TOKENIZER, BlockDiffusionSettings(block_size=8, mask_token_id=BYTES + 1))
+
+
+def ids_only(**settings):
+    return BlockDiffusionLM(
+        tiny_model("llama"), None, BlockDiffusionSettings(block_size=8, mask_token_id=MASK_ID, **settings)
+    )
+
+
+# ------------------------------------------------------------------------------------------- prompts
+
+
+def test_texts_lists_chats_and_token_ids_are_the_same_prompts(lm):
+    messages = [{"role": "user", "content": "hi"}]
+    text = "[user]hi[assistant]"
+    ids = torch.tensor([TOKENIZER(text)["input_ids"]])
+    answers = [lm.generate(p, max_new_tokens=12).answers for p in (text, [text], messages, [messages], ids, ids[0])]
+    assert all(a == answers[0] for a in answers)
+    assert lm.generate([messages, messages], max_new_tokens=12).answers == answers[0] * 2
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_on_either_side_changes_nothing(side):
+    lm = ids_only()
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(3, 96, (n,), generator=generator).tolist() for n in (3, 6)]
+    tokens = [([0] * 3 + prompts[0]) if side == "left" else (prompts[0] + [0] * 3), prompts[1]]
+    mask = torch.tensor([[0, 0, 0, 1, 1, 1] if side == "left" else [1, 1, 1, 0, 0, 0], [1] * 6])
+    out = lm.generate(torch.tensor(tokens), attention_mask=mask, max_new_tokens=6, mode="ar", eos_token_id=[])
+    assert out.answers == [
+        lm.generate(torch.tensor([p]), max_new_tokens=6, mode="ar", eos_token_id=[]).answers[0] for p in prompts
+    ]
+    front = tokens[0] if side == "left" else prompts[0]
+    assert out.sequences[0].tolist()[: len(front) + 6] == front + out.answers[0]
+    assert out.sequences[1].tolist() == tokens[1] + out.answers[1]
+
+
+# ---------------------------------------------------------------------------------------------- ends
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_each_row_ends_at_its_own_end_tokens_limit_and_stop_strings(lm, mode):
+    prompts = ["one", "another one", "x", "four"]
+    free = lm.generate(prompts, mode=mode, max_new_tokens=40, eos_token_id=[])
+    assert free.finish == ["length"] * 4
+    end, stop = free.answers[0][9], free.texts[1][5:7]
+    out = lm.generate(
+        prompts,
+        mode=mode,
+        max_new_tokens=[40, 40, 1, 30],
+        eos_token_id=[[end], [], [], [end, EOS_ID]],
+        stop=[[], [stop], [], []],
+    )
+    assert out.finish[:3] == ["end_token", "stop_string", "length"]
+    first = free.answers[0].index(end)
+    assert out.answers[0] == free.answers[0][: first + 1]
+    assert out.texts[1] == free.texts[1][: free.texts[1].index(stop)]
+    assert free.answers[1][: len(out.answers[1])] == out.answers[1]
+    assert out.answers[2] == free.answers[2][:1]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("limit", [1, 7, 8, 9, 16, 17])
+def test_a_longer_limit_only_adds_to_the_answer(mode, limit):
+    lm = ids_only()
+    ids = torch.tensor([[5, 6, 7]])
+    full = lm.generate(ids, mode=mode, max_new_tokens=32, eos_token_id=[], threshold=0.3)
+    out = lm.generate(ids, mode=mode, max_new_tokens=limit, eos_token_id=[], threshold=0.3)
+    assert out.answers[0] == full.answers[0][:limit]
+    assert out.stats.new_tokens == limit
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_seeds_make_sampling_repeatable_and_rows_differ(mode):
+    lm, ids = ids_only(), torch.tensor([[5, 6, 7]] * 3)
+    options: dict[str, Any] = {"mode": mode, "max_new_tokens": 16, "temperature": 1.0}
+    first = lm.generate(ids, seed=1, **options)
+    assert first.answers == lm.generate(ids, seed=[1, 2, 3], **options).answers
+    assert len({tuple(a) for a in first.answers}) == 3
+    torch.manual_seed(4)
+    unseeded = lm.generate(ids, **options)
+    assert lm.generate(ids, **options).answers != unseeded.answers
+    torch.manual_seed(4)
+    assert lm.generate(ids, **options).answers == unseeded.answers
+
+
+def test_greedy_decoding_leaves_the_global_random_state():
+    before = torch.random.get_rng_state()
+    ids_only().generate(torch.tensor([[5]]), max_new_tokens=4)
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+# -------------------------------------------------------------------------------- events and counts
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_events_tell_the_answers(mode):
+    lm = ids_only()
+    ids = torch.tensor([[5, 6, 7], [9, 8, 4], [4, 3, 50]])
+    stream = lm.stream(ids, mode=mode, max_new_tokens=20, threshold=0.3)
+    events = list(stream)
+    for row in stream.rows:
+        mine = [e for e in events if e.row == row.number]
+        assert mine[0] == Prefilled(row.number, 3)
+        finished = [e for e in mine if isinstance(e, RowFinished)]
+        assert finished == [RowFinished(row.number, len(row.answer), row.finish)]  # type: ignore[arg-type]
+        committed = {e.offset: e for e in mine if isinstance(e, Committed)}
+        assert len(committed) == sum(isinstance(e, Committed) for e in mine)  # once each
+        assert [committed[i].token for i in range(len(row.answer))] == row.answer
+        assert all(0 < e.confidence <= 1 + 1e-6 for e in committed.values())
+        assert max(e.step for e in committed.values()) <= row.passes
+        ends = [e.end for e in mine if isinstance(e, BlockFinished)]
+        if mode != "ar":
+            assert ends == sorted(ends)
+            assert ends[-1] == len(row.answer)
+        if mode == "speculative":
+            rejected = [e for e in mine if isinstance(e, Rejected)]
+            assert rejected
+    assert stream.stats.new_tokens == sum(len(row.answer) for row in stream.rows)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_forward_of_the_model_is_counted(mode):
+    lm = ids_only()
+    calls = []
+    lm.model.base_model.register_forward_hook(lambda *_: calls.append(1))
+    out = lm.generate(torch.tensor([[5, 6, 7], [9, 8, 4]]), mode=mode, max_new_tokens=20, eos_token_id=[])
+    assert out.stats.forwards == len(calls)
+    assert out.stats.tokens_per_forward == 40 / sum(out.stats.row_forwards.values())
+    assert 0 < out.stats.first_token_seconds < out.stats.seconds
+
+
+def test_diffusion_counts_one_prefill_its_denoising_passes_and_one_commit_per_block():
+    out = ids_only().generate(torch.tensor([[5]]), max_new_tokens=24, threshold=None, eos_token_id=[])
+    # three blocks of eight, seven masked tokens each; the last one is never read again
+    assert out.stats.row_forwards == {"prefill": 1, "denoise": 21, "commit": 2}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_streamed_text_is_the_text(lm, mode):
+    prompts = ["one", "another one", "x"]
+    options: dict[str, Any] = {"mode": mode, "max_new_tokens": 40, "threshold": 0.3}
+    whole = lm.generate(prompts, **options).texts
+    stop = whole[1][3:5]
+    expected = lm.generate(prompts, stop=stop, **options).texts
+    pieces = ["", "", ""]
+    for row, piece in lm.stream_text(prompts, stop=stop, **options):
+        pieces[row] += piece
+    assert pieces == expected
+    assert stop not in expected[1]
+
+
+def test_an_open_stream_leaves_gradients_and_training_alone(lm):
+    stream = lm.stream("one", max_new_tokens=20)
+    next(stream)
+    assert torch.is_grad_enabled()
+    assert not torch.is_inference_mode_enabled()
+    assert lm.model(torch.tensor([[5]])).logits.requires_grad
+
+
+# ---------------------------------------------------------------------------------- checkpoints
+
+
+def test_a_saved_checkpoint_loads_with_its_settings_and_default_options(lm, tmp_path):
+    section = {"block_size": 4, "mask_token_id": BYTES + 1, "decoding": {"mode": "speculative", "max_new_tokens": 9}}
+    lm.model.config.block_diffusion = section
+    lm.model.save_pretrained(tmp_path)
+    TOKENIZER.save_pretrained(tmp_path)
+    loaded = load(tmp_path)
+    assert loaded.settings == BlockDiffusionSettings(**section)  # type: ignore[arg-type]
+    out = loaded.generate("hello", eos_token_id=[])
+    assert len(out.answers[0]) == 9
+    assert "check" in out.stats.row_forwards
+    assert out.answers == lm.generate("hello", mode="ar", max_new_tokens=9, eos_token_id=[]).answers
+
+
+def test_a_folder_without_a_tokenizer_takes_token_ids(lm, tmp_path):
+    lm.model.save_pretrained(tmp_path)
+    loaded = load(tmp_path)
+    assert loaded.generate(torch.tensor([[5, 6]]), mode="ar", max_new_tokens=3).texts == []
+    with pytest.raises(UsageError, match="no tokenizer; give token ids"):
+        loaded.generate("hello", mode="ar")
+
+
+def test_a_checkpoint_without_settings_works_in_ar_mode_only(llama):
+    plain = BlockDiffusionLM(llama, None, None)
+    assert plain.generate(torch.tensor([[5, 6]]), mode="ar", max_new_tokens=3).stats.forwards == 3
+    for options in ({"mode": "diffusion"}, {"mode": "speculative"}, {}):
+        with pytest.raises(UsageError, match=r"works in ar mode only.*nextblock adapt"):
+            plain.generate(torch.tensor([[5, 6]]), **options)  # type: ignore[arg-type]
+
+
+def test_a_block_above_the_trained_size_works_with_a_warning():
+    lm = ids_only()
+    with pytest.warns(UserWarning, match="block_size=16 is larger than the 8"):
+        out = lm.generate(torch.tensor([[5, 6]]), block_size=16, max_new_tokens=20, eos_token_id=[])
+    assert len(out.answers[0]) == 20
+
+
+# ------------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ("hi", {"mode": "speculativ"}, "did you mean 'speculative'"),
+        ("hi", {"sampler": "margn"}, "did you mean 'margin'"),
+        ("hi", {"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
+        (["hi", "ho"], {"max_new_tokens": [3, -1]}, "max_new_tokens=-1 must be at least 1"),
+        (["hi", "ho"], {"max_new_tokens": [3]}, "max_new_tokens has 1 values for 2 prompts"),
+        ("hi", {"sub_blocks": 3}, "sub_blocks=3 does not divide the block of 8"),
+        ("hi", {"threshold": 1.1}, r"threshold=1.1 must lie in \(0, 1\]"),
+        ("hi", {"thresold": 0.5}, "unknown key 'thresold'; did you mean 'threshold'"),
+        ([], {}, "prompts is empty"),
+        (["hi", ""], {}, "prompt 1 is empty"),
+        ("x" * 256, {}, "prompt 0 has 256 tokens, but the model's context is 256"),
+        (torch.tensor([[1, BYTES + 2]]), {}, "prompt 0 has token ids outside the vocabulary"),
+        (torch.tensor([[0.5]]), {}, "give int64"),
+        (torch.tensor([[1, 2]]), {"attention_mask": torch.tensor([[0, 0]])}, "prompt 0 is empty"),
+        (torch.tensor([[1, 2, 3]]), {"attention_mask": torch.tensor([[1, 0, 1]])}, "has holes"),
+        (torch.tensor([[1, 2]]), {"attention_mask": torch.tensor([[1]])}, "they must be equal"),
+        ("hi", {"stop": [""]}, "empty string"),
+        ("hi", {"seed": [1, 2], "temperature": 1.0}, "seed has 2 values for 1 prompts"),
+        ([["hi"]], {}, "neither a text nor a list of chat messages"),
+    ],
+)
+def test_bad_input_ends_in_one_line(lm, prompts, options, message):
+    for call in (lm.generate, lm.stream, lm.stream_text):  # all before the first event
+        with pytest.raises(UsageError, match=message) as error:
+            call(prompts, **options)
+        assert "\n" not in str(error.value)
+
+
+def test_flex_attention_is_not_a_decoding_backend(tmp_path):
+    with pytest.raises(UsageError, match="attention='flex_attention' cannot decode"):
+        load(tmp_path, attention="flex_attention")

@@ -1,0 +1,373 @@
+"""The two-view forward on every family (identities 1 and 5), mask tokens, the probe, and bad models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoModelForCausalLM, MambaConfig, PreTrainedModel
+
+from families import EOS_ID, FAMILIES, MASK_ID, VOCABULARY, tiny_model
+from layouts import CHAT, PLAIN, PROMPTED, make_rows
+from nextblock.attention_mask import Places, block_diffusion_rule
+from nextblock.checkpoint import export
+from nextblock.config import BlockDiffusionSettings, ModelConfig, RecipeConfig, UsageError
+from nextblock.corruption import TwoView, corrupt
+from nextblock.data import Rows
+from nextblock.model import (
+    MASK_TOKEN,
+    Decoder,
+    byte_tokenizer,
+    choose_mask_token,
+    load_model,
+    load_parent,
+    load_tokenizer,
+    probe,
+    read_config,
+    read_settings,
+)
+
+ROWS = make_rows([PLAIN, PROMPTED, CHAT], 28)
+CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}  # float32, logits of size 10
+
+
+def two_views(rows: Rows, block_size: int, **recipe: Any) -> TwoView:
+    """Every maskable token masked, so that every block has a noised view."""
+    options = RecipeConfig(full_mask_share=1.0, fill_last_block=False, **recipe)
+    return corrupt(rows, block_size, mask_token_id=MASK_ID, end_token_id=EOS_ID, recipe=options, seed=0, step=0)
+
+
+@torch.no_grad()
+def logits_of(model: PreTrainedModel, view: TwoView, context: Any = "context_causal") -> Tensor:
+    decoder = Decoder(model)
+    masks = decoder.masks(block_diffusion_rule(context), view.places)
+    return decoder.logits(decoder.hidden(view.tokens, view.places.position, masks))
+
+
+def documents_of(rows: Rows) -> list[tuple[int, slice]]:
+    """(row, columns) of every document."""
+    found = []
+    for row in range(len(rows)):
+        for number in range(int(rows.document[row].max()) + 1):
+            at = torch.nonzero(rows.document[row] == number).flatten()
+            found.append((row, slice(int(at[0]), int(at[-1]) + 1)))
+    return found
+
+
+WINDOW = 5  # shorter than most documents
+KINDS = [*FAMILIES, *(f"{family}, window" for family in ("mistral", "gemma3", "phi3"))]
+
+
+@pytest.fixture(params=KINDS)
+def any_model(request) -> PreTrainedModel:
+    """Every family, and those that have sliding windows once more with a short one."""
+    family, _, windowed = request.param.partition(", ")
+    return tiny_model(family, sliding_window=WINDOW) if windowed else tiny_model(family)
+
+
+@pytest.mark.parametrize("block_size", [1, 4])
+def test_clean_half_logits_are_the_plain_causal_forward_of_each_document_alone(any_model, block_size):
+    view = two_views(ROWS, block_size)
+    clean = logits_of(any_model, view)[:, view.noised_length :]
+    for row, columns in documents_of(ROWS):
+        with torch.no_grad():
+            alone = any_model(input_ids=ROWS.tokens[row : row + 1, columns], use_cache=False).logits[0]
+        torch.testing.assert_close(clean[row, columns], alone, **CLOSE)
+
+
+@pytest.mark.parametrize("context", ["context_causal", "block_causal"])
+def test_a_packed_row_gives_each_document_its_own_logits_in_both_halves(any_model, context):
+    view = two_views(ROWS, 4)
+    logits = logits_of(any_model, view, context)
+    for row in range(len(ROWS)):
+        for number in range(int(ROWS.document[row].max()) + 1):
+            own = view.places.document[row] == number
+            places = Places(
+                **{k: v[row : row + 1] if k == "seed" else v[row : row + 1, own] for k, v in vars(view.places).items()}
+            )
+            alone = TwoView(view.tokens[row : row + 1, own], places, view.target[row : row + 1, own], 0)
+            torch.testing.assert_close(logits[row, own], logits_of(any_model, alone, context)[0], **CLOSE)
+
+
+@torch.no_grad()
+def test_noised_logits_do_not_depend_on_their_own_clean_block_or_what_follows(any_model):
+    rows = make_rows([[[-3, 16]]], 19)
+    view = two_views(rows, 4)
+    before = logits_of(any_model, view)
+    start = 3 + 2 * 4  # the third block
+    changed = view.tokens.clone()
+    clean = changed[:, view.noised_length :]
+    clean[:, start:] = (clean[:, start:] + 11 - 3) % 90 + 3
+    after = logits_of(any_model, TwoView(changed, view.places, view.target, view.noised_length))
+    place = view.places
+    unaffected = ((place.view > 0) & (place.block_start <= start)) | ((place.view == 0) & (place.position < start))
+    torch.testing.assert_close(after[unaffected], before[unaffected], **CLOSE)
+    assert (after[~unaffected] - before[~unaffected]).abs().amax(dim=-1).min() > 1e-3
+
+
+@torch.no_grad()
+def test_a_masked_slot_sees_its_whole_block_and_every_earlier_clean_token(llama):
+    view = two_views(make_rows([[[12]]], 12), 4)
+    before = logits_of(llama, view)
+    third = torch.nonzero((view.places.view == 1) & (view.places.block_start == 8))[:, 1]
+    seen = [*third.tolist(), *range(view.noised_length, view.noised_length + 8)]
+    for at in seen:
+        tokens = view.tokens.clone()
+        tokens[0, at] = 3 if tokens[0, at] != 3 else 4
+        after = logits_of(llama, TwoView(tokens, view.places, view.target, view.noised_length))
+        assert ((after - before)[0, third].abs().amax(dim=-1) > 1e-6).all(), at
+
+
+# ------------------------------------------------------------------------------- mask token
+
+
+def head_rows(model: Any) -> list[Tensor]:
+    layers: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
+    return [layer.weight for layer in layers]
+
+
+def with_mask_token() -> Any:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"mask_token": "[M]"})
+    return tokenizer
+
+
+def test_an_explicit_mask_id_or_token_is_taken_and_changes_no_weight():
+    model = tiny_model("llama", vocab_size=300)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert choose_mask_token(Decoder(model), byte_tokenizer(), 7) == 7
+    assert choose_mask_token(Decoder(model), with_mask_token(), "[M]") == 257
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_the_checkpoints_setting_comes_before_the_tokenizers_own_token():
+    model = tiny_model("llama", vocab_size=300)
+    model.config.block_diffusion = {"mask_token_id": 12}
+    assert choose_mask_token(Decoder(model), with_mask_token(), None) == 12
+
+
+def test_the_tokenizers_own_mask_token_is_used_as_it_is():
+    model = tiny_model("llama", vocab_size=300)
+    before = head_rows(model)[0].clone()
+    assert choose_mask_token(Decoder(model), with_mask_token(), None) == 257
+    assert torch.equal(head_rows(model)[0], before)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_unused_row_of_a_padded_vocabulary_becomes_the_mean_of_the_used_ones(tied):
+    model, tokenizer = tiny_model("llama", vocab_size=300, tie_word_embeddings=tied), byte_tokenizer()
+    before = [weight.clone() for weight in head_rows(model)]
+    assert choose_mask_token(Decoder(model), tokenizer, None) == 257
+    assert tokenizer.mask_token == MASK_TOKEN
+    for now, old in zip(head_rows(model), before, strict=True):
+        assert now.shape == old.shape
+        torch.testing.assert_close(now[257], old[:257].mean(dim=0))
+        assert torch.equal(now[:257], old[:257])
+        assert torch.equal(now[258:], old[258:])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_full_vocabulary_gets_one_more_row_at_the_mean(tied):
+    model, tokenizer = tiny_model("llama", vocab_size=257, tie_word_embeddings=tied), byte_tokenizer()
+    before = [weight.clone() for weight in head_rows(model)]
+    assert choose_mask_token(Decoder(model), tokenizer, None) == 257
+    assert model.config.vocab_size == 258
+    for now, old in zip(head_rows(model), before, strict=True):
+        assert now.shape[0] == 258
+        torch.testing.assert_close(now[257], old.mean(dim=0))
+        assert torch.equal(now[:257], old)
+    embedding, head = head_rows(model)
+    assert (embedding is head) == tied
+
+
+def test_a_new_mask_token_is_saved_with_the_tokenizer_and_the_model_and_found_again(tmp_path):
+    model, tokenizer = tiny_model("llama", vocab_size=257), byte_tokenizer()
+    mask_id = choose_mask_token(Decoder(model), tokenizer, None)
+    export(tmp_path, model, tokenizer, BlockDiffusionSettings(mask_token_id=mask_id))
+    again = load_tokenizer(tmp_path)
+    assert again is not None
+    assert again.mask_token_id == mask_id
+    assert again("a" + MASK_TOKEN, add_special_tokens=False)["input_ids"][1:] == [mask_id]
+    assert choose_mask_token(Decoder(load_model(tmp_path)), again, None) == mask_id
+
+
+@pytest.mark.parametrize(
+    ("wanted", "said"),
+    [
+        (300, "mask_token=300 is outside the vocabulary; ids run from 0 to 299"),
+        (-1, "mask_token=-1 is outside the vocabulary"),
+        ("[nope]", "'[nope]' is not in the tokenizer's vocabulary"),
+        (256, "is the end token"),
+    ],
+)
+def test_a_wrong_mask_token_is_refused(wanted, said):
+    with pytest.raises(UsageError) as refused:
+        choose_mask_token(Decoder(tiny_model("llama", vocab_size=300)), byte_tokenizer(), wanted)
+    assert said in str(refused.value)
+
+
+# ------------------------------------------------------------------------------- export
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_export_loads_in_plain_transformers_with_the_same_logits(family, tied, tmp_path):
+    model = tiny_model(family, tie_word_embeddings=tied)
+    export(tmp_path, model, None, BlockDiffusionSettings(block_size=8, mask_token_id=MASK_ID, context="block_causal"))
+    assert not torch.equal(head_rows(model)[0], head_rows(model)[1]) or tied
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    tokens = make_rows([[[20]]], 20).tokens
+    with torch.no_grad():
+        torch.testing.assert_close(plain(tokens).logits, model(tokens).logits, rtol=1e-6, atol=1e-6)
+    section = json.loads((tmp_path / "config.json").read_text())["block_diffusion"]
+    assert section["block_size"] == 8
+    settings = read_settings(read_config(tmp_path))
+    assert settings == BlockDiffusionSettings(block_size=8, mask_token_id=MASK_ID, context="block_causal")
+
+
+def test_an_export_in_bfloat16_holds_rounded_weights_and_leaves_the_model_as_it_was(llama, tmp_path):
+    before = {name: value.clone() for name, value in llama.state_dict().items()}
+    export(tmp_path, llama, None, BlockDiffusionSettings(mask_token_id=MASK_ID), torch.bfloat16)
+    assert all(torch.equal(value, before[name]) for name, value in llama.state_dict().items())
+    assert llama.dtype == torch.float32
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
+    assert plain.dtype == torch.bfloat16
+    for name, value in plain.state_dict().items():
+        assert torch.equal(value, before[name].bfloat16()), name
+
+
+def test_tied_weights_are_exported_once_in_any_dtype(tmp_path):
+    model = tiny_model("llama", tie_word_embeddings=True)
+    for dtype in (torch.float32, torch.bfloat16):
+        export(tmp_path / str(dtype), model, None, BlockDiffusionSettings(mask_token_id=MASK_ID), dtype)
+        with safe_open(tmp_path / str(dtype) / "model.safetensors", "pt") as weights:
+            assert "lm_head.weight" not in weights.keys()  # noqa: SIM118
+
+
+def test_a_plain_model_has_no_settings(llama, tmp_path):
+    llama.save_pretrained(tmp_path)
+    assert read_settings(read_config(tmp_path)) is None
+    assert load_tokenizer(tmp_path) is None
+
+
+# ------------------------------------------------------------------------------- what a model must obey
+
+
+def test_the_probe_passes_every_family(any_model):
+    probe(Decoder(any_model))
+
+
+def broken(model: PreTrainedModel, **override: Any) -> Decoder:
+    """The model with some arguments of its forward pass replaced, as one that ignores them would."""
+    forward = model.base_model.forward
+    model.base_model.forward = lambda *args, **kwargs: forward(*args, **{**kwargs, **override})
+    return Decoder(model)
+
+
+def test_the_probe_refuses_a_model_that_ignores_the_mask(family_model):
+    with pytest.raises(UsageError, match="ignores the attention mask or the position ids"):
+        probe(broken(family_model, attention_mask=None))
+
+
+def test_the_probe_refuses_a_model_that_ignores_the_positions(family_model):
+    with pytest.raises(UsageError, match="ignores the attention mask or the position ids"):
+        probe(broken(family_model, position_ids=None))
+
+
+def test_the_probe_refuses_a_model_that_stays_causal(llama):
+    forward = llama.base_model.forward
+
+    def causal(**kwargs: Any) -> Any:
+        mask, position = kwargs.get("attention_mask"), kwargs["position_ids"]
+        if mask is not None:
+            kwargs["attention_mask"] = mask & (position[:, None, None, :] <= position[:, None, :, None])
+        return forward(**kwargs)
+
+    llama.base_model.forward = causal
+    with pytest.raises(UsageError, match="stays causal"):
+        probe(Decoder(llama))
+
+
+def test_the_probe_refuses_a_head_that_does_more_than_the_config_says(llama):
+    head = llama.lm_head.forward
+    llama.lm_head.forward = lambda hidden: head(hidden)
+    forward = llama.forward
+
+    def scaled(**kwargs: Any) -> Any:
+        output = forward(**kwargs)
+        output.logits = output.logits * 1.5
+        return output
+
+    llama.forward = scaled
+    with pytest.raises(UsageError, match="do not give the model's logits"):
+        probe(Decoder(llama))
+
+
+# ------------------------------------------------------------------------------- bad models
+
+
+def test_a_recurrent_model_is_refused_before_its_weights_are_read(tmp_path):
+    MambaConfig(hidden_size=16, num_hidden_layers=1).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"never read")
+    with pytest.raises(UsageError, match="architecture 'mamba' carries a recurrent state"):
+        load_model(tmp_path)
+
+
+def folder(path: Path, **files: str) -> Path:
+    path.mkdir(exist_ok=True)
+    for name, text in files.items():
+        (path / name.replace("__", ".")).write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({}, "has no config.json"),
+        ({"config__json": "{"}, "cannot read"),
+        ({"config__json": '{"model_type": "llama"}'}, "has no weights (*.safetensors)"),
+        ({"config__json": '{"model_type": "llamo"}', "model__safetensors": ""}, "cannot load model"),
+        ({"config__json": '{"model_type": "bert"}', "model__safetensors": ""}, None),
+        ({"config__json": '{"model_type": "t5"}', "model__safetensors": ""}, "is not a causal decoder"),
+        ({"config__json": '{"model_type": "llama"}', "model__safetensors": "no"}, "cannot load model"),
+    ],
+)
+def test_a_folder_that_holds_no_usable_model_stops_with_one_line(tmp_path, files, said):
+    with pytest.raises(UsageError) as refused:
+        probe(Decoder(load_model(folder(tmp_path / "m", **files))))
+    assert "\n" not in str(refused.value)
+    assert said is None or said in str(refused.value)
+
+
+def test_a_missing_model_folder_and_a_file_are_named(tmp_path):
+    with pytest.raises(UsageError, match="does not exist"):
+        load_model(tmp_path / "absent")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UsageError, match="is a file"):
+        load_model(tmp_path / "file")
+
+
+def test_adapting_needs_a_tokenizer(llama, tmp_path):
+    llama.save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match="has no tokenizer"):
+        load_parent(ModelConfig(path=str(tmp_path)), "cpu")
+
+
+def test_a_scratch_parent_has_the_given_shape_and_an_unknown_kind_is_refused():
+    shape = {"model_type": "qwen3", "hidden_size": 16, "num_hidden_layers": 1, "vocab_size": 260, "head_dim": 4}
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 16}
+    decoder, tokenizer = load_parent(ModelConfig(scratch=shape, tokenizer="bytes"), "cpu")
+    assert decoder.model.config.model_type == "qwen3"
+    assert decoder.vocabulary == 260
+    text = "naïve π\n"
+    assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
+    with pytest.raises(UsageError, match="model_type='qwen33'"):
+        load_parent(ModelConfig(scratch={"model_type": "qwen33"}, tokenizer="bytes"), "cpu")
+
+
+def test_the_vocabulary_of_the_tests_leaves_the_mask_token_alone():
+    assert int(ROWS.tokens.max()) < MASK_ID == VOCABULARY - 1

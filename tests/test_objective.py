@@ -1,0 +1,181 @@
+"""The two losses against plain computations: Eq. 1, Eq. 2 and Eq. 5, identity 3, and the chunk loop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from families import EOS_ID, MASK_ID, tiny_model
+from layouts import CHAT, PLAIN, PROMPTED, make_rows
+from nextblock import objective
+from nextblock.attention_mask import block_diffusion_rule
+from nextblock.config import RecipeConfig
+from nextblock.corruption import TwoView, corrupt
+from nextblock.data import Rows
+from nextblock.model import Decoder
+from nextblock.objective import LossSums, TwoViewLoss, cross_entropy_sum
+
+ROWS = make_rows([PLAIN, PROMPTED, CHAT], 28)
+AR_WEIGHT = 0.5
+
+
+def view_of(rows: Rows, block_size: int, **options: Any) -> TwoView:
+    recipe = RecipeConfig(fill_last_block=False, **options)
+    return corrupt(rows, block_size, mask_token_id=MASK_ID, end_token_id=EOS_ID, recipe=recipe, seed=1, step=0)
+
+
+def losses(model: PreTrainedModel, view: TwoView, context: Any = "context_causal") -> LossSums:
+    return TwoViewLoss(Decoder(model))(view, block_diffusion_rule(context))
+
+
+def negative_log_likelihoods(logits: Tensor, tokens: Tensor) -> Tensor:
+    return -logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
+
+
+def ar_cross_entropy(model: PreTrainedModel, rows: Rows) -> tuple[Tensor, int]:
+    """-sum log p(x_i | x_<i) over generated tokens that have a token before them, document by document."""
+    total, count = torch.zeros((), dtype=model.dtype), 0
+    for row in range(len(rows)):
+        for number in range(int(rows.document[row].max()) + 1):
+            own = rows.document[row] == number
+            tokens, offset = rows.tokens[row, own], rows.offset[row, own]
+            logits = model(input_ids=tokens[None], use_cache=False).logits[0]
+            scored = offset[1:] >= 0
+            total = total + negative_log_likelihoods(logits[:-1][scored], tokens[1:][scored]).sum()
+            count += int(scored.sum())
+    return total, count
+
+
+def gradients(model: PreTrainedModel, loss: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_at_block_size_one_objective_and_gradient_are_lambda_times_ar_cross_entropys(family_model):
+    model = family_model.double()
+    global_tokens = int((ROWS.offset >= 0).sum())
+    sums = losses(model, view_of(ROWS, 1))
+    objective_value = sums.total(AR_WEIGHT) / global_tokens
+    plain, count = ar_cross_entropy(model, ROWS)
+    plain_value = AR_WEIGHT * plain / global_tokens
+    # Not 1e-12: some families compute parts of a layer in float32 whatever the model's dtype is.
+    torch.testing.assert_close(objective_value, plain_value, rtol=1e-6, atol=0)
+    assert (int(sums.ar_tokens), int(sums.diffusion_tokens)) == (count, 0)
+    ours, theirs = gradients(model, objective_value), gradients(model, plain_value)
+    assert ours.keys() == theirs.keys()
+    scale = max(float(gradient.abs().max()) for gradient in theirs.values())
+    for name, gradient in theirs.items():
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-5, atol=1e-6 * scale)
+
+
+@pytest.mark.parametrize("block_size", [2, 4, 28])
+@torch.no_grad()
+def test_the_ar_loss_is_the_same_beside_any_noised_half(family_model, block_size):
+    plain, count = ar_cross_entropy(family_model, ROWS)
+    sums = losses(family_model, view_of(ROWS, block_size))
+    torch.testing.assert_close(sums.ar, plain, rtol=1e-4, atol=1e-4)
+    assert int(sums.ar_tokens) == count
+
+
+@torch.no_grad()
+def block_by_block(model: PreTrainedModel, view: TwoView, rows: Rows, shifted: bool) -> tuple[float, int]:
+    """Eq. 5 as decoding would meet it: each noised block behind its clean prefix, in a pass of its own."""
+    total, count, places = 0.0, 0, view.places
+    for row in range(len(rows)):
+        real = (places.view[row] == 1) & (places.document[row] >= 0)
+        blocks = {(int(places.document[row, i]), int(places.block_start[row, i])) for i in torch.nonzero(real)}
+        for document, start in blocks:
+            own = real & (places.document[row] == document) & (places.block_start[row] == start)
+            clean = rows.tokens[row][rows.document[row] == document]
+            noised = view.tokens[row][own]
+            tokens = torch.cat([clean[:start], noised])
+            length = len(tokens)
+            mask = torch.ones(length, length, dtype=torch.bool).tril()
+            mask[start:, start:] = True
+            logits = model(input_ids=tokens[None], attention_mask=mask[None, None], use_cache=False).logits[0]
+            for k in range(len(noised)):
+                if noised[k] == MASK_ID:
+                    at = start + k - 1 if shifted else start + k
+                    total += float(negative_log_likelihoods(logits[at : at + 1], clean[start + k : start + k + 1]))
+                    count += 1
+    return total, count
+
+
+@pytest.mark.parametrize("block_size", [2, 4, 28])
+@pytest.mark.parametrize("prediction", ["shifted", "aligned"])
+def test_the_diffusion_loss_is_that_of_each_block_behind_its_clean_prefix(family_model, block_size, prediction):
+    view = view_of(ROWS, block_size, prediction=prediction)
+    total, count = block_by_block(family_model, view, ROWS, prediction == "shifted")
+    with torch.no_grad():
+        sums = losses(family_model, view)
+    assert count == int(sums.diffusion_tokens) > 0
+    assert float(sums.diffusion) == pytest.approx(total, rel=1e-4)
+
+
+def test_at_block_size_one_aligned_prediction_is_masked_next_token_prediction(llama):
+    view = view_of(make_rows([[[40]]], 40), 1, prediction="aligned")
+    total, count = block_by_block(llama, view, make_rows([[[40]]], 40), False)
+    with torch.no_grad():
+        sums = losses(llama, view)
+    assert count == int(sums.diffusion_tokens) > 0
+    assert float(sums.diffusion) == pytest.approx(total, rel=1e-4)
+
+
+def test_lambda_zero_leaves_the_clean_half_unscored_and_the_diffusion_loss_as_it_was(llama):
+    view = view_of(ROWS, 4)
+    both = losses(llama, view)
+    alone = TwoViewLoss(Decoder(llama))(view, block_diffusion_rule(), score_ar=False)
+    assert int(alone.ar_tokens) == 0
+    assert float(alone.ar.detach()) == 0.0
+    torch.testing.assert_close(alone.diffusion, both.diffusion, rtol=0, atol=0)
+    torch.testing.assert_close(alone.total(0.0), both.diffusion, rtol=0, atol=0)
+
+
+def test_the_total_is_the_diffusion_sum_plus_lambda_times_the_ar_sum():
+    sums = LossSums(*(torch.tensor(value) for value in (3.0, 8.0, 2, 5)))
+    assert float(sums.total(0.5)) == 7.0
+    assert float(sums.total(0.0)) == 3.0
+
+
+@pytest.mark.parametrize("elements", [1, 97 * 7, 97 * 10_000])
+def test_the_chunk_loop_equals_plain_cross_entropy_and_its_gradient_in_float64(elements, monkeypatch):
+    monkeypatch.setattr(objective, "LOGIT_ELEMENTS", elements)
+    model = tiny_model("llama").double()
+    target = torch.randint(0, 97, (50,))
+    results = []
+    for chunked in (True, False):
+        hidden = torch.randn(50, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+        hidden.requires_grad_(True)
+        if chunked:
+            loss = cross_entropy_sum(Decoder(model), hidden, target)
+        else:
+            loss = functional.cross_entropy(model.lm_head(hidden), target, reduction="sum")
+        results.append((loss.detach(), gradients(model, loss)["lm_head.weight"], hidden.grad))
+    for ours, plain in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
+
+
+def test_the_chunk_loop_never_holds_more_logits_than_its_limit(monkeypatch):
+    monkeypatch.setattr(objective, "LOGIT_ELEMENTS", 97 * 8)
+    model = tiny_model("llama")
+    sizes: list[int] = []
+    model.lm_head.register_forward_hook(lambda module, inputs, output: sizes.append(output.numel()))
+    hidden = torch.randn(50, 32, requires_grad=True)
+    cross_entropy_sum(Decoder(model), hidden, torch.randint(0, 97, (50,))).backward()
+    assert max(sizes) <= 97 * 8
+    assert sum(sizes) == 2 * 50 * 97  # once forward, once again for the backward pass
+
+
+def test_bfloat16_hidden_states_are_scored_in_float32():
+    model = tiny_model("llama").bfloat16()
+    hidden, target = torch.randn(9, 32, dtype=torch.bfloat16), torch.randint(0, 97, (9,))
+    loss = cross_entropy_sum(Decoder(model), hidden, target)
+    plain = functional.cross_entropy(model.lm_head(hidden).float(), target, reduction="sum")
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, plain)

@@ -1,0 +1,85 @@
+"""Text that grows and is never taken back."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from nextblock.text import TextStream
+
+
+def byte_level():
+    """Every byte is a token: any character beyond ASCII takes several."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {c: i for i, c in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def metaspace():
+    """Words with a leading space, which decoding strips at the beginning of a text."""
+    words = ["▁" + w for w in ("a", "cat", "is", "here")] + ["s", ".", "<unk>"]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, "<unk>"))
+    tokenizer.decoder = decoders.Metaspace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+
+
+def shown(tokenizer, tokens, stop=()):
+    """The pieces that a viewer sees, and whether a stop string ended them."""
+    stream = TextStream(tokenizer, stop)
+    pieces = [stream.put(token) for token in tokens]
+    return [*pieces, stream.end()], stream.stopped
+
+
+BYTES = byte_level()
+
+
+@given(st.text(max_size=20))
+@settings(deadline=None, max_examples=60)
+def test_the_pieces_join_to_the_text_and_split_no_character(text):
+    pieces, _ = shown(BYTES, BYTES(text)["input_ids"])
+    assert "".join(pieces) == text
+    if "\ufffd" not in text:
+        assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_bytes_that_never_become_a_character_are_shown_at_the_end():
+    tokens = BYTES("né")["input_ids"][:-1]
+    pieces, _ = shown(BYTES, tokens)
+    assert "".join(pieces) == BYTES.decode(tokens) == "n\ufffd"
+
+
+def test_words_with_leading_spaces_keep_them():
+    tokenizer = metaspace()
+    tokens = [0, 1, 4, 2, 3, 5]
+    pieces, _ = shown(tokenizer, tokens)
+    assert "".join(pieces) == tokenizer.decode(tokens) == "a cats is here."
+
+
+@given(st.text(alphabet="ab\n", max_size=25), st.lists(st.text(alphabet="ab\n", min_size=1, max_size=4), max_size=3))
+@settings(deadline=None, max_examples=200)
+def test_text_is_cut_before_the_first_stop_string_and_shows_none_of_it(text, stop):
+    pieces, stopped = shown(BYTES, BYTES(text)["input_ids"], stop)
+    # Token by token: the answer ends as soon as some stop string is complete.
+    ends = [n for n in range(len(text) + 1) if any(s in text[:n] for s in stop)]
+    if ends:
+        head = text[: ends[0]]
+        assert "".join(pieces) == head[: min(head.find(s) for s in stop if s in head)]
+        assert stopped
+    else:
+        assert "".join(pieces) == text
+        assert not stopped
+
+
+@pytest.mark.parametrize("stop", [["STOP"], ["xST", "STOP"]])
+def test_the_beginning_of_a_stop_string_is_held_back_only_while_it_may_become_one(stop):
+    stream = TextStream(BYTES, stop)
+    tokens = BYTES("aSTobSTOP")["input_ids"]
+    pieces = [stream.put(token) for token in tokens]
+    assert pieces == ["a", "", "", "STo", "b", "", "", "", ""]
+    assert stream.stopped

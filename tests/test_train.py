@@ -1,0 +1,420 @@
+"""The loop: one normalisation (identity 8), the same weights after any kill (identity 9), one pinned loss."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from collections.abc import Mapping
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from families import tiny_model
+from layouts import CHAT, PLAIN, PROMPTED, make_rows
+from nextblock.checkpoint import list_checkpoints
+from nextblock.config import AdaptConfig, UsageError, load_config
+from nextblock.data import Rows
+from nextblock.model import load_tokenizer, read_config, read_settings
+from nextblock.train import StepMetrics, prepare, train, train_step, without_dropout
+
+VOCABULARY = 260  # the byte tokenizer's 257 and three unused rows
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with a tiny Llama parent and a corpus of short sums."""
+    folder = tmp_path_factory.mktemp("parent")
+    tiny_model("llama", vocab_size=VOCABULARY, std=0.08).save_pretrained(folder / "llama")
+    texts = [f"{a} plus {b} is {a + b}." for a in range(12) for b in range(12)]
+    lines = [json.dumps({"text": text}) for text in texts]
+    (folder / "sums.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return folder
+
+
+def config_of(place: Path, output: Path, **overrides: Any) -> AdaptConfig:
+    values = {
+        "model": {"path": str(place / "llama"), "tokenizer": "bytes"},
+        "data": {"sources": [{"path": str(place / "sums.jsonl")}], "row_length": 32, "held_out": 0.0},
+        "growth": {"b_max": 4, "delta": 4},
+        "optimizer": {"lr": 3e-3, "warmup_steps": 2},
+        "training": {"steps": 12, "batch_rows": 4, "checkpoint_every": 2, "evaluate_rows": 0},
+        "output": str(output),
+    }
+    return load_config(values, {key.replace("__", "."): value for key, value in overrides.items()})
+
+
+# ------------------------------------------------------------------------------- one step
+
+
+class GivenRows:
+    """A stream that always gives the same rows."""
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows = rows
+
+    def next(self, rows: int) -> Rows:
+        assert rows == len(self.rows)
+        return self.rows
+
+
+class KeepGradients:
+    """In the optimizer's place: remembers the gradients and leaves the weights."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model = model
+        self.param_groups: list[dict[str, Any]] = []
+
+    def step(self) -> None:
+        self.gradients = [p.grad.clone() for p in self.model.parameters() if p.grad is not None]
+
+    def zero_grad(self) -> None:
+        self.model.zero_grad()
+
+
+def step_in_float64(config: AdaptConfig, rows: Rows, step: int) -> tuple[StepMetrics, list[Tensor]]:
+    run: Any = prepare(config)
+    run.decoder.model.double()
+    run.stream, run.optimizer = GivenRows(rows), KeepGradients(run.decoder.model)
+    return train_step(run, step), run.optimizer.gradients
+
+
+@pytest.mark.parametrize("step", [0, 5, 11])  # block sizes 1, 2 and 4
+def test_loss_and_gradients_do_not_depend_on_the_split_into_micro_batches(place, tmp_path, step):
+    rows = make_rows([PLAIN, PROMPTED, CHAT, [[28]], [[3]], [[-20, 2]]], 32)
+    splits = []
+    for size in (None, 1, 2, 4):
+        config = config_of(
+            place, tmp_path, training__batch_rows=6, training__micro_batch_rows=size, optimizer__grad_clip=1e9
+        )
+        splits.append(step_in_float64(config, rows, step))
+    whole, wanted = splits[0]
+    scale = max(float(gradient.abs().max()) for gradient in wanted)
+    for metrics, gradients in splits[1:]:
+        assert metrics.loss == pytest.approx(whole.loss, rel=1e-6)
+        assert metrics.tokens == whole.tokens == int((rows.offset >= 0).sum())
+        for ours, theirs in zip(gradients, wanted, strict=True):
+            # The norms and rotary angles of the model are float32 inside, whatever its dtype.
+            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7 * scale)
+
+
+def test_a_step_reports_the_mean_losses_and_their_weighted_sum_over_n(place, tmp_path):
+    rows = make_rows([PLAIN, PROMPTED, CHAT, [[28]]], 32)
+    metrics, _ = step_in_float64(config_of(place, tmp_path), rows, 11)
+    assert metrics.block_size == 4
+    assert metrics.ar_weight == 0.5
+    ar_tokens = sum(n - 1 for n in (13, 6, 1, 5, 28)) + sum((9, 4)) + sum((6, 7))
+    masked = (metrics.loss * metrics.tokens - 0.5 * metrics.ar_loss * ar_tokens) / metrics.diffusion_loss
+    assert masked == pytest.approx(round(masked), abs=1e-3)
+    assert 0 < masked < metrics.tokens
+
+
+def test_a_non_finite_loss_stops_before_the_update_and_names_the_rows(place, tmp_path):
+    run: Any = prepare(config_of(place, tmp_path))
+    with torch.no_grad():
+        run.decoder.model.model.norm.weight[0] = torch.inf
+    before = {name: value.clone() for name, value in run.decoder.model.state_dict().items()}
+    with pytest.raises(UsageError, match=r"step 3: loss nan .* not finite \(rows \[0, 1, 2, 3\]\)"):
+        train_step(run, 3)
+    for name, value in run.decoder.model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+DROPOUT: dict[str, Any] = {
+    "attention_dropout": 0.5,
+    "hidden_dropout": 0.5,
+    "resid_pdrop": 0.5,
+    "embd_pdrop": 0.5,
+    "attn_pdrop": 0.5,
+}
+
+
+def test_without_dropout_a_model_in_train_mode_gives_what_it_gives_in_eval_mode(family):
+    model = tiny_model(family, **DROPOUT)
+    tokens = make_rows([[[20]]], 20).tokens
+    with torch.no_grad():
+        wanted = model(tokens).logits
+        without_dropout(model)
+        torch.testing.assert_close(model.train()(tokens).logits, wanted, rtol=1e-6, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------- a short run
+
+
+PINNED = {"first": 2.6018, "last": 2.5306, "last_diffusion": 2.8508, "last_ar": 2.6502}
+
+
+def test_the_loss_of_a_short_adaptation_is_pinned(place, tmp_path):
+    """20 steps with growth 1 -> 2 -> 4: any change of data order, noise, mask, loss or update moves these."""
+    metrics: list[StepMetrics] = []
+    config = config_of(place, tmp_path / "run", growth__delta=5, training__steps=20)
+    train(config, on_step=metrics.append)
+    assert [m.block_size for m in metrics] == [1] * 5 + [2] * 5 + [4] * 10
+    assert metrics[0].loss == pytest.approx(PINNED["first"], abs=1e-3)
+    assert metrics[-1].loss == pytest.approx(PINNED["last"], abs=1e-3)
+    assert metrics[-1].diffusion_loss == pytest.approx(PINNED["last_diffusion"], abs=3e-3)
+    assert metrics[-1].ar_loss == pytest.approx(PINNED["last_ar"], abs=3e-3)
+    logged = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["loss"] for line in logged] == [m.loss for m in metrics]
+
+
+def test_a_run_leaves_a_folder_that_is_an_ordinary_model_with_its_settings(place, tmp_path):
+    run = train(config_of(place, tmp_path, training__steps=9))
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    trained = run.decoder.model.state_dict()
+    for name, value in plain.state_dict().items():
+        assert torch.equal(value, trained[name]), name
+    settings, tokenizer = read_settings(read_config(tmp_path)), load_tokenizer(tmp_path)
+    assert settings is not None
+    assert tokenizer is not None
+    assert (settings.block_size, settings.mask_token_id) == (4, tokenizer.mask_token_id)
+    assert plain.generation_config.eos_token_id == tokenizer.eos_token_id
+
+
+def test_the_resolved_configuration_is_saved_and_makes_the_same_run(place, tmp_path):
+    config = config_of(place, tmp_path / "a", training__steps=9)
+    train(config)
+    assert load_config(tmp_path / "a" / "nextblock.yaml") == config
+    train(load_config(tmp_path / "a" / "nextblock.yaml", {"output": str(tmp_path / "b")}))
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+
+
+SCRATCH = {
+    "model_type": "llama",
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
+
+
+def test_a_parent_from_scratch_is_a_function_of_the_seed(place, tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        torch.manual_seed(random.randrange(2**31))
+        train(config_of(place, tmp_path / name, model__scratch=SCRATCH, training__seed=seed, training__steps=9))
+    assert weights(tmp_path / "a") == weights(tmp_path / "b") != weights(tmp_path / "c")
+
+
+def test_a_full_output_folder_is_refused_and_left_as_it_is(place, tmp_path):
+    (tmp_path / "mine.txt").write_text("keep")
+    with pytest.raises(UsageError, match="is not empty"):
+        train(config_of(place, tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+BAD = {
+    "a mask token outside the vocabulary": ({"model.mask_token": 999}, "is outside the vocabulary"),
+    "a mask token used in the data": ({"model.mask_token": ord("p") - 33}, "is used in the data"),
+    "a row over the model's positions": ({"data.row_length": 1024}, "is over the model's 512 positions"),
+    "a missing model": ({"model.path": "./absent"}, "does not exist"),
+    "a missing source": ({"data.sources.0.path": "./absent.jsonl"}, "absent.jsonl"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_input_stops_with_one_line_and_leaves_no_folder(place, tmp_path, what):
+    overrides, said = BAD[what]
+    config = config_of(place, tmp_path / "run", **{k.replace(".", "__"): v for k, v in overrides.items()})
+    with pytest.raises(UsageError) as refused:
+        train(config)
+    assert said in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "run").exists()
+
+
+# ------------------------------------------------------------------------------- kill and resume
+
+
+def weights(output: Path) -> bytes:
+    return (output / "model.safetensors").read_bytes()
+
+
+def run_to_the_end(values: Mapping[str, Any], kill_in: str | None = None, after: int = 0) -> None:
+    """Body of a training process; kills itself at the (`after` + 1)-th call of the function `kill_in`, if given."""
+    torch.set_num_threads(1)
+    if kill_in is not None:
+        module, name = kill_in.rsplit(".", 1)
+        owner: Any = __import__(module, fromlist=[name])
+        real, calls = getattr(owner, name), []
+
+        def doomed(*args: Any, **options: Any) -> Any:
+            calls.append(name)
+            if len(calls) > after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args, **options)
+
+        setattr(owner, name, doomed)
+    train(load_config(values), resume=True)
+
+
+@pytest.fixture(scope="module")
+def processes() -> Any:
+    """Starts real processes quickly: a server that has imported everything forks them."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["nextblock.train", "test_train"])
+    return context
+
+
+def start(processes: Any, config: AdaptConfig, *how: Any) -> BaseProcess:
+    process = processes.Process(target=run_to_the_end, args=(config.model_dump(mode="json"), *how))
+    process.start()
+    return process
+
+
+@pytest.fixture(scope="module")
+def undisturbed(place, processes, tmp_path_factory) -> tuple[bytes, float]:
+    """(final weights, seconds) of a run that nothing stops."""
+    output = tmp_path_factory.mktemp("undisturbed") / "run"
+    start(processes, config_of(place, output, training__steps=9)).join()  # the first start imports everything
+    began = time.perf_counter()
+    output = output.with_name("timed")
+    process = start(processes, config_of(place, output))
+    process.join()
+    assert process.exitcode == 0
+    return weights(output), time.perf_counter() - began
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_random_moments_ends_with_the_weights_of_one_that_was_not(
+    place, processes, undisturbed, tmp_path
+):
+    wanted, seconds = undisturbed
+    moments, kills = random.Random(0), 0
+    for trial in range(5):
+        output = tmp_path / str(trial)
+        config = config_of(place, output)
+        for _ in range(4):
+            process = start(processes, config)
+            process.join(moments.uniform(0.1, 1.0) * seconds)
+            if process.is_alive():
+                kills += 1
+                process.kill()
+            process.join()
+            if process.exitcode == 0:
+                break
+        process = start(processes, config)
+        process.join()
+        assert process.exitcode == 0
+        assert weights(output) == wanted, f"trial {trial}"
+    assert kills >= 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("function", "after"),
+    [
+        ("nextblock.checkpoint.save_model", 1),
+        ("torch.save", 2),
+        ("nextblock.checkpoint._flush", 6),  # between two files of the second save
+        ("os.replace", 3),
+        ("nextblock.train.export", 0),
+        ("shutil.rmtree", 3),  # before the oldest checkpoint goes
+    ],
+)
+def test_a_run_killed_within_a_save_ends_with_the_weights_of_one_that_was_not(
+    place, processes, undisturbed, tmp_path, function, after
+):
+    output = tmp_path / "run"
+    config = config_of(place, output)
+    process = start(processes, config, function, after)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert not (output / "model.safetensors").exists()
+    process = start(processes, config)
+    process.join()
+    assert process.exitcode == 0
+    assert weights(output) == undisturbed[0]
+    assert len(list_checkpoints(output)) == 2
+    steps = [json.loads(line)["step"] for line in (output / "log.jsonl").read_text().splitlines()]
+    assert steps == list(range(12))
+
+
+@pytest.mark.slow
+def test_sigterm_saves_a_checkpoint_and_ends_with_status_0(place, processes, undisturbed, tmp_path):
+    output = tmp_path / "run"
+    config = config_of(place, output, training__checkpoint_every=1000)
+    process = start(processes, config)
+    while not (output / "log.jsonl").exists() or not (output / "log.jsonl").read_text():
+        time.sleep(0.002)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGTERM)
+    process.join()
+    assert process.exitcode == 0
+    (saved,) = list_checkpoints(output)
+    assert 0 < int(saved.name.removeprefix("step-")) < 12
+    assert not (output / "model.safetensors").exists()
+    train(config, resume=True)
+    assert weights(output) == undisturbed[0]
+
+
+def stopped_run(place: Path, output: Path, steps: int, **overrides: Any) -> AdaptConfig:
+    """A run that ended by an error of the caller after `steps` steps."""
+    config = config_of(place, output, **overrides)
+
+    def stop(metrics: StepMetrics) -> None:
+        if metrics.step + 1 == steps:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, on_step=stop)
+    return config
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_the_run_goes_on_from_the_one_before(
+    place, tmp_path, undisturbed, capsys
+):
+    config = stopped_run(place, tmp_path, 7)
+    before, newest = list_checkpoints(tmp_path)
+    content = bytearray((newest / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (newest / "model.safetensors").write_bytes(content)
+    done: list[int] = []
+    train(config, resume=True, on_step=lambda metrics: done.append(metrics.step))
+    assert f"checkpoint {newest} is damaged" in capsys.readouterr().out
+    assert done == list(range(int(before.name.removeprefix("step-")), 12))
+    assert weights(tmp_path) == undisturbed[0]
+
+
+def test_resuming_a_finished_run_trains_no_further_and_leaves_the_same_weights(place, tmp_path):
+    config = config_of(place, tmp_path, training__steps=9)
+    train(config)
+    before, done = weights(tmp_path), []
+    train(config, resume=True, on_step=done.append)
+    assert not done
+    assert weights(tmp_path) == before
+
+
+def test_a_resume_under_a_changed_configuration_names_each_difference(place, tmp_path):
+    stopped_run(place, tmp_path, 5)
+    changed = config_of(place, tmp_path, optimizer__lr=0.1, growth__b_max=2, recipe__ar_weight=0.25)
+    with pytest.raises(UsageError) as refused:
+        train(changed, resume=True)
+    said = str(refused.value)
+    assert "growth.b_max was 4, is 2" in said
+    assert "optimizer.lr was 0.003, is 0.1" in said
+    assert "recipe.ar_weight was 0.5, is 0.25" in said
+    assert said.count(" was ") == 3
+
+
+def test_a_resume_may_change_what_does_not_touch_the_result(place, tmp_path, undisturbed):
+    stopped_run(place, tmp_path, 5)
+    changed = config_of(place, tmp_path, training__checkpoint_every=3, training__keep_last=1)
+    train(changed, resume=True)
+    assert weights(tmp_path) == undisturbed[0]
+    assert len(list_checkpoints(tmp_path)) == 1
+
+
+def test_the_exported_dtype_is_the_one_asked_for(place, tmp_path):
+    train(config_of(place, tmp_path, training__steps=9, model__export_dtype="bfloat16"))
+    assert {value.dtype for value in load_file(tmp_path / "model.safetensors").values()} == {torch.bfloat16}

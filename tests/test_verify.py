@@ -1,0 +1,128 @@
+"""`verify` passes sound models of every family and shows what is wrong with broken ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from families import FAMILIES, MASK_ID, tiny_model
+from nextblock.checkpoint import export
+from nextblock.config import BlockDiffusionSettings, UsageError
+from nextblock.generate import BlockDiffusionLM
+from nextblock.verify import Check, table, verify, verify_model
+
+SETTINGS = BlockDiffusionSettings(block_size=4, mask_token_id=MASK_ID)
+NUMBERS = [" ", "1", "2", "3", "4", "5", "6", "6", "6", "7"]
+
+
+def failed(checks: list[Check]) -> set[str]:
+    return {check.name for check in checks if check.status == "failed"}
+
+
+def numbers(names: set[str]) -> set[str]:
+    return {name[0] for name in names}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_passes_all_identities_without_settings_or_tokenizer(family, tmp_path):
+    tiny_model(family).save_pretrained(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    checks = verify(tmp_path)
+    assert [(check.name, check.reason) for check in checks if check.status != "passed"] == []
+    assert len(checks) == len(NUMBERS)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma3", "phi3"])
+def test_a_short_sliding_window_is_exceeded_and_passes(family, tmp_path):
+    tiny_model(family, sliding_window=9).save_pretrained(tmp_path)
+    assert [check for check in verify(tmp_path) if check.status != "passed"] == []
+
+
+@pytest.mark.parametrize("context", ["context_causal", "block_causal"])
+@pytest.mark.parametrize("prediction", ["shifted", "aligned"])
+def test_an_adapted_checkpoint_is_measured_under_its_own_settings(context, prediction, tmp_path):
+    settings = BlockDiffusionSettings(block_size=4, mask_token_id=5, context=context, prediction=prediction)
+    export(tmp_path, tiny_model("llama"), None, settings)
+    checks = verify(tmp_path)
+    assert failed(checks) == set()
+    skipped = numbers({check.name for check in checks if check.status == "skipped"})
+    left_out = {"1": context == "block_causal", "3": prediction == "aligned"}
+    assert skipped == {number for number, out in left_out.items() if out}
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 3, 5, 8, 32])
+def test_any_block_size_is_measured(block_size):
+    settings = BlockDiffusionSettings(block_size=block_size, mask_token_id=MASK_ID)
+    checks = verify_model(BlockDiffusionLM(tiny_model("gpt2"), None, settings))
+    assert [check for check in checks if check.status != "passed"] == []
+
+
+def test_in_bfloat16_the_logits_are_compared_and_the_tokens_left_out(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path)
+    checks = verify(tmp_path, dtype=torch.bfloat16)
+    assert failed(checks) == set()
+    assert numbers({check.name for check in checks if check.status == "skipped"}) == {"6", "7"}
+
+
+def test_a_mask_token_outside_the_vocabulary_is_refused(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match="outside the vocabulary"):
+        verify(tmp_path, mask_token=97)
+
+
+# ------------------------------------------------------------------------------- broken models
+
+
+def with_changed_forward(change: Any) -> BlockDiffusionLM:
+    """A Llama whose body's arguments go through `change` first."""
+    model = tiny_model("llama")
+    forward = model.base_model.forward
+    model.base_model.forward = lambda *args, **kwargs: forward(*args, **change(kwargs))
+    return BlockDiffusionLM(model, None, SETTINGS)
+
+
+def plain_causal(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Causal by place in the row, whatever mask was asked for."""
+    mask = kwargs.get("attention_mask")
+    if mask is None:
+        return kwargs
+    queries, keys = mask.shape[-2:]
+    return {**kwargs, "attention_mask": torch.ones(1, 1, queries, keys, dtype=torch.bool).tril(keys - queries)}
+
+
+def test_a_model_that_ignores_the_mask_fails_where_the_mask_matters():
+    checks = verify_model(with_changed_forward(plain_causal))
+    assert numbers(failed(checks)) >= {"t", "1", "2", "5"}
+    assert "4" not in numbers(failed(checks))
+    assert checks[0].reason.startswith("architecture 'llama' ignores the attention mask")
+
+
+def test_a_model_that_ignores_positions_fails():
+    checks = verify_model(with_changed_forward(lambda kwargs: {**kwargs, "position_ids": None}))
+    assert numbers(failed(checks)) >= {"t", "2", "5"}
+
+
+def test_a_cache_that_goes_wrong_fails_the_decoding_identities_alone():
+    def shift(kwargs: dict[str, Any]) -> dict[str, Any]:
+        late = kwargs.get("past_key_values") is not None and int(kwargs["position_ids"].min()) > 0
+        return {**kwargs, "position_ids": kwargs["position_ids"] + 1} if late else kwargs
+
+    checks = verify_model(with_changed_forward(shift))
+    assert "2" in numbers(failed(checks))
+    assert not numbers(failed(checks)) & {"t", "1", "3", "4", "5"}
+
+
+def test_the_table_shows_every_check_with_its_result():
+    checks = verify_model(with_changed_forward(plain_causal))
+    console = Console(width=200)
+    with console.capture() as captured:
+        console.print(table(checks))
+    text = captured.get()
+    for check in checks:
+        assert check.name in text
+    assert "failed" in text
+    assert "passed" in text
