@@ -26,6 +26,7 @@ from nextblock.model import (
     choose_mask_token,
     load_model,
     load_parent,
+    parent_tokenizer,
     load_tokenizer,
     probe,
     read_config,
@@ -354,13 +355,14 @@ def test_a_missing_model_folder_and_a_file_are_named(tmp_path):
 def test_adapting_needs_a_tokenizer(llama, tmp_path):
     llama.save_pretrained(tmp_path)
     with pytest.raises(UsageError, match="has no tokenizer"):
-        load_parent(ModelConfig(path=str(tmp_path)), "cpu")
+        parent_tokenizer(ModelConfig(path=str(tmp_path)))
 
 
 def test_a_scratch_parent_has_the_given_shape_and_an_unknown_kind_is_refused():
     shape = {"model_type": "qwen3", "hidden_size": 16, "num_hidden_layers": 1, "vocab_size": 260, "head_dim": 4}
     shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 16}
-    decoder, tokenizer = load_parent(ModelConfig(scratch=shape, tokenizer="bytes"), "cpu")
+    config = ModelConfig(scratch=shape, tokenizer="bytes")
+    decoder, tokenizer = load_parent(config, "cpu"), parent_tokenizer(config)
     assert decoder.model.config.model_type == "qwen3"
     assert decoder.vocabulary == 260
     text = "naïve π\n"

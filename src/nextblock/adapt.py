@@ -90,7 +90,7 @@ def describe(run: Run) -> dict[str, Any]:
             "name": config.model.path if config.model.scratch is None else "random weights",
             "parameters": sum(p.numel() for p in run.decoder.model.parameters()),
         },
-        "settings": run.settings.model_dump(),
+        "settings": run.settings.model_dump() if run.settings else None,
         "training": {
             "steps": run.step,
             "seconds": sum(step["step_seconds"] for step in steps),
@@ -135,7 +135,6 @@ def held_out_bits(run: Run) -> list[dict[str, Any]]:
         parent = Decoder(load_model(run.config.model.path, dtype=run.decoder.model.dtype, attention="auto"))
         if parent.device == run.decoder.device:
             found += [("parent", measure) for measure in bits_per_byte(parent, run.tokenizer, rows)]
-    settings = run.settings if run.settings.block_size > 1 else None
     decoder = Decoder(run.decoder.model.eval())
-    found += [("adapted", measure) for measure in bits_per_byte(decoder, run.tokenizer, rows, settings)]
+    found += [("adapted", measure) for measure in bits_per_byte(decoder, run.tokenizer, rows, run.settings)]
     return [{"model": model, **asdict(measure)} for model, measure in found]

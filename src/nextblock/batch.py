@@ -9,7 +9,7 @@ Letters: B rows, Q tokens of a pass, D hidden size, V vocabulary, N positions wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nextblock.cache import Masks, SlotCache
 from nextblock.config import BlockDiffusionSettings
-from nextblock.events import Finish, Stats
+from nextblock.events import Committed, Event, Finish, Prefilled, RowFinished, Stats
 from nextblock.model import AttentionMask, Decoder
 from nextblock.sampling import DecodingConfig, choose_tokens, filter_logits, uniforms
 
@@ -207,3 +207,32 @@ class Batch:
             if index < len(self.rows):
                 self.rows[index], order[index] = last_row, last_index
         return order
+
+
+def start(batch: Batch, first_token: bool) -> Iterator[Event]:
+    """Read the prompts; with `first_token`, the causal pass also gives the first token of each answer."""
+    hidden = batch.prefill()
+    for row in batch.rows:
+        yield Prefilled(row.number, len(row.prompt))
+    if first_token:
+        logits = batch.next_logits(hidden, [(row, row.answer) for row in batch.rows])
+        tokens, probabilities = batch.choose(logits, [u for row in batch.rows for u in row.draw(1)])
+        for row, token, probability in zip(batch.rows, tokens.tolist(), probabilities.tolist(), strict=True):
+            yield from push(row, [token], [probability])
+
+
+def push(row: Row, tokens: list[int], probabilities: list[float]) -> Iterator[Event]:
+    """Append decided tokens to a row's answer until it is finished."""
+    for token, probability in zip(tokens, probabilities, strict=True):
+        offset = len(row.answer)
+        done = row.push(token)
+        yield Committed(row.number, offset, token, probability, row.passes)
+        if done:
+            yield finished(row)
+            return
+
+
+def finished(row: Row) -> RowFinished:
+    """The event of a row that has a reason to end."""
+    assert row.finish is not None
+    return RowFinished(row.number, len(row.answer), row.finish)

@@ -21,6 +21,20 @@ from nextblock.config import BlockDiffusionSettings, UsageError
 MANIFEST = "manifest.json"
 CHECKPOINTS = "checkpoints"
 
+CUSTOM_GENERATE_SOURCE = '''"""Block-diffusion decoding of this checkpoint, where the nextblock package is installed.
+
+    model.generate(**inputs, custom_generate="path-or-hub-id", trust_remote_code=True, mode="speculative")
+"""
+
+import nextblock
+
+
+def generate(model, **arguments):
+    """Hand all arguments of `model.generate` on to nextblock."""
+    return model.generate(custom_generate=nextblock.block_diffusion, **arguments)
+'''
+"""Content of `custom_generate/generate.py` in an exported folder."""
+
 
 def save_checkpoint(
     output: Path,
@@ -96,17 +110,21 @@ def export(
     folder: Path,
     model: PreTrainedModel,
     tokenizer: Any,
-    settings: BlockDiffusionSettings,
+    settings: BlockDiffusionSettings | None,
     dtype: torch.dtype | None = None,
 ) -> None:
     """Write an ordinary Hugging Face folder of the parent's architecture, with the block_diffusion section.
 
     Args:
+        settings: None for a model that stays autoregressive.
         folder: made if missing; files of an earlier export are replaced.
         dtype: of the weights on disk; None: the model's.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    model.config.block_diffusion = settings.model_dump()
+    if settings is not None:
+        model.config.block_diffusion = settings.model_dump()
+        (folder / "custom_generate").mkdir(exist_ok=True)
+        (folder / "custom_generate" / "generate.py").write_text(CUSTOM_GENERATE_SOURCE, encoding="utf-8")
     generation = model.generation_config or GenerationConfig.from_model_config(model.config)
     if tokenizer is not None and (end := tokenizer.eos_token_id) is not None:
         ends = generation.eos_token_id

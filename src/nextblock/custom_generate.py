@@ -23,6 +23,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from nextblock.batch import Row
+from nextblock.checkpoint import CUSTOM_GENERATE_SOURCE
 from nextblock.config import UsageError
 from nextblock.events import Finish
 from nextblock.generate import BlockDiffusionLM, Stream, sequences
@@ -33,19 +34,7 @@ _OWN_WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
 _OWN_CRITERIA = (MaxLengthCriteria, EosTokenCriteria)
 _UNSET: Any = object()
 
-CUSTOM_GENERATE_SOURCE = '''"""Block-diffusion decoding of this checkpoint, where the nextblock package is installed.
-
-    model.generate(**inputs, custom_generate="path-or-hub-id", trust_remote_code=True, mode="speculative")
-"""
-
-import nextblock
-
-
-def generate(model, **arguments):
-    """Hand all arguments of `model.generate` on to nextblock."""
-    return model.generate(custom_generate=nextblock.block_diffusion, **arguments)
-'''
-"""Content of `custom_generate/generate.py` in an exported folder."""
+__all__ = ["CUSTOM_GENERATE_SOURCE", "block_diffusion"]
 
 
 def block_diffusion(

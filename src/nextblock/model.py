@@ -274,15 +274,19 @@ def byte_tokenizer() -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_parent(config: ModelConfig, device: torch.device | str | None = None) -> tuple[Decoder, Any]:
-    """The parent of a run and its tokenizer: loaded, or random weights of `config.scratch`'s shape."""
+def parent_tokenizer(config: ModelConfig) -> Any:
+    """The tokenizer of a run: the parent's, or the one that `config.tokenizer` names."""
     if config.tokenizer == "bytes":
-        tokenizer = byte_tokenizer()
-    else:
-        source = config.tokenizer or config.path
-        tokenizer = load_tokenizer(source, config.revision, config.trust_remote_code)
+        return byte_tokenizer()
+    source = config.tokenizer or config.path
+    tokenizer = load_tokenizer(source, config.revision, config.trust_remote_code)
     if tokenizer is None:
         raise UsageError(f"model {config.path} has no tokenizer; adapting reads text: set model.tokenizer")
+    return tokenizer
+
+
+def load_parent(config: ModelConfig, device: torch.device | str | None = None) -> Decoder:
+    """The parent of a run: loaded, or random weights of `config.scratch`'s shape."""
     dtype = getattr(torch, config.dtype)
     if config.scratch is None:
         model = load_model(
@@ -293,7 +297,7 @@ def load_parent(config: ModelConfig, device: torch.device | str | None = None) -
             revision=config.revision,
             trust_remote_code=config.trust_remote_code,
         )
-        return Decoder(model), tokenizer
+        return Decoder(model)
     values = dict(config.scratch)
     kind = str(values.pop("model_type", "llama"))
     try:
@@ -304,7 +308,7 @@ def load_parent(config: ModelConfig, device: torch.device | str | None = None) -
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     attention = choose_attention(shape, config.attention, target)
     model = AutoModelForCausalLM.from_config(shape, dtype=dtype, attn_implementation=attention)
-    return Decoder(model.to(target).eval()), tokenizer
+    return Decoder(cast(Any, model).to(target).eval())
 
 
 def read_settings(config: PreTrainedConfig) -> BlockDiffusionSettings | None:

@@ -23,7 +23,15 @@ from nextblock.checkpoint import export, load_checkpoint, newest_whole_checkpoin
 from nextblock.config import AdaptConfig, BlockDiffusionSettings, UsageError
 from nextblock.corruption import corrupt
 from nextblock.data import Rows, RowStream, check_tokens
-from nextblock.model import Decoder, choose_mask_token, load_parent, probe, without_dropout
+from nextblock.model import (
+    Decoder,
+    choose_mask_token,
+    load_parent,
+    parent_tokenizer,
+    probe,
+    read_config,
+    without_dropout,
+)
 from nextblock.objective import TwoViewLoss
 
 LOG = "log.jsonl"
@@ -73,12 +81,14 @@ class Run:
     loss: torch.nn.Module
     optimizer: torch.optim.Optimizer
     stream: RowStream
-    mask_token_id: int
+    mask_token_id: int | None
     step: int = 0
 
     @property
-    def settings(self) -> BlockDiffusionSettings:
-        """What the checkpoint tells a sampler."""
+    def settings(self) -> BlockDiffusionSettings | None:
+        """What the checkpoint tells a sampler; None after plain AR training (b = 1 to the end)."""
+        if self.mask_token_id is None:
+            return None
         return BlockDiffusionSettings(
             block_size=self.config.growth.b_max,
             mask_token_id=self.mask_token_id,
@@ -107,7 +117,7 @@ def train_step(run: Run, step: int) -> StepMetrics:
         view = corrupt(
             micro,
             block_size,
-            mask_token_id=run.mask_token_id,
+            mask_token_id=run.mask_token_id or 0,  # None: at b = 1 nothing is masked
             end_token_id=run.tokenizer.eos_token_id,
             recipe=recipe,
             seed=config.training.seed,
@@ -212,15 +222,21 @@ def prepare(config: AdaptConfig) -> Run:
             f"training.batch_rows={rows} does not divide over {ranks} processes; use {max(1, rows // ranks) * ranks}"
         )
     torch.manual_seed(config.training.seed)  # for a parent that starts from random weights
-    decoder, tokenizer = load_parent(config.model, accelerator.device)
+    if config.model.scratch is None:  # what can be known without reading data or weights comes first
+        read_config(config.model.path, config.model.revision, config.model.trust_remote_code)
+    tokenizer = parent_tokenizer(config.model)
     stream = RowStream(config.data, tokenizer, seed=config.training.seed)
+    decoder = load_parent(config.model, accelerator.device)
+    if decoder.attention == "flex_attention" and decoder.device.type == "cpu":
+        raise UsageError("model.attention=flex_attention has no backward pass on CPU; use sdpa, or auto")
     longest = decoder.max_positions
     if longest is not None and config.data.row_length > longest:
         raise UsageError(
             f"data.row_length={config.data.row_length} is over the model's {longest} positions; use at most {longest}"
         )
     probe(decoder)
-    mask_token_id = choose_mask_token(decoder, tokenizer, config.model.mask_token)
+    masks = config.growth.b_max > 1 or config.recipe.prediction == "aligned"
+    mask_token_id = choose_mask_token(decoder, tokenizer, config.model.mask_token) if masks else None
     start = stream.state()  # look at the first batch, so that most bad data stops before anything is written
     check_tokens(stream.next(config.training.batch_rows), decoder.vocabulary, mask_token_id)
     stream.load_state(start)
