@@ -13,9 +13,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from families import EOS_ID, MASK_ID, tiny_model
-from nextblock.config import BlockDiffusionSettings
+from families import EOS_ID, FAMILIES, MASK_ID, tiny_model
+from nextblock.batch import Batch, Row
+from nextblock.config import BlockDiffusionSettings, validate
+from nextblock.events import Stats
 from nextblock.generate import BlockDiffusionLM
+from nextblock.sampling import DecodingConfig
+from nextblock.speculate import Draft, _check_and_draft
 
 LENGTHS = (5, 11, 1, 7)
 
@@ -239,12 +243,15 @@ def test_speculative_mode_gives_the_tokens_of_ar_mode(family_model):
     seed=st.integers(0, 1000),
     block=st.sampled_from([1, 2, 3, 8, 16]),
     draft_steps=st.sampled_from([1, 2, 5]),
-    draft_length=st.sampled_from([None, 1, 4]),
+    draft_length=st.sampled_from([None, 1, 4, "auto"]),
+    draft_ahead=st.sampled_from([0, 0, 1, 3, 9]),
     prediction=st.sampled_from(["shifted", "aligned"]),
     repeats=st.booleans(),
 )
-@settings(max_examples=15, deadline=None, derandomize=True)
-def test_speculative_mode_is_lossless_whatever_the_draft(seed, block, draft_steps, draft_length, prediction, repeats):
+@settings(max_examples=25, deadline=None, derandomize=True)
+def test_speculative_mode_is_lossless_whatever_the_draft(
+    seed, block, draft_steps, draft_length, draft_ahead, prediction, repeats
+):
     # A weak model repeats itself, so that drafts are often right; a wild one rejects most of them.
     model = tiny_model("llama", seed=seed, std=0.02 if repeats else 0.25)
     lm = language_model(model, block, prediction=prediction)
@@ -254,8 +261,9 @@ def test_speculative_mode_is_lossless_whatever_the_draft(seed, block, draft_step
         **batch,
         mode="speculative",
         max_new_tokens=[9, 20, 1, 14],
-        draft_steps=draft_steps,
+        draft_steps=1 if draft_ahead else draft_steps,
         draft_length=draft_length,
+        draft_ahead=draft_ahead if block > 2 else 0,
     )
     assert out.answers == ar.answers
 
@@ -288,6 +296,51 @@ def test_every_row_of_a_batch_gets_what_it_gets_alone(family_model, mode, temper
         assert batch.finish[i] == alone.finish[0]
 
 
+def test_drafting_ahead_for_all_points_needs_no_pass_of_its_own():
+    """The same model: after the first pass, each one keeps six drafts, gains a seventh token and drafts again."""
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    out = language_model(model, 8).generate(
+        prompt(3), mode="speculative", max_new_tokens=23, draft_ahead=8, eos_token_id=[]
+    )
+    assert out.answers == [[0] * 23]
+    assert out.stats.row_forwards == {"prefill": 1, "check": 4}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("family", "window"), [*((name, None) for name in FAMILIES), ("mistral", 4), ("gemma3", 4), ("phi3", 4)]
+)
+def test_what_is_drafted_ahead_is_what_a_denoising_pass_drafts(family, window):
+    """A group's hidden states equal those of a block that starts at the point of acceptance."""
+    family_model: Any = tiny_model(family, **({} if window is None else {"sliding_window": window}))
+    lm = language_model(family_model, 6)
+    options = validate(DecodingConfig, {"mode": "speculative", "block_size": 6, "draft_ahead": 2})
+    texts = [prompt(9)[0].tolist(), prompt(5)[0].tolist()]
+
+    def batch(rows):
+        made = Batch(lm.decoder, lm.settings, options, rows, Stats())
+        made.prefill()
+        return made
+
+    # The last four tokens: one known and three drafts to be checked.
+    rows = [Row(i, text[:-4], limit=40, answer=text[-4:-3]) for i, text in enumerate(texts)]
+    draft = Draft(torch.tensor([text[-3:] for text in texts]), [3, 3])
+    hidden = _check_and_draft(batch(rows), draft, [[0, 2], [3, 1]])
+    for index, points in enumerate(([0, 2], [3, 1])):
+        text = texts[index]
+        plain = family_model(torch.tensor([text])).logits[0, -4:]
+        torch.testing.assert_close(lm.decoder.logits(hidden[index, :4]), plain, rtol=1e-4, atol=1e-4)
+        for group, point in enumerate(points):
+            length = len(text) - 4 + point
+            alone = batch([Row(0, text[:length], limit=40)])
+            block = torch.tensor([[text[length]] + [MASK_ID] * 5])
+            expected = alone.forward(block, [length], [False])[0]
+            found = hidden[index, 4 + 6 * group : 10 + 6 * group]
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("mode", ["diffusion", "speculative"])
 def test_a_batch_costs_each_row_the_passes_that_it_takes_alone(llama, mode):
     lm = language_model(llama)
@@ -302,6 +355,22 @@ def test_a_batch_costs_each_row_the_passes_that_it_takes_alone(llama, mode):
     assert batch.stats.forwards == max(out.stats.forwards for out in alone)
 
 
+@pytest.mark.parametrize(
+    "options", [{"draft_ahead": 1}, {"draft_ahead": 3}, {"draft_length": "auto"}, {"draft_steps": 3}], ids=str
+)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_every_row_gets_the_same_and_pays_the_same_however_it_is_drafted(llama, options, temperature):
+    lm = language_model(llama)
+    prompts = [prompt(n) for n in LENGTHS]
+    options = {"mode": "speculative", "temperature": temperature, **options}
+    batch = lm.generate(**padded(prompts), max_new_tokens=25, seed=5, **options)
+    alone = [lm.generate(p, max_new_tokens=25, seed=5 + i, **options) for i, p in enumerate(prompts)]
+    assert batch.answers == [out.answers[0] for out in alone]
+    if temperature:  # greedy batches may check more of a draft than a row alone needs, never less
+        paid = [sum(out.stats.row_forwards.values()) for out in alone]
+        assert sum(batch.stats.row_forwards.values()) == sum(paid)
+
+
 @pytest.mark.parametrize("mode", ["ar", "diffusion", "speculative"])
 def test_answers_end_at_the_model_s_last_position(mode):
     for family in ("llama", "gpt2"):
@@ -313,7 +382,9 @@ def test_answers_end_at_the_model_s_last_position(mode):
         assert [len(a) for a in out.answers] == [5, 22]
         assert out.answers[0] == lm.generate(long, mode=mode, eos_token_id=[], threshold=None).answers[0]
         assert out.answers[1] == lm.generate(short, mode=mode, eos_token_id=[], threshold=None).answers[0]
-        if mode != "diffusion":
+        if mode == "diffusion":  # the last block is as short as what is left of the context
+            assert out.answers[0] == reference(model, long[0].tolist(), 5, 5, 1, "top")
+        else:
             plain = model.generate(
                 short, max_new_tokens=22, do_sample=False, suppress_tokens=[MASK_ID], eos_token_id=None
             )

@@ -134,6 +134,7 @@ def test_events_tell_the_answers(mode):
         assert [committed[i].token for i in range(len(row.answer))] == row.answer
         assert all(0 < e.confidence <= 1 + 1e-6 for e in committed.values())
         assert max(e.step for e in committed.values()) <= row.passes
+        assert max(committed) < 20
         ends = [e.end for e in mine if isinstance(e, BlockFinished)]
         if mode != "ar":
             assert ends == sorted(ends)

@@ -139,7 +139,7 @@ def test_drafts_are_accepted_by_their_ratio_up_to_the_first_that_is_not():
     assert accepted([0.0], [0.4], [0.0]) == 0
 
 
-VOCABULARY, MASK, STEPS, SAMPLES = 7, 6, 3, 4000
+VOCABULARY, MASK, STEPS, SAMPLES = 7, 6, 4, 4000
 
 
 @torch.no_grad()
@@ -180,23 +180,32 @@ def chi_square_p(counts, expected):
     return float(torch.special.gammaincc(freedom, torch.tensor(statistic / 2, dtype=torch.float64)))
 
 
-@pytest.mark.parametrize(("mode", "draft_steps"), [("ar", 1), ("speculative", 1), ("speculative", 2)])
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"mode": "ar"},
+        {"mode": "speculative"},
+        {"mode": "speculative", "draft_steps": 2},
+        {"mode": "speculative", "draft_ahead": 2},
+        {"mode": "speculative", "draft_length": "auto"},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize(("temperature", "top_k", "top_p"), [(1.0, None, None), (1.5, 5, 0.9)])
-def test_sampling_has_the_ar_distribution(mode, temperature, top_k, top_p, draft_steps):
+def test_sampling_has_the_ar_distribution(how, temperature, top_k, top_p):
     """Against all answers of a toy model, enumerated; a right sampler fails once in 1e6 (fixed seeds: never)."""
     model = tiny_model("llama", vocab_size=VOCABULARY, seed=3, std=0.12)
     prompt = [3, 4, 5]
-    lm = BlockDiffusionLM(model, None, BlockDiffusionSettings(block_size=3, mask_token_id=MASK))
+    lm = BlockDiffusionLM(model, None, BlockDiffusionSettings(block_size=4, mask_token_id=MASK))
     stream = lm.stream(
         torch.tensor([prompt]).expand(SAMPLES, -1),
-        mode=mode,
         max_new_tokens=STEPS,
         eos_token_id=[],
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
         seed=0,
-        draft_steps=draft_steps,
+        **how,
     )
     events = list(stream)
     answers = [tuple(row.answer) for row in stream.rows]
@@ -204,7 +213,7 @@ def test_sampling_has_the_ar_distribution(mode, temperature, top_k, top_p, draft
     assert set(answers) <= set(expected)
     counts = {a: answers.count(a) for a in set(answers)}
     assert chi_square_p(counts, expected) > 1e-6
-    if mode == "speculative":  # both ways were taken
+    if how["mode"] == "speculative":  # both ways were taken
         rejected = sum(isinstance(e, Rejected) for e in events)
         assert rejected > SAMPLES // 20
         assert sum(isinstance(e, Committed) for e in events) == SAMPLES * STEPS
@@ -232,6 +241,8 @@ def test_the_chi_square_test_can_tell_a_wrong_sampler():
         ({"top_k": 0}, "top_k=0 must be at least 1"),
         ({"block_size": 0}, "block_size=0 must be at least 1"),
         ({"steps": 0}, "steps=0 must be at least 1"),
+        ({"draft_steps": 2, "draft_ahead": 1}, "does not go with draft_ahead"),
+        ({"draft_length": "long"}, "draft_length"),
         ({"treshold": 0.5}, "unknown key 'treshold'; did you mean 'threshold'"),
     ],
 )

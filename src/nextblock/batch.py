@@ -90,8 +90,8 @@ class Batch:
         self.stats = stats
         self.processor = processor
         self.device = decoder.device
-        width = 1 if config.mode == "ar" else self.block_size
-        capacity = max(len(row.prompt) + row.limit for row in rows) + width
+        scratch = 1 if config.mode == "ar" else self.block_size * (1 + config.draft_ahead)
+        capacity = max(len(row.prompt) + row.limit for row in rows) + scratch
         self.max_positions = decoder.max_positions or capacity
         self.windows = {k: w if w is not None and w < capacity else None for k, w in decoder.windows.items()}
         self.cache = SlotCache(len(rows), capacity)
@@ -109,15 +109,14 @@ class Batch:
             Final hidden states [B, Q, D].
         """
         width = tokens.shape[1]
-        self.stats.forwards += 1
-        for row in self.rows:
-            row.passes += 1
+        self._count_pass()
         start, end = starts[0], max(starts) + width
         inside = end <= self.max_positions
         if inside and all(s == start for s in starts) and all(c == causal[0] for c in causal):
             self.cache.aim(starts, width)
             position = self.span[start:end].unsqueeze(0).expand(len(starts), -1)
-            return self.decoder.hidden(tokens, position, self._aligned_mask(start, width, causal[0]), self.cache)
+            mask = self._aligned_mask(start, width, causal[0])
+            return self.decoder.hidden(tokens, position, mask, self.cache)
         slots = torch.tensor(starts, device=self.device)[:, None] + self.span[:width]
         position = slots if inside else slots.clamp_max(self.max_positions - 1)
         whole = torch.tensor([[s + width - 1] for s in starts], device=self.device)
@@ -127,6 +126,28 @@ class Batch:
         self.cache.aim(starts, width, slots)
         mask = self._by_kind(lambda window: self.masks.each(slots, last, end, window))
         return self.decoder.hidden(tokens, position, mask, self.cache)
+
+    def forward_places(
+        self, tokens: Tensor, starts: list[int], position: Tensor, visible: Callable[[int | None], Tensor]
+    ) -> Tensor:
+        """One pass whose tokens stand at positions of their own choice; each row's go to slots from its start on.
+
+        Args:
+            position: int64 [B, Q].
+            visible: window of a layer -> bool [B, Q, S], S up to the last slot written.
+        Returns:
+            Final hidden states [B, Q, D].
+        """
+        self._count_pass()
+        width = tokens.shape[1]
+        self.cache.aim(starts, width, torch.tensor(starts, device=self.device)[:, None] + self.span[:width])
+        mask = self._by_kind(lambda window: self.masks.additive(visible(window).unsqueeze(1)))
+        return self.decoder.hidden(tokens, position.clamp_max(self.max_positions - 1), mask, self.cache)
+
+    def _count_pass(self) -> None:
+        self.stats.forwards += 1
+        for row in self.rows:
+            row.passes += 1
 
     def _aligned_mask(self, start: int, width: int, causal: bool) -> AttentionMask | None:
         """None where transformers makes plain causal attention of it by itself, without or with a cheap mask."""
@@ -209,7 +230,7 @@ class Batch:
         return order
 
 
-def start(batch: Batch, first_token: bool) -> Iterator[Event]:
+def begin(batch: Batch, first_token: bool) -> Iterator[Event]:
     """Read the prompts; with `first_token`, the causal pass also gives the first token of each answer."""
     hidden = batch.prefill()
     for row in batch.rows:

@@ -134,7 +134,7 @@ class Masks:
             query = torch.arange(width, device=self.device)
             last = query if causal else torch.full_like(query, width - 1)
             # Shifted by the capacity, so that a slice exists for every start.
-            template = self._additive(
+            template = self.additive(
                 decode_mask(query[None] + self.capacity, last[None] + self.capacity, self.capacity + width, window)
             )
             self._templates[key] = template
@@ -142,8 +142,9 @@ class Masks:
 
     def each(self, position: Tensor, last_visible: Tensor, slots: int, window: int | None) -> Tensor:
         """Rows at positions of their own, [B, 1, Q, S]; arguments as in `decode_mask`."""
-        return self._additive(decode_mask(position, last_visible, slots, window))
+        return self.additive(decode_mask(position, last_visible, slots, window))
 
-    def _additive(self, allowed: Tensor) -> Tensor:
+    def additive(self, allowed: Tensor) -> Tensor:
+        """bool of any shape, True where a query may look -> additive mask."""
         lowest = torch.finfo(self.dtype).min
         return torch.zeros(allowed.shape, dtype=self.dtype, device=self.device).masked_fill_(~allowed, lowest)

@@ -181,22 +181,32 @@ def decoding_options(given: dict[str, Any]) -> dict[str, Any]:
     if given["temperature"]:
         options["temperature"] = given["temperature"]
     if given["threshold"] is not None:
-        try:
-            options["threshold"] = None if given["threshold"] == "none" else float(given["threshold"])
-        except ValueError:
-            raise UsageError(f"threshold={given['threshold']} is not a number; use 0 to 1, or none") from None
+        options["threshold"] = number(given["threshold"], "threshold")
     return options
+
+
+def number(text: str, name: str) -> float | None:
+    """A number, or None for 'none'."""
+    try:
+        return None if text == "none" else float(text)
+    except ValueError:
+        raise UsageError(f"{name}={text} is not a number; use 0 to 1, or none") from None
+
+
+def torch_dtype(name: str | None) -> Any:
+    """A torch dtype by name, None for none."""
+    import torch
+
+    if name not in (None, "float32", "bfloat16"):
+        raise UsageError(f"dtype={name} is unknown; use float32 or bfloat16")
+    return getattr(torch, name) if name else None
 
 
 def load_lm(model: str, dtype: str | None = None) -> Any:
     """`nextblock.load` with a dtype by name."""
-    import torch
-
     from nextblock.generate import load
 
-    if dtype not in (None, "float32", "bfloat16"):
-        raise UsageError(f"dtype={dtype} is unknown; use float32 or bfloat16")
-    lm = load(model, dtype=getattr(torch, dtype) if dtype else None)
+    lm = load(model, dtype=torch_dtype(dtype))
     if lm.tokenizer is None:
         raise UsageError(f"model {model} has no tokenizer; use it from Python with token ids")
     return lm
@@ -287,6 +297,128 @@ def evaluate(
     Console().print(decoding_table({"decoding": rows}))
     if output is not None:
         output.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+
+
+bench_app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", help="Measure speed.")
+app.add_typer(bench_app, name="bench")
+TaskName = Annotated[str, typer.Option(help="prompts of a built-in task: word_problems, algebra or functions")]
+PromptFile = Annotated[
+    Path | None, typer.Option(help="prompts of a file instead: one a line, or .jsonl with `prompt` or `messages`")
+]
+Variants = Annotated[
+    list[str] | None, typer.Option(help="further settings: 'speculative,draft_length=8'; may be given again")
+]
+Results = Annotated[Path | None, typer.Option(help="write the figures to this .json file, and a plot beside it")]
+
+
+@bench_app.command("decode")
+def bench_decode(
+    model: Annotated[str | None, typer.Argument(help="local folder, Hub id, tiny-ar or tiny-bd")] = None,
+    task: TaskName = "word_problems",
+    prompts: PromptFile = None,
+    examples: Annotated[int, typer.Option(help="prompts in each round")] = 16,
+    mode: Annotated[list[str] | None, typer.Option(help="may be given again; default: all")] = None,
+    threshold: Annotated[list[str] | None, typer.Option(help="of diffusion mode; may be given again")] = None,
+    block_size: Annotated[list[int] | None, typer.Option(help="may be given again; default: the checkpoint's")] = None,
+    variant: Variants = None,
+    batch: Annotated[list[int] | None, typer.Option(help="prompts decoded together; may be given again")] = None,
+    rounds: Annotated[int, typer.Option(help="passes over the prompts; medians are taken over them")] = 5,
+    max_new_tokens: MaxNewTokens = 128,
+    forwards: Annotated[bool, typer.Option("--forwards", help="also time one pass of 1 to 160 positions")] = False,
+    cache_length: Annotated[int, typer.Option(help="cached tokens in front of these passes")] = 256,
+    shape: Annotated[
+        str | None, typer.Option(help="random weights instead of MODEL: qwen3-0.6b, qwen3-4b or nbdiff-7b")
+    ] = None,
+    output: Results = None,
+    dtype: Dtype = None,
+) -> None:
+    """Time transformers' own `generate` and the three modes in turns, on the same model and prompts.
+
+    With --shape only forward passes are timed, unless --mode or --variant asks for decoding as well.
+    """
+    from nextblock.bench.command import check_output, read_prompts, run_bench, wide_console, write_results
+    from nextblock.bench.figures import forward_table, plot_bench, speed_table
+    from nextblock.bench.forwards import random_model
+    from nextblock.bench.prompts import make_variants, parse_variant
+
+    if (model is None) == (shape is None):
+        raise UsageError("give either a MODEL or --shape")
+    check_output(output)
+    extra = [parse_variant(text) for text in variant or ()]
+    thresholds = [number(text, "threshold") for text in threshold or ()]
+    given = None if shape else read_prompts(task, prompts, examples, "test")
+    lm = random_model(shape, dtype=torch_dtype(dtype)) if shape else load_lm(str(model), dtype)
+    variants = make_variants(
+        lm.settings,
+        modes=mode or (["ar"] if shape else ()),
+        thresholds=thresholds,
+        block_sizes=block_size or (),
+        extra=extra,
+    )
+    results = run_bench(
+        lm,
+        model=model or f"random weights, shape {shape}",
+        prompts=given,
+        variants=variants if model or mode or extra else [],
+        batches=batch or [1],
+        rounds=rounds,
+        max_new_tokens=max_new_tokens,
+        forwards=forwards or shape is not None,
+        cache_length=cache_length,
+    )
+    for kind, table in (("decode", speed_table), ("forwards", forward_table)):
+        if results[kind]:
+            wide_console().print(table(results[kind]))
+    if output is not None:
+        print(*write_results(results, plot_bench(results), output))
+
+
+@app.command()
+def tune(
+    model: Model,
+    task: TaskName = "word_problems",
+    prompts: PromptFile = None,
+    examples: Annotated[int, typer.Option(help="prompts (of a task: from its training split)")] = 64,
+    max_drop: Annotated[float, typer.Option(help="most points of accuracy, or of agreement with AR, to lose")] = 2.0,
+    mode: Annotated[list[str] | None, typer.Option(help="diffusion or speculative; default: both")] = None,
+    variant: Variants = None,
+    batch: Annotated[int, typer.Option(help="prompts decoded together")] = 1,
+    max_new_tokens: MaxNewTokens = 160,
+    write: Annotated[bool, typer.Option("--write", help="make the choice the checkpoint's default")] = False,
+    output: Results = None,
+    dtype: Dtype = None,
+) -> None:
+    """Find the fastest settings that lose no more than you allow, draw the curve, and save the choice."""
+    from nextblock import tune as tuning
+    from nextblock.bench.command import check_output, progress, read_prompts, wide_console, write_results
+    from nextblock.bench.figures import plot_tuning, tuning_table
+    from nextblock.bench.prompts import parse_variant
+
+    folder = tuning.writable_folder(model) if write else None
+    check_output(output)
+    given = read_prompts(task, prompts, examples, "train")
+    extra = [parse_variant(text) for text in variant or ()]
+    lm = load_lm(model, dtype)
+    with progress("tuning") as update:
+        found = tuning.tune(
+            lm,
+            given,
+            max_drop=max_drop,
+            modes=mode or tuning.MODES,
+            extra=extra,
+            batch=batch,
+            max_new_tokens=max_new_tokens,
+            on_call=update,
+        )
+    results = found.as_dict()
+    wide_console().print(tuning_table(results["trials"], found.measure))
+    for name, trial in found.best.items():
+        print(f"{name}: {tuning.setting_in_words(trial)}")
+    if output is not None:
+        figure = plot_tuning(results["trials"], found.measure, max_drop)
+        print(*write_results({"model": model, **results}, figure, output))
+    if folder is not None and found.winner is not None:
+        print(f"wrote {found.decoding()} to {tuning.write_decoding(folder, found.decoding())}")
 
 
 @app.command()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nextblock.batch import Batch, Row, finished, push, start
+from nextblock.batch import Batch, Row, begin, finished, push
 from nextblock.events import BlockFinished, Committed, Event
 from nextblock.sampling import commit, scores
 from nextblock.speculate import speculative
@@ -25,7 +25,7 @@ def decode(batch: Batch) -> Iterator[Event]:
 
 def autoregressive(batch: Batch) -> Iterator[Event]:
     """One causal pass per token."""
-    yield from start(batch, first_token=True)
+    yield from begin(batch, first_token=True)
     batch.leave()
     while rows := batch.rows:
         last = torch.tensor([[row.answer[-1]] for row in rows], device=batch.device)
@@ -82,7 +82,7 @@ def diffusion(batch: Batch) -> Iterator[Event]:
     current sub-block. When nothing is masked, one causal pass writes the block to the cache and yields the
     next one's first token. Rows denoise and commit in the same passes.
     """
-    yield from start(batch, first_token=batch.shifted)
+    yield from begin(batch, first_token=batch.shifted)
     batch.leave()
     blocks = [_new_block(batch, row, 0) for row in batch.rows]
     width = batch.block_size // batch.config.sub_blocks

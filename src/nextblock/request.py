@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor
@@ -46,7 +46,8 @@ class GenerateOptions(TypedDict, total=False):
     top_p: float | None
     top_k: int | None
     draft_steps: int
-    draft_length: int | None
+    draft_length: int | Literal["auto"] | None
+    draft_ahead: int
 
 
 @dataclass
@@ -75,6 +76,8 @@ def resolve_config(settings: BlockDiffusionSettings | None, options: Mapping[str
     size = config.block_size or settings.block_size
     if config.mode == "diffusion":
         config.check_block(size)
+    if config.mode == "speculative" and config.draft_ahead and size < 3:
+        raise UsageError(f"draft_ahead={config.draft_ahead} needs a block_size of at least 3, not {size}")
     if config.mode != "ar" and size > settings.block_size:
         warnings.warn(
             f"block_size={size} is larger than the {settings.block_size} that the model was trained with; "

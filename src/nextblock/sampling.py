@@ -38,7 +38,12 @@ class DecodingConfig(Section):
     top_p: float | None = Field(None, description="nucleus: fewest tokens whose probabilities reach this sum")
     top_k: int | None = Field(None, description="only the k likeliest tokens")
     draft_steps: int = Field(1, description="speculative: denoising passes per draft, left to right")
-    draft_length: int | None = Field(None, description="speculative: tokens drafted per check; default: the block")
+    draft_length: int | Literal["auto"] | None = Field(
+        None, description="speculative: tokens drafted per check; auto: by what was kept lately; default: the block"
+    )
+    draft_ahead: int = Field(
+        0, description="speculative: points of acceptance for which the next draft is made in the check's own pass"
+    )
 
     @field_validator("mode", "sampler", mode="before")
     @classmethod
@@ -61,7 +66,13 @@ class DecodingConfig(Section):
             ("top_p", self.top_p is None or 0 < self.top_p <= 1, "must lie in (0, 1]"),
             ("top_k", self.top_k is None or self.top_k >= 1, "must be at least 1"),
             ("draft_steps", self.draft_steps >= 1, "must be at least 1"),
-            ("draft_length", self.draft_length is None or self.draft_length >= 1, "must be at least 1"),
+            ("draft_length", self.draft_length in (None, "auto") or int(self.draft_length) >= 1, "must be at least 1"),
+            ("draft_ahead", self.draft_ahead >= 0, "must be 0 (draft in a pass of its own) or more"),
+            (
+                "draft_steps",
+                self.draft_steps == 1 or not self.draft_ahead,
+                "does not go with draft_ahead, which drafts in one pass; leave one of them out",
+            ),
         )
         for name, holds, rule in rules:
             if not holds:

@@ -1,0 +1,256 @@
+"""Draft adapter: low-rank updates and a mask vector that act on noised positions alone.
+
+The parent stays frozen and, wherever the gate is closed, computes exactly what it computes without the
+adapter. So the clean half of a training pass, and every causal pass of decoding, is the parent itself.
+
+Letters: B rows, T tokens, D hidden size, r rank.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from nextblock.config import BlockDiffusionSettings, DraftAdapterConfig, UsageError, validate
+
+WEIGHTS, PEFT_CONFIG, SETTINGS = "adapter_model.safetensors", "adapter_config.json", "draft_adapter.json"
+MASK_VECTOR = "mask_vector.safetensors"
+PEFT_PREFIX = "base_model.model."
+SAMPLED = 4096
+"""Bytes of each tensor that enter the fingerprint."""
+
+Gate = bool | Tensor
+"""Where the adapter acts: nowhere, everywhere, or at the True entries of a bool tensor [B, T]."""
+
+
+class GatedLinear(nn.Module):
+    """A frozen linear layer plus, where the gate is open, a low-rank update: x W + gate * scale * (x A) B."""
+
+    def __init__(self, base: nn.Module, lora_A: nn.Parameter, lora_B: nn.Parameter, owner: DraftAdapter) -> None:
+        super().__init__()
+        self.base = base
+        # The owner holds the parameters; listing them here too would save and count them twice.
+        self.__dict__.update(lora_A=lora_A, lora_B=lora_B, owner=owner)
+        self.merged: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]; x is [B, T, in] where the gate is a tensor."""
+        owner = cast(DraftAdapter, self.owner)
+        if owner.gate is False:
+            return self.base(x)
+        if owner.gate is True and self.merged is not None:
+            return functional.linear(x, self.merged, getattr(self.base, "bias", None))
+        low = functional.linear(functional.dropout(x, owner.dropout, owner.training), self.lora_A.to(x.dtype))
+        update = functional.linear(low, self.lora_B.to(x.dtype)) * owner.scale
+        if isinstance(owner.gate, Tensor):
+            update = update * owner.gate.unsqueeze(-1)
+        return self.base(x) + update
+
+
+class DraftAdapter(nn.Module):
+    """The trained part: A and B of every adapted layer, and the vector that embeds the mask token.
+
+    gate: where it acts in the pass that is running; set by `open`.
+    mask_token_id: one past the parent's vocabulary, so no token of it and no row of its head.
+    """
+
+    def __init__(self, model: PreTrainedModel, config: DraftAdapterConfig) -> None:
+        """Build and attach an adapter that changes nothing yet (B = 0, the mask vector at the mean embedding).
+
+        Raises:
+            UsageError: target modules that match nothing.
+        """
+        super().__init__()
+        embedding = cast(nn.Embedding, model.get_input_embeddings())
+        device, dtype = embedding.weight.device, torch.float32
+        self.config = config
+        self.scale = config.alpha / config.rank
+        self.dropout = config.dropout
+        self.gate: Gate = False
+        self.mask_token_id = embedding.num_embeddings
+        self.names = target_names(model, config.target_modules)
+        self.lora_A = nn.ParameterList()
+        self.lora_B = nn.ParameterList()
+        self.layers: list[GatedLinear] = []
+        for name in self.names:
+            base = model.get_submodule(name)
+            inputs, outputs = _features(base)
+            first = torch.empty(config.rank, inputs, device=device, dtype=dtype)
+            nn.init.kaiming_uniform_(first, a=math.sqrt(5))
+            self.lora_A.append(nn.Parameter(first))
+            self.lora_B.append(nn.Parameter(torch.zeros(outputs, config.rank, device=device, dtype=dtype)))
+        with torch.no_grad():
+            mean = model.get_input_embeddings()(torch.arange(self.mask_token_id, device=device)).float().mean(0)
+        self.mask_vector = nn.Parameter(mean.clone())
+        self.attach(model)
+
+    def attach(self, model: PreTrainedModel) -> None:
+        """Put the gated layers in place of the parent's own; its weights are not touched."""
+        model.requires_grad_(False)
+        for name, first, second in zip(self.names, self.lora_A, self.lora_B, strict=True):
+            layer = GatedLinear(model.get_submodule(name), first, second, self)
+            model.set_submodule(name, layer)
+            self.layers.append(layer)
+
+    def detach(self, model: PreTrainedModel) -> None:
+        """Put the parent's own layers back."""
+        for name, layer in zip(self.names, self.layers, strict=True):
+            model.set_submodule(name, layer.base)
+        self.layers = []
+
+    @contextmanager
+    def open(self, gate: Gate) -> Iterator[None]:
+        """Let the adapter act at `gate` inside the `with` block."""
+        self.gate = gate
+        try:
+            yield
+        finally:
+            self.gate = False
+
+    def embed(self, model: PreTrainedModel, tokens: Tensor) -> Tensor:
+        """Input embeddings [B, T, D] of int64 `tokens` [B, T], with the mask vector at mask tokens."""
+        masked = tokens == self.mask_token_id
+        embedded = model.get_input_embeddings()(tokens.masked_fill(masked, 0))
+        return torch.where(masked.unsqueeze(-1), self.mask_vector.to(embedded.dtype), embedded)
+
+    @torch.no_grad()
+    def merge_copies(self) -> None:
+        """Keep, beside the parent's weights, a copy of each with its update added, for passes that are all noised.
+
+        Faster where small matrix products cost more than memory (CPU); the parent's own weights stay as they are.
+        """
+        for layer in self.layers:
+            weight = cast(Tensor, layer.base.weight)
+            weight = weight.T if isinstance(layer.base, Conv1D) else weight
+            update = layer.lora_B @ layer.lora_A * self.scale
+            layer.merged = (weight.float() + update).to(weight.dtype).contiguous()
+
+
+def target_names(model: PreTrainedModel, targets: str | Sequence[str]) -> list[str]:
+    """Names of the linear layers to adapt: `all-linear` (but the head), a regular expression, or name endings.
+
+    Raises:
+        UsageError: they match nothing.
+    """
+    head = model.get_output_embeddings()
+    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
+    if targets == "all-linear":
+        found = linear
+    elif isinstance(targets, str):
+        found = [name for name in linear if re.fullmatch(targets, name)]
+    else:
+        found = [name for name in linear if any(name == t or name.endswith(f".{t}") for t in targets)]
+    if not found:
+        ends = sorted({name.rsplit(".", 1)[-1] for name in linear})
+        raise UsageError(f"draft_adapter.target_modules={targets!r} match nothing; linear layers are {', '.join(ends)}")
+    return found
+
+
+def _features(layer: nn.Module) -> tuple[int, int]:
+    if isinstance(layer, Conv1D):
+        return layer.nx, layer.nf
+    return cast(nn.Linear, layer).in_features, cast(nn.Linear, layer).out_features
+
+
+def fingerprint(folder: Path) -> str:
+    """A digest of the parent's weight files: name, shape, dtype and a sample of the bytes of every tensor."""
+    digest = hashlib.blake2b(digest_size=16)
+    tensors: dict[str, Path] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(str(file), framework="pt") as handle:
+            tensors |= {name: file for name in handle.keys()}  # noqa: SIM118 (it is no mapping)
+    for name in sorted(tensors):
+        with safe_open(str(tensors[name]), framework="pt") as handle:
+            part = handle.get_slice(name)
+            shape = part.get_shape()
+            rows = max(1, SAMPLED // max(1, math.prod(shape[1:]) * 2)) if shape else 0
+            sample = part[:rows] if shape else handle.get_tensor(name)
+        digest.update(f"{name} {shape} {sample.dtype}".encode())
+        digest.update(sample.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_adapter(
+    folder: Path,
+    adapter: DraftAdapter,
+    settings: BlockDiffusionSettings,
+    parent: str,
+    parent_folder: Path,
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    """Write a peft-format folder, with the mask vector, the settings, and the parent's name and fingerprint."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {}
+    for name, first, second in zip(adapter.names, adapter.lora_A, adapter.lora_B, strict=True):
+        weights[f"{PEFT_PREFIX}{name}.lora_A.weight"] = first.detach().to("cpu", dtype).contiguous()
+        weights[f"{PEFT_PREFIX}{name}.lora_B.weight"] = second.detach().to("cpu", dtype).contiguous()
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    save_file({"mask_vector": adapter.mask_vector.detach().cpu().to(dtype)}, folder / MASK_VECTOR)
+    peft_config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": parent,
+        "r": adapter.config.rank,
+        "lora_alpha": adapter.config.alpha,
+        "lora_dropout": adapter.config.dropout,
+        "target_modules": adapter.names,
+        "bias": "none",
+        "inference_mode": True,
+    }
+    own = {"block_diffusion": settings.model_dump(), "parent": parent, "fingerprint": fingerprint(parent_folder)}
+    (folder / PEFT_CONFIG).write_text(json.dumps(peft_config, indent=2), encoding="utf-8")
+    (folder / SETTINGS).write_text(json.dumps(own, indent=2), encoding="utf-8")
+
+
+def load_adapter(
+    folder: Path, model: PreTrainedModel, parent_folder: Path
+) -> tuple[DraftAdapter, BlockDiffusionSettings]:
+    """Attach a saved adapter to its parent.
+
+    Raises:
+        UsageError: no adapter there, or one of another parent.
+    """
+    try:
+        own: dict[str, Any] = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        peft_config = json.loads((folder / PEFT_CONFIG).read_text(encoding="utf-8"))
+        weights = load_file(folder / WEIGHTS)
+        mask_vector = load_file(folder / MASK_VECTOR)["mask_vector"]
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"{folder} holds no draft adapter ({reason}); make one with `nextblock adapt`") from None
+    found = fingerprint(parent_folder)
+    if own["fingerprint"] != found:
+        raise UsageError(
+            f"draft adapter {folder} belongs to {own['parent']} (weights {own['fingerprint'][:8]}), not to this model "
+            f"(weights {found[:8]}); load it with its own parent"
+        )
+    config = DraftAdapterConfig(
+        rank=peft_config["r"],
+        alpha=peft_config["lora_alpha"],
+        dropout=peft_config["lora_dropout"],
+        target_modules=tuple(peft_config["target_modules"]),
+    )
+    adapter = DraftAdapter(model, config)
+    with torch.no_grad():
+        for name, first, second in zip(adapter.names, adapter.lora_A, adapter.lora_B, strict=True):
+            first.copy_(weights[f"{PEFT_PREFIX}{name}.lora_A.weight"])
+            second.copy_(weights[f"{PEFT_PREFIX}{name}.lora_B.weight"])
+        adapter.mask_vector.copy_(mask_vector)
+    adapter.requires_grad_(False).eval()
+    if adapter.mask_vector.device.type == "cpu":
+        adapter.merge_copies()
+    return adapter, validate(BlockDiffusionSettings, own["block_diffusion"])

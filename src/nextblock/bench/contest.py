@@ -1,0 +1,259 @@
+"""Contestants that decode the same prompts in turn, and what each took.
+
+Times of different runs on one machine differ by more than the effects that are looked for. So contestants
+alternate batch by batch within one run, a round is one pass over its prompts, and what is reported is the
+median over rounds of the ratio within a round.
+
+Letters: B prompts of a batch, T tokens.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, StaticCache
+from transformers.generation.streamers import BaseStreamer
+
+from nextblock.bench.prompts import Options, variant_name
+from nextblock.config import UsageError
+from nextblock.generate import BlockDiffusionLM
+
+TokenLists = Sequence[Sequence[int]]
+MEMORY_MEANING = {
+    "cuda": "peak of torch's CUDA allocator while decoding, weights included",
+    "cpu": "peak resident memory of the process while decoding, weights and Python included",
+}
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Call:
+    """One batch decoded.
+
+    answers: token ids of each answer, end token included.
+    seconds: whole call. first_token_seconds: until a token was decided.
+    forwards: calls of the model. row_forwards: these times the rows that took part in them.
+    """
+
+    answers: list[list[int]]
+    seconds: float
+    first_token_seconds: float
+    forwards: int
+    row_forwards: int
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A way to decode a batch of prompts (lists of token ids)."""
+
+    name: str
+    options: Options
+    run: Callable[[TokenLists], Call]
+
+
+@dataclass
+class Round:
+    """What one contestant took for all prompts of one round."""
+
+    answers: list[list[int]] = field(default_factory=list)
+    seconds: float = 0.0
+    first_token_seconds: list[float] = field(default_factory=list)
+    forwards: int = 0
+    row_forwards: int = 0
+
+    def add(self, call: Call) -> None:
+        """Book one batch."""
+        self.answers += call.answers
+        self.seconds += call.seconds
+        self.first_token_seconds.append(call.first_token_seconds)
+        self.forwards += call.forwards
+        self.row_forwards += call.row_forwards
+
+    @property
+    def new_tokens(self) -> int:
+        """Tokens of all answers, end tokens included."""
+        return sum(map(len, self.answers))
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Answer tokens over the seconds of all calls, prefill included."""
+        return self.new_tokens / self.seconds
+
+
+def alternate(
+    contestants: Sequence[Contestant],
+    rounds: Sequence[Sequence[TokenLists]],
+    on_call: Callable[[], None] = lambda: None,
+) -> list[list[Round]]:
+    """Let contestants take turns at every batch of every round.
+
+    Args:
+        contestants: in the order of their turns.
+        rounds: the batches of each round.
+        on_call: called after each batch of each contestant.
+    Returns:
+        For each contestant its rounds.
+    """
+    results = [[Round() for _ in rounds] for _ in contestants]
+    for number, batches in enumerate(rounds):
+        for batch in batches:
+            for contestant, own in zip(contestants, results, strict=True):
+                own[number].add(contestant.run(batch))
+                on_call()
+    return results
+
+
+def make_batches(prompts: TokenLists, size: int) -> list[TokenLists]:
+    """Whole batches of `size` prompts; what is left over is not used.
+
+    Raises:
+        UsageError: fewer prompts than one batch.
+    """
+    if size < 1:
+        raise UsageError(f"batch={size} must be at least 1")
+    if len(prompts) < size:
+        raise UsageError(f"batch={size} is more than the {len(prompts)} prompts; use more examples")
+    return [prompts[start : start + size] for start in range(0, len(prompts) - size + 1, size)]
+
+
+def left_padded(prompts: TokenLists, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, int64 [B, T], padded on the left as transformers' generate needs them."""
+    longest = max(map(len, prompts))
+    padding = [longest - len(prompt) for prompt in prompts]
+    tokens = torch.tensor([[0] * n + list(prompt) for n, prompt in zip(padding, prompts, strict=True)])
+    mask = (torch.arange(longest) >= torch.tensor(padding)[:, None]).long()
+    return tokens.to(device), mask.to(device)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device, so that the clock shows finished work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+# ------------------------------------------------------------------------------------------ contestants
+
+
+def our_mode(lm: BlockDiffusionLM, options: Options, max_new_tokens: int, ends: Sequence[int]) -> Contestant:
+    """One of this package's modes, greedy. `ends`: end tokens, none if empty."""
+    device = lm.decoder.device
+
+    def run(prompts: TokenLists) -> Call:
+        tokens, mask = left_padded(prompts, device)
+        synchronize(device)
+        began = time.perf_counter()
+        shared: Any = {"temperature": 0.0, "max_new_tokens": max_new_tokens, "eos_token_id": list(ends)}
+        stream = lm.stream(tokens, attention_mask=mask, **{**options, **shared})
+        for _ in stream:
+            pass
+        synchronize(device)
+        seconds = time.perf_counter() - began
+        stats = stream.stats
+        passes = sum(stats.row_forwards.values())
+        return Call([row.answer for row in stream.rows], seconds, stats.first_token_seconds, stats.forwards, passes)
+
+    return Contestant(variant_name(options), options, run)
+
+
+class _FirstToken(BaseStreamer):
+    """Notes when transformers' generate hands out its first token; the prompt comes before it."""
+
+    def __init__(self) -> None:
+        self.puts = 0
+        self.at = 0.0
+
+    def put(self, value: Tensor) -> None:
+        self.puts += 1
+        if self.puts == 2:
+            self.at = time.perf_counter()
+
+    def end(self) -> None:
+        pass
+
+
+def transformers_generate(
+    lm: BlockDiffusionLM, max_new_tokens: int, ends: Sequence[int], static_length: int | None = None
+) -> Contestant:
+    """transformers' own `generate`, greedy: with its default cache, or compiled with a static one.
+
+    Args:
+        ends: end tokens, none if empty.
+        static_length: slots of the static cache, made once and reset for each batch, so that shapes stay the
+            same and nothing is compiled twice; all batches must then have one size. transformers compiles
+            the decode step by itself on CUDA. None: the default dynamic cache.
+    """
+    model: Any = lm.model
+    device = lm.decoder.device
+    plain = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=list(ends) or None,
+        pad_token_id=ends[0] if ends else 0,
+        use_cache=True,
+    )
+    cache = None if static_length is None else StaticCache(config=model.config, max_cache_len=static_length)
+
+    def run(prompts: TokenLists) -> Call:
+        tokens, mask = left_padded(prompts, device)
+        first = _FirstToken()
+        # generate fills what is unset from the model's own generation config: penalties, say, or sampling.
+        own, model.generation_config = model.generation_config, plain
+        synchronize(device)
+        began = time.perf_counter()
+        try:
+            with torch.inference_mode():
+                if cache is not None:
+                    cache.reset()
+                extra = {} if cache is None else {"past_key_values": cache}
+                out = model.generate(tokens, attention_mask=mask, streamer=first, **extra)
+            synchronize(device)
+        finally:
+            model.generation_config = own
+        seconds = time.perf_counter() - began
+        forwards = out.shape[1] - tokens.shape[1]
+        answers = [_cut(answer, ends) for answer in out[:, tokens.shape[1] :].tolist()]
+        # Rows that have finished are computed on until the last one has: their passes count.
+        return Call(answers, seconds, first.at - began, forwards, forwards * len(answers))
+
+    name = "transformers" if cache is None else "transformers, static cache, compiled"
+    return Contestant(name, {}, run)
+
+
+def _cut(answer: list[int], ends: Sequence[int]) -> list[int]:
+    """Up to the first end token, which stays."""
+    return answer[: next((i + 1 for i, token in enumerate(answer) if token in ends), len(answer))]
+
+
+# ----------------------------------------------------------------------------------------------- memory
+
+
+def peak_memory_gib(device: torch.device, run: Callable[[], Any]) -> float | None:
+    """Run, and say what memory it took at most, as `MEMORY_MEANING` says; None where the system cannot tell."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) / GIB
+    with suppress(AttributeError, OSError, TypeError):  # another C library than glibc
+        ctypes.CDLL(None).malloc_trim(0)  # what earlier runs freed shall not count
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: sets the high-water mark back
+    except OSError:
+        run()
+        return None
+    run()
+    return _high_water_mark_gib()
+
+
+def _high_water_mark_gib() -> float | None:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024 / GIB
+    return None

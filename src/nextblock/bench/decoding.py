@@ -1,0 +1,164 @@
+"""`nextblock bench decode`: transformers' `generate` against the three modes, on one model and one set of prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+
+from nextblock.bench.contest import (
+    Contestant,
+    Round,
+    TokenLists,
+    alternate,
+    make_batches,
+    our_mode,
+    peak_memory_gib,
+    transformers_generate,
+)
+from nextblock.bench.prompts import Options
+from nextblock.config import UsageError
+from nextblock.generate import BlockDiffusionLM
+
+WARM_UP_CALLS = {"cuda": 3, "cpu": 1}  # CUDA graphs are recorded in the second call
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How one contestant did at one batch size; medians over rounds.
+
+    speedup: tokens per second over those of transformers' generate (its default cache) in the same round;
+        the lowest and the highest round show how far to trust it.
+    forward_ms: milliseconds of a whole call per forward pass, so with all the work between two passes.
+    tokens_per_forward: answer tokens over the passes that their rows took part in: prefill, denoise, check,
+        commit and decode; for transformers also those of rows that had finished.
+    equal_to_ar: share of prompts whose tokens equal those of transformers' generate.
+    peak_memory_gib: of the batch with the longest prompt; `contest.MEMORY_MEANING` says of what.
+    """
+
+    name: str
+    options: Options
+    batch: int
+    prompts: int
+    rounds: int
+    new_tokens: int
+    tokens_per_second: float
+    speedup: float
+    speedup_low: float
+    speedup_high: float
+    first_token_seconds: float
+    forward_ms: float
+    tokens_per_forward: float
+    equal_to_ar: float
+    peak_memory_gib: float | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def bench_decode(
+    lm: BlockDiffusionLM,
+    prompts: TokenLists,
+    variants: Sequence[Options],
+    *,
+    batch: int,
+    ends: Sequence[int],
+    rounds: int = 5,
+    max_new_tokens: int = 128,
+    on_call: Callable[[], None] = lambda: None,
+) -> list[Speed]:
+    """Time every variant, and transformers' generate, at one batch size.
+
+    Args:
+        prompts: token ids; cut to whole batches.
+        variants: options of `generate`, from `make_variants`.
+        ends: end tokens of all contestants.
+        rounds: passes over the prompts, after a warm-up.
+        on_call: called after each batch of each contestant, `count_calls` times in all.
+    Returns:
+        transformers first, then the variants in order.
+    Raises:
+        UsageError: too few prompts or rounds, or prompts too long for the model's context.
+    """
+    if rounds < 1:
+        raise UsageError(f"rounds={rounds} must be at least 1")
+    batches = make_batches(prompts, batch)
+    check_length(lm, prompts, max_new_tokens)
+    device = lm.decoder.device
+    longest = max(batches, key=lambda rows: max(map(len, rows)))
+    contestants = _contestants(lm, prompts, variants, max_new_tokens, ends)
+    memory = []
+    for contestant in contestants:
+        for _ in range(WARM_UP_CALLS.get(device.type, 1)):
+            contestant.run(longest)
+        memory.append(peak_memory_gib(device, lambda run=contestant.run: run(longest)))
+        on_call()
+    results = alternate(contestants, [batches] * rounds, on_call)
+    return [
+        _speed(contestant, own, results[0], batch, peak)
+        for contestant, own, peak in zip(contestants, results, memory, strict=True)
+    ]
+
+
+def _contestants(
+    lm: BlockDiffusionLM, prompts: TokenLists, variants: Sequence[Options], limit: int, ends: Sequence[int]
+) -> list[Contestant]:
+    contestants = [transformers_generate(lm, limit, ends)]
+    if lm.decoder.device.type == "cuda":
+        contestants.append(transformers_generate(lm, limit, ends, max(map(len, prompts)) + limit))
+    return contestants + [our_mode(lm, options, limit, ends) for options in variants]
+
+
+def count_calls(device_type: str, prompts: int, variants: int, batch: int, rounds: int) -> int:
+    """How often `bench_decode` calls `on_call`."""
+    contestants = variants + (2 if device_type == "cuda" else 1)
+    return contestants * (1 + rounds * (prompts // batch))
+
+
+def check_length(lm: BlockDiffusionLM, prompts: TokenLists, max_new_tokens: int) -> None:
+    """Refuse what one contestant would cut short and another would not."""
+    longest, room = max(map(len, prompts)), lm.decoder.max_positions
+    if max_new_tokens < 1:
+        raise UsageError(f"max_new_tokens={max_new_tokens} must be at least 1")
+    if room is not None and longest + max_new_tokens > room:
+        raise UsageError(
+            f"max_new_tokens={max_new_tokens} does not fit behind a prompt of {longest} tokens in the model's context "
+            f"of {room}; use at most {room - longest}"
+        )
+
+
+def _speed(
+    contestant: Contestant, rounds: Sequence[Round], reference: Sequence[Round], batch: int, memory: float | None
+) -> Speed:
+    ratios = speedups(rounds, reference)
+    first = rounds[0]
+    return Speed(
+        name=contestant.name,
+        options=contestant.options,
+        batch=batch,
+        prompts=len(first.answers),
+        rounds=len(rounds),
+        new_tokens=first.new_tokens,
+        tokens_per_second=median(r.tokens_per_second for r in rounds),
+        speedup=median(ratios),
+        speedup_low=min(ratios),
+        speedup_high=max(ratios),
+        first_token_seconds=median(seconds for r in rounds for seconds in r.first_token_seconds),
+        forward_ms=median(1000 * r.seconds / r.forwards for r in rounds),
+        tokens_per_forward=first.new_tokens / first.row_forwards,
+        equal_to_ar=share_equal(first, reference[0]),
+        peak_memory_gib=memory,
+    )
+
+
+def speedups(rounds: Sequence[Round], reference: Sequence[Round]) -> list[float]:
+    """Tokens per second over the reference's, round by round."""
+    return [own.tokens_per_second / other.tokens_per_second for own, other in zip(rounds, reference, strict=True)]
+
+
+def share_equal(own: Round, reference: Round) -> float:
+    """Share of answers with the same tokens."""
+    pairs = list(zip(own.answers, reference.answers, strict=True))
+    return sum(a == b for a, b in pairs) / len(pairs)

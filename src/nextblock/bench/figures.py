@@ -1,0 +1,202 @@
+"""Tables and plots of benchmarks and tuning. Plots touch no global state of matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from nextblock.report.figures import BLUE, GREEN, INK, LINE, MUTED, ORANGE
+
+COLOURS = {"ar": BLUE, "diffusion": ORANGE, "speculative": GREEN}  # transformers' own: INK
+DASH = "–"
+
+Entry = Mapping[str, Any]
+
+
+def canvas(rows: int, columns: int, width: float, height: float) -> tuple[Figure, Any]:
+    """A figure of its own in the report's style, and its axes [rows, columns]."""
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for panel in axes.flat:
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.spines[["left", "bottom"]].set_color(MUTED)
+        panel.tick_params(colors=MUTED, labelsize=8.5)
+        panel.grid(color=LINE, linewidth=0.7)
+        panel.set_axisbelow(True)
+    return figure, axes
+
+
+def speed_table(entries: Sequence[Entry]) -> Table:
+    """What `bench decode` prints: one line for each contestant and batch size."""
+    caption = "× generate: tokens per second over transformers' generate, median (lowest to highest round)"
+    table = Table(box=SIMPLE_HEAD, caption=caption, caption_justify="left")
+    table.add_column("batch", justify="right")
+    table.add_column("decoder")
+    for heading in ("tokens/s", "× generate", "first token", "ms/forward", "tokens/forward", "equal to AR", "memory"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for number, entry in enumerate(entries):
+        memory = entry["peak_memory_gib"]
+        table.add_row(
+            str(entry["batch"]),
+            entry["name"],
+            f"{entry['tokens_per_second']:,.0f}",
+            f"{entry['speedup']:.2f} ({entry['speedup_low']:.2f}–{entry['speedup_high']:.2f})",
+            f"{1000 * entry['first_token_seconds']:.1f} ms",
+            f"{entry['forward_ms']:.2f}",
+            f"{entry['tokens_per_forward']:.2f}",
+            f"{100 * entry['equal_to_ar']:.1f} %",
+            DASH if memory is None else f"{memory:.2f} GiB",
+            end_section=number + 1 == len(entries) or entries[number + 1]["batch"] != entry["batch"],
+        )
+    return table
+
+
+def forward_table(entries: Sequence[Entry]) -> Table:
+    """Milliseconds of one forward pass by its number of positions, and the ratio to one position."""
+    caption = f"one forward pass behind {entries[0]['cache_length']} cached tokens"
+    table = Table(box=SIMPLE_HEAD, caption=caption, caption_justify="left")
+    for heading in ("batch", "positions", "ms", "× one position"):
+        table.add_column(heading, justify="right")
+    for entry in entries:
+        table.add_row(
+            str(entry["batch"]), str(entry["positions"]), f"{entry['milliseconds']:.2f}", f"{entry['ratio']:.2f}"
+        )
+    return table
+
+
+def plot_bench(results: Mapping[str, Any]) -> Figure:
+    """Tokens per second and per forward of each contestant, a row for each batch size; then forward passes.
+
+    Args:
+        results: what `bench decode` writes as JSON; `decode` or `forwards` may be empty.
+    """
+    decode, forwards = results["decode"], results["forwards"]
+    batches = sorted({entry["batch"] for entry in decode})
+    rows = len(batches) + bool(forwards)
+    names = max([1, *(sum(e["batch"] == size for e in decode) for size in batches)])
+    figure, axes = canvas(max(1, rows), 2, 9.0, max(2.4, 0.8 + 0.32 * names) * max(1, rows))
+    for row, size in zip(axes, batches, strict=False):
+        entries = [entry for entry in decode if entry["batch"] == size]
+        notes = [f"{entry['speedup']:.2f} ×" for entry in entries]
+        _bars(row[0], entries, "tokens_per_second", notes)
+        _bars(row[1], entries, "tokens_per_forward", [f"{entry['tokens_per_forward']:.2f}" for entry in entries])
+        row[0].set_xlabel(f"tokens per second, batch {size} (× transformers' generate)", fontsize=9, color=MUTED)
+        row[1].set_xlabel("tokens per forward, all forwards counted", fontsize=9, color=MUTED)
+        row[1].set_yticklabels([])
+    if forwards:
+        _forward_panels(axes[-1], forwards)
+    return figure
+
+
+def _bars(axes: Axes, entries: Sequence[Entry], field: str, notes: Sequence[str]) -> None:
+    """One horizontal bar for each contestant, the first on top, with a note at its end."""
+    values = [entry[field] for entry in entries]
+    colours = [COLOURS.get(entry["options"].get("mode"), INK) for entry in entries]
+    bars = axes.barh(range(len(entries)), values, color=colours, height=0.62)
+    axes.bar_label(bars, labels=list(notes), padding=3, fontsize=8.5, color=INK)
+    axes.set_yticks(range(len(entries)), [entry["name"] for entry in entries], color=INK)
+    axes.set_xlim(0, 1.18 * max(values))
+    axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
+
+
+def _forward_panels(row: Sequence[Axes], forwards: Sequence[Entry]) -> None:
+    """Milliseconds, and times one position, against the positions of a pass; a line for each batch size."""
+    widths = sorted({entry["positions"] for entry in forwards})
+    for panel, field, label in ((row[0], "milliseconds", "ms per forward"), (row[1], "ratio", "times one position")):
+        for size, style in zip(sorted({e["batch"] for e in forwards}), ("-", "--", ":", "-.") * 8, strict=False):
+            line = [(e["positions"], e[field]) for e in forwards if e["batch"] == size]
+            panel.plot(*zip(*line, strict=True), style, marker="o", markersize=4, color=BLUE, label=f"batch {size}")
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(widths, [str(width) for width in widths])
+        panel.set_ylim(bottom=0)
+        panel.set_xlabel("positions in a pass", fontsize=9, color=MUTED)
+        panel.set_ylabel(label, fontsize=9, color=MUTED)
+    row[0].legend(fontsize=8.5, frameon=False)
+
+
+# ----------------------------------------------------------------------------------------------- tuning
+
+
+def tuning_table(trials: Sequence[Entry], measure: str) -> Table:
+    """The settings measured on all examples, fastest first; those chosen are marked with a star."""
+    table = Table(box=SIMPLE_HEAD)
+    table.add_column("")
+    table.add_column("setting")
+    for heading in ("× AR", "tokens/s", "tokens/forward", measure, "drop (points)"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for trial in sorted((t for t in trials if t["stage"] == "fine"), key=lambda t: -t["speedup"]):
+        table.add_row(
+            "★" if trial["chosen"] else "",
+            trial["name"],
+            f"{trial['speedup']:.2f}",
+            f"{trial['tokens_per_second']:,.0f}",
+            f"{trial['tokens_per_forward']:.2f}",
+            f"{100 * trial['quality']:.1f} %",
+            f"{trial['drop']:.1f} ± {trial['drop_error']:.1f}",
+            style="bold" if trial["chosen"] else None,
+        )
+    return table
+
+
+def plot_tuning(trials: Sequence[Entry], measure: str, max_drop: float) -> Figure:
+    """Accuracy (or agreement) over tokens per second and over tokens per forward.
+
+    Filled: measured on all examples; hollow: the coarse pass, on fewer. Ringed: the choice of each mode.
+    Dashed: AR mode; dotted: the lowest that is allowed. Lines: diffusion at one block size, by threshold.
+    Tokens per second are the ratio to AR mode in the same rounds times AR mode's speed, so that what else ran
+    on the machine meanwhile moves no point.
+    """
+    ar = next(trial for trial in trials if trial["mode"] == "ar")
+    figure, axes = canvas(1, 2, 9.0, 3.8)
+    seconds = ("speedup", "tokens per second", ar["tokens_per_second"])
+    for panel, (field, label, unit) in zip(axes[0], (seconds, ("tokens_per_forward",) * 2 + (1.0,)), strict=True):
+        panel.axhline(100 * ar["quality"], color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
+        panel.axhline(100 * ar["quality"] - max_drop, color=MUTED, linewidth=0.9, linestyle=":")
+        for curve in _curves(trials):
+            panel.plot(
+                [unit * t[field] for t in curve], [100 * t["quality"] for t in curve], color=ORANGE, alpha=0.45,
+                linewidth=1.0,
+            )  # fmt: skip
+        for trial in trials:
+            _tuning_point(panel, trial, unit * trial[field])
+        qualities = [100 * trial["quality"] for trial in trials]
+        margin = 0.22 * max(5.0, max(qualities) - min(qualities))
+        panel.set(xlim=(0, 1.1 * unit * max(t[field] for t in trials)))
+        panel.set(ylim=(min(qualities) - margin, max(qualities) + margin))
+        panel.set_xlabel(label.replace("_", " "), fontsize=9, color=MUTED)
+    axes[0, 0].set_ylabel(f"{measure} (%)", fontsize=9, color=MUTED)
+    for mode in dict.fromkeys(trial["mode"] for trial in trials):
+        axes[0, 0].plot([], [], "o", color=COLOURS[mode], markersize=5, label=mode)
+    figure.legend(loc="outside upper left", ncols=3, fontsize=8.5, frameon=False)
+    return figure
+
+
+def _curves(trials: Sequence[Entry]) -> list[list[Entry]]:
+    """Diffusion settings that differ in their threshold alone, in its order; a curve for each block size."""
+    plain = [t for t in trials if t["mode"] == "diffusion" and t["options"]["threshold"] is not None]
+    plain = [t for t in plain if t["options"]["sub_blocks"] == 1 and t["options"]["sampler"] == "confidence"]
+    curves: dict[int, list[Entry]] = {}
+    for trial in sorted(plain, key=lambda t: t["options"]["threshold"]):
+        curves.setdefault(trial["options"]["block_size"], []).append(trial)
+    return list(curves.values())
+
+
+def _tuning_point(axes: Axes, trial: Entry, x: float) -> None:
+    """One setting; if it was chosen, with a ring and its name: of diffusion below, of speculative above."""
+    y, colour = 100 * trial["quality"], COLOURS[trial["mode"]]
+    face = colour if trial["stage"] == "fine" else "none"
+    axes.plot([x], [y], "o", color=colour, markerfacecolor=face, markersize=5, alpha=0.85)
+    if not trial["chosen"]:
+        return
+    axes.plot([x], [y], "o", color=INK, markerfacecolor="none", markersize=12, markeredgewidth=1.4)
+    below = trial["mode"] == "diffusion"
+    axes.annotate(
+        trial["name"].replace(", ", "\n"), (x, y), xytext=(0, -10 if below else 10), textcoords="offset points",
+        ha="center", va="top" if below else "bottom", fontsize=7.5, color=colour, parse_math=False,
+    )  # fmt: skip

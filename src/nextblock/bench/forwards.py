@@ -1,0 +1,174 @@
+"""How long one forward pass of 1, 2, 4, ... positions takes behind a filled cache; random models of real shapes.
+
+A decoded block costs passes of many positions where AR costs many passes of one. What that gains depends on
+the machine: a GPU that waits for memory runs 32 positions for nearly the price of one, a CPU does not.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from nextblock.batch import Batch, Row
+from nextblock.bench.contest import synchronize
+from nextblock.config import BlockDiffusionSettings, UsageError, nearest, validate
+from nextblock.events import Stats
+from nextblock.generate import BlockDiffusionLM
+from nextblock.sampling import DecodingConfig
+
+POSITIONS = (1, 2, 4, 8, 16, 32, 64, 160)
+REPEATS = 5  # passes of one width in a row; their mean is one measurement
+
+_QWEN3: dict[str, Any] = {
+    "model_type": "qwen3",
+    "vocab_size": 151936,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 40960,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+}
+SHAPES: dict[str, dict[str, Any]] = {
+    # config.json of Qwen/Qwen3-0.6B and Qwen/Qwen3-4B
+    "qwen3-0.6b": {
+        **_QWEN3, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16
+    },
+    "qwen3-4b": {
+        **_QWEN3, "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32
+    },
+    # openPangu-Embedded-7B, parent of NBDiff-7B (its configuration's defaults): Llama with biases in attention
+    "nbdiff-7b": {
+        "model_type": "llama",
+        "vocab_size": 153376,
+        "hidden_size": 4096,
+        "intermediate_size": 12800,
+        "num_hidden_layers": 34,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-5,
+        "attention_bias": True,
+        "tie_word_embeddings": False,
+    },
+}  # fmt: skip
+
+
+def random_model(
+    shape: str, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> BlockDiffusionLM:
+    """A model with random weights, made on the device itself; no tokenizer, blocks of 32, the last id as mask.
+
+    Args:
+        shape: a name in `SHAPES`.
+        device: None: CUDA if there is one. "meta": shapes without weights.
+        dtype: None: float32 on CPU, bfloat16 elsewhere.
+    Raises:
+        UsageError: unknown shape.
+    """
+    if shape not in SHAPES:
+        raise UsageError(f"shape '{shape}' is unknown{nearest(shape, list(SHAPES))}")
+    values = dict(SHAPES[shape])
+    config = AutoConfig.for_model(values.pop("model_type"), **values)
+    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = dtype or (torch.float32 if target.type == "cpu" else torch.bfloat16)
+    with target:
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    settings = BlockDiffusionSettings(block_size=32, mask_token_id=config.vocab_size - 1)
+    return BlockDiffusionLM(model.eval(), None, settings)
+
+
+def random_prompts(vocabulary: int, length: int, count: int) -> list[list[int]]:
+    """`count` prompts of `length` random token ids."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, vocabulary - 1, (count, length), generator=generator).tolist()
+
+
+@dataclass(frozen=True)
+class ForwardTime:
+    """One forward pass of `positions` tokens per row behind `cache_length` cached ones, head and choice included.
+
+    milliseconds: median over rounds. ratio: to one position, median over rounds of the ratio in a round.
+    """
+
+    batch: int
+    cache_length: int
+    positions: int
+    milliseconds: float
+    ratio: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def time_forwards(
+    lm: BlockDiffusionLM,
+    *,
+    cache_length: int = 256,
+    positions: Sequence[int] = POSITIONS,
+    batch: int = 1,
+    rounds: int = 5,
+    on_call: Callable[[], None] = lambda: None,
+) -> list[ForwardTime]:
+    """Time the passes that decoding makes: one position is an AR step, more are a block being denoised.
+
+    Widths take turns in each round. Every pass ends with its tokens on the host, as a step of decoding does.
+
+    Args:
+        cache_length: tokens in front.
+        positions: widths; 1 is always measured, as what the others are compared with.
+        on_call: called after each width of each round.
+    Raises:
+        UsageError: more positions than the model has.
+    """
+    widths = sorted({1, *positions})
+    room = lm.decoder.max_positions
+    if min(cache_length, batch, rounds, widths[0]) < 1:
+        raise UsageError("cache_length, batch, rounds and positions must be at least 1")
+    if room is not None and cache_length + widths[-1] > room:
+        raise UsageError(
+            f"cache_length={cache_length} and {widths[-1]} positions exceed the model's context of {room}; "
+            f"use a cache_length of at most {room - widths[-1]}"
+        )
+    vocabulary, device = lm.decoder.vocabulary, lm.decoder.device
+    rows = [Row(i, p, widths[-1]) for i, p in enumerate(random_prompts(vocabulary, cache_length, batch))]
+    config = validate(DecodingConfig, {"mode": "diffusion", "block_size": widths[-1]})
+    milliseconds: dict[int, list[float]] = {width: [] for width in widths}
+    with torch.inference_mode():
+        runner = Batch(lm.decoder, lm.settings, config, rows, Stats(rows=batch))
+        runner.prefill()
+        inputs = {w: torch.tensor(random_prompts(vocabulary, w, batch), device=device) for w in widths}
+        for number in range(rounds + 1):  # the first one warms up
+            for width in widths:
+                took = _pass_milliseconds(runner, inputs[width], cache_length)
+                if number:
+                    milliseconds[width].append(took)
+                    on_call()
+    return [
+        ForwardTime(
+            batch,
+            cache_length,
+            width,
+            median(took),
+            median(own / one for own, one in zip(took, milliseconds[1], strict=True)),
+        )
+        for width, took in milliseconds.items()
+    ]
+
+
+def _pass_milliseconds(runner: Batch, tokens: torch.Tensor, start: int) -> float:
+    """Mean of `REPEATS` passes over `tokens` int64 [B, Q] at the same place of the cache."""
+    rows, width = tokens.shape
+    synchronize(runner.device)
+    began = time.perf_counter()
+    for _ in range(REPEATS):
+        hidden = runner.forward(tokens, [start] * rows, [width == 1] * rows)
+        runner.choose(runner.logits(hidden.flatten(0, 1)), [])[0].tolist()
+    synchronize(runner.device)
+    return 1000 * (time.perf_counter() - began) / REPEATS

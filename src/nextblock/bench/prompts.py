@@ -1,0 +1,152 @@
+"""What a benchmark decodes, and how: prompts of a task or a file, and variants of the decoding options."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nextblock.config import BlockDiffusionSettings, UsageError, nearest
+from nextblock.generate import BlockDiffusionLM
+from nextblock.request import make_request, resolve_config
+from nextblock.sampling import MODES, DecodingConfig
+from nextblock.tasks import Example, Task, get_task
+
+# Every contestant decodes greedily and to the same length, or their speeds would not be comparable.
+FIXED = ("max_new_tokens", "temperature", "top_p", "top_k")
+
+Options = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts, and for a task how to grade the answers.
+
+    source: "task NAME (SPLIT split)" or the file, for titles.
+    items: texts or chats (lists of messages).
+    task, cases: for a task, else None and empty.
+    """
+
+    source: str
+    items: list[Any]
+    task: Task | None = None
+    cases: tuple[Example, ...] = ()
+
+    def encode(self, lm: BlockDiffusionLM) -> list[list[int]]:
+        """Token ids of each prompt, checked against the model's context and vocabulary."""
+        rows = make_request(lm.decoder, lm.tokenizer, lm.settings, self.items, {"mode": "ar"}).rows
+        return [row.prompt for row in rows]
+
+
+def task_prompts(name: str, split: str, count: int) -> Prompts:
+    """The first `count` problems of a built-in task.
+
+    Raises:
+        UsageError: unknown task or split, or fewer than one.
+    """
+    _check_count(count)
+    task = get_task(name)
+    cases = tuple(task.example(split, index) for index in range(count))
+    return Prompts(f"task {name} ({split} split)", [case.prompt for case in cases], task, cases)
+
+
+def file_prompts(path: Path | str, count: int) -> Prompts:
+    r"""The first `count` prompts of a file.
+
+    A name that ends in .jsonl holds objects with `prompt` (a text) or `messages` (a chat); any other file one
+    text a line, with \n for a line break. Empty lines are left out.
+
+    Raises:
+        UsageError: unreadable, no prompts, or a line that is neither.
+    """
+    _check_count(count)
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read the prompts {path}: {error}; give a text file or a .jsonl file") from None
+    numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()][:count]
+    if not numbered:
+        raise UsageError(f"{path} holds no prompts; write one a line")
+    if path.suffix != ".jsonl":
+        return Prompts(str(path), [line.replace("\\n", "\n") for _, line in numbered])
+    return Prompts(str(path), [_json_prompt(path, number, line) for number, line in numbered])
+
+
+def _check_count(count: int) -> None:
+    if count < 1:
+        raise UsageError(f"examples={count} must be at least 1")
+
+
+def _json_prompt(path: Path, number: int, line: str) -> Any:
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise UsageError(f"{path}, line {number} is not JSON ({error})") from None
+    found = [value[key] for key in ("prompt", "messages") if key in value] if isinstance(value, dict) else []
+    if len(found) != 1:
+        raise UsageError(f"{path}, line {number} needs either `prompt` or `messages`")
+    return found[0]
+
+
+def parse_variant(text: str) -> Options:
+    """`"speculative,draft_length=8"` -> {"mode": "speculative", "draft_length": 8}; values are read as YAML.
+
+    Raises:
+        UsageError: unknown mode or option, or an option that all contestants must share.
+    """
+    mode, *rest = [part.strip() for part in text.split(",")]
+    if mode not in MODES:
+        raise UsageError(f"variant '{text}' begins with '{mode}', not a mode{nearest(mode, MODES)}")
+    options: Options = {"mode": mode}
+    known = [name for name in DecodingConfig.model_fields if name not in (*FIXED, "mode")]
+    for part in rest:
+        name, equals, value = part.partition("=")
+        if name in FIXED:
+            raise UsageError(f"variant '{text}' sets {name}, which all contestants share (greedy, one length)")
+        if name not in known:
+            raise UsageError(f"variant '{text}': unknown option '{name}'{nearest(name, known)}")
+        if not equals:
+            raise UsageError(f"variant '{text}': write {name}=value")
+        options[name] = None if value == "none" else yaml.safe_load(value)
+    return options
+
+
+def make_variants(
+    settings: BlockDiffusionSettings | None,
+    *,
+    modes: Sequence[str] = (),
+    thresholds: Sequence[float | None] = (),
+    block_sizes: Sequence[int] = (),
+    extra: Sequence[Options] = (),
+) -> list[Options]:
+    """Every mode, diffusion once for each threshold, the block modes once for each block size; then `extra`.
+
+    Args:
+        settings: None: only ar mode is possible, and the default.
+        modes: default: all that the model can do.
+        thresholds, block_sizes: default: the checkpoint's.
+        extra: from `parse_variant`.
+    Raises:
+        UsageError: what `generate` would refuse.
+    """
+    modes = modes or (MODES if settings is not None else ("ar",))
+    variants: list[Options] = []
+    for mode in modes:
+        sizes = [{"block_size": size} for size in block_sizes] if mode != "ar" else []
+        levels = [{"threshold": level} for level in thresholds] if mode == "diffusion" else []
+        variants += [{"mode": mode, **size, **level} for size in sizes or [{}] for level in levels or [{}]]
+    variants += extra
+    for options in variants:
+        resolve_config(settings, options)
+    return [options for index, options in enumerate(variants) if options not in variants[:index]]
+
+
+def variant_name(options: Mapping[str, Any]) -> str:
+    """{"mode": "diffusion", "threshold": None} -> "diffusion, threshold=none"."""
+    words = [f"{name}={'none' if value is None else value}" for name, value in options.items() if name != "mode"]
+    return ", ".join([str(options["mode"]), *words])

@@ -1,0 +1,371 @@
+"""`nextblock tune`: the fastest decoding settings whose quality stays within what the user allows.
+
+Quality is the accuracy on a built-in task's training split (its test split stays unseen), or, for a file of
+prompts, the share of answers that equal AR mode's token for token. A coarse grid on a part of the examples
+shows which settings are worth a closer look; those and their neighbours are then measured on all of them.
+Every setting takes turns with AR mode on the same prompts; a speed is the median over rounds of the ratio.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from nextblock.bench.contest import Round, alternate, make_batches, our_mode
+from nextblock.bench.decoding import check_length, speedups
+from nextblock.bench.prompts import Options, Prompts, variant_name
+from nextblock.config import UsageError, nearest
+from nextblock.generate import BlockDiffusionLM
+from nextblock.model import SHIPPED
+from nextblock.request import end_tokens, resolve_config
+from nextblock.sampling import DecodingConfig
+
+TUNED = {  # what is tuned of each mode; the values left out of a name are the defaults of `DecodingConfig`
+    "diffusion": ("block_size", "threshold", "sampler", "sub_blocks"),
+    "speculative": ("block_size", "draft_length", "draft_steps", "draft_ahead"),
+}
+MODES = tuple(TUNED)
+THRESHOLDS = (0.99, 0.9, 0.75, 0.5)  # coarse; the fine pass goes halfway to the neighbours
+ROUNDS = 8
+KEPT = 3  # settings of a mode that the coarse pass hands on, each with its neighbours
+SMALLEST_COARSE = 8  # examples
+
+OnCall = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One setting, measured.
+
+    stage: "coarse" (a part of the examples) or "fine" (all of them).
+    quality: accuracy, or agreement with AR mode, 0 to 1.
+    drop: AR mode's quality on the same examples less this one, in points. drop_error: its standard error.
+    speedup: tokens per second over AR mode's in the same round, median over rounds.
+    tokens_per_forward: answer tokens over all forward passes of their rows.
+    """
+
+    name: str
+    mode: str
+    options: Options
+    stage: str
+    examples: int
+    quality: float
+    drop: float
+    drop_error: float
+    speedup: float
+    tokens_per_second: float
+    tokens_per_forward: float
+    chosen: bool = False
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What was measured, and the choice.
+
+    measure: "accuracy" or "agreement with AR".
+    trials: every setting once, from the last pass it was in; AR mode first.
+    best: the fastest allowed setting of each mode; None where none is allowed.
+    """
+
+    measure: str
+    source: str
+    max_drop: float
+    trials: list[Trial]
+    best: dict[str, Trial | None]
+
+    @property
+    def winner(self) -> Trial | None:
+        """The fastest of the modes' best, if any is allowed."""
+        return max((t for t in self.best.values() if t is not None), key=lambda t: t.speedup, default=None)
+
+    def decoding(self) -> Options:
+        """Default arguments of `generate` for the checkpoint: the winner's.
+
+        With them the other mode's own options, from its fastest allowed setting of the same block size, for
+        both modes read one `block_size`.
+        """
+        winner = self.winner
+        if winner is None:
+            return {}
+        size = winner.options["block_size"]
+        others = [t for t in self.trials if t.stage == "fine" and t.mode not in (winner.mode, "ar")]
+        others = [t for t in others if t.options["block_size"] == size and t.drop <= self.max_drop]
+        other = max(others, key=lambda t: t.speedup, default=None)
+        return {**(other.options if other else {}), **winner.options}
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "measure": self.measure,
+            "prompts": self.source,
+            "max_drop": self.max_drop,
+            "trials": [asdict(trial) for trial in self.trials],
+            "best": {mode: trial and asdict(trial) for mode, trial in self.best.items()},
+            "decoding": self.decoding(),
+        }
+
+
+def tune(
+    lm: BlockDiffusionLM,
+    prompts: Prompts,
+    *,
+    max_drop: float = 2.0,
+    modes: Sequence[str] = MODES,
+    extra: Sequence[Options] = (),
+    batch: int = 1,
+    max_new_tokens: int = 160,
+    on_call: OnCall = lambda done, total: None,
+) -> Tuning:
+    """Find the fastest diffusion and speculative settings within `max_drop`.
+
+    Args:
+        prompts: all of them are used in the fine pass, about a quarter in the coarse one.
+        max_drop: most points of accuracy (or of agreement) to lose against AR mode.
+        modes: "diffusion", "speculative" or both.
+        extra: settings to try besides the grid, from `parse_variant`.
+        batch: prompts decoded together.
+        on_call: (batches decoded so far, batches of this pass), after each.
+    Raises:
+        UsageError: a model without settings, or bad input.
+    """
+    settings = lm.settings
+    if settings is None:
+        raise UsageError(
+            "this checkpoint has no block_diffusion settings, so there is nothing to tune; adapt it first"
+        )
+    for mode in (*modes, *(options["mode"] for options in extra)):
+        if mode not in MODES:
+            raise UsageError(f"mode '{mode}' cannot be tuned{nearest(mode, MODES)}")
+    if not 0 <= max_drop <= 100:
+        raise UsageError(f"max_drop={max_drop} must lie between 0 and 100 points")
+    encoded = prompts.encode(lm)
+    check_length(lm, encoded, max_new_tokens)
+    make_batches(encoded, batch)
+    given = [complete(options, settings.block_size) for options in extra]
+    candidates = given + [options for mode in modes for options in coarse_grid(mode, settings.block_size)]
+    runner = _Runner(lm, prompts, encoded, batch, max_new_tokens, on_call)
+    count = min(len(encoded), max(SMALLEST_COARSE, len(encoded) // 4, batch))
+    coarse = runner.measure(_unique(candidates), count, "coarse")
+    close = [near for m in modes for near in _worth_a_closer_look([t for t in coarse if t.mode == m], max_drop)]
+    fine = runner.measure(_unique(given + close), len(encoded), "fine")
+    best = {
+        mode: max((t for t in fine if t.mode == mode and t.drop <= max_drop), key=lambda t: t.speedup, default=None)
+        for mode in dict.fromkeys([*modes, *(options["mode"] for options in given)])
+    }
+    chosen = [trial.options for trial in best.values() if trial is not None]
+    again = [trial.options for trial in fine]
+    trials = fine + [trial for trial in coarse if trial.options not in again]
+    trials = [replace(t, chosen=t.stage == "fine" and t.options in chosen) for t in trials]
+    best = {mode: trial and replace(trial, chosen=True) for mode, trial in best.items()}
+    return Tuning("accuracy" if prompts.task else "agreement with AR", prompts.source, max_drop, trials, best)
+
+
+# ------------------------------------------------------------------------------------------- candidates
+
+
+def complete(options: Options, trained: int) -> Options:
+    """A setting with every tuned option of its mode named, so that it means the same in any checkpoint.
+
+    What a checkpoint sets already would otherwise leak into a setting that leaves it out.
+    """
+    fields = DecodingConfig.model_fields
+    defaults = {name: fields[name].default for name in TUNED[options["mode"]]}
+    return {"mode": options["mode"], **defaults, "block_size": trained, **options}
+
+
+def setting_name(options: Options) -> str:
+    """The setting in words, without what stands at its default; block size and threshold are always named."""
+    fields, always = DecodingConfig.model_fields, ("mode", "block_size", "threshold")
+    return variant_name({k: v for k, v in options.items() if k in always or v != fields[k].default})
+
+
+def block_sizes(trained: int) -> list[int]:
+    """The trained block size and its next three divisors, largest first; not 1 unless it is all there is."""
+    divisors = [size for size in range(trained, 1, -1) if trained % size == 0]
+    return divisors[:4] or [trained]
+
+
+def coarse_grid(mode: str, trained: int) -> list[Options]:
+    """Settings of one mode to begin with."""
+    grid: list[Options] = []
+    for size in block_sizes(trained):
+        if mode == "diffusion":
+            grid += [{"mode": mode, "block_size": size, "threshold": threshold} for threshold in THRESHOLDS]
+        else:  # drafting ahead needs room for the next draft behind the check
+            grid += [{"mode": mode, "block_size": size, "draft_ahead": n} for n in ((0, 2) if size >= 3 else (0,))]
+    return [complete(options, trained) for options in grid]
+
+
+def neighbours(options: Options) -> list[Options]:
+    """Settings one small change away."""
+    size = options["block_size"]
+    changes: list[Options] = []
+    if options["mode"] == "speculative":
+        changes = [{"draft_length": n} for n in ("auto", size // 2, 3 * size // 4) if n]
+        if ahead := options["draft_ahead"]:
+            changes += [{"draft_ahead": n} for n in (ahead // 2, 2 * ahead) if n]
+        else:
+            changes.append({"draft_steps": 2})
+        return [{**options, **change} for change in changes]
+    if (threshold := options["threshold"]) in THRESHOLDS:
+        grid = (1.0, *THRESHOLDS, 0.0)
+        place = grid.index(threshold)
+        changes = [{"threshold": round((threshold + grid[place + step]) / 2, 4)} for step in (-1, 1)]
+    changes += [{"sampler": sampler} for sampler in ("entropy", "margin") if sampler != options["sampler"]]
+    if size % 2 == 0 and size >= 4:
+        changes.append({"sub_blocks": 2})
+    return [{**options, **change} for change in changes]
+
+
+def _worth_a_closer_look(coarse: Sequence[Trial], max_drop: float) -> list[Options]:
+    """The fastest that may still be allowed, given how few examples were seen; the fastest one's neighbours too.
+
+    And the setting that lost least, so that something is left if all of these turn out to lose too much.
+    """
+    if not coarse:
+        return []
+    possible = [t for t in coarse if t.drop - t.drop_error <= max_drop]
+    fastest = sorted(possible, key=lambda t: -t.speedup)[:KEPT]
+    safest = min(coarse, key=lambda t: (t.drop, -t.speedup))
+    found = [trial.options for trial in (*fastest, safest)]
+    return found + [near for trial in (fastest or [safest])[:2] for near in neighbours(trial.options)]
+
+
+def _unique(candidates: Sequence[Options]) -> list[Options]:
+    return [options for index, options in enumerate(candidates) if options not in candidates[:index]]
+
+
+# --------------------------------------------------------------------------------------------- measuring
+
+
+@dataclass
+class _Runner:
+    """Measures settings in turns with AR mode, and grades each answer once."""
+
+    lm: BlockDiffusionLM
+    prompts: Prompts
+    encoded: list[list[int]]
+    batch: int
+    max_new_tokens: int
+    on_call: OnCall
+
+    def __post_init__(self) -> None:
+        self._grades: dict[tuple[int, str], bool] = {}
+
+    def measure(self, candidates: Sequence[Options], count: int, stage: str) -> list[Trial]:
+        """AR mode and the candidates on the first `count` prompts (whole batches of them)."""
+        for options in candidates:
+            resolve_config(self.lm.settings, options)  # refuse before an hour of decoding, not after
+        ends = end_tokens(self.lm.decoder, self.lm.tokenizer)
+        entries = [our_mode(self.lm, o, self.max_new_tokens, ends) for o in [{"mode": "ar"}, *candidates]]
+        batches = make_batches(self.encoded[:count], self.batch)
+        share = -(-len(batches) // ROUNDS)
+        rounds = [batches[start : start + share] for start in range(0, len(batches), share)]
+        total, done = len(entries) * (len(batches) + 1), 0
+
+        def advance() -> None:
+            nonlocal done
+            done += 1
+            self.on_call(done, total)
+
+        alternate(entries, [batches[:1]], advance)  # warm up
+        results = alternate(entries, rounds, advance)
+        reference = self._right(results[0], results[0])
+        return [
+            self._trial(entry.options, own, results[0], reference, stage)
+            for entry, own in zip(entries, results, strict=True)
+        ]
+
+    def _right(self, own: Sequence[Round], ar: Sequence[Round]) -> list[bool]:
+        """For each prompt whether its answer is right: graded, or the same tokens as AR mode's."""
+        answers = [answer for r in own for answer in r.answers]
+        if self.prompts.task is None:
+            return [a == b for a, b in zip(answers, (answer for r in ar for answer in r.answers), strict=True)]
+        return [self._grade(index, answer) for index, answer in enumerate(answers)]
+
+    def _grade(self, index: int, answer: list[int]) -> bool:
+        text = self.lm.tokenizer.decode(answer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        if (index, text) not in self._grades:
+            assert self.prompts.task is not None
+            self._grades[index, text] = self.prompts.task.grade(text, self.prompts.cases[index])
+        return self._grades[index, text]
+
+    def _trial(self, options: Options, own: list[Round], ar: list[Round], reference: list[bool], stage: str) -> Trial:
+        right = self._right(own, ar)
+        lost = [int(before) - int(now) for before, now in zip(reference, right, strict=True)]
+        count, mean = len(lost), sum(lost) / len(lost)
+        variance = sum((value - mean) ** 2 for value in lost) / max(1, count - 1)
+        return Trial(
+            name=setting_name(options),
+            mode=options["mode"],
+            options=options,
+            stage=stage,
+            examples=count,
+            quality=sum(right) / count,
+            drop=100 * mean,
+            drop_error=100 * math.sqrt(variance / count),
+            speedup=median(speedups(own, ar)),
+            tokens_per_second=median(r.tokens_per_second for r in own),
+            tokens_per_forward=sum(r.new_tokens for r in own) / sum(r.row_forwards for r in own),
+        )
+
+
+# ----------------------------------------------------------------------------------------------- writing
+
+
+def writable_folder(model: str | Path) -> Path:
+    """The folder whose settings `--write` changes; asked before anything is measured.
+
+    Raises:
+        UsageError: a shipped model, a Hub id, or a folder that cannot be written.
+    """
+    folder = Path(model).expanduser()
+    if str(model) in SHIPPED:
+        raise UsageError(f"--write: {model} is a shipped model and stays as it is; copy it first, and tune the copy")
+    if not folder.is_dir():
+        raise UsageError(f"--write: {model} is not a local folder; copy it first, and tune the copy")
+    if not os.access(folder, os.W_OK) or not os.access(folder / "config.json", os.W_OK):
+        raise UsageError(
+            f"--write: {folder / 'config.json'} cannot be written; copy the folder first, and tune the copy"
+        )
+    return folder
+
+
+def write_decoding(folder: Path, decoding: Options) -> Path:
+    """Put default arguments of `generate` into a checkpoint's config.json; returns its path.
+
+    Options that `decoding` does not name stay as they are, and so does all else in the file. A reader sees the
+    old file or the new one, never a part.
+    """
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    section = config["block_diffusion"]
+    section["decoding"] = {**section.get("decoding", {}), **decoding}
+    part = path.with_name(".config.json.part")
+    try:
+        with part.open("w", encoding="utf-8") as stream:
+            stream.write(json.dumps(config, indent=2) + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        part.chmod(path.stat().st_mode & 0o777)
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise UsageError(f"cannot write {path}: {error.strerror}") from None
+    return path
+
+
+def setting_in_words(trial: Trial | None) -> str:
+    """One line on the choice of a mode."""
+    if trial is None:
+        return "none stays within the allowed drop; allow more with --max-drop, or adapt the model further"
+    return (
+        f"{trial.name}: {trial.speedup:.2f} times AR mode's tokens per second, "
+        f"{trial.tokens_per_forward:.2f} tokens per forward, drop {trial.drop:.1f} ± {trial.drop_error:.1f} points"
+    )

@@ -1,0 +1,169 @@
+"""The documentation names only what exists: commands, options, keys, links, Python names."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+
+import nextblock as nb
+from nextblock.bench.prompts import parse_variant
+from nextblock.cli import app, decoding_options, parse_overrides
+from nextblock.config import UsageError, load_config, validate
+from nextblock.presets import preset
+from nextblock.request import GenerateOptions
+from nextblock.sampling import MODES, DecodingConfig
+from nextblock.tasks import get_task
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # pyright: ignore[reportAttributeAccessIssue]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """Fenced blocks of one language."""
+    return [body for kind, body in FENCE.findall(page.read_text(encoding="utf-8")) if kind == language]
+
+
+def prose(page: Path) -> str:
+    """The page without fenced blocks and HTML comments."""
+    return re.sub(r"<!--.*?-->", "", FENCE.sub("", page.read_text(encoding="utf-8")), flags=re.DOTALL)
+
+
+def lines(page: Path, program: str) -> list[list[str]]:
+    """Arguments of every call of `program` in shell blocks and in code spans."""
+    shell = "\n".join(blocks(page, "sh")).replace("\\\n", " ").splitlines()
+    spans = re.findall(r"`([^`\n]+)`", prose(page))
+    found = []
+    for line in [*shell, *spans]:
+        if re.match(rf"(\.venv/bin/)?{program}( |$)", line):
+            found.append(shlex.split(line, comments=True)[1:])
+    return found
+
+
+def call_id(value: object) -> str | None:
+    return " ".join(value)[:70] if isinstance(value, list) else name(value) if isinstance(value, Path) else None
+
+
+def script(stem: str) -> Any:
+    """A script of docs/ as a module."""
+    spec = importlib.util.spec_from_file_location(stem, ROOT / "docs" / f"{stem}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+CALLS = [(page, call) for page in PAGES for call in lines(page, "nextblock")]
+
+
+def test_the_configuration_page_is_what_its_script_prints():
+    committed = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    again = "python docs/make_configuration.py > docs/configuration.md"
+    assert committed == script("make_configuration").page(), f"out of date; run: {again}"
+
+
+def test_the_mask_picture_is_what_its_script_draws():
+    committed = (ROOT / "docs" / "mask.svg").read_text(encoding="utf-8")
+    assert committed == script("draw_mask").draw(), "out of date; run: python docs/draw_mask.py > docs/mask.svg"
+
+
+def test_every_command_is_in_the_readme():
+    listed = {call[0] for page, call in CALLS if page == ROOT / "README.md"}
+    assert listed >= set(COMMANDS)
+
+
+@pytest.mark.parametrize(("page", "call"), CALLS, ids=call_id)
+def test_every_command_line_parses(page, call):
+    command, arguments = call[0], call[1:]
+    assert command in COMMANDS
+    parser = COMMANDS[command]
+    while arguments and (below := getattr(parser, "commands", None)):  # `bench decode`
+        assert arguments[0] in below
+        parser, arguments = below[arguments[0]], arguments[1:]
+    if not arguments:  # the command's name alone, in running text
+        return
+    context = parser.make_context(command, list(arguments))
+    given = context.params
+    if command == "adapt":
+        load_config(base(page, given["config"]), parse_overrides(context.args))
+    elif command == "generate":
+        validate(DecodingConfig, decoding_options(given))
+    elif command == "evaluate":
+        get_task(given["task"])
+        assert set(given["mode"] or ()) <= set(MODES)
+        assert all(value == "none" or 0 < float(value) <= 1 for value in given["threshold"] or ())
+    for text in given.get("variant") or ():
+        parse_variant(text)
+
+
+def base(page: Path, config: str) -> Any:
+    """A preset's file, or the configuration that the page itself shows."""
+    try:
+        return preset(config)
+    except UsageError:
+        return next(values for values in map(yaml.safe_load, blocks(page, "yaml")) if "data" in values)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_every_make_target_exists(page):
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    for call in lines(page, "make"):
+        assert {word for word in call if "=" not in word} <= set(targets)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_every_relative_link_resolves(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if "://" in target:
+            continue
+        file, _, anchor = target.partition("#")
+        path = (page.parent / file) if file else page
+        assert path.exists(), target
+        assert not anchor or anchor in anchors(path), target
+
+
+def anchors(page: Path) -> set[str]:
+    """Anchors of a page's headings, as GitHub makes them."""
+    heads = re.findall(r"^#+ (.+)$", FENCE.sub("", page.read_text(encoding="utf-8")), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_every_python_block_compiles_and_uses_names_that_exist(page):
+    for source in blocks(page, "python"):
+        tree = ast.parse(source)
+        compile(tree, name(page), "exec")
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("nextblock"):
+                module = importlib.import_module(str(node.module))
+                assert all(hasattr(module, alias.name) for alias in node.names)
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                owner = {"nb": nb, "lm": nb.BlockDiffusionLM}.get(node.value.id)
+                fields = getattr(owner, "__dataclass_fields__", {})
+                assert owner is None or hasattr(owner, node.attr) or node.attr in fields, ast.unparse(node)
+            if isinstance(node, ast.Call) and re.fullmatch(r"lm\.(generate|stream\w*)", ast.unparse(node.func)):
+                assert {str(word.arg) for word in node.keywords} <= set(GenerateOptions.__annotations__)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_every_configuration_shown_is_valid(page):
+    for source in blocks(page, "yaml"):
+        load_config(yaml.safe_load(source))
+    for source in blocks(page, "json"):
+        json.loads(source)
