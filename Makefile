@@ -12,7 +12,6 @@ MAKEFLAGS += --no-print-directory
 
 PYTHON ?=
 WORKERS ?= 2
-DEMO_OUTPUT ?= runs/demo
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -29,7 +28,7 @@ help: ## show this list
 
 .PHONY: demo
 demo: $(PACKAGE_STAMP) ## set up, then adapt the shipped AR model and show the result
-	$(OFFLINE) $(BIN)/python -m nextblock demo --output $(DEMO_OUTPUT)
+	$(OFFLINE) $(BIN)/python -m nextblock demo
 
 .PHONY: test
 test: lint types imports wheel ## set up, then run every check: what CI runs

@@ -19,7 +19,7 @@ from nextblock.config import BlockDiffusionSettings, validate
 from nextblock.events import Stats
 from nextblock.generate import BlockDiffusionLM
 from nextblock.sampling import DecodingConfig
-from nextblock.speculate import Draft, _check_and_draft
+from nextblock.speculate import Draft, _check_and_draft, _drafted_ahead
 
 LENGTHS = (5, 11, 1, 7)
 
@@ -327,7 +327,9 @@ def test_what_is_drafted_ahead_is_what_a_denoising_pass_drafts(family, window):
     # The last four tokens: one known and three drafts to be checked.
     rows = [Row(i, text[:-4], limit=40, answer=text[-4:-3]) for i, text in enumerate(texts)]
     draft = Draft(torch.tensor([text[-3:] for text in texts]), [3, 3])
-    hidden = _check_and_draft(batch(rows), draft, [[0, 2], [3, 1]])
+    both = batch(rows)
+    hidden = _check_and_draft(both, draft, [[0, 2], [3, 1]])
+    drafted = _drafted_ahead(both, hidden, [4, 10])  # row 0: no draft was kept; row 1: one was
     for index, points in enumerate(([0, 2], [3, 1])):
         text = texts[index]
         plain = family_model(torch.tensor([text])).logits[0, -4:]
@@ -339,6 +341,11 @@ def test_what_is_drafted_ahead_is_what_a_denoising_pass_drafts(family, window):
             expected = alone.forward(block, [length], [False])[0]
             found = hidden[index, 4 + 6 * group : 10 + 6 * group]
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+            if (index, group) in ((0, 0), (1, 1)):
+                # Hidden state 0 predicts what the check decides; 1 to 4 predict the four tokens behind it.
+                logits = lm.decoder.logits(expected[1:5])
+                logits[:, MASK_ID] = -torch.inf
+                assert drafted[index].tokens == logits.argmax(-1).tolist()
 
 
 @pytest.mark.parametrize("mode", ["diffusion", "speculative"])

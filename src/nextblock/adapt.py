@@ -135,6 +135,7 @@ def held_out_bits(run: Run) -> list[dict[str, Any]]:
         parent = Decoder(load_model(run.config.model.path, dtype=run.decoder.model.dtype, attention="auto"))
         if parent.device == run.decoder.device:
             found += [("parent", measure) for measure in bits_per_byte(parent, run.tokenizer, rows)]
-    decoder = Decoder(run.decoder.model.eval())
+    run.loss.eval()
+    decoder = run.decoder
     found += [("adapted", measure) for measure in bits_per_byte(decoder, run.tokenizer, rows, run.settings)]
     return [{"model": model, **asdict(measure)} for model, measure in found]

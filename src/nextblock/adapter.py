@@ -112,6 +112,10 @@ class DraftAdapter(nn.Module):
             model.set_submodule(name, layer.base)
         self.layers = []
 
+    def merge(self) -> None:
+        """Refused: merged weights would no longer be the parent's, and its output neither."""
+        raise UsageError("a draft adapter cannot be merged: it would change the parent; load it beside the parent")
+
     @contextmanager
     def open(self, gate: Gate) -> Iterator[None]:
         """Let the adapter act at `gate` inside the `with` block."""
@@ -156,7 +160,9 @@ def target_names(model: PreTrainedModel, targets: str | Sequence[str]) -> list[s
         found = [name for name in linear if any(name == t or name.endswith(f".{t}") for t in targets)]
     if not found:
         ends = sorted({name.rsplit(".", 1)[-1] for name in linear})
-        raise UsageError(f"draft_adapter.target_modules={targets!r} match nothing; linear layers are {', '.join(ends)}")
+        raise UsageError(
+            f"draft_adapter.target_modules={targets!r} match nothing; linear layers are {', '.join(ends)}"
+        )
     return found
 
 

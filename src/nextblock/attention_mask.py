@@ -38,6 +38,16 @@ class Places:
         own = {f.name: getattr(self, f.name)[row, index] for f in fields(self) if f.name != "seed"}
         return type(self)(**own, seed=self.seed[row, torch.zeros_like(index)])
 
+    def part(self, start: int, stop: int | None = None) -> Self:
+        """The places of positions start ... stop - 1."""
+        own = {f.name: getattr(self, f.name)[:, start:stop] for f in fields(self) if f.name != "seed"}
+        return type(self)(**own, seed=self.seed)
+
+    def followed_by(self, other: Self) -> Self:
+        """These places and then `other`'s."""
+        pairs = ((f.name, getattr(self, f.name), getattr(other, f.name)) for f in fields(self) if f.name != "seed")
+        return type(self)(**{name: torch.cat(pair, dim=1) for name, *pair in pairs}, seed=self.seed)
+
     def along(self, dim: int) -> Self:
         """The same places with a new axis of size 1 at `dim`, to be broadcast against others."""
         return type(self)(*(getattr(self, f.name).unsqueeze(dim) for f in fields(self)))
@@ -107,21 +117,29 @@ def within_window(rule: Rule, window: int | None) -> Rule:
     return lambda query, key: rule(query, key) & (key.position > query.position - window)
 
 
-def to_dense(rule: Rule, places: Places) -> Tensor:
-    """The rule as a bool mask [B, 1, T, T] for SDPA; T * T bytes a row."""
-    return rule(places.along(2), places.along(1)).unsqueeze(1)
+def to_dense(rule: Rule, query: Places, key: Places | None = None) -> Tensor:
+    """The rule as a bool mask [B, 1, Q, K] for SDPA, Q * K bytes a row; `key` default: the queries themselves."""
+    return rule(query.along(2), (query if key is None else key).along(1)).unsqueeze(1)
 
 
-def to_block_mask(rule: Rule, places: Places, block: int = 128) -> BlockMask:
+def to_block_mask(rule: Rule, query: Places, key: Places | None = None, block: int = 128) -> BlockMask:
     """The rule as a FlexAttention BlockMask: memory (T / `block`)**2, entries read from the places."""
+    keys = query if key is None else key
 
-    def mask_mod(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return rule(places.at(row, query), places.at(row, key))
+    def mask_mod(row: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return rule(query.at(row, q), keys.at(row, k))
 
-    rows, length = places.position.shape
-    device = places.position.device
+    rows, length = query.position.shape
+    device = query.position.device
     return create_block_mask(
-        mask_mod, rows, None, length, length, device=device, BLOCK_SIZE=block, _compile=device.type == "cuda"
+        mask_mod,
+        rows,
+        None,
+        length,
+        keys.position.shape[1],
+        device=device,
+        BLOCK_SIZE=block,
+        _compile=device.type == "cuda",
     )
 
 

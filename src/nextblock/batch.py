@@ -116,7 +116,7 @@ class Batch:
             self.cache.aim(starts, width)
             position = self.span[start:end].unsqueeze(0).expand(len(starts), -1)
             mask = self._aligned_mask(start, width, causal[0])
-            return self.decoder.hidden(tokens, position, mask, self.cache)
+            return self.decoder.hidden(tokens, position, mask, self.cache, noised=not causal[0])
         slots = torch.tensor(starts, device=self.device)[:, None] + self.span[:width]
         position = slots if inside else slots.clamp_max(self.max_positions - 1)
         whole = torch.tensor([[s + width - 1] for s in starts], device=self.device)
@@ -125,16 +125,23 @@ class Batch:
         last = torch.where(is_causal, slots, whole).clamp_max(self.max_positions - 1)
         self.cache.aim(starts, width, slots)
         mask = self._by_kind(lambda window: self.masks.each(slots, last, end, window))
-        return self.decoder.hidden(tokens, position, mask, self.cache)
+        noised = ~is_causal.expand(-1, width) if any(causal) else True
+        return self.decoder.hidden(tokens, position, mask, self.cache, False if all(causal) else noised)
 
     def forward_places(
-        self, tokens: Tensor, starts: list[int], position: Tensor, visible: Callable[[int | None], Tensor]
+        self,
+        tokens: Tensor,
+        starts: list[int],
+        position: Tensor,
+        visible: Callable[[int | None], Tensor],
+        noised: Tensor,
     ) -> Tensor:
         """One pass whose tokens stand at positions of their own choice; each row's go to slots from its start on.
 
         Args:
             position: int64 [B, Q].
             visible: window of a layer -> bool [B, Q, S], S up to the last slot written.
+            noised: bool [B, Q], where a draft adapter acts.
         Returns:
             Final hidden states [B, Q, D].
         """
@@ -142,7 +149,7 @@ class Batch:
         width = tokens.shape[1]
         self.cache.aim(starts, width, torch.tensor(starts, device=self.device)[:, None] + self.span[:width])
         mask = self._by_kind(lambda window: self.masks.additive(visible(window).unsqueeze(1)))
-        return self.decoder.hidden(tokens, position.clamp_max(self.max_positions - 1), mask, self.cache)
+        return self.decoder.hidden(tokens, position.clamp_max(self.max_positions - 1), mask, self.cache, noised)
 
     def _count_pass(self) -> None:
         self.stats.forwards += 1
@@ -186,7 +193,7 @@ class Batch:
         if self.processor is not None:
             logits = logits.float()
             if self.mask_token_id is not None:
-                logits[:, self.mask_token_id] = -torch.inf
+                logits[:, self.mask_token_id : self.mask_token_id + 1] = -torch.inf
             processed = []
             for index, (row, answer) in enumerate(prefixes):
                 prefix = torch.tensor([row.padding + row.prompt + answer], device=self.device)

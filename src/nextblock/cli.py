@@ -8,7 +8,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 import yaml
@@ -40,6 +40,9 @@ Temperature = Annotated[float, typer.Option(help="0: greedy")]
 TopP = Annotated[float | None, typer.Option(help="nucleus sampling")]
 TopK = Annotated[int | None, typer.Option(help="sample from the k likeliest tokens")]
 Seed = Annotated[int | None, typer.Option(help="of the random draws")]
+DraftAdapterFolder = Annotated[
+    str | None, typer.Option("--draft-adapter", help="folder of a draft adapter for this model, or tiny-draft")
+]
 Dtype = Annotated[str | None, typer.Option(help="float32 or bfloat16; default: float32 on CPU, else as saved")]
 
 
@@ -62,13 +65,19 @@ def _explain_config(section: type[Section] = AdaptConfig, prefix: str = "") -> l
     """One line of help for each key of a run's configuration."""
     lines = []
     for name, field in section.model_fields.items():
-        inner = field.annotation
-        if isinstance(inner, type) and issubclass(inner, Section):
-            lines += _explain_config(inner, f"{prefix}{name}.")
+        inner = next((t for t in (field.annotation, *get_args(field.annotation)) if is_section(t)), None)
+        if inner is not None:
+            many = ".0" if field.annotation is not inner and name.endswith("s") else ""
+            lines += _explain_config(inner, f"{prefix}{name}{many}.")
         else:
             default = "" if field.is_required() else f" [{field.get_default(call_default_factory=True)}]"
             lines.append(f"--{prefix}{name}{default}: {field.description or ''}".rstrip(": "))
     return lines
+
+
+def is_section(kind: Any) -> bool:
+    """Whether an annotation is a group of options."""
+    return isinstance(kind, type) and issubclass(kind, Section)
 
 
 @app.command(
@@ -78,7 +87,7 @@ def _explain_config(section: type[Section] = AdaptConfig, prefix: str = "") -> l
 )
 def adapt(
     context: typer.Context,
-    config: Annotated[str, typer.Argument(help="YAML file, or the name of a preset: demo, smoke, tiny_ar, ...")],
+    config: Annotated[str, typer.Argument(help="YAML file, or the name of a preset: demo, tiny_ar, ...")],
     output: Annotated[str | None, typer.Option(help="folder for checkpoint, log and report")] = None,
     resume: Annotated[
         str | None,
@@ -146,13 +155,16 @@ def generate(
     top_k: TopK = None,
     seed: Seed = None,
     stop: Annotated[list[str] | None, typer.Option(help="text that ends an answer; may be given again")] = None,
+    draft_adapter: DraftAdapterFolder = None,
     dtype: Dtype = None,
     live: Annotated[bool, typer.Option("--live", help="watch the first answer being denoised")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="print forwards and speed to standard error")] = False,
 ) -> None:
     """Answer prompts, in ar, diffusion or speculative mode."""
     options = decoding_options(locals())
-    lm = load_lm(model, dtype)
+    lm = load_lm(model, dtype, draft_adapter)
+    if lm.settings is None:
+        options.setdefault("mode", "ar")
     texts = [prompt.replace("\\n", "\n") for prompt in prompts] if prompts else [sys.stdin.read()]
     common: dict[str, Any] = {"seed": seed, "stop": stop or (), "max_new_tokens": max_new_tokens, **options}
     if live:
@@ -202,11 +214,14 @@ def torch_dtype(name: str | None) -> Any:
     return getattr(torch, name) if name else None
 
 
-def load_lm(model: str, dtype: str | None = None) -> Any:
-    """`nextblock.load` with a dtype by name."""
+def load_lm(model: str, dtype: str | None = None, draft_adapter: str | None = None) -> Any:
+    """`nextblock.load` with a dtype by name, and without transformers' own progress bars."""
+    from transformers.utils.logging import disable_progress_bar
+
     from nextblock.generate import load
 
-    lm = load(model, dtype=torch_dtype(dtype))
+    disable_progress_bar()
+    lm = load(model, dtype=torch_dtype(dtype), draft_adapter=draft_adapter)
     if lm.tokenizer is None:
         raise UsageError(f"model {model} has no tokenizer; use it from Python with token ids")
     return lm
@@ -218,13 +233,15 @@ def chat(
     mode: Mode = None,
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.0,
+    draft_adapter: DraftAdapterFolder = None,
     dtype: Dtype = None,
 ) -> None:
     """Talk to a model; an empty line or end of input leaves."""
     from nextblock.events import Committed
     from nextblock.text import TextStream
 
-    lm = load_lm(model, dtype)
+    lm = load_lm(model, dtype, draft_adapter)
+    mode = mode or ("ar" if lm.settings is None else None)
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature} | ({"mode": mode} if mode else {})
     messages: list[dict[str, str]] = []
     while True:
@@ -261,6 +278,7 @@ def evaluate(
     examples: Annotated[int, typer.Option(help="held-out prompts")] = 200,
     batch_size: Annotated[int, typer.Option(help="prompts decoded together")] = 25,
     output: Annotated[Path | None, typer.Option(help="write the figures as JSON")] = None,
+    draft_adapter: DraftAdapterFolder = None,
     dtype: Dtype = None,
 ) -> None:
     """Score a model on a built-in task: accuracy, tokens per forward, tokens per second, agreement with AR mode."""
@@ -272,7 +290,7 @@ def evaluate(
     from nextblock.tasks import get_task
 
     chosen = get_task(task)
-    lm = load_lm(model, dtype)
+    lm = load_lm(model, dtype, draft_adapter)
     modes = mode or (["ar", "speculative", "diffusion"] if lm.settings else ["ar"])
     thresholds = [None if value == "none" else float(value) for value in threshold or ["none", "0.9"]]
     settings: list[dict[str, Any]] = []
@@ -330,6 +348,7 @@ def bench_decode(
         str | None, typer.Option(help="random weights instead of MODEL: qwen3-0.6b, qwen3-4b or nbdiff-7b")
     ] = None,
     output: Results = None,
+    draft_adapter: DraftAdapterFolder = None,
     dtype: Dtype = None,
 ) -> None:
     """Time transformers' own `generate` and the three modes in turns, on the same model and prompts.
@@ -347,7 +366,7 @@ def bench_decode(
     extra = [parse_variant(text) for text in variant or ()]
     thresholds = [number(text, "threshold") for text in threshold or ()]
     given = None if shape else read_prompts(task, prompts, examples, "test")
-    lm = random_model(shape, dtype=torch_dtype(dtype)) if shape else load_lm(str(model), dtype)
+    lm = random_model(shape, dtype=torch_dtype(dtype)) if shape else load_lm(str(model), dtype, draft_adapter)
     variants = make_variants(
         lm.settings,
         modes=mode or (["ar"] if shape else ()),
@@ -386,6 +405,7 @@ def tune(
     max_new_tokens: MaxNewTokens = 160,
     write: Annotated[bool, typer.Option("--write", help="make the choice the checkpoint's default")] = False,
     output: Results = None,
+    draft_adapter: DraftAdapterFolder = None,
     dtype: Dtype = None,
 ) -> None:
     """Find the fastest settings that lose no more than you allow, draw the curve, and save the choice."""
@@ -398,7 +418,7 @@ def tune(
     check_output(output)
     given = read_prompts(task, prompts, examples, "train")
     extra = [parse_variant(text) for text in variant or ()]
-    lm = load_lm(model, dtype)
+    lm = load_lm(model, dtype, draft_adapter)
     with progress("tuning") as update:
         found = tuning.tune(
             lm,

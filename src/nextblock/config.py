@@ -149,6 +149,17 @@ class TrainingConfig(Section):
     mixed_precision: Literal["no", "bf16"] = Field(default="no", description="autocast of the forward pass")
 
 
+class DraftAdapterConfig(Section):
+    """A draft adapter instead of full adaptation: the parent stays frozen, low-rank updates act on noised tokens."""
+
+    rank: int = Field(default=32, ge=1, description="rank of the updates")
+    alpha: float = Field(default=32.0, gt=0, description="updates are scaled by alpha / rank")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout in front of the updates")
+    target_modules: str | tuple[str, ...] = Field(
+        default="all-linear", description="all-linear, a regular expression, or endings of module names"
+    )
+
+
 class AdaptConfig(Section):
     """All of one `nextblock adapt` run."""
 
@@ -158,6 +169,9 @@ class AdaptConfig(Section):
     growth: GrowthConfig = Field(default_factory=lambda: GrowthConfig())
     optimizer: OptimizerConfig = Field(default_factory=lambda: OptimizerConfig())
     training: TrainingConfig = Field(default_factory=lambda: TrainingConfig())
+    draft_adapter: DraftAdapterConfig | None = Field(
+        default=None, description="train a draft adapter for the frozen parent instead of the parent itself"
+    )
     output: str = Field(default="runs/adapted", description="folder for the checkpoint, the log and the report")
 
     @model_validator(mode="after")
@@ -183,6 +197,8 @@ class AdaptConfig(Section):
                 f"growth.b_max={b_max} is not reached in training.steps={steps}; "
                 f"use at least {needed} steps or a smaller growth.delta"
             )
+        if self.draft_adapter is not None:
+            self._check_draft_adapter()
         if self.recipe.complementary and self.recipe.views % 2:
             raise ValueError(
                 f"recipe.views={self.recipe.views} is odd, but recipe.complementary needs pairs; "
@@ -200,6 +216,19 @@ class AdaptConfig(Section):
                 "recipe.context=context_causal; set it, or leave the annealing out"
             )
         return self
+
+    def _check_draft_adapter(self) -> None:
+        if self.growth.b_0 == 1 and self.recipe.prediction == "shifted":
+            raise ValueError("growth.b_0=1 gives a draft adapter nothing to learn; start at growth.b_0=2 or more")
+        if self.recipe.context != "context_causal":
+            raise ValueError(
+                f"recipe.context={self.recipe.context} changes the clean half, which a draft adapter leaves to the "
+                "parent; use context_causal"
+            )
+        if self.model.scratch is not None:
+            raise ValueError(
+                "model.scratch has no weights that a draft adapter could leave as they are; set model.path"
+            )
 
 
 class BlockDiffusionSettings(Section):

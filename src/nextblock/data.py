@@ -129,9 +129,7 @@ def _chat_segments(
 
     def render(part: list[Any], prompt: bool = False) -> str:
         try:
-            text = tokenizer.apply_chat_template(
-                part, tools=tools, tokenize=False, add_generation_prompt=prompt
-            )
+            text = tokenizer.apply_chat_template(part, tools=tools, tokenize=False, add_generation_prompt=prompt)
         except Exception as error:  # templates raise anything
             raise UsageError(f"{where}: the chat template fails: {one_line(error)}") from None
         assert isinstance(text, str)
@@ -186,9 +184,7 @@ def cut(document: Document, row_length: int) -> list[Document]:
         return []
     if document.offset[-1] == n - 1:  # one span from the first token on: plain text
         bounds = range(0, n, row_length)
-        return [
-            Document(document.tokens[i : i + row_length], np.arange(min(row_length, n - i))) for i in bounds
-        ]
+        return [Document(document.tokens[i : i + row_length], np.arange(min(row_length, n - i))) for i in bounds]
     head = Document(document.tokens[:row_length], document.offset[:row_length])
     return [head] if (head.offset >= 0).any() else []
 
@@ -257,9 +253,7 @@ def check_tokens(rows: Rows, vocab_size: int, mask_token_id: int | None) -> None
             "use the tokenizer that belongs to the model"
         )
     if mask_token_id is not None and bool(((rows.tokens == mask_token_id) & (rows.document >= 0)).any()):
-        raise UsageError(
-            f"mask token id {mask_token_id} is used in the data; set model.mask_token to an unused token"
-        )
+        raise UsageError(f"mask token id {mask_token_id} is used in the data; set model.mask_token to an unused token")
 
 
 class RowStream:

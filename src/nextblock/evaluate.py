@@ -141,7 +141,8 @@ def clean_blocks(view: TwoView) -> TwoView:
 def _nats(decoder: Decoder, view: TwoView, context: Any) -> torch.Tensor:
     """-log p of each position's target, 0 where there is none: float32 [B, T]."""
     mask = decoder.masks(block_diffusion_rule(context), view.places)
-    hidden = decoder.hidden(view.tokens, view.places.position, mask)
+    noised = view.places.view > 0 if decoder.adapter is not None else False
+    hidden = decoder.hidden(view.tokens, view.places.position, mask, noised=noised)
     scored = view.target != UNSCORED
     nats = torch.zeros(view.target.shape, device=hidden.device)
     logits = decoder.logits(hidden[scored]).float()

@@ -16,11 +16,21 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from nextblock.adapter import DraftAdapter, load_adapter
 from nextblock.batch import Batch, Processor, Row
 from nextblock.config import BlockDiffusionSettings, UsageError, nearest
 from nextblock.decode import decode
 from nextblock.events import Committed, Event, Finish, RowFinished, Stats
-from nextblock.model import Decoder, choose_attention, load_model, load_tokenizer, read_config, read_settings
+from nextblock.model import (
+    Decoder,
+    choose_attention,
+    load_model,
+    load_tokenizer,
+    read_config,
+    read_settings,
+    resolve_adapter,
+    weights_folder,
+)
 from nextblock.request import GenerateOptions, Prompts, Request, make_request
 from nextblock.text import TextStream
 
@@ -58,15 +68,19 @@ class Stream(Iterator[Event]):
 
 @dataclass
 class BlockDiffusionLM:
-    """A model, its tokenizer (None: token ids only) and its block-diffusion settings (None: ar mode only)."""
+    """A model, its tokenizer (None: token ids only) and its block-diffusion settings (None: ar mode only).
+
+    adapter: a draft adapter that acts on noised positions; the settings are then its own.
+    """
 
     model: PreTrainedModel
     tokenizer: Any
     settings: BlockDiffusionSettings | None = None
+    adapter: DraftAdapter | None = None
     decoder: Decoder = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self.decoder = Decoder(self.model)
+        self.decoder = Decoder(self.model, self.adapter)
 
     def generate(self, prompts: Prompts, **options: Unpack[GenerateOptions]) -> Generation:
         """Answer every prompt.
@@ -184,6 +198,7 @@ def sequences(rows: list[Row], padding: int) -> Tensor:
 def load(
     path: str | Path,
     *,
+    draft_adapter: str | Path | None = None,
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
     attention: str = "auto",
@@ -194,6 +209,7 @@ def load(
 
     Args:
         path: shipped name, local folder or Hub id.
+        draft_adapter: folder of a draft adapter that was trained for this model, or the shipped tiny-draft.
         dtype: None: float32 on CPU, the checkpoint's own elsewhere.
         device: None: CUDA if there is one.
         attention: "auto" (SDPA, or eager where scores are soft-capped), "sdpa" or "eager".
@@ -215,4 +231,8 @@ def load(
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
-    return BlockDiffusionLM(model, load_tokenizer(path, revision, trust_remote_code), settings)
+    tokenizer, adapter = load_tokenizer(path, revision, trust_remote_code), None
+    if draft_adapter is not None:
+        folder = weights_folder(path, revision)
+        adapter, settings = load_adapter(resolve_adapter(draft_adapter), model, folder)
+    return BlockDiffusionLM(model, tokenizer, settings, adapter)

@@ -25,11 +25,14 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import cached_file
 
+from nextblock.adapter import DraftAdapter, Gate
 from nextblock.attention_mask import Places, Rule, to_block_mask, to_dense, within_window
 from nextblock.config import BlockDiffusionSettings, ModelConfig, UsageError, nearest, validate
 
 SHIPPED = ("tiny-ar", "tiny-bd")
+SHIPPED_ADAPTERS = ("tiny-draft",)
 MASK_TOKEN = "<|mask|>"
 AttentionMask = Tensor | BlockMask | dict[str, Tensor | BlockMask]
 
@@ -42,6 +45,7 @@ class Decoder:
     """
 
     model: PreTrainedModel
+    adapter: DraftAdapter | None = None
 
     @property
     def device(self) -> torch.device:
@@ -68,24 +72,30 @@ class Decoder:
         """Kind of layer -> its sliding window in positions, None for full attention."""
         return layer_windows(self.model.config)
 
-    def hidden(self, tokens: Tensor, position: Tensor, mask: AttentionMask | None, cache: Any = None) -> Tensor:
+    def hidden(
+        self, tokens: Tensor, position: Tensor, mask: AttentionMask | None, cache: Any = None, noised: Gate = False
+    ) -> Tensor:
         """Final hidden states, after the last norm.
 
         Args:
             tokens, position: int64 [B, T].
             mask: from `masks` or `decode_masks`; None: plain causal.
             cache: a transformers cache to read and write; None: none.
+            noised: which positions are noised (bool [B, T], or all, or none): there a draft adapter acts.
         Returns:
             [B, T, D] in the model's dtype.
         """
-        output = self.model.base_model(
-            input_ids=tokens,
-            position_ids=position,
-            attention_mask=mask,
-            past_key_values=cache,
-            use_cache=cache is not None,
-        )
-        return output.last_hidden_state
+        common = {
+            "position_ids": position,
+            "attention_mask": mask,
+            "past_key_values": cache,
+            "use_cache": cache is not None,
+        }
+        if self.adapter is None or noised is False:
+            return self.model.base_model(input_ids=tokens, **common).last_hidden_state
+        with self.adapter.open(noised):
+            embedded = self.adapter.embed(self.model, tokens)
+            return self.model.base_model(inputs_embeds=embedded, **common).last_hidden_state
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., V] in the head's dtype, with the scaling and soft cap that the config names."""
@@ -99,15 +109,15 @@ class Decoder:
             logits = torch.tanh(logits / cap) * cap
         return logits
 
-    def masks(self, rule: Rule, places: Places) -> AttentionMask:
+    def masks(self, rule: Rule, query: Places, key: Places | None = None) -> AttentionMask:
         """The rule in the form this model's layers read: dense or BlockMask, one for each kind of layer."""
-        longest = int(places.position.max()) + 1
+        longest = int((query if key is None else key).position.max()) + 1
         build = to_block_mask if self.attention == "flex_attention" else to_dense
         built: dict[int | None, Any] = {}
         for window in self.windows.values():
             window = None if window is None or window >= longest else window
             if window not in built:
-                built[window] = self.prepare_dense(build(within_window(rule, window), places))
+                built[window] = self.prepare_dense(build(within_window(rule, window), query, key))
         return self.by_kind({k: built.get(w, built.get(None)) for k, w in self.windows.items()})
 
     def prepare_dense(self, mask: Tensor | BlockMask) -> Tensor | BlockMask:
@@ -170,6 +180,29 @@ def resolve(path: str | Path) -> str:
     if not any(folder.glob("*.safetensors")):
         raise UsageError(f"model folder {name} has no weights (*.safetensors); weights are read from safetensors only")
     return str(folder)
+
+
+def resolve_adapter(path: str | Path) -> Path:
+    """A shipped draft adapter's name or a local folder -> the folder."""
+    if str(path) in SHIPPED_ADAPTERS:
+        return Path(str(resources.files("nextblock") / "assets" / str(path)))
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise UsageError(
+            f"draft adapter {path} is not a folder; give one made by `nextblock adapt`, or {SHIPPED_ADAPTERS[0]}"
+        )
+    return folder
+
+
+def weights_folder(path: str | Path, revision: str | None = None) -> Path:
+    """The local folder that holds a model's weight files; for a Hub id its place in the cache."""
+    source = resolve(path)
+    if Path(source).is_dir():
+        return Path(source)
+    found = cached_file(source, "config.json", revision=revision)
+    if found is None:
+        raise UsageError(f"model {path} is not in the cache of downloaded models; load it once")
+    return Path(found).parent
 
 
 def read_config(path: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedConfig:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache
 
 from nextblock.attention_mask import Rule
 from nextblock.corruption import UNSCORED, TwoView
@@ -73,14 +74,45 @@ class TwoViewLoss(nn.Module):
         """
         decoder = Decoder(self.model)
         hidden = decoder.hidden(view.tokens, view.places.position, decoder.masks(rule, view.places))
-        noised, clean = (
-            slice(None, view.noised_length),
-            slice(view.noised_length, None if score_ar else view.noised_length),
-        )
-        sums, counts = [], []
-        for half in (noised, clean):
-            target = view.target[:, half]
-            scored = target != UNSCORED
-            counts.append(scored.sum())
-            sums.append(cross_entropy_sum(decoder, hidden[:, half][scored], target[scored]))
-        return LossSums(sums[0], sums[1], counts[0], counts[1])
+        n = view.noised_length
+        diffusion = scored_sum(decoder, hidden[:, :n], view.target[:, :n])
+        ar = scored_sum(decoder, hidden[:, n:], view.target[:, n:] if score_ar else view.target[:, n:n])
+        return LossSums(diffusion[0], ar[0], diffusion[1], ar[1])
+
+
+class DraftLoss(nn.Module):
+    """The forward pass of a draft adapter's training step: only noised positions are differentiated.
+
+    The clean half is the frozen parent, so it runs once without gradient and leaves its keys and values;
+    every noised view then attends to them.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__()
+        assert decoder.adapter is not None
+        self.model = decoder.model
+        self.adapter = decoder.adapter
+
+    def forward(self, view: TwoView, rule: Rule, score_ar: bool = False) -> LossSums:
+        """L_MDM over masked tokens   (Eq. 5); the AR loss has no part, its sum is 0."""
+        decoder = Decoder(self.model, self.adapter)
+        n, places = view.noised_length, view.places
+        if not n:  # nothing was masked: a loss of 0 with gradient 0
+            nothing = self.adapter.mask_vector.sum() * 0
+            return LossSums(nothing, nothing, nothing.long(), nothing.long())
+        clean, noised = places.part(n), places.part(0, n)
+        cache = DynamicCache()
+        with torch.no_grad():
+            decoder.hidden(view.tokens[:, n:], clean.position, decoder.masks(rule, clean), cache)
+        mask = decoder.masks(rule, noised, clean.followed_by(noised))
+        hidden = decoder.hidden(view.tokens[:, :n], noised.position, mask, cache, noised=True)
+        diffusion, tokens = scored_sum(decoder, hidden, view.target[:, :n])
+        nothing = torch.zeros_like(diffusion)
+        return LossSums(diffusion, nothing, tokens, torch.zeros_like(tokens))
+
+
+def scored_sum(decoder: Decoder, hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of cross-entropies where there is a target, and how many there are. `hidden` [B, T, D], `target` [B, T]."""
+    hidden = hidden[:, : target.shape[1]]
+    scored = target != UNSCORED
+    return cross_entropy_sum(decoder, hidden[scored], target[scored]), scored.sum()

@@ -87,6 +87,16 @@ def resolve_config(settings: BlockDiffusionSettings | None, options: Mapping[str
     return config.model_copy(update={"block_size": size})
 
 
+def _check_draft_adapter(config: DecodingConfig, settings: BlockDiffusionSettings) -> None:
+    if config.mode == "ar":
+        warnings.warn("mode='ar': a draft adapter has no effect in it; use speculative mode", stacklevel=5)
+    elif config.block_size is not None and config.block_size > settings.block_size:
+        raise UsageError(
+            f"block_size={config.block_size} is larger than the {settings.block_size} that the draft adapter was "
+            f"trained with; use at most {settings.block_size}"
+        )
+
+
 def make_request(
     decoder: Decoder,
     tokenizer: Any,
@@ -106,6 +116,8 @@ def make_request(
     if isinstance(limits, Sequence):
         rest["max_new_tokens"] = min(limits, default=1)  # the one that could be too small
     config = resolve_config(settings, rest)
+    if decoder.adapter is not None and settings is not None:
+        _check_draft_adapter(config, settings)
     encoded = _encode(tokenizer, prompts, attention_mask)
     _check_prompts(decoder, [ids for _, ids in encoded])
     count = len(encoded)

@@ -105,8 +105,8 @@ def filter_logits(
     `logits` may be written to.
     """
     logits = logits.float()
-    if mask_token_id is not None:
-        logits[:, mask_token_id] = -math.inf
+    if mask_token_id is not None:  # a draft adapter's lies outside the vocabulary: an empty slice
+        logits[:, mask_token_id : mask_token_id + 1] = -math.inf
     if temperature not in (0.0, 1.0):
         logits = logits / temperature
     if top_k is not None and top_k < logits.shape[-1]:

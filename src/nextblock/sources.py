@@ -20,7 +20,51 @@ from nextblock.tasks import get_task
 
 CHECKED_BYTES = 64 * 2**20  # local sources up to this size are read through before training starts
 TEXT_SUFFIXES = frozenset(
-    [".txt", ".text", ".md", ".rst", ".tex", ".py", ".pyi", ".js", ".ts", ".jsx", ".tsx", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".java", ".kt", ".go", ".rs", ".rb", ".php", ".swift", ".scala", ".sh", ".sql", ".html", ".css", ".xml", ".yaml", ".yml", ".toml", ".ini", ".cfg", ".r", ".jl", ".lua", ".pl", ".hs", ".ml", ".lean", ".org"]
+    [
+        ".txt",
+        ".text",
+        ".md",
+        ".rst",
+        ".tex",
+        ".py",
+        ".pyi",
+        ".js",
+        ".ts",
+        ".jsx",
+        ".tsx",
+        ".c",
+        ".h",
+        ".cc",
+        ".cpp",
+        ".hpp",
+        ".cu",
+        ".java",
+        ".kt",
+        ".go",
+        ".rs",
+        ".rb",
+        ".php",
+        ".swift",
+        ".scala",
+        ".sh",
+        ".sql",
+        ".html",
+        ".css",
+        ".xml",
+        ".yaml",
+        ".yml",
+        ".toml",
+        ".ini",
+        ".cfg",
+        ".r",
+        ".jl",
+        ".lua",
+        ".pl",
+        ".hs",
+        ".ml",
+        ".lean",
+        ".org",
+    ]
 )
 
 
@@ -61,9 +105,7 @@ def source_format(source: Source) -> str:
         return {".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet"}.get(suffix, "text")
     local = path.startswith((".", "/", "~")) or re.fullmatch(r"\.[A-Za-z]\w*", suffix)
     if local or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", path):
-        raise UsageError(
-            f"data source {source.path} does not exist; give a file, a folder, a glob or a Hub id"
-        )
+        raise UsageError(f"data source {source.path} does not exist; give a file, a folder, a glob or a Hub id")
     return "hub"
 
 
@@ -125,9 +167,7 @@ def _files(source: Source, kind: str) -> list[str]:
         elif top is path:  # a folder; folders that a glob meets are left alone
             for folder, inner, names in os.walk(top):
                 inner[:] = sorted(name for name in inner if name not in skipped and not name.startswith("."))
-                found = [
-                    os.path.join(folder, name) for name in sorted(names) if Path(name).suffix in suffixes
-                ]
+                found = [os.path.join(folder, name) for name in sorted(names) if Path(name).suffix in suffixes]
                 files += [file for file in found if kind != "text" or not _is_binary(file)]
     if not files:
         raise UsageError(f"data source {source.path} holds no {kind} files; set its path or its format")
@@ -203,9 +243,7 @@ def _jsonl(source: Source, files: Sequence[str]) -> Records:
                         places.append((number, line, start, len(data)))
                     start += len(data)
         except OSError as error:
-            raise UsageError(
-                f"data file {file} cannot be read: {error.strerror or error}; restore it"
-            ) from None
+            raise UsageError(f"data file {file} cannot be read: {error.strerror or error}; restore it") from None
     index = np.array(places, dtype=np.int64).reshape(-1, 4)
 
     def read(which: int) -> Record:
@@ -215,9 +253,7 @@ def _jsonl(source: Source, files: Sequence[str]) -> Records:
         try:
             row = json.loads(text)
         except json.JSONDecodeError as error:
-            raise UsageError(
-                f"{where}: broken JSON line: {error.msg} at column {error.colno}; repair it"
-            ) from None
+            raise UsageError(f"{where}: broken JSON line: {error.msg} at column {error.colno}; repair it") from None
         return _record(row, source, where)
 
     return Records(read, len(index))
@@ -243,9 +279,7 @@ def _record(row: Any, source: Source, where: str) -> Record:
         if all(key in row for key in keys):
             for key in keys:
                 if not isinstance(row[key], str):
-                    raise UsageError(
-                        f"{where}: field '{key}' holds {type(row[key]).__name__}; it must be a string"
-                    )
+                    raise UsageError(f"{where}: field '{key}' holds {type(row[key]).__name__}; it must be a string")
             return Record({key if len(keys) > 1 else "text": row[key] for key in keys}, where)
     if "messages" in row:
         return Record({key: row[key] for key in ("messages", "tools") if row.get(key)}, where)
@@ -333,9 +367,7 @@ class HubStream:
             except Exception as error:
                 raise UsageError(f"data source {self._source.path} stopped: {one_line(error)}") from None
             self.index += 1
-            return _record(
-                row, self._source, f"{self._source.path} {self._source.split} row {self.index - 1}"
-            )
+            return _record(row, self._source, f"{self._source.path} {self._source.split} row {self.index - 1}")
         raise UsageError(f"data source {self._source.path} is empty; give at least one document")
 
     def state(self) -> dict[str, Any]:

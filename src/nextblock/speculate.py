@@ -291,7 +291,7 @@ def _check_and_draft(batch: Batch, draft: Draft, points: list[list[int]]) -> Ten
     def visible(window: int | None) -> Tensor:
         return seen if window is None else seen & (slot_position[:, None] > position[:, :, None] - window)
 
-    return batch.forward_places(tokens, starts, position, visible)
+    return batch.forward_places(tokens, starts, position, visible, group >= 0)
 
 
 def _drafted_ahead(batch: Batch, hidden: Tensor, hits: list[int | None]) -> list[_Pending]:

@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from torch.nn.utils import clip_grad_norm_
 
 from nextblock import schedules
+from nextblock.adapter import DraftAdapter, save_adapter
 from nextblock.attention_mask import block_diffusion_rule
 from nextblock.checkpoint import export, load_checkpoint, newest_whole_checkpoint, save_checkpoint
 from nextblock.config import AdaptConfig, BlockDiffusionSettings, UsageError
@@ -30,9 +31,10 @@ from nextblock.model import (
     parent_tokenizer,
     probe,
     read_config,
+    weights_folder,
     without_dropout,
 )
-from nextblock.objective import TwoViewLoss
+from nextblock.objective import DraftLoss, TwoViewLoss
 
 LOG = "log.jsonl"
 RESOLVED_CONFIG = "nextblock.yaml"
@@ -83,6 +85,11 @@ class Run:
     stream: RowStream
     mask_token_id: int | None
     step: int = 0
+
+    @property
+    def trained(self) -> torch.nn.Module:
+        """What has been learned, so what a checkpoint holds: the draft adapter, or the whole model."""
+        return self.decoder.adapter or self.decoder.model
 
     @property
     def settings(self) -> BlockDiffusionSettings | None:
@@ -138,7 +145,7 @@ def train_step(run: Run, step: int) -> StepMetrics:
     learning_rate = schedules.learning_rate(step, config.optimizer, config.training.steps)
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate
-    grad_norm = float(clip_grad_norm_(run.loss.parameters(), config.optimizer.grad_clip))
+    grad_norm = float(clip_grad_norm_(run.trained.parameters(), config.optimizer.grad_clip))
     if not math.isfinite(loss) or not math.isfinite(grad_norm):
         raise UsageError(
             f"step {step}: loss {loss} and gradient norm {grad_norm} are not finite (rows "
@@ -208,9 +215,21 @@ def train(config: AdaptConfig, *, resume: bool = False, on_step: Callable[[StepM
             if run.step % config.training.checkpoint_every == 0 or run.step == config.training.steps or stop:
                 save(run, output)
     if main and run.step == config.training.steps:
-        dtype = getattr(torch, config.model.export_dtype) if config.model.export_dtype else None
-        export(output, run.decoder.model, run.tokenizer, run.settings, dtype)
+        export_run(run, output)
     return run
+
+
+def export_run(run: Run, output: Path) -> None:
+    """Write what the run ends with: a Hugging Face folder, or the draft adapter's."""
+    model = run.config.model
+    dtype = getattr(torch, model.export_dtype) if model.export_dtype else None
+    adapter, settings = run.decoder.adapter, run.settings
+    if adapter is None:
+        export(output, run.decoder.model, run.tokenizer, settings, dtype)
+        return
+    assert settings is not None
+    parent = weights_folder(model.path, model.revision)
+    save_adapter(output, adapter, settings, model.path, parent, dtype or torch.float32)
 
 
 def prepare(config: AdaptConfig) -> Run:
@@ -235,20 +254,26 @@ def prepare(config: AdaptConfig) -> Run:
             f"data.row_length={config.data.row_length} is over the model's {longest} positions; use at most {longest}"
         )
     probe(decoder)
-    masks = config.growth.b_max > 1 or config.recipe.prediction == "aligned"
-    mask_token_id = choose_mask_token(decoder, tokenizer, config.model.mask_token) if masks else None
+    if config.draft_adapter is not None:
+        adapter = DraftAdapter(decoder.model, config.draft_adapter)
+        decoder, mask_token_id = Decoder(decoder.model, adapter), adapter.mask_token_id
+    elif config.growth.b_max > 1 or config.recipe.prediction == "aligned":
+        mask_token_id = choose_mask_token(decoder, tokenizer, config.model.mask_token)
+    else:
+        mask_token_id = None
     start = stream.state()  # look at the first batch, so that most bad data stops before anything is written
     check_tokens(stream.next(config.training.batch_rows), decoder.vocabulary, mask_token_id)
     stream.load_state(start)
     without_dropout(decoder.model)
-    decoder.model.requires_grad_(True)
+    trained = decoder.adapter or decoder.model
+    trained.requires_grad_(True)
     if config.training.gradient_checkpointing:
         decoder.model.gradient_checkpointing_enable({"use_reentrant": False})
         decoder.model.train()  # transformers recomputes activations in train mode alone
     if config.training.compile:
         decoder.model.base_model.compile()
-    decay = [p for p in decoder.model.parameters() if p.ndim >= 2]
-    plain = [p for p in decoder.model.parameters() if p.ndim < 2]
+    decay = [p for p in trained.parameters() if p.ndim >= 2]
+    plain = [p for p in trained.parameters() if p.ndim < 2]
     options = config.optimizer
     optimizer = torch.optim.AdamW(
         [{"params": decay, "weight_decay": options.weight_decay}, {"params": plain, "weight_decay": 0.0}],
@@ -256,7 +281,8 @@ def prepare(config: AdaptConfig) -> Run:
         betas=(options.beta_1, options.beta_2),
         fused=True,
     )
-    loss, optimizer = accelerator.prepare(TwoViewLoss(decoder), optimizer)
+    objective = TwoViewLoss(decoder) if decoder.adapter is None else DraftLoss(decoder)
+    loss, optimizer = accelerator.prepare(objective, optimizer)
     return Run(config, accelerator, tokenizer, decoder, loss, optimizer, stream, mask_token_id)
 
 
@@ -265,7 +291,7 @@ def save(run: Run, output: Path) -> None:
     if run.accelerator.is_main_process:
         state = {"stream": run.stream.state(), "config": run.config.model_dump(mode="json")}
         keep = run.config.training.keep_last
-        save_checkpoint(output, run.step, run.decoder.model, run.optimizer, state, keep)
+        save_checkpoint(output, run.step, run.trained, run.optimizer, state, keep)
     run.accelerator.wait_for_everyone()
 
 
@@ -287,7 +313,7 @@ def restore(run: Run, output: Path) -> None:
     if breaking:
         named = "; ".join(f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in breaking)
         raise UsageError(f"cannot resume from {folder}: {named}; set them back, or start in a new --output")
-    state = load_checkpoint(folder, run.decoder.model, run.optimizer)
+    state = load_checkpoint(folder, run.trained, run.optimizer)
     run.stream.load_state(state["stream"])
     run.step = state["step"]
 

@@ -211,9 +211,7 @@ def _place_labels(
         box, distance = size, 0
         for distance, (across, up) in product((9, 14, 20, 27, 35, 44, 54, 65), around):
             note.xyann = ((distance + half) * across, distance * up)
-            box = _box(
-                px + note.xyann[0] * scale, py + note.xyann[1] * scale, size.width + 2, size.height + 2
-            )
+            box = _box(px + note.xyann[0] * scale, py + note.xyann[1] * scale, size.width + 2, size.height + 2)
             inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
             if inside and not any(box.overlaps(other) for other in taken):
                 break

@@ -49,9 +49,7 @@ def summary(results: Mapping[str, Any]) -> str:
     if parent.get("parameters"):
         model += f" ({_short(parent['parameters'])} parameters)"
     block_size = settings.get("block_size")
-    text = f"{model} was adapted to write " + (
-        f"blocks of {block_size} tokens" if block_size else "whole blocks"
-    )
+    text = f"{model} was adapted to write " + (f"blocks of {block_size} tokens" if block_size else "whole blocks")
     done = []
     if training.get("steps"):
         done.append(f"{training['steps']:,} steps")
@@ -76,9 +74,7 @@ def findings(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     values = {(e["model"], e["measure"]): e["value"] for e in results.get("bits_per_byte") or []}
     parent, adapted = values.get(("parent", "AR (exact)")), values.get(("adapted", "AR (exact)"))
     if parent is not None and adapted is not None:
-        found.append(
-            (f"{adapted:.3f} bits per byte", f"adapted model as AR, held-out text; its parent: {parent:.3f}")
-        )
+        found.append((f"{adapted:.3f} bits per byte", f"adapted model as AR, held-out text; its parent: {parent:.3f}"))
     return found
 
 
@@ -213,9 +209,7 @@ def _training_section(log: Sequence[Entry], growth: Sequence[Sequence[int]] | No
 def _decoding_section(decoding: Sequence[Entry]) -> str:
     if not decoding:
         return ""
-    svg = inline_svg(
-        plot_tradeoff(decoding), "tradeoff", "Accuracy against tokens per forward and per second"
-    )
+    svg = inline_svg(plot_tradeoff(decoding), "tradeoff", "Accuracy against tokens per forward and per second")
     parts = [
         f'<h2>Accuracy and speed</h2>\n<figure><div class="scroll">{svg}</div>\n'
         "<figcaption>Up and to the right is better. Dashed: the parent’s accuracy. Labels on the "
@@ -249,9 +243,7 @@ def _bits_per_byte_section(entries: Sequence[Entry]) -> str:
         )
         for e in entries
     ]
-    note = (
-        "Held-out text; lower is better. AR is exact; diffusion is an upper bound on what the model reaches."
-    )
+    note = "Held-out text; lower is better. AR is exact; diffusion is an upper bound on what the model reaches."
     columns = ("Model", "Measure", "Block", "Bits per byte", "Bytes")
     return "<h2>Bits per byte</h2>\n" + _html_table(columns, rows, 2, note)
 
@@ -271,9 +263,7 @@ def _sample(sample: Entry) -> str:
     """One sample: prompt, answer, and a strip of cells for each block."""
     confidence = sample.get("confidence") or []
     blocks = split_blocks(sample.get("steps") or []) if sample["mode"] != "ar" else []  # AR: nothing to see
-    strips = "".join(
-        _strip(steps, confidence[first : first + len(steps)], start) for first, start, steps in blocks
-    )
+    strips = "".join(_strip(steps, confidence[first : first + len(steps)], start) for first, start, steps in blocks)
     count = sum(len(steps) for _, _, steps in blocks)
     kind = f"{_words(sample['task']).capitalize()}, {MODES.get(sample['mode'], sample['mode'])}"
     kind += f": {count} steps, {len(blocks)} block{'s' * (len(blocks) != 1)}" if count else ""
@@ -311,9 +301,7 @@ def split_blocks(steps: Sequence[Sequence[str | None]]) -> list[tuple[int, int, 
     return blocks
 
 
-def _strip(
-    steps: Sequence[Sequence[str | None]], confidence: Sequence[Sequence[float | None]], start: int
-) -> str:
+def _strip(steps: Sequence[Sequence[str | None]], confidence: Sequence[Sequence[float | None]], start: int) -> str:
     """A block's steps as rows of cells, coloured by the step in which each place was decided."""
     width = max(len(row) for row in steps)
     decided = [
@@ -347,9 +335,7 @@ def _again_section(results: Mapping[str, Any]) -> str:
     facts |= {_words(key): value for key, value in (results.get("settings") or {}).items()}
     facts |= {_words(key): value for key, value in (results.get("environment") or {}).items()}
     if facts:
-        listed = "".join(
-            f"<dt>{escape(key)}</dt><dd>{escape(str(value))}</dd>" for key, value in facts.items()
-        )
+        listed = "".join(f"<dt>{escape(key)}</dt><dd>{escape(str(value))}</dd>" for key, value in facts.items())
         parts.append(f"<dl>{listed}</dl>")
     return "<h2>How to make it again</h2>\n" + "\n".join(parts) if parts else ""
 

@@ -66,9 +66,7 @@ def _solve_factor(rng: random.Random) -> Example:
     undo = f"{inner} - {b}" if b > 0 else f"{inner} + {-b}"
     steps = [f"x{_signed(b)} = {a * inner} / {a}", f"x{_signed(b)} = {inner}", f"x = {undo}", f"x = {x}"]
     # The same equation multiplied out has the same key.
-    return _made(
-        f"Solve: {a}(x{_signed(b)}) = {a * inner}", steps, str(x), f"solve {a} {a * b} 0 {a * inner}"
-    )
+    return _made(f"Solve: {a}(x{_signed(b)}) = {a * inner}", steps, str(x), f"solve {a} {a * b} 0 {a * inner}")
 
 
 def _solve_both_sides(rng: random.Random) -> Example:

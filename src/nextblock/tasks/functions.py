@@ -56,11 +56,7 @@ def _arguments(rng: random.Random, draft: Draft) -> Sequence[list[int] | int | s
         return [*dict.fromkeys([0, *close, *(rng.randint(1, 80) for _ in range(_CASES))])]
     if draft.constants:
         return ["", *("x" * (k + shift) for k in draft.constants for shift in (-1, 0, 1)), _text(rng, "", 6)]
-    edges = (
-        [draft.near[0] + "x", "x" + draft.near[-1]]
-        if draft.near
-        else [" ".join((*_WORDS, "evening", "mountain"))]
-    )
+    edges = [draft.near[0] + "x", "x" + draft.near[-1]] if draft.near else [" ".join((*_WORDS, "evening", "mountain"))]
     return ["", *edges] + [_text(rng, draft.near, rng.randint(2, 7)) for _ in range(_CASES - 2)]
 
 
@@ -78,9 +74,7 @@ def _propose(rng: random.Random) -> Example:
     completion = "\n".join(f"    {line.format(v=parameter)}" for line in draft.body)
     arguments = _arguments(rng, draft)
     outputs = _outputs(prompt + completion, name, arguments)
-    assertions = [
-        f"assert {name}({given!r}) == {out!r}" for given, out in zip(arguments, outputs, strict=True)
-    ]
+    assertions = [f"assert {name}({given!r}) == {out!r}" for given, out in zip(arguments, outputs, strict=True)]
     return Example(prompt, completion, "\n".join(assertions), draft.key)
 
 

@@ -211,9 +211,7 @@ def main() -> None:
     namespace: dict[str, Any] = {"__name__": "__main__"}
     exec(compile(source, "<answer>", "exec", dont_inherit=True), namespace)
     # An f-string takes the repr without looking anything up that the program could have replaced.
-    values = [
-        f"{eval(compile(text, '<call>', 'eval', dont_inherit=True), namespace)!r}" for text in expressions
-    ]
+    values = [f"{eval(compile(text, '<call>', 'eval', dont_inherit=True), namespace)!r}" for text in expressions]
     reply = memoryview(encode("\0".join([nonce, *values]), "utf-8", "backslashreplace"))
     while reply:
         reply = reply[write(pipe, reply) :]

@@ -128,9 +128,7 @@ def _str_slice(rng: random.Random) -> Draft:
         )
     )
     doc = doc.format(a=a, b=b).replace("2th", "2nd").replace("3th", "3rd")
-    return Draft(
-        "str", f"Return {doc}.", (f"return {code.format(a=a, b=b)}",), f"str {code.format(a=a, b=b)}"
-    )
+    return Draft("str", f"Return {doc}.", (f"return {code.format(a=a, b=b)}",), f"str {code.format(a=a, b=b)}")
 
 
 def _str_cut(rng: random.Random) -> Draft:

@@ -62,8 +62,7 @@ def _three_changes(rng: random.Random) -> Story:
     second, step_2 = _change(rng, _value(step_1), friend)
     third, step_3 = _change(rng, _value(step_2), friend)
     text = (
-        f"{name} has {start} {thing}. {pronoun} {first}, {second} and {third}. "
-        f"How many {thing} does {name} have now?"
+        f"{name} has {start} {thing}. {pronoun} {first}, {second} and {third}. How many {thing} does {name} have now?"
     )
     return text, [step_1, step_2, step_3]
 
@@ -89,9 +88,7 @@ def _compare(rng: random.Random) -> Story:
     else:
         fewer = rng.randint(2, min(20, have - 2))
         relation, step = f"{fewer} fewer {thing} than", (have, "-", fewer)
-    text = (
-        f"{name} has {have} {thing}. {friend} has {relation} {name}. How many {thing} do they have together?"
-    )
+    text = f"{name} has {have} {thing}. {friend} has {relation} {name}. How many {thing} do they have together?"
     return text, [step, (have, "+", _value(step))]
 
 
@@ -99,9 +96,7 @@ def _times(rng: random.Random) -> Story:
     name, _, friend = _people(rng)
     thing, have, factor = rng.choice(_THINGS), rng.randint(2, 9), rng.randint(2, 9)
     together = rng.random() < 0.5
-    question = (
-        f"How many {thing} do they have together?" if together else f"How many more does {friend} have?"
-    )
+    question = f"How many {thing} do they have together?" if together else f"How many more does {friend} have?"
     text = f"{name} has {have} {thing}. {friend} has {factor} times as many as {name}. {question}"
     product: Step = (have, "*", factor)
     last: Step = (have, "+", have * factor) if together else (have * factor, "-", have)
@@ -187,8 +182,7 @@ _STORIES: tuple[Callable[[random.Random], Story], ...] = (
 def _propose(rng: random.Random) -> Example:
     text, steps = rng.choice(_STORIES)(rng)
     written = " ".join(
-        f"{left} {operation} {right} = {_value((left, operation, right))}."
-        for left, operation, right in steps
+        f"{left} {operation} {right} = {_value((left, operation, right))}." for left, operation, right in steps
     )
     answer = str(_value(steps[-1]))
     # Every wording of a problem names the same numbers and needs the same operations, in whatever order.

@@ -1,0 +1,252 @@
+"""The draft adapter's laws: the parent's own output, whatever the adapter has learned, and nothing leaks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import nextblock as nb
+from families import FAMILIES, tiny_model
+from nextblock.adapter import DraftAdapter, GatedLinear, fingerprint, load_adapter, save_adapter, target_names
+from nextblock.attention_mask import block_diffusion_rule
+from nextblock.checkpoint import export
+from nextblock.config import BlockDiffusionSettings, DraftAdapterConfig, UsageError, load_config
+from nextblock.corruption import corrupt
+from nextblock.data import RowStream
+from nextblock.model import Decoder, byte_tokenizer
+from nextblock.objective import DraftLoss
+from nextblock.train import train
+
+BLOCK = 4
+PROMPTS = ["Q: two", "a longer prompt, of other length", "x"]
+
+
+@pytest.fixture(params=FAMILIES)
+def parent(request, tmp_path):
+    """A parent's folder, saved from random weights."""
+    folder = tmp_path / "parent"
+    model = tiny_model(request.param, vocab_size=264)
+    model.config.eos_token_id = model.generation_config.eos_token_id = 256
+    export(folder, model, byte_tokenizer(), None)
+    return folder
+
+
+def wild_adapter(folder, out, rank=3):
+    """An adapter with large random weights, saved beside its parent."""
+    lm = nb.load(folder)
+    adapter = DraftAdapter(lm.model, DraftAdapterConfig(rank=rank))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    settings = BlockDiffusionSettings(block_size=BLOCK, mask_token_id=adapter.mask_token_id)
+    save_adapter(out, adapter, settings, str(folder), folder, torch.float32)
+    return out
+
+
+def rows_of(tokenizer, length=64):
+    config = load_config({"data": {"sources": [{"path": "task:word_problems"}], "row_length": length}}).data
+    return RowStream(config, tokenizer, seed=0).next(2)
+
+
+def test_greedy_output_is_that_of_generate_on_the_untouched_parent(parent, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    wild = wild_adapter(parent, tmp_path / "adapter")
+    lm, untouched = nb.load(parent, draft_adapter=wild), AutoModelForCausalLM.from_pretrained(parent)
+    for prompt in PROMPTS:
+        tokens = lm.tokenizer(prompt, return_tensors="pt").input_ids
+        expected = untouched.generate(tokens, max_new_tokens=20, do_sample=False, pad_token_id=256)
+        for options in ({}, {"draft_ahead": 2}, {"draft_length": 2}):
+            out = lm.generate(tokens, mode="speculative", max_new_tokens=20, **options)
+            assert torch.equal(out.sequences, expected)
+
+
+def test_rows_of_a_batch_get_what_they_get_alone(parent, tmp_path):
+    lm = nb.load(parent, draft_adapter=wild_adapter(parent, tmp_path / "adapter"))
+    for options in ({"mode": "speculative"}, {"mode": "speculative", "draft_ahead": 2}, {"mode": "diffusion"}):
+        together = lm.generate(PROMPTS, max_new_tokens=12, **options).answers
+        assert together == [lm.generate(p, max_new_tokens=12, **options).answers[0] for p in PROMPTS]
+
+
+def test_the_adapter_acts_in_denoising(tmp_path):
+    folder = tmp_path / "parent"
+    export(folder, tiny_model("llama", vocab_size=264), byte_tokenizer(), None)
+    out = [
+        nb.load(folder, draft_adapter=wild_adapter(folder, tmp_path / str(rank), rank)).generate(
+            PROMPTS, mode="diffusion", max_new_tokens=24
+        )
+        for rank in (2, 5)
+    ]
+    assert out[0].answers != out[1].answers
+
+
+def test_removing_the_adapter_leaves_the_parents_weights_bit_for_bit(parent, tmp_path):
+    lm = nb.load(parent, draft_adapter=wild_adapter(parent, tmp_path / "adapter"))
+    lm.generate(PROMPTS[0], mode="speculative", max_new_tokens=8)
+    assert lm.adapter is not None
+    lm.adapter.detach(lm.model)
+    before, after = nb.load(parent).model.state_dict(), lm.model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_merged_copy_computes_what_base_and_update_compute(parent):
+    lm = nb.load(parent)
+    adapter = DraftAdapter(lm.model, DraftAdapterConfig(rank=3)).eval()
+    with torch.no_grad():
+        for parameter in adapter.lora_B:
+            parameter.normal_(std=0.2)
+    decoder = Decoder(lm.model, adapter)
+    tokens, position = torch.arange(6)[None] + 40, torch.arange(6)[None]
+    with torch.no_grad():
+        apart = decoder.hidden(tokens, position, None, noised=True)
+        adapter.merge_copies()
+        merged = decoder.hidden(tokens, position, None, noised=True)
+    torch.testing.assert_close(apart, merged, atol=1e-4, rtol=1e-4)
+
+
+def test_the_two_passes_give_the_loss_of_one_gated_pass(parent):
+    """Clean half first without gradient, then the noised half on its keys and values: nothing changes."""
+    lm = nb.load(parent, dtype=torch.float64)
+    adapter = DraftAdapter(lm.model, DraftAdapterConfig(rank=3)).double()
+    with torch.no_grad():
+        for parameter in adapter.lora_B:
+            parameter.normal_(std=0.2)
+    recipe = load_config({"data": {"sources": [{"path": "x"}]}}, {"recipe.views": 2}).recipe
+    view = corrupt(
+        rows_of(lm.tokenizer),
+        BLOCK,
+        mask_token_id=adapter.mask_token_id,
+        end_token_id=256,
+        recipe=recipe,
+        seed=0,
+        step=0,
+    )
+    decoder, rule = Decoder(lm.model, adapter), block_diffusion_rule()
+    two = DraftLoss(decoder)(view, rule)
+    mask = decoder.masks(rule, view.places)
+    hidden = decoder.hidden(view.tokens, view.places.position, mask, noised=view.places.view > 0)
+    n = view.noised_length
+    scored = view.target[:, :n] >= 0
+    one = torch.nn.functional.cross_entropy(
+        decoder.logits(hidden[:, :n][scored]), view.target[:, :n][scored], reduction="sum"
+    )
+    torch.testing.assert_close(two.diffusion, one, atol=1e-4, rtol=1e-5)
+    two.diffusion.backward()
+    assert all(p.grad is None for p in lm.model.parameters() if not p.requires_grad)
+    assert adapter.mask_vector.grad is not None
+    assert adapter.mask_vector.grad.abs().sum() > 0
+    assert all(p.grad is not None for p in adapter.parameters())
+
+
+def test_an_untrained_adapter_is_the_parent_with_a_mean_mask_embedding(llama):
+    adapter = DraftAdapter(llama, DraftAdapterConfig(rank=2))
+    tokens, position = torch.tensor([[5, 6, 7]]), torch.arange(3)[None]
+    decoder = Decoder(llama, adapter)
+    with torch.no_grad():
+        assert torch.equal(decoder.hidden(tokens, position, None), decoder.hidden(tokens, position, None, noised=True))
+
+
+def test_training_saves_resumes_and_leaves_the_parent_alone(tmp_path):
+    folder = tmp_path / "parent"
+    export(folder, tiny_model("qwen3", vocab_size=264), byte_tokenizer(), None)
+    before = {f.name: f.read_bytes() for f in folder.iterdir() if f.is_file()}
+    values = {
+        "model": {"path": str(folder)},
+        "draft_adapter": {"rank": 2},
+        "data": {"sources": [{"path": "task:algebra"}], "row_length": 128},
+        "growth": {"b_0": 4, "b_max": 4},
+        "optimizer": {"lr": 0.02},
+        "training": {"steps": 12, "batch_rows": 2, "checkpoint_every": 6},
+    }
+    losses: list[float] = []
+    run = train(load_config({**values, "output": str(tmp_path / "a")}), on_step=lambda m: losses.append(m.loss))
+    assert losses[-1] < losses[0]
+    assert before == {f.name: f.read_bytes() for f in folder.iterdir() if f.is_file()}
+    (tmp_path / "a" / "adapter_model.safetensors").unlink()
+    again = train(load_config({**values, "output": str(tmp_path / "a")}), resume=True)
+    assert all(torch.equal(a, b) for a, b in zip(run.trained.parameters(), again.trained.parameters(), strict=True))
+    lm = nb.load(folder, draft_adapter=tmp_path / "a")
+    assert lm.settings is not None
+    assert lm.settings.block_size == 4
+    assert lm.settings.mask_token_id == lm.decoder.vocabulary
+
+
+def test_peft_reads_the_folder(tmp_path):
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path / "parent"
+    export(folder, tiny_model("llama", vocab_size=264), byte_tokenizer(), None)
+    wild = wild_adapter(folder, tmp_path / "adapter")
+    theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), wild).eval()
+    ours = nb.load(folder, draft_adapter=wild)
+    tokens = torch.tensor([[70, 71, 72, 73]])
+    with torch.no_grad():
+        expected = theirs(tokens).logits
+        hidden = ours.decoder.hidden(tokens, torch.arange(4)[None], None, noised=True)
+        torch.testing.assert_close(ours.decoder.logits(hidden), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_mask_vector_is_no_row_of_the_head(llama):
+    """Tied weights: what embeds the mask token must not become a token that can be predicted."""
+    adapter = DraftAdapter(llama, DraftAdapterConfig(rank=2))
+    decoder = Decoder(llama, adapter)
+    with torch.no_grad():
+        hidden = decoder.hidden(torch.tensor([[adapter.mask_token_id]]), torch.zeros(1, 1).long(), None, noised=True)
+        assert decoder.logits(hidden).shape[-1] == adapter.mask_token_id
+
+
+def test_bad_adapters_are_refused_in_one_line(tmp_path, llama):
+    one, other = tmp_path / "one", tmp_path / "other"
+    export(one, tiny_model("llama", vocab_size=264), byte_tokenizer(), None)
+    export(other, tiny_model("llama", vocab_size=264, seed=5), byte_tokenizer(), None)
+    wild = wild_adapter(one, tmp_path / "adapter")
+    assert fingerprint(one) != fingerprint(other)
+    with pytest.raises(UsageError, match=r"belongs to .*one.*, not to this model"):
+        nb.load(other, draft_adapter=wild)
+    with pytest.raises(UsageError, match="is not a folder"):
+        nb.load(one, draft_adapter=tmp_path / "nowhere")
+    with pytest.raises(UsageError, match="holds no draft adapter"):
+        load_adapter(one, nb.load(one).model, one)
+    lm = nb.load(one, draft_adapter=wild)
+    with pytest.raises(UsageError, match="larger than the 4"):
+        lm.generate("a", mode="speculative", block_size=8)
+    with pytest.warns(UserWarning, match="no effect"):
+        lm.generate("a", mode="ar", max_new_tokens=2)
+    assert lm.adapter is not None
+    with pytest.raises(UsageError, match="cannot be merged"):
+        lm.adapter.merge()
+    with pytest.raises(UsageError, match="match nothing; linear layers are down_proj"):
+        target_names(llama, ("nothing",))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("growth.b_0", 1, "nothing to learn"),
+        ("recipe.context", "block_causal", "changes the clean half"),
+        ("model.scratch", {"model_type": "llama"}, "no weights"),
+    ],
+)
+def test_settings_without_sense_for_an_adapter_are_refused(key, value, words):
+    base = {"data": {"sources": [{"path": "x"}]}, "draft_adapter": {}, "growth": {"b_0": 32}}
+    with pytest.raises(UsageError, match=words):
+        load_config(base, {key: value})
+
+
+def test_the_gate_decides_position_by_position(llama):
+    plain = Decoder(llama)
+    tokens, position = torch.tensor([[5, 6, 7, 8]]), torch.arange(4)[None]
+    with torch.no_grad():
+        expected = plain.hidden(tokens, position, None)
+    adapter = DraftAdapter(llama, DraftAdapterConfig(rank=2))
+    with torch.no_grad():
+        for parameter in adapter.lora_B:
+            parameter.normal_()
+        gate = torch.tensor([[False, False, True, True]])
+        found = Decoder(llama, adapter).hidden(tokens, position, None, noised=gate)
+    torch.testing.assert_close(found[:, :2], expected[:, :2])  # causal: later positions do not reach them
+    assert not torch.allclose(found[:, 2:], expected[:, 2:])
+    assert any(isinstance(module, GatedLinear) for module in llama.modules())

@@ -1,0 +1,321 @@
+"""The decoding benchmark: equal terms for all contestants, honest counts, ratios within a round, bad input."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from families import tiny_model
+from nextblock.bench.command import run_bench, write_results
+from nextblock.bench.contest import (
+    Call,
+    Contestant,
+    Round,
+    alternate,
+    left_padded,
+    make_batches,
+    our_mode,
+    transformers_generate,
+)
+from nextblock.bench.decoding import bench_decode, count_calls, speedups
+from nextblock.bench.figures import plot_bench
+from nextblock.bench.forwards import SHAPES, random_model, random_prompts, time_forwards
+from nextblock.bench.prompts import file_prompts, make_variants, parse_variant, task_prompts, variant_name
+from nextblock.cli import app
+from nextblock.config import BlockDiffusionSettings, UsageError
+from nextblock.generate import BlockDiffusionLM
+from nextblock.model import byte_tokenizer
+from nextblock.tasks import get_task
+
+VOCABULARY, MASK, END = 264, 263, 256
+PROMPTS = [[72, 101, 108], [80, 33, 90, 91, 92, 40], [5], [17, 200, 3, 44]]
+
+
+@pytest.fixture
+def lm():
+    """A random model over bytes that, like a trained one, never emits its mask token."""
+    model = tiny_model("llama", vocab_size=VOCABULARY, eos_token_id=END, std=0.15)
+    with torch.no_grad():
+        model.lm_head.weight[MASK] = 0
+    return BlockDiffusionLM(model, byte_tokenizer(), BlockDiffusionSettings(block_size=4, mask_token_id=MASK))
+
+
+def passes(lm, contestant, prompts):
+    """The call, and how often the model really ran."""
+    count = 0
+
+    def seen(*_):
+        nonlocal count
+        count += 1
+
+    handle = lm.model.base_model.register_forward_hook(seen)
+    call = contestant.run(prompts)
+    handle.remove()
+    return call, count
+
+
+# ---------------------------------------------------------------------------------------- contestants
+
+
+@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("mode", ["ar", "speculative"])
+def test_lossless_modes_give_the_tokens_of_transformers_generate(lm, mode, size):
+    reference, own = transformers_generate(lm, 6, [END]), our_mode(lm, {"mode": mode}, 6, [END])
+    for batch in make_batches(PROMPTS, size):
+        assert own.run(batch).answers == reference.run(batch).answers
+
+
+def test_a_static_cache_gives_the_same_tokens_and_serves_batch_after_batch(lm):
+    dynamic, static = transformers_generate(lm, 6, [END]), transformers_generate(lm, 6, [END], static_length=12)
+    for batch in make_batches(PROMPTS, 2):
+        assert static.run(batch).answers == dynamic.run(batch).answers
+
+
+@pytest.mark.parametrize("options", [None, {"mode": "ar"}, {"mode": "diffusion"}, {"mode": "speculative"}])
+def test_every_forward_is_counted(lm, options):
+    contestant = transformers_generate(lm, 9, []) if options is None else our_mode(lm, options, 9, [])
+    for batch in ([PROMPTS[1]], PROMPTS):
+        call, count = passes(lm, contestant, batch)
+        assert call.forwards == count
+        assert count <= call.row_forwards <= count * len(batch)  # rows may finish before the last one
+        assert 0 < call.first_token_seconds < call.seconds
+
+
+def test_answers_end_with_their_first_end_token_for_all_contestants(lm):
+    free = transformers_generate(lm, 8, []).run([PROMPTS[0]]).answers[0]
+    ends = [free[3]]
+    expected = free[: free.index(free[3]) + 1]
+    both = [PROMPTS[0], PROMPTS[1]]
+    assert transformers_generate(lm, 8, ends).run(both).answers[0] == expected
+    assert our_mode(lm, {"mode": "ar"}, 8, ends).run(both).answers[0] == expected
+
+
+def test_the_checkpoints_own_generation_config_changes_nothing_and_is_put_back(lm):
+    plain = transformers_generate(lm, 8, [END]).run(PROMPTS).answers
+    lm.model.generation_config.repetition_penalty = 5.0
+    lm.model.generation_config.do_sample = True
+    own = lm.model.generation_config
+    assert transformers_generate(lm, 8, [END]).run(PROMPTS).answers == plain
+    assert lm.model.generation_config is own
+
+
+def test_left_padding_keeps_prompts_at_the_right():
+    tokens, mask = left_padded([[7, 8, 9], [5]], torch.device("cpu"))
+    assert tokens.tolist() == [[7, 8, 9], [0, 0, 5]]
+    assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+
+
+# --------------------------------------------------------------------------------------------- rounds
+
+
+def test_contestants_take_turns_at_every_batch():
+    order = []
+
+    def contestant(name):
+        def run(prompts):
+            order.append((name, prompts[0][0]))
+            return Call([[1]], 1.0, 0.5, 1, 1)
+
+        return Contestant(name, {}, run)
+
+    alternate([contestant("a"), contestant("b")], [[[[1]], [[2]]], [[[3]]]])
+    assert order == [(name, batch) for batch in (1, 2, 3) for name in "ab"]
+
+
+def test_a_speedup_is_a_ratio_within_one_round():
+    """The machine is ten times slower in the second round; the ratio does not see it."""
+    fast = [Round([[1] * 8], seconds) for seconds in (1.0, 10.0)]
+    slow = [Round([[1] * 4], seconds) for seconds in (1.0, 10.0)]
+    assert speedups(fast, slow) == [2.0, 2.0]
+
+
+def test_only_whole_batches_are_used():
+    assert make_batches([[1], [2], [3]], 2) == [[[1], [2]]]
+    with pytest.raises(UsageError, match="batch=4 is more than the 3 prompts"):
+        make_batches([[1], [2], [3]], 4)
+
+
+def test_bench_decode_reports_transformers_first_and_every_variant_after_it(lm):
+    calls = []
+    variants = make_variants(lm.settings)
+    speeds = bench_decode(
+        lm, PROMPTS, variants, batch=2, ends=[END], rounds=2, max_new_tokens=6, on_call=lambda: calls.append(1)
+    )
+    assert [speed.name for speed in speeds] == ["transformers", "ar", "diffusion", "speculative"]
+    assert len(calls) == count_calls("cpu", len(PROMPTS), len(variants), 2, 2)
+    first, ar, _, speculative = speeds
+    assert (first.speedup, first.equal_to_ar, ar.equal_to_ar, speculative.equal_to_ar) == (1, 1, 1, 1)
+    for speed in speeds:
+        assert speed.speedup_low <= speed.speedup <= speed.speedup_high
+        assert speed.forward_ms > 0
+        assert speed.peak_memory_gib is None or speed.peak_memory_gib > 0.01
+
+
+def test_prompts_that_one_contestant_would_cut_short_are_refused(lm):
+    with pytest.raises(UsageError, match=r"max_new_tokens=510 does not fit .* context of 512; use at most 506"):
+        bench_decode(lm, PROMPTS, [{"mode": "ar"}], batch=1, ends=[], max_new_tokens=510)
+
+
+# -------------------------------------------------------------------------------------------- forwards
+
+
+def test_forward_times_name_their_positions_and_one_position_is_the_unit(lm):
+    times = time_forwards(lm, cache_length=16, positions=(4, 8), batch=2, rounds=2)
+    assert [time.positions for time in times] == [1, 4, 8]
+    assert times[0].ratio == 1
+    assert all(time.milliseconds > 0 for time in times)
+    with pytest.raises(UsageError, match=r"use a cache_length of at most 504"):
+        time_forwards(lm, cache_length=510, positions=(8,))
+
+
+@pytest.mark.parametrize(
+    ("shape", "billions", "without_embedding"),
+    [("qwen3-0.6b", 0.6, 0.44), ("qwen3-4b", 4.0, 3.6), ("nbdiff-7b", 8.0, 6.7)],
+)
+def test_shapes_have_the_parameters_that_their_models_state(shape, billions, without_embedding):
+    """As the model cards have them: 0.6 B and 0.44 B, 4.0 B and 3.6 B; openPangu-Embedded: 7 B without embeddings."""
+    lm = random_model(shape, device="meta")
+    count = sum(parameter.numel() for parameter in lm.model.parameters())
+    embedding = SHAPES[shape]["vocab_size"] * SHAPES[shape]["hidden_size"]
+    layers = count - embedding * (1 if SHAPES[shape]["tie_word_embeddings"] else 2)
+    assert round(count / 1e9, 1) == billions
+    assert layers / 1e9 == pytest.approx(without_embedding, rel=0.02)
+
+
+# ---------------------------------------------------------------------------- prompts and variants
+
+
+def test_task_prompts_carry_their_problems():
+    prompts = task_prompts("algebra", "train", 3)
+    task = get_task("algebra")
+    assert prompts.items == [task.example("train", index).prompt for index in range(3)]
+    assert all(task.grade(case.completion, case) for case in prompts.cases)
+
+
+def test_files_hold_a_prompt_a_line_or_json_with_texts_and_chats(lm, tmp_path):
+    (tmp_path / "p.txt").write_text("one\\ntwo\n\nthree\nfour\n")
+    assert file_prompts(tmp_path / "p.txt", 2).items == ["one\ntwo", "three"]
+    chat = [{"role": "user", "content": "hi"}]
+    lines = [json.dumps({"prompt": "a\nb"}), json.dumps({"messages": chat})]
+    (tmp_path / "p.jsonl").write_text("\n".join(lines))
+    prompts = file_prompts(tmp_path / "p.jsonl", 9)
+    assert prompts.items == ["a\nb", chat]
+    assert [lm.tokenizer.decode(ids) for ids in prompts.encode(lm)] == ["a\nb", "hi"]
+
+
+def test_variants_are_every_mode_with_every_threshold_and_block_size(lm):
+    variants = make_variants(lm.settings, thresholds=[0.9, None], block_sizes=[2, 4], extra=[{"mode": "ar"}])
+    assert [variant_name(options) for options in variants] == [
+        "ar",
+        "diffusion, block_size=2, threshold=0.9",
+        "diffusion, block_size=2, threshold=none",
+        "diffusion, block_size=4, threshold=0.9",
+        "diffusion, block_size=4, threshold=none",
+        "speculative, block_size=2",
+        "speculative, block_size=4",
+    ]
+    assert make_variants(None) == [{"mode": "ar"}]
+
+
+def test_a_variant_is_a_mode_and_any_decoding_option():
+    assert parse_variant("speculative,draft_length=8") == {"mode": "speculative", "draft_length": 8}
+    assert parse_variant("diffusion, threshold=none, sampler=margin") == {
+        "mode": "diffusion",
+        "threshold": None,
+        "sampler": "margin",
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("difusion", "did you mean 'diffusion'"),
+        ("diffusion,treshold=1", "unknown option 'treshold'; did you mean 'threshold'"),
+        ("ar,temperature=1", "sets temperature, which all contestants share"),
+        ("diffusion,threshold", "write threshold=value"),
+    ],
+)
+def test_a_wrong_variant_is_refused_in_one_line(text, message):
+    with pytest.raises(UsageError, match=message):
+        parse_variant(text)
+
+
+def test_a_variant_that_generate_refuses_is_refused_before_timing(lm):
+    with pytest.raises(UsageError, match="sub_blocks=3 does not divide"):
+        make_variants(lm.settings, extra=[{"mode": "diffusion", "sub_blocks": 3}])
+    with pytest.raises(UsageError, match="works in ar mode only"):
+        make_variants(None, modes=["diffusion"])
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("empty.txt", "\n\n", "holds no prompts"),
+        ("bad.jsonl", '{"prompt": "a"}\n{', "line 2 is not JSON"),
+        ("bad.jsonl", '{"text": "a"}', "line 1 needs either `prompt` or `messages`"),
+    ],
+)
+def test_a_wrong_prompt_file_is_refused_in_one_line(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UsageError, match=message):
+        file_prompts(tmp_path / name, 4)
+
+
+# --------------------------------------------------------------------------------------------- outputs
+
+
+def test_results_are_json_with_a_plot_beside_it(lm, tmp_path):
+    results = run_bench(
+        lm,
+        model="m",
+        prompts=task_prompts("word_problems", "test", 2),
+        variants=[{"mode": "diffusion", "threshold": None}],
+        batches=[1, 2],
+        rounds=1,
+        max_new_tokens=4,
+        forwards=False,
+        cache_length=8,
+    )
+    output, plot = write_results(results, plot_bench(results), tmp_path / "new" / "b.json")
+    stored = json.loads(output.read_text())
+    assert [(e["batch"], e["name"]) for e in stored["decode"]] == [
+        (size, name) for size in (1, 2) for name in ("transformers", "diffusion, threshold=none")
+    ]
+    assert stored["environment"]["device"].startswith("cpu")
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_random_weights_are_timed_without_tokenizer_or_end_tokens():
+    lm = BlockDiffusionLM(tiny_model("llama"), None, BlockDiffusionSettings(block_size=4, mask_token_id=96))
+    results = run_bench(
+        lm,
+        model="random",
+        prompts=None,
+        variants=[{"mode": "ar"}],
+        batches=[2],
+        rounds=1,
+        max_new_tokens=4,
+        forwards=True,
+        cache_length=8,
+    )
+    assert [entry["new_tokens"] for entry in results["decode"]] == [8, 8]
+    assert results["forwards"][-1]["positions"] == 160
+    assert random_prompts(97, 5, 2) == random_prompts(97, 5, 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give either a MODEL or --shape"),
+        (["m", "--shape", "qwen3-4b"], "give either a MODEL or --shape"),
+        (["m", "--output", "results"], "is not the name of a .json file"),
+        (["--shape", "qwen3-4"], "did you mean 'qwen3-4b'"),
+    ],
+)
+def test_the_command_refuses_bad_input_before_it_loads(arguments, message):
+    result = CliRunner().invoke(app, ["bench", "decode", *arguments])
+    assert isinstance(result.exception, UsageError)
+    assert message in str(result.exception)
