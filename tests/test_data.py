@@ -164,9 +164,7 @@ LENGTHS = st.lists(st.integers(1, 90), min_size=1, max_size=40)
 def test_packing_keeps_every_token_in_order(lengths: list[int], row_length: int) -> None:
     documents = numbered(lengths)
     pieces = sorted((p for row in pack(documents, row_length) for p in row), key=lambda p: int(p.tokens[0]))
-    assert np.concatenate([p.tokens for p in pieces]).tolist() == [
-        t for d in documents for t in d.tokens.tolist()
-    ]
+    assert np.concatenate([p.tokens for p in pieces]).tolist() == [t for d in documents for t in d.tokens.tolist()]
 
 
 @given(LENGTHS, st.integers(2, 40))
@@ -174,9 +172,7 @@ def test_row_fields_obey_their_laws(lengths: list[int], row_length: int) -> None
     rows = collate(pack(numbered(lengths), row_length), row_length, pad=-7, epoch=3, number=5)
     assert rows.number.tolist() == list(range(5, 5 + len(rows)))
     assert set(rows.epoch.tolist()) == {3}
-    for tokens, document, position, offset in zip(
-        rows.tokens, rows.document, rows.position, rows.offset, strict=True
-    ):
+    for tokens, document, position, offset in zip(rows.tokens, rows.document, rows.position, rows.offset, strict=True):
         padding = document == -1
         assert set(tokens[padding].tolist()) <= {-7}
         assert set(offset[padding].tolist()) <= {-1}
@@ -278,9 +274,7 @@ def test_sources_are_drawn_by_weight(tmp_path: Path) -> None:
 def test_held_out_and_training_documents_share_out_the_data(tmp_path: Path) -> None:
     rows = texts(300, longest=60)
     source = jsonl(tmp_path / "a.jsonl", rows)
-    train, held = (
-        set(documents_of(stream(source, share=0.2, held_out=side).next(256))) for side in (False, True)
-    )
+    train, held = (set(documents_of(stream(source, share=0.2, held_out=side).next(256))) for side in (False, True))
     assert not train & held
     assert train | held == {row["text"] + "<|end|>" for row in rows}
     assert 0.1 < len(held) / len(rows) < 0.3

@@ -207,9 +207,7 @@ def test_report_asks_for_nothing_outside_itself(results: dict[str, Any], folder:
     assert all(inside.startswith("#") for inside in re.findall(r"url\(([^)]*)", page))
 
 
-def test_page_is_well_nested_and_every_reference_has_its_one_target(
-    results: dict[str, Any], folder: Path
-) -> None:
+def test_page_is_well_nested_and_every_reference_has_its_one_target(results: dict[str, Any], folder: Path) -> None:
     page = write_report(results, folder).read_text(encoding="utf-8")
     found = Elements(page)
     assert found.open == []
@@ -340,10 +338,7 @@ def test_growth_is_read_from_the_log_when_it_is_not_given() -> None:
 
 
 def test_labels_of_the_tradeoff_cover_no_label_and_no_point(results: dict[str, Any]) -> None:
-    crowd = [
-        entry("diffusion", 0.9 + i % 3 / 100, 2 + i / 20, 700 + 9 * i, threshold=0.5 + i / 25)
-        for i in range(12)
-    ]
+    crowd = [entry("diffusion", 0.9 + i % 3 / 100, 2 + i / 20, 700 + 9 * i, threshold=0.5 + i / 25) for i in range(12)]
     figure = plot_tradeoff(results["decoding"] + crowd)
     renderer = FigureCanvasAgg(figure).get_renderer()
     for axes in figure.axes:
@@ -359,9 +354,7 @@ def test_labels_of_the_tradeoff_cover_no_label_and_no_point(results: dict[str, A
 
 
 def test_each_task_has_its_own_panels_and_table(results: dict[str, Any]) -> None:
-    results["decoding"] += [
-        {**e, "task": "algebra", "accuracy": e["accuracy"] / 2} for e in results["decoding"]
-    ]
+    results["decoding"] += [{**e, "task": "algebra", "accuracy": e["accuracy"] / 2} for e in results["decoding"]]
     assert len(plot_tradeoff(results["decoding"]).axes) == 4
     page = render(results)
     assert page.count('<table class="numbers">') == 3
@@ -386,9 +379,7 @@ def test_a_token_keeps_the_colour_of_the_step_that_decided_it(results: dict[str,
     steps = [["x", None, None], ["x", None, "z"], ["x", "y", "z"]]
     results["samples"] = [{"task": "t", "prompt": "p", "mode": "diffusion", "answer": "xyz", "steps": steps}]
     cells = [
-        a
-        for tag, a in Elements(render(results)).tags
-        if tag == "td" and ("style" in a or a.get("class") == "mask")
+        a for tag, a in Elements(render(results)).tags if tag == "td" and ("style" in a or a.get("class") == "mask")
     ]
     colours = [a.get("style") for a in cells]
     first, second, third = "--when:0.00", "--when:0.50", "--when:1.00"

@@ -112,6 +112,18 @@ class DraftAdapter(nn.Module):
             model.set_submodule(name, layer.base)
         self.layers = []
 
+    @contextmanager
+    def removed(self, model: PreTrainedModel) -> Iterator[None]:
+        """The bare parent inside the `with` block."""
+        layers = self.layers
+        self.detach(model)
+        try:
+            yield
+        finally:
+            self.layers = layers
+            for name, layer in zip(self.names, layers, strict=True):
+                model.set_submodule(name, layer)
+
     def merge(self) -> None:
         """Refused: merged weights would no longer be the parent's, and its output neither."""
         raise UsageError("a draft adapter cannot be merged: it would change the parent; load it beside the parent")
@@ -178,7 +190,7 @@ def fingerprint(folder: Path) -> str:
     tensors: dict[str, Path] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(str(file), framework="pt") as handle:
-            tensors |= {name: file for name in handle.keys()}  # noqa: SIM118 (it is no mapping)
+            tensors |= dict.fromkeys(handle.keys(), file)
     for name in sorted(tensors):
         with safe_open(str(tensors[name]), framework="pt") as handle:
             part = handle.get_slice(name)

@@ -65,7 +65,7 @@ def _explain_config(section: type[Section] = AdaptConfig, prefix: str = "") -> l
     """One line of help for each key of a run's configuration."""
     lines = []
     for name, field in section.model_fields.items():
-        inner = next((t for t in (field.annotation, *get_args(field.annotation)) if is_section(t)), None)
+        inner: Any = next((t for t in (field.annotation, *get_args(field.annotation)) if is_section(t)), None)
         if inner is not None:
             many = ".0" if field.annotation is not inner and name.endswith("s") else ""
             lines += _explain_config(inner, f"{prefix}{name}{many}.")
@@ -344,6 +344,12 @@ def bench_decode(
     max_new_tokens: MaxNewTokens = 128,
     forwards: Annotated[bool, typer.Option("--forwards", help="also time one pass of 1 to 160 positions")] = False,
     cache_length: Annotated[int, typer.Option(help="cached tokens in front of these passes")] = 256,
+    prompt_lookup: Annotated[
+        bool, typer.Option("--prompt-lookup", help="also time transformers' prompt-lookup decoding, at batch 1")
+    ] = False,
+    assistant: Annotated[
+        str | None, typer.Option(help="also time transformers' assisted decoding with this smaller model, at batch 1")
+    ] = None,
     shape: Annotated[
         str | None, typer.Option(help="random weights instead of MODEL: qwen3-0.6b, qwen3-4b or nbdiff-7b")
     ] = None,
@@ -367,6 +373,11 @@ def bench_decode(
     thresholds = [number(text, "threshold") for text in threshold or ()]
     given = None if shape else read_prompts(task, prompts, examples, "test")
     lm = random_model(shape, dtype=torch_dtype(dtype)) if shape else load_lm(str(model), dtype, draft_adapter)
+    assisted: list[tuple[str, dict[str, Any]]] = []
+    if prompt_lookup:
+        assisted.append(("prompt lookup", {"prompt_lookup_num_tokens": 10}))
+    if assistant is not None:
+        assisted.append((f"assistant {assistant}", {"assistant_model": load_lm(assistant, dtype).model}))
     variants = make_variants(
         lm.settings,
         modes=mode or (["ar"] if shape else ()),
@@ -384,6 +395,7 @@ def bench_decode(
         max_new_tokens=max_new_tokens,
         forwards=forwards or shape is not None,
         cache_length=cache_length,
+        assisted=assisted,
     )
     for kind, table in (("decode", speed_table), ("forwards", forward_table)):
         if results[kind]:

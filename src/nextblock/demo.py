@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,14 @@ from rich.progress import Progress
 from nextblock import schedules
 from nextblock.adapt import adapt
 from nextblock.config import AdaptConfig, load_config
-from nextblock.evaluate import TaskScore, score_task
+from nextblock.evaluate import score_task
 from nextblock.generate import BlockDiffusionLM, load
 from nextblock.live import TrainingBar, show_denoising
 from nextblock.presets import preset
 from nextblock.report import decoding_table, write_report
 from nextblock.tasks import get_task
 
+PARENT, ADAPTER = "tiny-ar", "tiny-draft"
 TASK = "word_problems"
 THRESHOLDS: tuple[float | None, ...] = (None, 0.99, 0.9, 0.7)
 SAMPLES = 3
@@ -103,10 +103,11 @@ def sample_denoisings(lm: BlockDiffusionLM, console: Console) -> list[dict[str, 
 def score_all(
     parent: BlockDiffusionLM, adapted: BlockDiffusionLM, examples: int, console: Console
 ) -> list[dict[str, Any]]:
-    """The parent in AR mode, and the adapted model in every mode, on the same held-out prompts."""
-    task = get_task(TASK)
+    """The parent in AR mode, alone and with the shipped draft adapter, and the adapted model in every mode."""
+    task, drafting = get_task(TASK), load(PARENT, draft_adapter=ADAPTER)
     wanted: list[tuple[str, BlockDiffusionLM, dict[str, Any]]] = [
         ("parent", parent, {"mode": "ar"}),
+        (f"parent + {ADAPTER}", drafting, {"mode": "speculative"}),
         ("adapted", adapted, {"mode": "ar"}),
         ("adapted", adapted, {"mode": "speculative"}),
         *(("adapted", adapted, {"mode": "diffusion", "threshold": t}) for t in THRESHOLDS),
@@ -117,21 +118,10 @@ def score_all(
         bar = progress.add_task("scoring", total=len(wanted) * examples)
         advance: Callable[[int], None] = lambda done: progress.advance(bar, done)  # noqa: E731
         for name, lm, options in wanted:
-            first = name == "parent"
+            in_ar = options["mode"] == "ar"
             score, answers = score_task(
-                lm,
-                task,
-                examples=examples,
-                reference=None if first else reference,
-                on_example=advance,
-                **options,
+                lm, task, examples=examples, reference=None if in_ar else reference, on_example=advance, **options
             )
-            if name == "adapted" and options["mode"] == "ar":
-                reference, score = answers, replace(score, equal_to_ar=None)
-            rows.append(row(name, score))
+            reference = answers if in_ar else reference
+            rows.append({"model": name, **score.as_dict()})
     return rows
-
-
-def row(model: str, score: TaskScore) -> dict[str, Any]:
-    """A line of the report's decoding table."""
-    return {"model": model, **score.as_dict()}

@@ -161,7 +161,7 @@ def resolve(path: str | Path) -> str:
     """
     name = str(path)
     if name in SHIPPED:
-        return str(resources.files("nextblock") / "assets" / name)
+        name = str(resources.files("nextblock") / "assets" / name)
     folder = Path(name).expanduser()
     if folder.is_file():
         raise UsageError(f"model {name} is a file; give the folder that holds config.json")

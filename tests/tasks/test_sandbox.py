@@ -66,9 +66,7 @@ def test_endless_code_is_stopped_in_time(source: str) -> None:
     assert time.monotonic() - start < 2.0
 
 
-@pytest.mark.parametrize(
-    "source", ["x = bytearray(1 << 30)", "x = [0]\nwhile True: x += x", "x = 'a' * (1 << 31)"]
-)
+@pytest.mark.parametrize("source", ["x = bytearray(1 << 30)", "x = [0]\nwhile True: x += x", "x = 'a' * (1 << 31)"])
 def test_memory_is_limited(source: str) -> None:
     assert not run_python(source)
 

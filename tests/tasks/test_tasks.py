@@ -167,9 +167,7 @@ def test_every_algebra_answer_holds_when_put_in() -> None:
             assert eval(_python(left), {}, {"x": at["x"] + 1}) != eval(_python(right), {}, {"x": at["x"] + 1})
         elif kind == "Expand":
             for x in range(-3, 4):
-                assert eval(_python(question), {}, {"x": x}) == eval(_python(problem.answer), {}, {"x": x}), (
-                    problem
-                )
+                assert eval(_python(question), {}, {"x": x}) == eval(_python(problem.answer), {}, {"x": x}), problem
             assert "(" not in problem.answer
         else:
             assert kind == "Evaluate"

@@ -55,6 +55,7 @@ def run_bench(
     max_new_tokens: int,
     forwards: bool,
     cache_length: int,
+    assisted: Sequence[tuple[str, Options]] = (),
 ) -> dict[str, Any]:
     """Time decoding, and forward passes if asked for, with a bar on standard error.
 
@@ -63,6 +64,7 @@ def run_bench(
         prompts: None: random tokens, `cache_length` of them, and no end tokens (a model of random weights).
         variants: of decoding; none: only forward passes.
         batches: batch sizes, each on its own.
+        assisted: transformers' assisted decodings to time beside its plain one, at batch 1.
     Returns:
         What is written as JSON: `decode` and `forwards` hold `Speed` and `ForwardTime` as plain values.
     """
@@ -73,7 +75,7 @@ def run_bench(
         encoded, ends = prompts.encode(lm), end_tokens(lm.decoder, lm.tokenizer)
     if any(size < 1 for size in batches):
         raise UsageError(f"batch={min(batches)} must be at least 1")
-    calls = sum(count_calls(device.type, len(encoded), len(variants), size, rounds) for size in batches)
+    calls = sum(count_calls(device.type, len(encoded), len(variants), size, rounds, len(assisted)) for size in batches)
     total = (calls if variants else 0) + (len(POSITIONS) * rounds * len(batches) if forwards else 0)
     done = 0
     decode: list[dict[str, Any]] = []
@@ -94,6 +96,7 @@ def run_bench(
                 ends=ends,
                 rounds=rounds,
                 max_new_tokens=max_new_tokens,
+                assisted=assisted,
                 on_call=advance,
             )
             decode += [speed.as_dict() for speed in speeds]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -180,17 +180,23 @@ class _FirstToken(BaseStreamer):
 
 
 def transformers_generate(
-    lm: BlockDiffusionLM, max_new_tokens: int, ends: Sequence[int], static_length: int | None = None
+    lm: BlockDiffusionLM,
+    max_new_tokens: int,
+    ends: Sequence[int],
+    static_length: int | None = None,
+    assisted: tuple[str, Options] | None = None,
 ) -> Contestant:
-    """transformers' own `generate`, greedy: with its default cache, or compiled with a static one.
+    """transformers' own `generate` on the bare model, greedy: with its default cache, or compiled with a static one.
 
     Args:
         ends: end tokens, none if empty.
         static_length: slots of the static cache, made once and reset for each batch, so that shapes stay the
             same and nothing is compiled twice; all batches must then have one size. transformers compiles
             the decode step by itself on CUDA. None: the default dynamic cache.
+        assisted: (name, arguments of `generate`) of an assisted decoding, such as prompt lookup; batch 1 only.
     """
     model: Any = lm.model
+    passes = _count_forwards(model)
     device = lm.decoder.device
     plain = GenerationConfig(
         do_sample=False,
@@ -206,25 +212,39 @@ def transformers_generate(
         first = _FirstToken()
         # generate fills what is unset from the model's own generation config: penalties, say, or sampling.
         own, model.generation_config = model.generation_config, plain
+        passes[0] = 0
         synchronize(device)
         began = time.perf_counter()
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), nullcontext() if lm.adapter is None else lm.adapter.removed(lm.model):
                 if cache is not None:
                     cache.reset()
-                extra = {} if cache is None else {"past_key_values": cache}
+                extra: Options = {} if cache is None else {"past_key_values": cache}
+                extra |= assisted[1] if assisted else {}
                 out = model.generate(tokens, attention_mask=mask, streamer=first, **extra)
             synchronize(device)
         finally:
             model.generation_config = own
         seconds = time.perf_counter() - began
-        forwards = out.shape[1] - tokens.shape[1]
+        forwards = passes[0]
         answers = [_cut(answer, ends) for answer in out[:, tokens.shape[1] :].tolist()]
         # Rows that have finished are computed on until the last one has: their passes count.
         return Call(answers, seconds, first.at - began, forwards, forwards * len(answers))
 
     name = "transformers" if cache is None else "transformers, static cache, compiled"
+    name = f"transformers, {assisted[0]}" if assisted else name
     return Contestant(name, {}, run)
+
+
+def _count_forwards(model: Any) -> list[int]:
+    """A counter of the model's forward passes, kept by a hook."""
+    passes = [0]
+
+    def count(module: Any, inputs: Any) -> None:
+        passes[0] += 1
+
+    model.base_model.register_forward_pre_hook(count)
+    return passes
 
 
 def _cut(answer: list[int], ends: Sequence[int]) -> list[int]:

@@ -67,6 +67,7 @@ def bench_decode(
     ends: Sequence[int],
     rounds: int = 5,
     max_new_tokens: int = 128,
+    assisted: Sequence[tuple[str, Options]] = (),
     on_call: Callable[[], None] = lambda: None,
 ) -> list[Speed]:
     """Time every variant, and transformers' generate, at one batch size.
@@ -76,6 +77,7 @@ def bench_decode(
         variants: options of `generate`, from `make_variants`.
         ends: end tokens of all contestants.
         rounds: passes over the prompts, after a warm-up.
+        assisted: names and arguments of transformers' assisted decodings, which run at batch 1 alone.
         on_call: called after each batch of each contestant, `count_calls` times in all.
     Returns:
         transformers first, then the variants in order.
@@ -89,6 +91,8 @@ def bench_decode(
     device = lm.decoder.device
     longest = max(batches, key=lambda rows: max(map(len, rows)))
     contestants = _contestants(lm, prompts, variants, max_new_tokens, ends)
+    if batch == 1:
+        contestants[1:1] = [transformers_generate(lm, max_new_tokens, ends, assisted=extra) for extra in assisted]
     memory = []
     for contestant in contestants:
         for _ in range(WARM_UP_CALLS.get(device.type, 1)):
@@ -111,9 +115,9 @@ def _contestants(
     return contestants + [our_mode(lm, options, limit, ends) for options in variants]
 
 
-def count_calls(device_type: str, prompts: int, variants: int, batch: int, rounds: int) -> int:
+def count_calls(device_type: str, prompts: int, variants: int, batch: int, rounds: int, assisted: int = 0) -> int:
     """How often `bench_decode` calls `on_call`."""
-    contestants = variants + (2 if device_type == "cuda" else 1)
+    contestants = variants + (2 if device_type == "cuda" else 1) + (assisted if batch == 1 else 0)
     return contestants * (1 + rounds * (prompts // batch))
 
 
