@@ -1,0 +1,198 @@
+"""The command line: bad input ends in one line on standard error, exit status 2, and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from families import tiny_model
+from nextblock import cli
+from nextblock.checkpoint import export
+from nextblock.model import byte_tokenizer
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run a command line in this process -> (exit status, standard output, standard error)."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["nextblock", *map(str, arguments)])
+        monkeypatch.setattr("warnings.showwarning", lambda *_, **__: None)
+        with pytest.raises(SystemExit) as exit:
+            cli.main()
+        out, err = capsys.readouterr()
+        return exit.value.code or 0, out, err
+
+    return call
+
+
+@pytest.fixture
+def parent(tmp_path):
+    """A tiny random parent's folder."""
+    folder = tmp_path / "parent"
+    export(folder, tiny_model("llama", vocab_size=264), byte_tokenizer(), None)
+    return folder
+
+
+@pytest.fixture
+def texts(tmp_path):
+    """A folder of plain text."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for number in range(8):
+        (folder / f"{number}.txt").write_text(f"text {number}: " + "words and more words. " * 20, encoding="utf-8")
+    return folder
+
+
+def small(parent, data, output):
+    """Options of a run that takes a second."""
+    return [
+        "demo",
+        "--model.path",
+        parent,
+        "--data.sources.0.path",
+        data,
+        "--data.row_length",
+        "64",
+        "--data.held_out",
+        "0.3",
+        "--growth.b_max",
+        "4",
+        "--growth.delta",
+        "1",
+        "--training.steps",
+        "4",
+        "--training.batch_rows",
+        "2",
+        "--training.evaluate_rows",
+        "2",
+        "--output",
+        output,
+    ]
+
+
+def test_adapt_leaves_a_checkpoint_figures_and_a_report(run, parent, texts, tmp_path):
+    status, out, _ = run("adapt", *small(parent, texts, tmp_path / "out"))
+    assert status == 0
+    assert "bits per byte" in out
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    measured = [(m["model"], m["measure"]) for m in results["bits_per_byte"]]
+    assert measured == [
+        ("parent", "AR (exact)"),
+        ("adapted", "AR (exact)"),
+        ("adapted", "diffusion (bound)"),
+    ]
+    assert "</html>" in (tmp_path / "out" / "report.html").read_text()
+    for mode in ("ar", "diffusion", "speculative"):
+        status, out, _ = run("generate", tmp_path / "out", "words", "--mode", mode, "--max-new-tokens", "6")
+        assert (status, out[:5]) == (0, "words")
+
+
+def test_a_finished_run_is_not_written_over_but_can_be_resumed(run, parent, texts, tmp_path):
+    assert run("adapt", *small(parent, texts, tmp_path / "out"))[0] == 0
+    status, _, err = run("adapt", *small(parent, texts, tmp_path / "out"))
+    assert (status, err.count("\n")) == (2, 1)
+    assert "is not empty" in err
+    assert run("adapt", *small(parent, texts, tmp_path / "out"), "--resume", "auto")[0] == 0
+
+
+def broken_data(folder, name):
+    """A data source of each bad kind -> (path, words of the message)."""
+    path = folder / name
+    if name == "missing.txt":
+        return path, "does not exist"
+    if name == "empty.txt":
+        path.write_text("")
+        return path, "anything to generate|is empty"
+    if name == "latin.txt":
+        path.write_bytes(b"caf\xe9 " * 40)
+        return path, r"latin\.txt is not UTF-8: byte 3"
+    path.write_text('{"text": "fine"}\n{"text": \n')
+    return path, r"broken\.jsonl:2: broken JSON line"
+
+
+@pytest.mark.parametrize("name", ["missing.txt", "empty.txt", "latin.txt", "broken.jsonl"])
+def test_bad_data_gives_one_line_and_no_output(run, parent, tmp_path, name):
+    path, words = broken_data(tmp_path, name)
+    refused(run, ["adapt", *small(parent, path, tmp_path / "out")], words, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--model.path", "no/such/model/here"], "does not exist"),
+        (["--model.path", "{weightless}"], "has no weights"),
+        (["--model.path", "{unreadable}"], "cannot read"),
+        (["--model.path", "{mamba}"], "recurrent state"),
+        (["--model.mask_token", "9999"], "outside the vocabulary; ids run from 0 to 263"),
+        (["--model.mask_token", "97"], "is used in the data"),
+        (["--data.row_length", "2"], "smaller than the block"),
+        (["--training.steps", "2"], "is not reached in training.steps=2"),
+        (["--growth.bmax", "4"], "did you mean 'b_max'"),
+        (["--recipe.context", "causal"], "context_causal"),
+        (["--stepz", "4"], "unknown key 'stepz'"),
+        (["--growth.b_max"], "needs a value"),
+        (["--resume", "now"], "the one value is auto"),
+    ],
+)
+def test_bad_options_give_one_line_and_no_output(run, parent, texts, tmp_path, options, words):
+    weightless, unreadable, mamba = (tmp_path / name for name in ("weightless", "unreadable", "mamba"))
+    for folder in (weightless, unreadable, mamba):
+        folder.mkdir()
+    (weightless / "config.json").write_text((parent / "config.json").read_text())
+    (unreadable / "config.json").write_text("{broken")
+    (mamba / "config.json").write_text(json.dumps({"model_type": "mamba", "architectures": ["MambaForCausalLM"]}))
+    (mamba / "model.safetensors").write_bytes(b"")
+    places = {"weightless": weightless, "unreadable": unreadable, "mamba": mamba}
+    options = [option.format(**places) if option.startswith("{") else option for option in options]
+    refused(run, ["adapt", *small(parent, texts, tmp_path / "out"), *options], words, tmp_path / "out")
+
+
+def refused(run, arguments, words, output):
+    """Assert exit status 2, one line that says `words`, and no output folder."""
+    import re
+
+    status, _, err = run(*arguments)
+    assert status == 2
+    assert err.count("\n") == 1
+    assert err.startswith("error: ")
+    assert re.search(words, err), err
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--mode", "difusion"], "did you mean 'diffusion'"),
+        (["--mode", "diffusion"], "adapt it with"),
+        (["--threshold", "x"], "not a number"),
+        (["--max-new-tokens", "0"], "must be at least 1"),
+        (["--dtype", "int8"], "float32 or bfloat16"),
+    ],
+)
+def test_generate_refuses_bad_options_in_one_line(run, parent, tmp_path, arguments, words):
+    refused(run, ["generate", parent, "words", *arguments], words, tmp_path / "out")
+
+
+def test_a_document_shorter_than_one_block_is_kept(run, parent, tmp_path):
+    path = tmp_path / "short.jsonl"
+    path.write_text("\n".join(json.dumps({"text": f"a{n}"}) for n in range(40)))
+    assert run("adapt", *small(parent, path, tmp_path / "out"))[0] == 0
+
+
+def test_every_key_of_the_configuration_is_listed(run):
+    status, out, _ = run("adapt", "demo", "--keys")
+    assert status == 0
+    for key in ("--model.path", "--data.sources.0.path", "--growth.b_max", "--draft_adapter.rank", "--output"):
+        assert key in out
+
+
+def test_report_makes_the_page_again(run, parent, texts, tmp_path):
+    assert run("adapt", *small(parent, texts, tmp_path / "out"))[0] == 0
+    page = tmp_path / "out" / "report.html"
+    before = page.read_text()
+    page.unlink()
+    assert run("report", tmp_path / "out")[0] == 0
+    assert page.read_text() == before
