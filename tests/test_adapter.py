@@ -44,7 +44,7 @@ def wild_adapter(folder, out, rank=3):
     return out
 
 
-def rows_of(tokenizer, length=64):
+def rows_of(tokenizer, length=192):
     config = load_config({"data": {"sources": [{"path": "task:word_problems"}], "row_length": length}}).data
     return RowStream(config, tokenizer, seed=0).next(2)
 

@@ -60,7 +60,7 @@ def test_dense_and_block_masks_equal_equation_4_entry_by_entry(layout, block_siz
     real = torch.tensor([slot.document >= 0 for slot in slots])
     both = real[:, None] & real
     assert torch.equal(dense[both], brute_force(slots, context)[both])
-    assert torch.equal(entries_of(to_block_mask(rule, places, FLEX_BLOCK), len(slots)), dense)
+    assert torch.equal(entries_of(to_block_mask(rule, places, block=FLEX_BLOCK), len(slots)), dense)
 
 
 def test_padding_and_documents_do_not_see_each_other_and_no_query_is_left_without_a_key():
@@ -89,7 +89,7 @@ def test_flex_attention_with_the_block_mask_equals_plain_attention_with_the_dens
     query, key, value = torch.randn(3, 1, 2, places.position.shape[1], 16).unbind(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch advises to compile it
-        flex = flex_attention(query, key, value, block_mask=to_block_mask(rule, places, FLEX_BLOCK))
+        flex = flex_attention(query, key, value, block_mask=to_block_mask(rule, places, block=FLEX_BLOCK))
     scores = (query @ key.transpose(-1, -2) / 16**0.5).masked_fill(~to_dense(rule, places), -torch.inf)
     torch.testing.assert_close(flex, scores.softmax(-1) @ value, rtol=1e-5, atol=1e-5)
 
@@ -145,7 +145,7 @@ def test_an_annealed_query_sees_each_earlier_token_of_its_block_noised_or_clean_
 def test_dense_and_block_masks_flip_the_same_coins(target_slots):
     rule, places = block_diffusion_rule(target_share=0.5), places_of(target_slots)
     dense = to_dense(rule, places)[0, 0]
-    assert torch.equal(entries_of(to_block_mask(rule, places, FLEX_BLOCK), len(target_slots)), dense)
+    assert torch.equal(entries_of(to_block_mask(rule, places, block=FLEX_BLOCK), len(target_slots)), dense)
 
 
 def test_a_pair_that_has_reached_the_target_mask_stays_there_as_the_share_grows(target_slots):

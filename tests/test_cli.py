@@ -127,7 +127,7 @@ def test_bad_data_gives_one_line_and_no_output(run, parent, tmp_path, name):
         (["--model.path", "{unreadable}"], "cannot read"),
         (["--model.path", "{mamba}"], "recurrent state"),
         (["--model.mask_token", "9999"], "outside the vocabulary; ids run from 0 to 263"),
-        (["--model.mask_token", "97"], "is used in the data"),
+        (["--model.mask_token", "{letter}"], "is used in the data"),
         (["--data.row_length", "2"], "smaller than the block"),
         (["--training.steps", "2"], "is not reached in training.steps=2"),
         (["--growth.bmax", "4"], "did you mean 'b_max'"),
@@ -146,6 +146,7 @@ def test_bad_options_give_one_line_and_no_output(run, parent, texts, tmp_path, o
     (mamba / "config.json").write_text(json.dumps({"model_type": "mamba", "architectures": ["MambaForCausalLM"]}))
     (mamba / "model.safetensors").write_bytes(b"")
     places = {"weightless": weightless, "unreadable": unreadable, "mamba": mamba}
+    places["letter"] = byte_tokenizer().convert_tokens_to_ids("w")
     options = [option.format(**places) if option.startswith("{") else option for option in options]
     refused(run, ["adapt", *small(parent, texts, tmp_path / "out"), *options], words, tmp_path / "out")
 
