@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -53,18 +55,25 @@ def test_greedy_output_is_that_of_generate_on_the_untouched_parent(parent, tmp_p
     from transformers import AutoModelForCausalLM
 
     wild = wild_adapter(parent, tmp_path / "adapter")
-    lm, untouched = nb.load(parent, draft_adapter=wild), AutoModelForCausalLM.from_pretrained(parent)
+    lm = nb.load(parent, draft_adapter=wild)
+    untouched: Any = AutoModelForCausalLM.from_pretrained(parent)
+    drafting: tuple[dict[str, Any], ...] = ({}, {"draft_ahead": 2}, {"draft_length": 2})
     for prompt in PROMPTS:
         tokens = lm.tokenizer(prompt, return_tensors="pt").input_ids
         expected = untouched.generate(tokens, max_new_tokens=20, do_sample=False, pad_token_id=256)
-        for options in ({}, {"draft_ahead": 2}, {"draft_length": 2}):
+        for options in drafting:
             out = lm.generate(tokens, mode="speculative", max_new_tokens=20, **options)
             assert torch.equal(out.sequences, expected)
 
 
 def test_rows_of_a_batch_get_what_they_get_alone(parent, tmp_path):
     lm = nb.load(parent, draft_adapter=wild_adapter(parent, tmp_path / "adapter"))
-    for options in ({"mode": "speculative"}, {"mode": "speculative", "draft_ahead": 2}, {"mode": "diffusion"}):
+    modes: tuple[dict[str, Any], ...] = (
+        {"mode": "speculative"},
+        {"mode": "speculative", "draft_ahead": 2},
+        {"mode": "diffusion"},
+    )
+    for options in modes:
         together = lm.generate(PROMPTS, max_new_tokens=12, **options).answers
         assert together == [lm.generate(p, max_new_tokens=12, **options).answers[0] for p in PROMPTS]
 

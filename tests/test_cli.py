@@ -23,7 +23,7 @@ def run(monkeypatch, capsys):
         with pytest.raises(SystemExit) as exit:
             cli.main()
         out, err = capsys.readouterr()
-        return exit.value.code or 0, out, err
+        return int(exit.value.code or 0), out, err
 
     return call
 

@@ -40,6 +40,9 @@ Gate = bool | Tensor
 class GatedLinear(nn.Module):
     """A frozen linear layer plus, where the gate is open, a low-rank update: x W + gate * scale * (x A) B."""
 
+    lora_A: Tensor
+    lora_B: Tensor
+
     def __init__(self, base: nn.Module, lora_A: nn.Parameter, lora_B: nn.Parameter, owner: DraftAdapter) -> None:
         super().__init__()
         self.base = base

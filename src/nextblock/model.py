@@ -25,7 +25,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from nextblock.adapter import DraftAdapter, Gate
 from nextblock.attention_mask import Places, Rule, to_block_mask, to_dense, within_window
