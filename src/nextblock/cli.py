@@ -108,10 +108,13 @@ def adapt(
         raise UsageError(f"--resume {resume}: the one value is auto; --output names the folder")
     path = find_config(config)
 
+    from transformers.utils.logging import disable_progress_bar
+
     from nextblock.adapt import adapt as run
     from nextblock.config import load_config
     from nextblock.live import TrainingBar
 
+    disable_progress_bar()
     checked = load_config(path, overrides)
     with TrainingBar(checked.training.steps) as bar:
         result = run(checked, resume=resume == "auto", on_step=bar.update)

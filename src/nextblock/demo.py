@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
+from transformers.utils.logging import disable_progress_bar
 
 from nextblock import schedules
 from nextblock.adapt import adapt
@@ -36,6 +37,7 @@ def demo(output: str | Path | None = None, *, examples: int = 200, console: Cons
         The figures of `results.json`.
     """
     console = console or Console()
+    disable_progress_bar()  # transformers' own, which would break up the picture
     config = load_config(preset("demo"), {"output": str(output or free_folder("runs/demo"))})
     folder = Path(config.output)
     console.print(plan_in_words(config), soft_wrap=True)
