@@ -7,8 +7,9 @@ import torch
 from transformers import LogitsProcessor, StoppingCriteria
 
 from families import EOS_ID, MASK_ID, PAD_ID, tiny_model
+from nextblock.checkpoint import CUSTOM_GENERATE_SOURCE
 from nextblock.config import UsageError
-from nextblock.custom_generate import CUSTOM_GENERATE_SOURCE, block_diffusion
+from nextblock.custom_generate import block_diffusion
 from nextblock.generate import BlockDiffusionLM
 from nextblock.model import read_settings
 

@@ -23,7 +23,6 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from nextblock.batch import Row
-from nextblock.checkpoint import CUSTOM_GENERATE_SOURCE
 from nextblock.config import UsageError
 from nextblock.events import Finish
 from nextblock.generate import BlockDiffusionLM, Stream, sequences
@@ -33,8 +32,6 @@ from nextblock.request import make_request, resolve_config
 _OWN_WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
 _OWN_CRITERIA = (MaxLengthCriteria, EosTokenCriteria)
 _UNSET: Any = object()
-
-__all__ = ["CUSTOM_GENERATE_SOURCE", "block_diffusion"]
 
 
 def block_diffusion(

@@ -134,8 +134,7 @@ def bits_per_byte(
 def clean_blocks(view: TwoView) -> TwoView:
     """The clean half alone."""
     n = view.noised_length
-    places = {k: v if k == "seed" else v[:, n:] for k, v in vars(view.places).items()}
-    return TwoView(view.tokens[:, n:], type(view.places)(**places), view.target[:, n:], 0)
+    return TwoView(view.tokens[:, n:], view.places.part(n), view.target[:, n:], 0)
 
 
 def _nats(decoder: Decoder, view: TwoView, context: Any) -> torch.Tensor:
