@@ -69,6 +69,7 @@ CONTRADICTIONS: tuple[dict[str, Any], ...] = (
     {"growth.b_max": 32, "data.row_length": 1000},
     {"growth.b_max": 32, "growth.delta": 50, "training.steps": 100},
     {"recipe.views": 3, "recipe.complementary": True},
+    {"recipe.soft_weight": 1, "recipe.context": "block_causal"},
     {"recipe.annealed_mask_steps": 100},
     {"recipe.annealed_mask_steps": 100, "growth.b_0": 32, "recipe.context": "block_causal"},
 )
@@ -78,7 +79,7 @@ def page() -> str:
     """The whole page as Markdown."""
     parts = [HEAD]
     for name, field in AdaptConfig.model_fields.items():
-        inner = _section(field.annotation)
+        inner = _section(field.annotation, *get_args(field.annotation))  # None or a section is one, too
         if inner is not None:
             parts += _table(inner, f"{name}.", f"## `{name}`\n\n{_summary(inner)}")
     parts.append("## Top level\n\n" + _row_head() + _row("AdaptConfig", "output", AdaptConfig.model_fields["output"]))

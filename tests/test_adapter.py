@@ -149,6 +149,36 @@ def test_the_two_passes_give_the_loss_of_one_gated_pass(parent):
     assert all(p.grad is not None for p in adapter.parameters())
 
 
+def test_soft_targets_of_a_draft_adapter_are_the_frozen_parents_predictions(llama):
+    model = llama.double()
+    tokens = rows_of(byte_tokenizer())
+    tokens = type(tokens)(
+        tokens.tokens % 90 + 3, *(getattr(tokens, n) for n in ("document", "position", "offset", "epoch", "number"))
+    )
+    adapter = DraftAdapter(model, DraftAdapterConfig(rank=3)).double()
+    with torch.no_grad():
+        for parameter in adapter.lora_B:
+            parameter.normal_(std=0.2)
+    recipe = load_config({"data": {"sources": [{"path": "x"}]}}).recipe
+    view = corrupt(tokens, BLOCK, mask_token_id=97, end_token_id=256, recipe=recipe, seed=0, step=0)
+    decoder, rule, n = Decoder(model, adapter), block_diffusion_rule(), view.noised_length
+    sums = DraftLoss(decoder)(view, rule, soft=True)
+    with torch.no_grad():
+        mask = decoder.masks(rule, view.places)
+        hidden = decoder.hidden(view.tokens, view.places.position, mask, noised=view.places.view > 0)
+        student, parent = decoder.logits(hidden[:, :n]).softmax(-1), decoder.logits(hidden[:, n:]).softmax(-1)
+        wanted = torch.zeros((), dtype=torch.float64)
+        for row, slot in (view.target[:, :n] >= 0).nonzero().tolist():
+            document, position = view.places.document[row, slot], view.places.position[row, slot]
+            clean = (tokens.document[row] == document) & (tokens.position[row] == position)
+            p, q = parent[row][clean], student[row, slot]
+            wanted += (p * (p / q).log()).sum()
+    torch.testing.assert_close(sums.soft.detach(), wanted, rtol=1e-5, atol=0)
+    sums.soft.backward()
+    assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+    assert any(bool(p.grad.abs().sum() > 0) for p in adapter.lora_A if p.grad is not None)
+
+
 def test_an_untrained_adapter_is_the_parent_with_a_mean_mask_embedding(llama):
     adapter = DraftAdapter(llama, DraftAdapterConfig(rank=2))
     tokens, position = torch.tensor([[5, 6, 7]]), torch.arange(3)[None]

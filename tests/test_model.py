@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,9 @@ def test_a_packed_row_gives_each_document_its_own_logits_in_both_halves(any_mode
             places = Places(
                 **{k: v[row : row + 1] if k == "seed" else v[row : row + 1, own] for k, v in vars(view.places).items()}
             )
-            alone = TwoView(view.tokens[row : row + 1, own], places, view.target[row : row + 1, own], 0)
+            alone = TwoView(
+                view.tokens[row : row + 1, own], places, view.target[row : row + 1, own], view.teacher[:1, :0], 0
+            )
             torch.testing.assert_close(logits[row, own], logits_of(any_model, alone, context)[0], **CLOSE)
 
 
@@ -104,7 +107,7 @@ def test_noised_logits_do_not_depend_on_their_own_clean_block_or_what_follows(an
     changed = view.tokens.clone()
     clean = changed[:, view.noised_length :]
     clean[:, start:] = (clean[:, start:] + 11 - 3) % 90 + 3
-    after = logits_of(any_model, TwoView(changed, view.places, view.target, view.noised_length))
+    after = logits_of(any_model, replace(view, tokens=changed))
     place = view.places
     unaffected = ((place.view > 0) & (place.block_start <= start)) | ((place.view == 0) & (place.position < start))
     torch.testing.assert_close(after[unaffected], before[unaffected], **CLOSE)
@@ -120,7 +123,7 @@ def test_a_masked_slot_sees_its_whole_block_and_every_earlier_clean_token(llama)
     for at in seen:
         tokens = view.tokens.clone()
         tokens[0, at] = 3 if tokens[0, at] != 3 else 4
-        after = logits_of(llama, TwoView(tokens, view.places, view.target, view.noised_length))
+        after = logits_of(llama, replace(view, tokens=tokens))
         assert ((after - before)[0, third].abs().amax(dim=-1) > 1e-6).all(), at
 
 

@@ -108,6 +108,11 @@ class RecipeConfig(Section):
     full_mask_share: float = Field(default=0.0, ge=0, le=1, description="share of blocks masked whole, whatever t is")
     views: int = Field(default=1, ge=1, description="noised views of one clean pass (k)")
     complementary: bool = Field(default=False, description="views in pairs: the second masks what the first left")
+    soft_weight: float = Field(
+        default=0.0,
+        ge=0,
+        description="w_soft, weight of the KL from the clean half's predictions of the masked tokens",
+    )
     fill_last_block: bool = Field(
         default=True, description="fill the last block of an ended span with end tokens, as decoding meets it"
     )
@@ -203,6 +208,11 @@ class AdaptConfig(Section):
             raise ValueError(
                 f"recipe.views={self.recipe.views} is odd, but recipe.complementary needs pairs; "
                 f"use {self.recipe.views + 1}"
+            )
+        if self.recipe.soft_weight and self.recipe.context == "block_causal":
+            raise ValueError(  # a block-causal clean token has seen the token that it would teach
+                f"recipe.soft_weight={self.recipe.soft_weight:g} needs recipe.context=context_causal; set it, or "
+                "leave soft targets out"
             )
         if self.recipe.annealed_mask_steps and growth.b_0 != b_max:
             raise ValueError(

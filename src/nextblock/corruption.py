@@ -27,18 +27,22 @@ class TwoView:
     tokens: int64 [B, T].
     places: where each token stands (what the attention rule reads); noised are those with view > 0.
     target: int64 [B, T], the token that the hidden state at this position predicts, UNSCORED if none.
+    teacher: int64 [B, N], where in the clean half the AR prediction of that token is made, so one before it
+        in its document; UNSCORED where there is no target or no token before it in the row.
     noised_length: N. The clean half starts there.
     """
 
     tokens: Tensor
     places: Places
     target: Tensor
+    teacher: Tensor
     noised_length: int
 
     def to(self, device: torch.device) -> TwoView:
         """The same view on `device`."""
         places = Places(**{k: v.to(device, non_blocking=True) for k, v in vars(self.places).items()})
-        return TwoView(self.tokens.to(device), places, self.target.to(device), self.noised_length)
+        tensors = (self.target.to(device), self.teacher.to(device))
+        return TwoView(self.tokens.to(device), places, *tensors, self.noised_length)
 
 
 def block_starts(position: Tensor, offset: Tensor, block_size: int) -> Tensor:
@@ -119,10 +123,10 @@ def corrupt(
         padded = [np.pad(half[name], (0, noised_length - half[name].size), constant_values=padding) for half in halves]
         return torch.from_numpy(np.stack(padded))
 
-    noised_target = stack("target", UNSCORED)
-    if recipe.prediction == "shifted" and noised_length:
+    noised_target, teacher = stack("target", UNSCORED), stack("teacher", UNSCORED)
+    if recipe.prediction == "shifted":
         # The hidden state of slot i - 1 predicts slot i; first slots are unscored, so no target leaves its block.
-        noised_target = torch.cat([noised_target[:, 1:], noised_target[:, :1]], dim=1)
+        noised_target, teacher = noised_target.roll(-1, 1), teacher.roll(-1, 1)
     places = Places(
         view=torch.cat([stack("view", 1), torch.zeros_like(rows.tokens)], dim=1),
         document=torch.cat([stack("document", -1), rows.document], dim=1),
@@ -134,6 +138,7 @@ def corrupt(
         tokens=torch.cat([stack("tokens", 0), rows.tokens], dim=1),
         places=places,
         target=torch.cat([noised_target, next_token_targets(rows, block_size, recipe.context)], dim=1),
+        teacher=teacher,
         noised_length=noised_length,
     )
 
@@ -154,10 +159,14 @@ def next_token_targets(rows: Rows, block_size: int, context: Context) -> Tensor:
 
 @dataclass(frozen=True)
 class BlockGrid:
-    """One row's generated tokens as K blocks of b slots. Arrays [K, b]; slots that are not `present` are void."""
+    """One row's generated tokens as K blocks of b slots. Arrays [K, b]; slots that are not `present` are void.
+
+    teacher: index in the row of the token before, UNSCORED at a document's first token and past a span's end.
+    """
 
     clean: np.ndarray
     present: np.ndarray
+    teacher: np.ndarray
     document: np.ndarray
     position: np.ndarray
     block_start: np.ndarray
@@ -186,6 +195,7 @@ def block_grid(rows: Rows, row: int, block_size: int, fill_token_id: int | None)
     return BlockGrid(
         clean=clean,
         present=present,
+        teacher=np.where(real & (slot_position > 0), first[:, None] + slot - 1, UNSCORED),
         document=np.broadcast_to(document[first][:, None], clean.shape),
         position=slot_position,
         block_start=np.broadcast_to(position[first][:, None], clean.shape),
@@ -206,6 +216,7 @@ def _noised_half(
         slots = {
             "tokens": np.where(masked, mask_token_id, grid.clean),
             "target": np.where(masked, grid.clean, UNSCORED),
+            "teacher": np.where(masked, grid.teacher, UNSCORED),
             "view": np.full_like(grid.clean, view),
             "document": grid.document,
             "position": grid.position,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -20,16 +23,25 @@ LOGIT_ELEMENTS = 2**24
 
 @dataclass(frozen=True)
 class LossSums:
-    """Sums of cross-entropies in nats, and how many tokens each sums over. 0-d tensors."""
+    """Sums of cross-entropies in nats, and how many tokens each sums over. 0-d tensors.
+
+    soft: sum of KL(p_AR || p_MDM) in nats over the masked tokens that have a teacher; 0 where not asked for.
+    """
 
     diffusion: Tensor
     ar: Tensor
     diffusion_tokens: Tensor
     ar_tokens: Tensor
+    soft: Tensor
 
-    def total(self, ar_weight: float, views: int = 1) -> Tensor:
-        """L_MDM + lambda * L_AR, a sum   (Eq. 2), with L_MDM averaged over noised views; divide by the global N."""
-        diffusion = self.diffusion / views
+    def total(self, ar_weight: float, views: int = 1, soft_weight: float = 0.0) -> Tensor:
+        """L_MDM + w_soft * L_soft + lambda * L_AR, a sum; divide by the global N   (Eq. 2; L_soft is ours).
+
+        L_MDM and L_soft are means over the noised views. With N the global batch's tokens with offset >= 0,
+        the soft targets' part of the loss is  w_soft * sum_i KL(p(x_i | x_<i) || p(x_i | x_t, x)) / (N * views).
+        """
+        diffusion = self.diffusion + soft_weight * self.soft if soft_weight else self.diffusion
+        diffusion = diffusion / views
         return diffusion + ar_weight * self.ar if ar_weight else diffusion
 
 
@@ -41,17 +53,49 @@ def cross_entropy_sum(decoder: Decoder, hidden: Tensor, target: Tensor) -> Tenso
     """
 
     def chunk_sum(chunk: Tensor, wanted: Tensor) -> Tensor:
-        logits = decoder.logits(chunk)
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        return functional.cross_entropy(logits, wanted, reduction="sum")
+        return functional.cross_entropy(_wide(decoder.logits(chunk)), wanted, reduction="sum")
 
-    size = max(1, LOGIT_ELEMENTS // decoder.vocabulary)
-    if len(target) <= size:
-        return chunk_sum(hidden, target)
-    total = hidden.new_zeros((), dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32)
-    for chunk, wanted in zip(hidden.split(size), target.split(size), strict=True):
-        total = total + checkpoint(chunk_sum, chunk, wanted, use_reentrant=False)  # type: ignore[operator]
-    return total
+    return _in_chunks(chunk_sum, LOGIT_ELEMENTS // decoder.vocabulary, hidden, target)
+
+
+def soft_cross_entropy_sums(
+    decoder: Decoder, hidden: Tensor, target: Tensor, teacher: Tensor, taught: Tensor
+) -> Tensor:
+    """Cross-entropy and KL(p_teacher || p_student), both summed: [2], in float32 or wider.
+
+    Chunks as in `cross_entropy_sum`; one pass of the student's hidden states through the head serves both sums.
+
+    Args:
+        hidden: [S, D], the student's hidden states.
+        target: int64 [S].
+        teacher: [S, D], hidden states whose prediction is the soft target; no gradient goes through them.
+        taught: bool [S]; where False the token has no teacher and its KL counts as 0.
+    """
+
+    def chunk_sums(chunk: Tensor, wanted: Tensor, teaching: Tensor, counts: Tensor) -> Tensor:
+        student = _wide(decoder.logits(chunk)).log_softmax(-1)
+        with torch.no_grad():
+            soft = _wide(decoder.logits(teaching)).log_softmax(-1)
+        hard = functional.nll_loss(student, wanted, reduction="sum")
+        divergence = functional.kl_div(student, soft, reduction="none", log_target=True).sum(-1)
+        return torch.stack([hard, divergence.masked_fill(~counts, 0).sum()])
+
+    size = LOGIT_ELEMENTS // (2 * decoder.vocabulary)  # student's and teacher's logits are alive together
+    return _in_chunks(chunk_sums, size, hidden, target, teacher.detach(), taught)
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _in_chunks(chunk_sum: Callable[..., Tensor], size: int, *parts: Tensor) -> Tensor:
+    """The sum of `chunk_sum` over chunks of `size` rows of the parts, each recomputed in the backward pass."""
+    size = max(1, size)
+    if len(parts[0]) <= size:
+        return chunk_sum(*parts)
+    chunks = zip(*(part.split(size) for part in parts), strict=True)
+    sums = (cast(Tensor, checkpoint(chunk_sum, *chunk, use_reentrant=False)) for chunk in chunks)
+    return functools.reduce(torch.add, sums)
 
 
 class TwoViewLoss(nn.Module):
@@ -64,20 +108,21 @@ class TwoViewLoss(nn.Module):
         super().__init__()
         self.model = decoder.model
 
-    def forward(self, view: TwoView, rule: Rule, score_ar: bool = True) -> LossSums:
+    def forward(self, view: TwoView, rule: Rule, score_ar: bool = True, soft: bool = False) -> LossSums:
         """L_MDM over masked tokens (Eq. 5) and L_AR over the clean half (Eq. 1).
 
         Args:
             view: from `corrupt`, on the model's device.
             rule: the attention rule.
             score_ar: False leaves the clean half unscored (lambda = 0), which saves its head time.
+            soft: also score masked tokens against the clean half's own predictions (w_soft > 0).
         """
         decoder = Decoder(self.model)
         hidden = decoder.hidden(view.tokens, view.places.position, decoder.masks(rule, view.places))
         n = view.noised_length
-        diffusion = scored_sum(decoder, hidden[:, :n], view.target[:, :n])
+        diffusion = masked_sums(decoder, hidden[:, :n], view, hidden[:, n:] if soft else None)
         ar = scored_sum(decoder, hidden[:, n:], view.target[:, n:] if score_ar else view.target[:, n:n])
-        return LossSums(diffusion[0], ar[0], diffusion[1], ar[1])
+        return LossSums(diffusion[0], ar[0], diffusion[1], ar[1], diffusion[2])
 
 
 class DraftLoss(nn.Module):
@@ -93,22 +138,24 @@ class DraftLoss(nn.Module):
         self.model = decoder.model
         self.adapter = decoder.adapter
 
-    def forward(self, view: TwoView, rule: Rule, score_ar: bool = False) -> LossSums:
-        """L_MDM over masked tokens   (Eq. 5); the AR loss has no part, its sum is 0."""
+    def forward(self, view: TwoView, rule: Rule, score_ar: bool = False, soft: bool = False) -> LossSums:
+        """L_MDM over masked tokens   (Eq. 5); the AR loss has no part, its sum is 0.
+
+        With `soft` also the KL from the frozen parent's own predictions, which judge the drafts in decoding.
+        """
         decoder = Decoder(self.model, self.adapter)
         n, places = view.noised_length, view.places
         if not n:  # nothing was masked: a loss of 0 with gradient 0
             nothing = self.adapter.mask_vector.sum() * 0
-            return LossSums(nothing, nothing, nothing.long(), nothing.long())
+            return LossSums(nothing, nothing, nothing.long(), nothing.long(), nothing)
         clean, noised = places.part(n), places.part(0, n)
         cache = DynamicCache()
         with torch.no_grad():
-            decoder.hidden(view.tokens[:, n:], clean.position, decoder.masks(rule, clean), cache)
+            parent = decoder.hidden(view.tokens[:, n:], clean.position, decoder.masks(rule, clean), cache)
         mask = decoder.masks(rule, noised, clean.followed_by(noised))
         hidden = decoder.hidden(view.tokens[:, :n], noised.position, mask, cache, noised=True)
-        diffusion, tokens = scored_sum(decoder, hidden, view.target[:, :n])
-        nothing = torch.zeros_like(diffusion)
-        return LossSums(diffusion, nothing, tokens, torch.zeros_like(tokens))
+        diffusion, tokens, divergence = masked_sums(decoder, hidden, view, parent if soft else None)
+        return LossSums(diffusion, torch.zeros_like(diffusion), tokens, torch.zeros_like(tokens), divergence)
 
 
 def scored_sum(decoder: Decoder, hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,3 +163,24 @@ def scored_sum(decoder: Decoder, hidden: Tensor, target: Tensor) -> tuple[Tensor
     hidden = hidden[:, : target.shape[1]]
     scored = target != UNSCORED
     return cross_entropy_sum(decoder, hidden[scored], target[scored]), scored.sum()
+
+
+def masked_sums(
+    decoder: Decoder, hidden: Tensor, view: TwoView, clean: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross-entropy of the masked tokens, how many there are, and the KL from the clean half's predictions of them.
+
+    Args:
+        hidden: [B, N, D], of the noised half.
+        view: the two-view batch.
+        clean: [B, L, D], hidden states of the clean half; None: the KL is not wanted and is 0.
+    """
+    if clean is None:
+        total, count = scored_sum(decoder, hidden, view.target[:, : view.noised_length])
+        return total, count, torch.zeros_like(total)
+    scored = view.target[:, : view.noised_length] != UNSCORED
+    row, slot = scored.nonzero(as_tuple=True)
+    index = view.teacher[row, slot]
+    teacher = clean[row, index.clamp_min(0)]
+    sums = soft_cross_entropy_sums(decoder, hidden[row, slot], view.target[row, slot], teacher, index != UNSCORED)
+    return sums[0], scored.sum(), sums[1]

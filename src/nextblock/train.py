@@ -65,6 +65,8 @@ class StepMetrics:
     grad_norm: float
     tokens: int
     step_seconds: float
+    soft_loss: float = math.nan
+    """Mean KL from the clean half's predictions over the masked tokens; NaN without soft targets."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -118,7 +120,7 @@ def train_step(run: Run, step: int) -> StepMetrics:
     check_tokens(rows, run.decoder.vocabulary, run.mask_token_id)
     global_tokens = int((rows.offset >= 0).sum())
 
-    sums = torch.zeros(4, dtype=torch.float64)
+    sums = torch.zeros(5, dtype=torch.float64)
     batches = list(micro_batches(run, rows))
     for number, micro in enumerate(batches):
         view = corrupt(
@@ -132,15 +134,15 @@ def train_step(run: Run, step: int) -> StepMetrics:
         ).to(run.accelerator.device)
         last = number == len(batches) - 1
         with nullcontext() if last else run.accelerator.no_sync(run.loss):
-            losses = run.loss(view, rule, score_ar=ar_weight > 0)
+            losses = run.loss(view, rule, score_ar=ar_weight > 0, soft=recipe.soft_weight > 0)
             # Data parallelism averages gradients over ranks; the loss is a sum over them.
-            total = losses.total(ar_weight, recipe.views) / global_tokens * run.accelerator.num_processes
-            run.accelerator.backward(total)
-        parts = (losses.diffusion, losses.ar, losses.diffusion_tokens, losses.ar_tokens)
+            total = losses.total(ar_weight, recipe.views, recipe.soft_weight)
+            run.accelerator.backward(total / global_tokens * run.accelerator.num_processes)
+        parts = (losses.diffusion, losses.ar, losses.diffusion_tokens, losses.ar_tokens, losses.soft)
         sums += torch.stack([part.detach().double() for part in parts]).cpu()
     over_ranks: Any = run.accelerator.reduce(sums.float().to(run.accelerator.device))
-    diffusion, ar, diffusion_tokens, ar_tokens = over_ranks.tolist()
-    loss = (diffusion / recipe.views + ar_weight * ar) / global_tokens
+    diffusion, ar, diffusion_tokens, ar_tokens, soft = over_ranks.tolist()
+    loss = ((diffusion + recipe.soft_weight * soft) / recipe.views + ar_weight * ar) / global_tokens
 
     learning_rate = schedules.learning_rate(step, config.optimizer, config.training.steps)
     for group in run.optimizer.param_groups:
@@ -164,6 +166,7 @@ def train_step(run: Run, step: int) -> StepMetrics:
         grad_norm=grad_norm,
         tokens=global_tokens,
         step_seconds=time.perf_counter() - start,
+        soft_loss=soft / diffusion_tokens if recipe.soft_weight and diffusion_tokens else math.nan,
     )
 
 
