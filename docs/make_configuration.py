@@ -70,6 +70,8 @@ CONTRADICTIONS: tuple[dict[str, Any], ...] = (
     {"growth.b_max": 32, "growth.delta": 50, "training.steps": 100},
     {"recipe.views": 3, "recipe.complementary": True},
     {"recipe.soft_weight": 1, "recipe.context": "block_causal"},
+    {"lora.rank": 16, "draft_adapter.rank": 16, "growth.b_0": 32},
+    {"model.quantization": "4bit"},
     {"recipe.annealed_mask_steps": 100},
     {"recipe.annealed_mask_steps": 100, "growth.b_0": 32, "recipe.context": "block_causal"},
 )

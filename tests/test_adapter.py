@@ -257,7 +257,7 @@ def test_bad_adapters_are_refused_in_one_line(tmp_path, llama):
     assert lm.adapter is not None
     with pytest.raises(UsageError, match="cannot be merged"):
         lm.adapter.merge()
-    with pytest.raises(UsageError, match="match nothing; linear layers are down_proj"):
+    with pytest.raises(UsageError, match="'nothing' matches no linear layer; choose from down_proj"):
         target_names(llama, ("nothing",))
 
 

@@ -25,7 +25,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from nextblock.config import BlockDiffusionSettings, DraftAdapterConfig, UsageError, validate
+from nextblock.config import BlockDiffusionSettings, DraftAdapterConfig, UsageError, nearest, validate
 
 WEIGHTS, PEFT_CONFIG, SETTINGS = "adapter_model.safetensors", "adapter_config.json", "draft_adapter.json"
 MASK_VECTOR = "mask_vector.safetensors"
@@ -159,26 +159,28 @@ class DraftAdapter(nn.Module):
             layer.merged = (weight.float() + update).to(weight.dtype).contiguous()
 
 
-def target_names(model: PreTrainedModel, targets: str | Sequence[str]) -> list[str]:
+def target_names(model: PreTrainedModel, targets: str | Sequence[str], section: str = "draft_adapter") -> list[str]:
     """Names of the linear layers to adapt: `all-linear` (but the head), a regular expression, or name endings.
 
     Raises:
-        UsageError: they match nothing.
+        UsageError: one of them matches nothing; `section` is the configuration's that names them.
     """
     head = model.get_output_embeddings()
     linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
     if targets == "all-linear":
-        found = linear
-    elif isinstance(targets, str):
-        found = [name for name in linear if re.fullmatch(targets, name)]
-    else:
-        found = [name for name in linear if any(name == t or name.endswith(f".{t}") for t in targets)]
-    if not found:
-        ends = sorted({name.rsplit(".", 1)[-1] for name in linear})
-        raise UsageError(
-            f"draft_adapter.target_modules={targets!r} match nothing; linear layers are {', '.join(ends)}"
-        )
-    return found
+        return linear
+
+    def matches(target: str, name: str) -> bool:
+        if isinstance(targets, str):
+            return re.fullmatch(target, name) is not None
+        return name == target or name.endswith(f".{target}")
+
+    wanted = [targets] if isinstance(targets, str) else targets
+    for target in wanted:
+        if not any(matches(target, name) for name in linear):
+            ends = sorted({name.rsplit(".", 1)[-1] for name in linear})
+            raise UsageError(f"{section}.target_modules: {target!r} matches no linear layer{nearest(target, ends)}")
+    return [name for name in linear if any(matches(target, name) for target in wanted)]
 
 
 def _features(layer: nn.Module) -> tuple[int, int]:

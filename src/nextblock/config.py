@@ -7,6 +7,7 @@ that names the value, the rule and the cure.
 from __future__ import annotations
 
 import difflib
+import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, get_args
@@ -23,6 +24,12 @@ def nearest(word: str, choices: Sequence[str]) -> str:
     """`; did you mean 'x'?` for the choice most like `word`, or the list of all choices."""
     close = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
     return f"; did you mean '{close[0]}'?" if close else f"; choose from {', '.join(choices)}"
+
+
+def require(package: str, extra: str, key: str) -> None:
+    """Stop in one line where `key` of the configuration needs an optional package that is not installed."""
+    if importlib.util.find_spec(package) is None:
+        raise UsageError(f"{key} needs {package}, which is not installed; run `pip install nextblock[{extra}]`")
 
 
 class Section(BaseModel):
@@ -53,6 +60,10 @@ class ModelConfig(Section):
     )
     attention: Literal["auto", "sdpa", "flex_attention"] = Field(
         default="auto", description="auto: FlexAttention on CUDA, SDPA with a dense mask elsewhere"
+    )
+    quantization: Literal["4bit"] | None = Field(
+        default=None,
+        description="load the frozen parent in 4 bit: needs bitsandbytes, CUDA, and lora or draft_adapter",
     )
     mask_token: int | str | None = Field(
         default=None,
@@ -165,6 +176,10 @@ class DraftAdapterConfig(Section):
     )
 
 
+class LoraConfig(DraftAdapterConfig):
+    """LoRA: the full recipe through low-rank updates (peft), and the mask token's row; the rest stays frozen."""
+
+
 class AdaptConfig(Section):
     """All of one `nextblock adapt` run."""
 
@@ -176,6 +191,9 @@ class AdaptConfig(Section):
     training: TrainingConfig = Field(default_factory=lambda: TrainingConfig())
     draft_adapter: DraftAdapterConfig | None = Field(
         default=None, description="train a draft adapter for the frozen parent instead of the parent itself"
+    )
+    lora: LoraConfig | None = Field(
+        default=None, description="train low-rank updates of the parent; the result is saved both apart and merged"
     )
     output: str = Field(default="runs/adapted", description="folder for the checkpoint, the log and the report")
 
@@ -204,6 +222,17 @@ class AdaptConfig(Section):
             )
         if self.draft_adapter is not None:
             self._check_draft_adapter()
+        if self.lora is not None and self.draft_adapter is not None:
+            raise ValueError("lora and draft_adapter exclude each other; leave one of the sections out")
+        if self.lora is not None and self.model.scratch is not None:
+            raise ValueError(
+                "lora leaves random weights (model.scratch) as they are; set model.path, or train them all"
+            )
+        if self.model.quantization and self.lora is None and self.draft_adapter is None:
+            raise ValueError(
+                f"model.quantization={self.model.quantization} cannot be trained itself; add a lora or draft_adapter "
+                "section, or leave it out"
+            )
         if self.recipe.complementary and self.recipe.views % 2:
             raise ValueError(
                 f"recipe.views={self.recipe.views} is odd, but recipe.complementary needs pairs; "

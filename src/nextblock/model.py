@@ -20,6 +20,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -29,7 +30,7 @@ from transformers.utils.hub import cached_file
 
 from nextblock.adapter import DraftAdapter, Gate
 from nextblock.attention_mask import Places, Rule, to_block_mask, to_dense, within_window
-from nextblock.config import BlockDiffusionSettings, ModelConfig, UsageError, nearest, validate
+from nextblock.config import BlockDiffusionSettings, ModelConfig, UsageError, nearest, require, validate
 
 SHIPPED = ("tiny-ar", "tiny-bd")
 SHIPPED_ADAPTERS = ("tiny-draft",)
@@ -239,6 +240,7 @@ def load_model(
     device: str | torch.device | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    quantization: str | None = None,
 ) -> PreTrainedModel:
     """Load a causal LM from safetensors and put it in eval mode.
 
@@ -247,11 +249,20 @@ def load_model(
         dtype: None: float32 on CPU, the checkpoint's own elsewhere.
         attention: "auto", "sdpa", "flex_attention" or "eager".
         device: None: CUDA if there is one.
+        quantization: "4bit": linear layers in 4 bit (NF4), by bitsandbytes.
     Raises:
         UsageError: what cannot be loaded or adapted.
     """
     config = read_config(path, revision, trust_remote_code)
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    placed: dict[str, Any] = {}
+    if quantization is not None:
+        if target.type != "cuda":
+            raise UsageError(f"model.quantization={quantization} needs a CUDA device, not {target.type}; leave it out")
+        require("bitsandbytes", "quantization", f"model.quantization={quantization}")
+        four_bit = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
+        placed["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, **four_bit)
+        placed["device_map"] = {"": target}
     wanted: Any = dtype or (torch.float32 if target.type == "cpu" else "auto")
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -262,10 +273,11 @@ def load_model(
             use_safetensors=True,
             revision=revision,
             trust_remote_code=trust_remote_code,
+            **placed,
         )
     except Exception as error:
         raise UsageError(f"cannot load model {path}: {_first_line(error)}") from None
-    return cast(Any, model).to(target).eval()
+    return model.eval() if placed else cast(Any, model).to(target).eval()
 
 
 def choose_attention(config: PreTrainedConfig, wanted: str, device: torch.device) -> str:
@@ -329,6 +341,7 @@ def load_parent(config: ModelConfig, device: torch.device | str | None = None) -
             device=device,
             revision=config.revision,
             trust_remote_code=config.trust_remote_code,
+            quantization=config.quantization,
         )
         return Decoder(model)
     values = dict(config.scratch)

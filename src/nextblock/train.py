@@ -16,14 +16,16 @@ import torch
 import yaml
 from accelerate import Accelerator
 from torch.nn.utils import clip_grad_norm_
+from transformers import PreTrainedModel
 
 from nextblock import schedules
 from nextblock.adapter import DraftAdapter, save_adapter
 from nextblock.attention_mask import block_diffusion_rule
 from nextblock.checkpoint import export, load_checkpoint, newest_whole_checkpoint, save_checkpoint
-from nextblock.config import AdaptConfig, BlockDiffusionSettings, UsageError
+from nextblock.config import AdaptConfig, BlockDiffusionSettings, UsageError, require
 from nextblock.corruption import corrupt
 from nextblock.data import Rows, RowStream, check_tokens
+from nextblock.lora import LoraAdapter
 from nextblock.model import (
     Decoder,
     choose_mask_token,
@@ -86,11 +88,14 @@ class Run:
     optimizer: torch.optim.Optimizer
     stream: RowStream
     mask_token_id: int | None
+    lora: LoraAdapter | None = None
     step: int = 0
 
     @property
     def trained(self) -> torch.nn.Module:
-        """What has been learned, so what a checkpoint holds: the draft adapter, or the whole model."""
+        """What has been learned, so what a checkpoint holds: LoRA's or the draft adapter's weights, or all."""
+        if self.lora is not None:
+            return self.lora.weights
         return self.decoder.adapter or self.decoder.model
 
     @property
@@ -119,6 +124,8 @@ def train_step(run: Run, step: int) -> StepMetrics:
     rows = run.stream.next(config.training.batch_rows)
     check_tokens(rows, run.decoder.vocabulary, run.mask_token_id)
     global_tokens = int((rows.offset >= 0).sum())
+    # For adapters with dropout: it must not depend on what ran before, or a resumed run would differ.
+    torch.manual_seed(config.training.seed + 1_000_003 * step + run.accelerator.process_index)
 
     sums = torch.zeros(5, dtype=torch.float64)
     batches = list(micro_batches(run, rows))
@@ -227,12 +234,30 @@ def export_run(run: Run, output: Path) -> None:
     model = run.config.model
     dtype = getattr(torch, model.export_dtype) if model.export_dtype else None
     adapter, settings = run.decoder.adapter, run.settings
+    if run.lora is not None:
+        run.lora.save(output / "adapter")
+        export(output, merged_model(run, run.lora), run.tokenizer, settings, dtype)
+        return
     if adapter is None:
         export(output, run.decoder.model, run.tokenizer, settings, dtype)
         return
     assert settings is not None
     parent = weights_folder(model.path, model.revision)
     save_adapter(output, adapter, settings, model.path, parent, dtype or torch.float32)
+
+
+def merged_model(run: Run, lora: LoraAdapter) -> PreTrainedModel:
+    """The parent with the updates added: the run's own model, or where that is quantized one loaded again, whole."""
+    config = run.config
+    if config.model.quantization is None:
+        return lora.merge()
+    assert config.lora is not None
+    whole = load_parent(config.model.model_copy(update={"quantization": None}), "cpu")
+    if run.mask_token_id is not None:
+        choose_mask_token(whole, parent_tokenizer(config.model), config.model.mask_token)
+    again = LoraAdapter(whole.model, config.lora, run.mask_token_id, config.model.path)
+    again.weights.load_state_dict(lora.weights.state_dict())
+    return again.merge()
 
 
 def prepare(config: AdaptConfig) -> Run:
@@ -243,7 +268,9 @@ def prepare(config: AdaptConfig) -> Run:
         raise UsageError(
             f"training.batch_rows={rows} does not divide over {ranks} processes; use {max(1, rows // ranks) * ranks}"
         )
-    torch.manual_seed(config.training.seed)  # for a parent that starts from random weights
+    torch.manual_seed(config.training.seed)  # for weights that start random
+    if config.lora is not None:
+        require("peft", "lora", "lora")
     if config.model.scratch is None:  # what can be known without reading data or weights comes first
         read_config(config.model.path, config.model.revision, config.model.trust_remote_code)
     tokenizer = parent_tokenizer(config.model)
@@ -268,7 +295,10 @@ def prepare(config: AdaptConfig) -> Run:
     check_tokens(stream.next(config.training.batch_rows), decoder.vocabulary, mask_token_id)
     stream.load_state(start)
     without_dropout(decoder.model)
-    trained = decoder.adapter or decoder.model
+    lora = None
+    if config.lora is not None:
+        lora = LoraAdapter(decoder.model, config.lora, mask_token_id, config.model.path)
+    trained = lora.weights if lora is not None else decoder.adapter or decoder.model
     trained.requires_grad_(True)
     if config.training.gradient_checkpointing:
         decoder.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -286,7 +316,7 @@ def prepare(config: AdaptConfig) -> Run:
     )
     objective = TwoViewLoss(decoder) if decoder.adapter is None else DraftLoss(decoder)
     loss, optimizer = accelerator.prepare(objective, optimizer)
-    return Run(config, accelerator, tokenizer, decoder, loss, optimizer, stream, mask_token_id)
+    return Run(config, accelerator, tokenizer, decoder, loss, optimizer, stream, mask_token_id, lora)
 
 
 def save(run: Run, output: Path) -> None:
