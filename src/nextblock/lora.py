@@ -23,6 +23,27 @@ from nextblock.adapter import PEFT_PREFIX, WEIGHTS, target_names
 from nextblock.config import LoraConfig
 
 
+class TiedHead(nn.Module):
+    """A head whose matrix is the embedding's, with the mask token's trained row in place of the frozen one."""
+
+    def __init__(self, head: nn.Linear, embedding: nn.Embedding, mask_token_id: int) -> None:
+        super().__init__()
+        self.head, self.mask_token_id = head, mask_token_id
+        self.__dict__["embedding"] = embedding  # the model has it as a module already
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen matrix [V, D]."""
+        return self.head.weight
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[..., D] -> [..., V]."""
+        logits = self.head(hidden)
+        change = self.embedding.mask_row - self.weight[self.mask_token_id]
+        logits[..., self.mask_token_id] += hidden @ change.to(hidden.dtype)
+        return logits
+
+
 class LoraAdapter:
     """peft's updates in the model's linear layers, and the mask token's row in its embedding (and a tied head).
 
@@ -56,7 +77,7 @@ class LoraAdapter:
         self.embedding_name = next(name for name, module in model.named_modules() if module is self.embedding)
         self.wrapped: Any = peft.get_peft_model(model, settings)
         self.wrapped.peft_config["default"].base_model_name_or_path = parent
-        self.hooks: list[Any] = []
+        self.tied_head: nn.Linear | None = None
         if mask_token_id is not None:
             self._train_mask_row(model, mask_token_id)
         trained = {name.replace(".", "/"): p for name, p in model.named_parameters() if p.requires_grad}
@@ -71,14 +92,10 @@ class LoraAdapter:
             row = (module.mask_row * getattr(module, "embed_scale", 1.0)).to(embedded.dtype)
             return torch.where((inputs[0] == mask_token_id).unsqueeze(-1), row, embedded)
 
-        def predict(module: Any, inputs: tuple[Tensor, ...], logits: Tensor) -> Tensor:
-            change = (cast(Tensor, embedding.mask_row) - module.weight[mask_token_id]).to(logits.dtype)
-            logits[..., mask_token_id] += inputs[0] @ change
-            return logits
-
-        self.hooks = [embedding.register_forward_hook(embed)]
+        self.hook = embedding.register_forward_hook(embed)
         if head.weight is embedding.weight:
-            self.hooks.append(head.register_forward_hook(predict))
+            self.tied_head = head
+            model.set_output_embeddings(TiedHead(head, embedding, mask_token_id))
 
     def save(self, folder: Path) -> None:
         """Write a folder that `peft.PeftModel.from_pretrained(parent, folder)` reads.
@@ -105,7 +122,8 @@ class LoraAdapter:
         model = self.wrapped.merge_and_unload()
         if self.mask_token_id is not None:
             self.embedding.weight[self.mask_token_id] = cast(Tensor, self.embedding.mask_row)
-            for hook in self.hooks:
-                hook.remove()
+            self.hook.remove()
             del self.embedding.mask_row
+        if self.tied_head is not None:
+            model.set_output_embeddings(self.tied_head)
         return model
