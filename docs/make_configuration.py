@@ -119,6 +119,7 @@ def _row(section: str, key: str, field: FieldInfo, none: str = "null") -> str:
 def _value(value: Any, none: str) -> str:
     if value is None:
         return f"`{none}`"
+    value = list(value) if isinstance(value, tuple) else value
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 

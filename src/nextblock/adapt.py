@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -12,14 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nextblock import schedules
+from nextblock.attention_mask import block_diffusion_rule
 from nextblock.config import AdaptConfig, UsageError, load_config
+from nextblock.corruption import corrupt
 from nextblock.data import Rows, RowStream
 from nextblock.evaluate import BitsPerByte, bits_per_byte
+from nextblock.generate import BlockDiffusionLM
 from nextblock.model import Decoder, load_model
-from nextblock.report import write_report
+from nextblock.report import read_log, write_report
+from nextblock.request import GenerateOptions
 from nextblock.train import LOG, Run, StepMetrics, train
+
+STEPS_PER_BLOCK, SAMPLE_TOKENS, PROMPT_TOKENS = 4, 64, 32
+"""Of the sample decoded while training."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,7 @@ def adapt(
     resume: bool = False,
     on_step: Callable[[StepMetrics], None] | None = None,
     on_stage: Callable[[str], None] | None = None,
+    on_evaluation: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> RunResult:
     """Turn an AR parent into a block-diffusion model.
 
@@ -53,6 +62,7 @@ def adapt(
         resume: go on from the newest whole checkpoint in the output folder, else start.
         on_step: called after every optimizer step, on the main process.
         on_stage: called with a few words when something long begins.
+        on_evaluation: called with each record of `evaluate_midway`, on the main process.
     Returns:
         Where everything is, and the measured figures.
     Raises:
@@ -62,7 +72,17 @@ def adapt(
         config = load_config(config, overrides)
     say = on_stage or (lambda words: None)
     say("reading data and model")
-    run = train(config, resume=resume, on_step=on_step)
+    rows: Rows | None = None
+
+    def evaluate(run: Run) -> Mapping[str, Any] | None:
+        nonlocal rows
+        rows = rows or held_out_rows(run)
+        record = None if rows is None else evaluate_midway(run, rows)
+        if record and on_evaluation and run.accelerator.is_main_process:
+            on_evaluation(record)
+        return record
+
+    run = train(config, resume=resume, on_step=on_step, evaluate=evaluate)
     output = Path(config.output)
     finished = run.step >= config.training.steps
     if not finished or not run.accelerator.is_main_process:
@@ -78,8 +98,7 @@ def adapt(
 def describe(run: Run) -> dict[str, Any]:
     """The part of `results.json` that is known without measuring anything."""
     config = run.config
-    lines = (Path(config.output) / LOG).read_text(encoding="utf-8").splitlines()
-    steps = [json.loads(line) for line in lines]
+    steps = read_log(Path(config.output) / LOG)
     return {
         "title": f"{config.model.path if config.model.scratch is None else 'A model from scratch'}, "
         f"adapted to blocks of {config.growth.b_max}",
@@ -122,6 +141,61 @@ def held_out_rows(run: Run) -> Rows | None:
     except UsageError:
         return None
     return stream.next(run.config.training.evaluate_rows)
+
+
+@torch.no_grad()
+def evaluate_midway(run: Run, rows: Rows) -> dict[str, Any]:
+    """Held-out losses in nats per scored token, and one sample decoding, at the block size of the step just done.
+
+    The noise is the same each time. Each block of the sample gets STEPS_PER_BLOCK denoising steps, so that the
+    number T of steps of the whole answer is proportional to 1 / b. The run goes on as if nothing had happened.
+    """
+    config, recipe = run.config, run.config.recipe
+    block_size = schedules.block_size(run.step - 1, config.growth)
+    objective = run.accelerator.unwrap_model(run.loss)
+    modes = {module: module.training for module in objective.modules()}
+    objective.eval()
+    sums, size = torch.zeros(4, dtype=torch.float64), config.training.micro_batch_rows or len(rows)
+    for start in range(0, len(rows), size):
+        view = corrupt(
+            rows.slice(start, min(start + size, len(rows))),
+            block_size,
+            mask_token_id=run.mask_token_id or 0,
+            end_token_id=run.tokenizer.eos_token_id,
+            recipe=recipe,
+            seed=config.training.seed,
+            step=0,
+        ).to(run.accelerator.device)
+        losses = objective(view, block_diffusion_rule(recipe.context))
+        parts = (losses.diffusion, losses.diffusion_tokens, losses.ar, losses.ar_tokens)
+        sums += torch.stack([part.double() for part in parts]).cpu()
+    diffusion, diffusion_tokens, ar, ar_tokens = sums.tolist()
+
+    settings = run.settings and run.settings.model_copy(update={"block_size": block_size})
+    lm = BlockDiffusionLM(run.decoder.model, run.tokenizer, settings, run.decoder.adapter)
+    prompt = first_prompt(rows)
+    options: GenerateOptions = {"max_new_tokens": max(1, min(SAMPLE_TOKENS, config.data.row_length - len(prompt)))}
+    if block_size == 1:
+        out = lm.generate(prompt[None], mode="ar", **options)
+    else:
+        out = lm.generate(prompt[None], mode="diffusion", threshold=None, steps=STEPS_PER_BLOCK, **options)
+    for module, mode in modes.items():
+        module.training = mode
+    return {
+        "block_size": block_size,
+        "diffusion_loss": diffusion / diffusion_tokens if diffusion_tokens else math.nan,
+        "ar_loss": ar / ar_tokens if ar_tokens else math.nan,
+        "prompt": run.tokenizer.decode(prompt.tolist()),
+        "sample": out.texts[0],
+        "tokens_per_forward": out.stats.tokens_per_forward,
+    }
+
+
+def first_prompt(rows: Rows) -> Tensor:
+    """The first document's context, int64 [T]; of plain text, which has none, its beginning."""
+    own = rows.document[0] == 0
+    tokens, context = rows.tokens[0][own], int((rows.offset[0][own] < 0).long().cumprod(0).sum())
+    return tokens[: context or max(1, min(PROMPT_TOKENS, len(tokens) // 2))]
 
 
 def held_out_bits(run: Run) -> list[dict[str, Any]]:

@@ -117,7 +117,7 @@ def adapt(
     disable_progress_bar()
     checked = load_config(path, overrides)
     with TrainingBar(checked.training.steps) as bar:
-        result = run(checked, resume=resume == "auto", on_step=bar.update)
+        result = run(checked, resume=resume == "auto", on_step=bar.update, on_evaluation=bar.evaluated)
     if not result.finished:
         print(f"stopped at step {result.steps}; go on with --resume auto", file=sys.stderr)
         return

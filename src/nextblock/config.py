@@ -159,7 +159,20 @@ class TrainingConfig(Section):
     seed: int = Field(default=0, ge=0)
     checkpoint_every: int = Field(default=200, ge=1, description="steps between resumable checkpoints")
     keep_last: int = Field(default=2, ge=1, description="checkpoints kept")
-    evaluate_rows: int = Field(default=16, ge=0, description="held-out rows for bits per byte at the end")
+    evaluate_rows: int = Field(
+        default=16, ge=0, description="held-out rows for evaluation while training and at the end"
+    )
+    evaluate_every: int | None = Field(
+        default=None,
+        ge=1,
+        description="steps between held-out losses with a sample decoding, at the current block size",
+    )
+    profile_every: int = Field(
+        default=50, ge=1, description="steps between log records of the loss by noise level and by offset in the block"
+    )
+    trackers: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = Field(
+        default=(), description="send the log to these too, through accelerate"
+    )
     gradient_checkpointing: bool = Field(default=False, description="recompute activations in the backward pass")
     compile: bool = Field(default=False, description="torch.compile the model")
     mixed_precision: Literal["no", "bf16"] = Field(default="no", description="autocast of the forward pass")
@@ -219,6 +232,11 @@ class AdaptConfig(Section):
             raise ValueError(
                 f"growth.b_max={b_max} is not reached in training.steps={steps}; "
                 f"use at least {needed} steps or a smaller growth.delta"
+            )
+        if self.training.evaluate_every and not (self.training.evaluate_rows and self.data.held_out):
+            raise ValueError(
+                f"training.evaluate_every={self.training.evaluate_every} needs held-out rows; set "
+                "training.evaluate_rows and data.held_out above 0"
             )
         if self.draft_adapter is not None:
             self._check_draft_adapter()

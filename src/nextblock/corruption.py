@@ -18,6 +18,7 @@ from nextblock.config import Context, RecipeConfig
 from nextblock.data import Rows
 
 UNSCORED = -1
+NOISE_LEVELS = 8
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class TwoView:
     target: int64 [B, T], the token that the hidden state at this position predicts, UNSCORED if none.
     teacher: int64 [B, N], where in the clean half the AR prediction of that token is made, so one before it
         in its document; UNSCORED where there is no target or no token before it in the row.
+    noise: int64 [B, N], noise level of the slot's block: k where over k and up to k + 1 in NOISE_LEVELS of the
+        tokens that may be masked are.
     noised_length: N. The clean half starts there.
     """
 
@@ -36,12 +39,13 @@ class TwoView:
     places: Places
     target: Tensor
     teacher: Tensor
+    noise: Tensor
     noised_length: int
 
     def to(self, device: torch.device) -> TwoView:
         """The same view on `device`."""
         places = Places(**{k: v.to(device, non_blocking=True) for k, v in vars(self.places).items()})
-        tensors = (self.target.to(device), self.teacher.to(device))
+        tensors = (part.to(device) for part in (self.target, self.teacher, self.noise))
         return TwoView(self.tokens.to(device), places, *tensors, self.noised_length)
 
 
@@ -139,6 +143,7 @@ def corrupt(
         places=places,
         target=torch.cat([noised_target, next_token_targets(rows, block_size, recipe.context)], dim=1),
         teacher=teacher,
+        noise=stack("noise", 0),
         noised_length=noised_length,
     )
 
@@ -213,10 +218,13 @@ def _noised_half(
     for view, masked in enumerate(draw(generator, maskable), 1):
         # A block in which nothing was masked carries no loss.
         keep = grid.present & masked.any(axis=1, keepdims=True)
+        most = np.maximum(maskable.sum(axis=1), 1)
+        level = (masked.sum(axis=1) * NOISE_LEVELS - 1) // most
         slots = {
             "tokens": np.where(masked, mask_token_id, grid.clean),
             "target": np.where(masked, grid.clean, UNSCORED),
             "teacher": np.where(masked, grid.teacher, UNSCORED),
+            "noise": np.broadcast_to(level[:, None], grid.clean.shape),
             "view": np.full_like(grid.clean, view),
             "document": grid.document,
             "position": grid.position,

@@ -26,6 +26,7 @@ class LossSums:
     """Sums of cross-entropies in nats, and how many tokens each sums over. 0-d tensors.
 
     soft: sum of KL(p_AR || p_MDM) in nats over the masked tokens that have a teacher; 0 where not asked for.
+    nats: float32 [S], the cross-entropy of each masked token, without gradient; None where not asked for.
     """
 
     diffusion: Tensor
@@ -33,6 +34,7 @@ class LossSums:
     diffusion_tokens: Tensor
     ar_tokens: Tensor
     soft: Tensor
+    nats: Tensor | None = None
 
     def total(self, ar_weight: float, views: int = 1, soft_weight: float = 0.0) -> Tensor:
         """L_MDM + w_soft * L_soft + lambda * L_AR, a sum; divide by the global N   (Eq. 2; L_soft is ours).
@@ -108,7 +110,9 @@ class TwoViewLoss(nn.Module):
         super().__init__()
         self.model = decoder.model
 
-    def forward(self, view: TwoView, rule: Rule, score_ar: bool = True, soft: bool = False) -> LossSums:
+    def forward(
+        self, view: TwoView, rule: Rule, score_ar: bool = True, soft: bool = False, profile: bool = False
+    ) -> LossSums:
         """L_MDM over masked tokens (Eq. 5) and L_AR over the clean half (Eq. 1).
 
         Args:
@@ -116,13 +120,15 @@ class TwoViewLoss(nn.Module):
             rule: the attention rule.
             score_ar: False leaves the clean half unscored (lambda = 0), which saves its head time.
             soft: also score masked tokens against the clean half's own predictions (w_soft > 0).
+            profile: also give each masked token's loss, for one more pass through the head.
         """
         decoder = Decoder(self.model)
         hidden = decoder.hidden(view.tokens, view.places.position, decoder.masks(rule, view.places))
         n = view.noised_length
         diffusion = masked_sums(decoder, hidden[:, :n], view, hidden[:, n:] if soft else None)
         ar = scored_sum(decoder, hidden[:, n:], view.target[:, n:] if score_ar else view.target[:, n:n])
-        return LossSums(diffusion[0], ar[0], diffusion[1], ar[1], diffusion[2])
+        nats = token_nats(decoder, hidden[:, :n], view.target[:, :n]) if profile else None
+        return LossSums(diffusion[0], ar[0], diffusion[1], ar[1], diffusion[2], nats)
 
 
 class DraftLoss(nn.Module):
@@ -138,7 +144,9 @@ class DraftLoss(nn.Module):
         self.model = decoder.model
         self.adapter = decoder.adapter
 
-    def forward(self, view: TwoView, rule: Rule, score_ar: bool = False, soft: bool = False) -> LossSums:
+    def forward(
+        self, view: TwoView, rule: Rule, score_ar: bool = False, soft: bool = False, profile: bool = False
+    ) -> LossSums:
         """L_MDM over masked tokens   (Eq. 5); the AR loss has no part, its sum is 0.
 
         With `soft` also the KL from the frozen parent's own predictions, which judge the drafts in decoding.
@@ -155,7 +163,8 @@ class DraftLoss(nn.Module):
         mask = decoder.masks(rule, noised, clean.followed_by(noised))
         hidden = decoder.hidden(view.tokens[:, :n], noised.position, mask, cache, noised=True)
         diffusion, tokens, divergence = masked_sums(decoder, hidden, view, parent if soft else None)
-        return LossSums(diffusion, torch.zeros_like(diffusion), tokens, torch.zeros_like(tokens), divergence)
+        nats = token_nats(decoder, hidden, view.target[:, :n]) if profile else None
+        return LossSums(diffusion, torch.zeros_like(diffusion), tokens, torch.zeros_like(tokens), divergence, nats)
 
 
 def scored_sum(decoder: Decoder, hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -184,3 +193,13 @@ def masked_sums(
     teacher = clean[row, index.clamp_min(0)]
     sums = soft_cross_entropy_sums(decoder, hidden[row, slot], view.target[row, slot], teacher, index != UNSCORED)
     return sums[0], scored.sum(), sums[1]
+
+
+@torch.no_grad()
+def token_nats(decoder: Decoder, hidden: Tensor, target: Tensor) -> Tensor:
+    """-log p of every target there is, float32 [S] in row order, no gradient. `hidden` [B, T, D], `target` [B, T]."""
+    scored = target != UNSCORED
+    size = max(1, LOGIT_ELEMENTS // decoder.vocabulary)
+    pairs = zip(hidden[scored].split(size), target[scored].split(size), strict=True)
+    parts = [functional.cross_entropy(decoder.logits(h).float(), wanted, reduction="none") for h, wanted in pairs]
+    return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)

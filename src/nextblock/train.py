@@ -6,7 +6,7 @@ import json
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
 from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedModel
 
@@ -23,7 +24,7 @@ from nextblock.adapter import DraftAdapter, save_adapter
 from nextblock.attention_mask import block_diffusion_rule
 from nextblock.checkpoint import export, load_checkpoint, newest_whole_checkpoint, save_checkpoint
 from nextblock.config import AdaptConfig, BlockDiffusionSettings, UsageError, require
-from nextblock.corruption import corrupt
+from nextblock.corruption import TwoView, corrupt
 from nextblock.data import Rows, RowStream, check_tokens
 from nextblock.lora import LoraAdapter
 from nextblock.model import (
@@ -37,6 +38,7 @@ from nextblock.model import (
     without_dropout,
 )
 from nextblock.objective import DraftLoss, TwoViewLoss
+from nextblock.tracking import LossProfile, peak_flops, peak_memory_gib, run_log, useful_flops
 
 LOG = "log.jsonl"
 RESOLVED_CONFIG = "nextblock.yaml"
@@ -46,6 +48,9 @@ MAY_CHANGE_ON_RESUME = (
     "training.checkpoint_every",
     "training.keep_last",
     "training.evaluate_rows",
+    "training.evaluate_every",
+    "training.profile_every",
+    "training.trackers",
     "training.compile",
     "training.gradient_checkpointing",
     "model.export_dtype",
@@ -69,6 +74,11 @@ class StepMetrics:
     step_seconds: float
     soft_loss: float = math.nan
     """Mean KL from the clean half's predictions over the masked tokens; NaN without soft targets."""
+    device_tokens_per_second: float = math.nan
+    peak_memory_gib: float = math.nan
+    """Of the main process since it began: allocated on CUDA, resident elsewhere."""
+    mfu: float | None = None
+    """Useful floating-point operations per second over the device's bfloat16 peak, where that is known."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -90,6 +100,7 @@ class Run:
     mask_token_id: int | None
     lora: LoraAdapter | None = None
     step: int = 0
+    profile: LossProfile | None = None
 
     @property
     def trained(self) -> torch.nn.Module:
@@ -97,6 +108,19 @@ class Run:
         if self.lora is not None:
             return self.lora.weights
         return self.decoder.adapter or self.decoder.model
+
+    @property
+    def peak_flops(self) -> float | None:
+        """The bfloat16 peak that MFU is measured against; None where it is not known or another dtype computes."""
+        low = self.config.training.mixed_precision == "bf16" or self.config.model.dtype == "bfloat16"
+        return peak_flops(self.accelerator.device) if low else None
+
+    def flops(self, view: TwoView) -> float:
+        """Useful floating-point operations of a micro-batch; 0 where nothing is measured against them."""
+        if self.peak_flops is None:
+            return 0.0
+        whole = self.lora is None and self.decoder.adapter is None
+        return useful_flops(self.decoder, view, trained=whole, clean_trained=self.decoder.adapter is None)
 
     @property
     def settings(self) -> BlockDiffusionSettings | None:
@@ -127,7 +151,9 @@ def train_step(run: Run, step: int) -> StepMetrics:
     # For adapters with dropout: it must not depend on what ran before, or a resumed run would differ.
     torch.manual_seed(config.training.seed + 1_000_003 * step + run.accelerator.process_index)
 
-    sums = torch.zeros(5, dtype=torch.float64)
+    profiled = (step + 1) % config.training.profile_every == 0
+    run.profile = LossProfile(block_size, run.accelerator.device) if profiled else None
+    sums, flops = torch.zeros(5, dtype=torch.float64), 0.0
     batches = list(micro_batches(run, rows))
     for number, micro in enumerate(batches):
         view = corrupt(
@@ -138,13 +164,17 @@ def train_step(run: Run, step: int) -> StepMetrics:
             recipe=recipe,
             seed=config.training.seed,
             step=step,
-        ).to(run.accelerator.device)
+        )
+        flops += run.flops(view)
+        view = view.to(run.accelerator.device)
         last = number == len(batches) - 1
         with nullcontext() if last else run.accelerator.no_sync(run.loss):
-            losses = run.loss(view, rule, score_ar=ar_weight > 0, soft=recipe.soft_weight > 0)
+            losses = run.loss(view, rule, score_ar=ar_weight > 0, soft=recipe.soft_weight > 0, profile=profiled)
             # Data parallelism averages gradients over ranks; the loss is a sum over them.
             total = losses.total(ar_weight, recipe.views, recipe.soft_weight)
             run.accelerator.backward(total / global_tokens * run.accelerator.num_processes)
+        if run.profile is not None and losses.nats is not None:
+            run.profile.add(view, losses.nats, recipe.prediction == "shifted")
         parts = (losses.diffusion, losses.ar, losses.diffusion_tokens, losses.ar_tokens, losses.soft)
         sums += torch.stack([part.detach().double() for part in parts]).cpu()
     over_ranks: Any = run.accelerator.reduce(sums.float().to(run.accelerator.device))
@@ -162,6 +192,7 @@ def train_step(run: Run, step: int) -> StepMetrics:
         )
     run.optimizer.step()
     run.optimizer.zero_grad()
+    seconds, device = time.perf_counter() - start, run.accelerator.device
     return StepMetrics(
         step=step,
         block_size=block_size,
@@ -172,8 +203,11 @@ def train_step(run: Run, step: int) -> StepMetrics:
         learning_rate=learning_rate,
         grad_norm=grad_norm,
         tokens=global_tokens,
-        step_seconds=time.perf_counter() - start,
+        step_seconds=seconds,
         soft_loss=soft / diffusion_tokens if recipe.soft_weight and diffusion_tokens else math.nan,
+        device_tokens_per_second=global_tokens / seconds / run.accelerator.num_processes,
+        peak_memory_gib=peak_memory_gib(device),
+        mfu=None if run.peak_flops is None else flops / seconds / run.peak_flops,
     )
 
 
@@ -186,13 +220,20 @@ def micro_batches(run: Run, rows: Rows) -> Iterator[Rows]:
         yield rows.slice(start, min(start + size, (rank + 1) * share))
 
 
-def train(config: AdaptConfig, *, resume: bool = False, on_step: Callable[[StepMetrics], None] | None = None) -> Run:
+def train(
+    config: AdaptConfig,
+    *,
+    resume: bool = False,
+    on_step: Callable[[StepMetrics], None] | None = None,
+    evaluate: Callable[[Run], Mapping[str, Any] | None] | None = None,
+) -> Run:
     """Adapt the parent and leave a Hugging Face folder in `config.output`.
 
     Args:
         config: checked configuration.
         resume: go on from the newest whole checkpoint in the output folder, if there is one.
         on_step: called on the main process after each step.
+        evaluate: called on every process each `training.evaluate_every` steps; what it returns is logged.
     Returns:
         The run, with the trained model in memory. `run.step` is below `config.training.steps` when a
         SIGTERM ended it early (a checkpoint was saved).
@@ -211,17 +252,19 @@ def train(config: AdaptConfig, *, resume: bool = False, on_step: Callable[[StepM
             yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8"
         )
         trim_log(output / LOG, run.step)
-    with (
-        stop_on_sigterm() as stop,
-        (output / LOG if main else Path("/dev/null")).open("a", encoding="utf-8") as log,
-    ):
+    flat_config = _flat(config.model_dump(mode="json"))
+    with stop_on_sigterm() as stop, run_log(run.accelerator, output / LOG, flat_config) as write:
         while run.step < config.training.steps and not stop:
             metrics = train_step(run, run.step)
             run.step += 1
-            log.write(json.dumps(asdict(metrics)) + "\n")
-            log.flush()
+            write(asdict(metrics))
             if on_step and main:
                 on_step(metrics)
+            if run.profile and (profile := run.profile.record(run.accelerator, metrics.step)):
+                write(profile)
+            due = config.training.evaluate_every
+            if evaluate and due and run.step % due == 0 and (found := evaluate(run)):
+                write({"kind": "evaluation", "step": metrics.step, **found})
             if run.step % config.training.checkpoint_every == 0 or run.step == config.training.steps or stop:
                 save(run, output)
     if main and run.step == config.training.steps:
@@ -262,7 +305,13 @@ def merged_model(run: Run, lora: LoraAdapter) -> PreTrainedModel:
 
 def prepare(config: AdaptConfig) -> Run:
     """Read data, load and check the parent, and hand both to accelerate. Writes nothing."""
-    accelerator = Accelerator(mixed_precision=config.training.mixed_precision)
+    for name in config.training.trackers:
+        require(name, "trackers", f"training.trackers={name}")
+    accelerator = Accelerator(
+        mixed_precision=config.training.mixed_precision,
+        log_with=list(config.training.trackers) or None,
+        project_config=ProjectConfiguration(logging_dir=str(Path(config.output) / "trackers")),
+    )
     rows, ranks = config.training.batch_rows, accelerator.num_processes
     if rows % ranks:
         raise UsageError(
@@ -360,10 +409,15 @@ def check_output(output: Path, resume: bool) -> None:
 
 
 def trim_log(path: Path, steps: int) -> None:
-    """Drop log lines of steps that will be done again."""
-    if path.is_file():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        path.write_text("".join(lines[:steps]), encoding="utf-8")
+    """Drop log lines of steps that will be done again, and one that a killed run left unfinished."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if not line.endswith("\n") or json.loads(line)["step"] >= steps:
+            break
+        kept.append(line)
+    path.write_text("".join(kept), encoding="utf-8")
 
 
 @contextmanager
