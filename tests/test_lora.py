@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ TIED = {"llama": False, "gemma3": True, "gpt2": True}
 def parent(request, tmp_path_factory) -> Path:
     """The folder of a tiny parent: untied; tied with scaled embeddings; tied with transposed linear layers."""
     folder = tmp_path_factory.mktemp(request.param)
-    model = tiny_model(request.param, vocab_size=VOCABULARY, std=0.08)
+    model: Any = tiny_model(request.param, vocab_size=VOCABULARY, std=0.08)
     assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == TIED[request.param]
     model.save_pretrained(folder)
     return folder
@@ -62,7 +62,8 @@ def test_a_run_learns_leaves_the_parent_and_ends_in_an_adapter_and_a_merged_mode
     assert mask_id is not None
     tokens = torch.tensor([[40, 41, mask_id, 43, 44, mask_id]])
 
-    before, after = (AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32) for f in (parent, tmp_path / "run"))
+    folders = (parent, tmp_path / "run")
+    before, after = (cast(Any, AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32)) for f in folders)
     rows = [model.get_input_embeddings().weight.detach() for model in (before, after)]
     others = torch.arange(VOCABULARY) != mask_id
     assert torch.equal(rows[0][others], rows[1][others])

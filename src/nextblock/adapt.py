@@ -176,9 +176,10 @@ def evaluate_midway(run: Run, rows: Rows) -> dict[str, Any]:
     prompt = first_prompt(rows)
     options: GenerateOptions = {"max_new_tokens": max(1, min(SAMPLE_TOKENS, config.data.row_length - len(prompt)))}
     if block_size == 1:
-        out = lm.generate(prompt[None], mode="ar", **options)
+        options["mode"] = "ar"
     else:
-        out = lm.generate(prompt[None], mode="diffusion", threshold=None, steps=STEPS_PER_BLOCK, **options)
+        options |= {"mode": "diffusion", "threshold": None, "steps": STEPS_PER_BLOCK}
+    out = lm.generate(prompt[None], **options)
     for module, mode in modes.items():
         module.training = mode
     return {

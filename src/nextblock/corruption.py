@@ -7,7 +7,7 @@ Letters: B rows, L tokens of a row, N slots of the noised half, T = N + L.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -45,8 +45,8 @@ class TwoView:
     def to(self, device: torch.device) -> TwoView:
         """The same view on `device`."""
         places = Places(**{k: v.to(device, non_blocking=True) for k, v in vars(self.places).items()})
-        tensors = (part.to(device) for part in (self.target, self.teacher, self.noise))
-        return TwoView(self.tokens.to(device), places, *tensors, self.noised_length)
+        tensors = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, places=places, **tensors)
 
 
 def block_starts(position: Tensor, offset: Tensor, block_size: int) -> Tensor:

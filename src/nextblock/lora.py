@@ -39,7 +39,7 @@ class TiedHead(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., V]."""
         logits = self.head(hidden)
-        change = self.embedding.mask_row - self.weight[self.mask_token_id]
+        change = cast(Any, self.embedding).mask_row - self.weight[self.mask_token_id]
         logits[..., self.mask_token_id] += hidden @ change.to(hidden.dtype)
         return logits
 
