@@ -130,6 +130,23 @@ def test_profiles_and_evaluations_stand_in_the_log_and_change_nothing_that_is_tr
     assert "by noise level" in (tmp_path / "watched" / "report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("section", ["lora", "draft_adapter"])
+def test_adapters_are_evaluated_while_they_train_and_change_by_it_as_little(parent, tmp_path, section):
+    pytest.importorskip("peft")
+    saved = "adapter/adapter_model.safetensors" if section == "lora" else "adapter_model.safetensors"
+    weights = []
+    for name, every in (("watched", 3), ("alone", None)):
+        plain = config_of(parent, tmp_path / name, evaluate_every=every, profile_every=3).model_dump()
+        config = load_config(plain, {section: {"rank": 2, "dropout": 0.1}, "growth.b_0": 4})
+        assert adapt(config).results["bits_per_byte"]
+        weights.append((tmp_path / name / saved).read_bytes())
+    assert weights[0] == weights[1]
+    evaluations = read_log(tmp_path / "watched" / "log.jsonl", "evaluation")
+    assert [(e["step"], e["block_size"]) for e in evaluations] == [(2, 4), (5, 4)]
+    assert all(e["diffusion_loss"] > 0 for e in evaluations)
+    assert len(read_log(tmp_path / "watched" / "log.jsonl", "profile")) == 2
+
+
 def test_a_resumed_log_has_each_record_once(parent, tmp_path):
     config = config_of(parent, tmp_path, profile_every=1)
 
