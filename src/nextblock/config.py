@@ -106,6 +106,9 @@ class RecipeConfig(Section):
     )
     noise_per: Literal["block", "row"] = Field(default="block", description="one noise level t per block, or per row")
     full_mask_share: float = Field(default=0.0, ge=0, le=1, description="share of blocks masked whole, whatever t is")
+    random_start_share: float = Field(
+        default=0.0, ge=0, le=1, description="share of spans whose blocks start late at random, as drafts do"
+    )
     views: int = Field(default=1, ge=1, description="noised views of one clean pass (k)")
     complementary: bool = Field(default=False, description="views in pairs: the second masks what the first left")
     fill_last_block: bool = Field(
@@ -203,6 +206,12 @@ class AdaptConfig(Section):
             raise ValueError(
                 f"recipe.views={self.recipe.views} is odd, but recipe.complementary needs pairs; "
                 f"use {self.recipe.views + 1}"
+            )
+        if self.recipe.random_start_share and self.recipe.context == "block_causal":
+            # There blocks must start where decoding starts them, in the clean half as in the noised one.
+            raise ValueError(
+                f"recipe.random_start_share={self.recipe.random_start_share} needs recipe.context=context_causal; "
+                "set it, or leave the random starts out"
             )
         if self.recipe.annealed_mask_steps and growth.b_0 != b_max:
             raise ValueError(

@@ -110,8 +110,10 @@ def corrupt(
     halves, seeds = [], []
     for row in range(len(rows)):
         key = (seed, int(rows.epoch[row]), int(rows.number[row]), step)
-        grid = block_grid(rows, row, block_size, end_token_id if recipe.fill_last_block else None)
-        halves.append(_noised_half(grid, mask_token_id, recipe, draw, row_generator(*key)))
+        generator = row_generator(*key)
+        offset = random_starts(rows.offset[row].numpy(), block_size, recipe.random_start_share, generator)
+        grid = block_grid(rows, row, offset, block_size, end_token_id if recipe.fill_last_block else None)
+        halves.append(_noised_half(grid, mask_token_id, recipe, draw, generator))
         seeds.append([int(np.random.SeedSequence([*key, 1]).generate_state(1)[0]) >> 1])
     noised_length = max((half["tokens"].size for half in halves), default=0)
 
@@ -163,11 +165,24 @@ class BlockGrid:
     block_start: np.ndarray
 
 
-def block_grid(rows: Rows, row: int, block_size: int, fill_token_id: int | None) -> BlockGrid:
+def random_starts(offset: np.ndarray, block_size: int, share: float, generator: np.random.Generator) -> np.ndarray:
+    """Offsets int64 [L] with which, in a `share` of spans, the first block starts up to b - 1 tokens late.
+
+    Diffusion mode meets blocks at multiples of b only, speculative mode wherever the last check ended.
+    Tokens before a late start are -1: not noised, and still scored by the AR loss.
+    """
+    if not share:
+        return offset
+    starts = offset == 0
+    count = int(starts.sum())
+    late = generator.integers(0, block_size, count) * (generator.random(count) < share)
+    late = np.where(offset >= 0, np.append(late, 0)[np.cumsum(starts) - 1], 0)
+    return np.where(offset >= late, offset - late, -1)
+
+
+def block_grid(rows: Rows, row: int, offset: np.ndarray, block_size: int, fill_token_id: int | None) -> BlockGrid:
     """Cut a row's spans into blocks; an ended span's last block is filled up with `fill_token_id`, if given."""
-    tokens, document, position, offset = (
-        getattr(rows, name)[row].numpy() for name in ("tokens", "document", "position", "offset")
-    )
+    tokens, document, position = (getattr(rows, name)[row].numpy() for name in ("tokens", "document", "position"))
     starts = (offset >= 0) & (offset % block_size == 0)
     first = np.flatnonzero(starts)
     block_of = np.where(offset >= 0, np.cumsum(starts) - 1, -1)
