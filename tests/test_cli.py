@@ -197,3 +197,18 @@ def test_report_makes_the_page_again(run, parent, texts, tmp_path):
     page.unlink()
     assert run("report", tmp_path / "out")[0] == 0
     assert page.read_text() == before
+
+
+def test_generate_answers_a_file_as_training_data(run, parent, tmp_path):
+    output = tmp_path / "data.jsonl"
+    call = ["generate", parent, "--input", "task:algebra", "--examples", "3", "--max-new-tokens", "4"]
+    assert run(*call, "--output", output)[:2] == (0, f"wrote 3 answers to {output}\n")
+    assert len(output.read_text(encoding="utf-8").splitlines()) == 3
+    assert run(*call, "--output", output)[:2] == (0, f"{output} is finished; nothing was left to do\n")
+    for options, words in (
+        (["--output", output, "--temperature", "1"], "belongs to other settings: seed was None"),
+        (["--output", tmp_path / "no" / "data.jsonl"], "does not exist"),
+        ([], "go together"),
+        (["--output", output, "--live"], "does not go with"),
+    ):
+        refused(run, [*call, *options], words, tmp_path / "no")

@@ -15,6 +15,7 @@ from nextblock.config import BlockDiffusionSettings, UsageError, validate
 from nextblock.events import Finish
 from nextblock.model import Decoder
 from nextblock.sampling import DecodingConfig, Mode, Sampler, generator
+from nextblock.sources import one_line
 from nextblock.text import TextStream
 
 Prompts = str | Sequence[str] | Sequence[Mapping[str, str]] | Sequence[Sequence[Mapping[str, str]]] | Tensor
@@ -175,7 +176,10 @@ def _from_text(tokenizer: Any, number: int, item: Any) -> list[int]:
         raise UsageError(f"prompt {number} is neither a text nor a list of chat messages with role and content")
     if not getattr(tokenizer, "chat_template", None):
         raise UsageError("the tokenizer has no chat template; give plain text instead of chat messages")
-    text = tokenizer.apply_chat_template(list(item), add_generation_prompt=True, tokenize=False)
+    try:
+        text = tokenizer.apply_chat_template(list(item), add_generation_prompt=True, tokenize=False)
+    except Exception as error:  # templates raise anything
+        raise UsageError(f"prompt {number} does not fit the chat template: {one_line(error)}") from None
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
