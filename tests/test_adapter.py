@@ -14,10 +14,10 @@ from families import FAMILIES, tiny_model
 from nextblock.adapter import DraftAdapter, GatedLinear, fingerprint, load_adapter, save_adapter, target_names
 from nextblock.attention_mask import block_diffusion_rule
 from nextblock.checkpoint import export
-from nextblock.config import BlockDiffusionSettings, DraftAdapterConfig, UsageError, load_config
+from nextblock.config import BlockDiffusionSettings, DraftAdapterConfig, ModelConfig, UsageError, load_config
 from nextblock.corruption import corrupt
 from nextblock.data import RowStream
-from nextblock.model import Decoder, byte_tokenizer
+from nextblock.model import Decoder, byte_tokenizer, load_parent
 from nextblock.objective import DraftLoss
 from nextblock.train import train
 
@@ -293,3 +293,19 @@ def test_the_gate_decides_position_by_position(llama):
     torch.testing.assert_close(found[:, :2], expected[:, :2])  # causal: later positions do not reach them
     assert not torch.allclose(found[:, 2:], expected[:, 2:])
     assert any(isinstance(module, GatedLinear) for module in llama.modules())
+
+
+@pytest.mark.parametrize(
+    ("device", "words"), [("cpu", "needs a CUDA device"), ("cuda", "cannot load model .*requires bitsandbytes")]
+)
+def test_a_parent_in_4_bits_says_in_one_line_what_is_missing(tmp_path, monkeypatch, device, words):
+    monkeypatch.setattr("transformers.quantizers.quantizer_bnb_4bit.is_bitsandbytes_available", lambda: False)
+    export(tmp_path, tiny_model("llama", vocab_size=264), byte_tokenizer(), None)
+    with pytest.raises(UsageError, match=words) as error:
+        load_parent(ModelConfig(path=str(tmp_path), quantization="4bit"), device)
+    assert "\n" not in str(error.value)
+
+
+def test_only_the_parent_of_a_draft_adapter_can_be_in_4_bits():
+    with pytest.raises(UsageError, match="is for a frozen parent"):
+        load_config({"data": {"sources": [{"path": "x"}]}}, {"model.quantization": "4bit"})
