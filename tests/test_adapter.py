@@ -219,7 +219,7 @@ def test_the_mask_vector_is_no_row_of_the_head(llama):
 
 def test_with_tied_embeddings_training_the_mask_vector_leaves_the_head_as_it_was():
     model = tiny_model("llama", tie_word_embeddings=True)
-    head = model.get_output_embeddings().weight
+    head = model.get_parameter("lm_head.weight")
     assert head is model.get_input_embeddings().weight
     tokens, position = torch.tensor([[5, 6, 7]]), torch.arange(3)[None]
     with torch.no_grad():

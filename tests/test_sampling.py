@@ -144,7 +144,7 @@ VOCABULARY, MASK, STEPS, SAMPLES = 7, 6, 4, 4000
 
 
 @torch.no_grad()
-def enumerated(model, prompt, temperature, top_k, top_p, mask=MASK):
+def enumerated(model, prompt, temperature, top_k, top_p, mask: int | None = MASK):
     """Probability of every answer of STEPS tokens, from the model's own forward passes: {answer: p}."""
     found = {(): 1.0}
     for _ in range(STEPS):
