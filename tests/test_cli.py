@@ -9,7 +9,9 @@ import pytest
 
 from families import tiny_model
 from nextblock import cli
+from nextblock.adapter import DraftAdapter, save_adapter
 from nextblock.checkpoint import export
+from nextblock.config import BlockDiffusionSettings, DraftAdapterConfig
 from nextblock.model import byte_tokenizer
 
 
@@ -197,3 +199,42 @@ def test_report_makes_the_page_again(run, parent, texts, tmp_path):
     page.unlink()
     assert run("report", tmp_path / "out")[0] == 0
     assert page.read_text() == before
+
+
+def test_generate_answers_a_file_as_training_data(run, parent, tmp_path):
+    output = tmp_path / "data.jsonl"
+    call = ["generate", parent, "--input", "task:algebra", "--examples", "3", "--max-new-tokens", "4"]
+    assert run(*call, "--output", output)[:2] == (0, f"wrote 3 answers to {output}\n")
+    assert len(output.read_text(encoding="utf-8").splitlines()) == 3
+    assert run(*call, "--output", output)[:2] == (0, f"{output} is finished; nothing was left to do\n")
+    for options, words in (
+        (["--output", output, "--temperature", "1"], "belongs to other settings: seed was None"),
+        (["--output", tmp_path / "no" / "data.jsonl"], "does not exist"),
+        ([], "go together"),
+        (["--output", output, "--live"], "does not go with"),
+    ):
+        refused(run, [*call, *options], words, tmp_path / "no")
+
+
+@pytest.mark.parametrize(
+    ("targets", "words"), [("nothing", "match nothing"), ("[q_proj, key]", "'key'"), ("(q", "no regular expression")]
+)
+def test_target_modules_that_match_nothing_leave_nothing_behind(run, parent, texts, tmp_path, targets, words):
+    options = ["--draft_adapter.target_modules", targets, "--growth.b_0", "4"]
+    refused(run, ["adapt", *small(parent, texts, tmp_path / "out"), *options], words, tmp_path / "out")
+
+
+def test_a_draft_adapter_out_of_place_gives_one_line(run, parent, tmp_path):
+    model = tiny_model("llama", vocab_size=264)
+    adapter = DraftAdapter(model, DraftAdapterConfig(rank=2))
+    section = BlockDiffusionSettings(block_size=4, mask_token_id=adapter.mask_token_id)
+    save_adapter(tmp_path / "draft", adapter, section, "my-parent", parent)
+    export(tmp_path / "other", tiny_model("llama", vocab_size=264, seed=5), byte_tokenizer(), None)
+    for model, folder, options, words in (
+        (tmp_path / "other", "draft", [], "belongs to my-parent"),
+        (parent, "nowhere", [], "is not a folder"),
+        (parent, "other", [], "holds no draft adapter"),
+        (parent, "draft", ["--block-size", "8"], "block_size=8 is larger than the 4"),
+    ):
+        call = ["generate", model, "a", "--mode", "speculative", "--draft-adapter", tmp_path / folder, *options]
+        refused(run, call, words, tmp_path / "out")

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from families import tiny_model
-from nextblock.config import BlockDiffusionSettings, UsageError, validate
+from nextblock.adapter import DraftAdapter
+from nextblock.config import BlockDiffusionSettings, DraftAdapterConfig, UsageError, validate
 from nextblock.events import Committed, Rejected
 from nextblock.generate import BlockDiffusionLM
 from nextblock.sampling import (
@@ -143,13 +144,14 @@ VOCABULARY, MASK, STEPS, SAMPLES = 7, 6, 4, 4000
 
 
 @torch.no_grad()
-def enumerated(model, prompt, temperature, top_k, top_p):
+def enumerated(model, prompt, temperature, top_k, top_p, mask: int | None = MASK):
     """Probability of every answer of STEPS tokens, from the model's own forward passes: {answer: p}."""
     found = {(): 1.0}
     for _ in range(STEPS):
         prefixes = list(found)
         logits = model(torch.tensor([prompt + list(p) for p in prefixes])).logits[:, -1].double()
-        logits[:, MASK] = -torch.inf
+        if mask is not None:
+            logits[:, mask] = -torch.inf
         logits = logits / temperature
         longer = {}
         for prefix, row in zip(prefixes, logits, strict=True):
@@ -217,6 +219,35 @@ def test_sampling_has_the_ar_distribution(how, temperature, top_k, top_p):
         rejected = sum(isinstance(e, Rejected) for e in events)
         assert rejected > SAMPLES // 20
         assert sum(isinstance(e, Committed) for e in events) == SAMPLES * STEPS
+
+
+@pytest.mark.parametrize(
+    "how", [{}, {"draft_steps": 2}, {"draft_ahead": 2}, {"draft_length": "auto"}, {"top_k": 5, "top_p": 0.9}], ids=str
+)
+def test_sampling_with_a_draft_adapter_has_the_distribution_of_the_bare_parent(how):
+    """Enumerated before the adapter is there; its mask token is no token of the parent, so none is left out."""
+    model, prompt = tiny_model("llama", vocab_size=VOCABULARY, seed=3, std=0.12), [3, 4, 5]
+    answers = enumerated(model, prompt, 1.0, how.get("top_k"), how.get("top_p"), mask=None)
+    adapter = DraftAdapter(model, DraftAdapterConfig(rank=3)).eval()
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.normal_(std=0.3)
+    adapter.merge_copies()
+    section = BlockDiffusionSettings(block_size=4, mask_token_id=adapter.mask_token_id)
+    stream = BlockDiffusionLM(model, None, section, adapter).stream(
+        torch.tensor([prompt]).expand(SAMPLES, -1),
+        mode="speculative",
+        max_new_tokens=STEPS,
+        eos_token_id=[],
+        temperature=1.0,
+        seed=0,
+        **how,
+    )
+    rejected = sum(isinstance(event, Rejected) for event in stream)
+    found = [tuple(row.answer) for row in stream.rows]
+    assert set(found) <= set(answers)
+    assert chi_square_p({a: found.count(a) for a in set(found)}, {k: SAMPLES * p for k, p in answers.items()}) > 1e-6
+    assert rejected > SAMPLES // 20
 
 
 def test_the_chi_square_test_can_tell_a_wrong_sampler():

@@ -163,22 +163,32 @@ def target_names(model: PreTrainedModel, targets: str | Sequence[str]) -> list[s
     """Names of the linear layers to adapt: `all-linear` (but the head), a regular expression, or name endings.
 
     Raises:
-        UsageError: they match nothing.
+        UsageError: they match nothing, one of the endings does not, or no regular expression.
     """
     head = model.get_output_embeddings()
     linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
     if targets == "all-linear":
-        found = linear
-    elif isinstance(targets, str):
-        found = [name for name in linear if re.fullmatch(targets, name)]
+        return linear
+    wanted: dict[str, list[str]] = {}
+    if isinstance(targets, str):
+        try:
+            wanted[targets] = [name for name in linear if re.fullmatch(targets, name)]
+        except re.error as error:
+            raise UsageError(
+                f"draft_adapter.target_modules={targets!r} is no regular expression ({error}); repair it, or give a "
+                "list of endings"
+            ) from None
     else:
-        found = [name for name in linear if any(name == t or name.endswith(f".{t}") for t in targets)]
-    if not found:
+        wanted = {t: [name for name in linear if name == t or name.endswith(f".{t}")] for t in targets}
+    missed = [target for target, names in wanted.items() if not names]
+    if missed or not wanted:
         ends = sorted({name.rsplit(".", 1)[-1] for name in linear})
         raise UsageError(
-            f"draft_adapter.target_modules={targets!r} match nothing; linear layers are {', '.join(ends)}"
+            f"draft_adapter.target_modules={missed or list(targets)} match nothing; linear layers are "
+            f"{', '.join(ends)}"
         )
-    return found
+    found = {name for names in wanted.values() for name in names}
+    return [name for name in linear if name in found]
 
 
 def _features(layer: nn.Module) -> tuple[int, int]:

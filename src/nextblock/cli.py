@@ -162,9 +162,52 @@ def generate(
     dtype: Dtype = None,
     live: Annotated[bool, typer.Option("--live", help="watch the first answer being denoised")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="print forwards and speed to standard error")] = False,
+    source: Annotated[
+        str | None,
+        typer.Option("--input", help="answer a file: .jsonl with `prompt` or `messages`, text lines; or task:NAME"),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="with --input: rows for `adapt` (.jsonl); the same command goes on after a stop"),
+    ] = None,
+    examples: Annotated[int | None, typer.Option(help="with --input: the first so many prompts")] = None,
+    batch_size: Annotated[int, typer.Option(help="with --input: prompts decoded together")] = 8,
 ) -> None:
-    """Answer prompts, in ar, diffusion or speculative mode."""
+    """Answer prompts, in ar, diffusion or speculative mode; with --input and --output, as training data."""
     options = decoding_options(locals())
+    if (source is None) != (output is None):
+        raise UsageError(
+            "--input and --output go together: prompts are read from one and answers written to the other"
+        )
+    if source is not None and output is not None:
+        if prompts or live or stats:
+            raise UsageError("--input does not go with prompts on the command line, --live or --stats; leave them out")
+        from rich.console import Console
+        from rich.progress import Progress
+        from transformers.utils.logging import disable_progress_bar
+
+        from nextblock.answers import write_answers
+
+        disable_progress_bar()
+        console = Console(stderr=True)
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+            bar = progress.add_task("answering", total=None)
+            written = write_answers(
+                model,
+                source,
+                output,
+                draft_adapter=draft_adapter,
+                dtype=torch_dtype(dtype),
+                examples=examples,
+                batch_size=batch_size,
+                seed=seed or 0,
+                stop=stop or (),
+                on_batch=lambda done, total: progress.update(bar, completed=done, total=total),
+                max_new_tokens=max_new_tokens,
+                **options,
+            )
+        print(f"wrote {written} answers to {output}" if written else f"{output} is finished; nothing was left to do")
+        return
     lm = load_lm(model, dtype, draft_adapter)
     if lm.settings is None:
         options.setdefault("mode", "ar")

@@ -51,6 +51,9 @@ class ModelConfig(Section):
     export_dtype: Literal["float32", "bfloat16"] | None = Field(
         default=None, description="dtype of the exported weights; default: as trained"
     )
+    quantization: Literal["4bit"] | None = Field(
+        default=None, description="4bit: the frozen parent of a draft adapter in 4 bits (needs bitsandbytes and CUDA)"
+    )
     attention: Literal["auto", "sdpa", "flex_attention"] = Field(
         default="auto", description="auto: FlexAttention on CUDA, SDPA with a dense mask elsewhere"
     )
@@ -202,6 +205,11 @@ class AdaptConfig(Section):
             )
         if self.draft_adapter is not None:
             self._check_draft_adapter()
+        elif self.model.quantization is not None:
+            raise ValueError(
+                f"model.quantization={self.model.quantization} is for a frozen parent, but without draft_adapter its "
+                "weights are trained; leave one out or set the other"
+            )
         if self.recipe.complementary and self.recipe.views % 2:
             raise ValueError(
                 f"recipe.views={self.recipe.views} is odd, but recipe.complementary needs pairs; "

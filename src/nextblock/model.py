@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -20,6 +20,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -247,6 +248,7 @@ def load_model(
     device: str | torch.device | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    quantization: Literal["4bit"] | None = None,
 ) -> PreTrainedModel:
     """Load a causal LM from safetensors and put it in eval mode.
 
@@ -255,12 +257,19 @@ def load_model(
         dtype: None: float32 on CPU, the checkpoint's own elsewhere.
         attention: "auto", "sdpa", "flex_attention" or "eager".
         device: None: CUDA if there is one.
+        quantization: "4bit": linear layers in bitsandbytes' nf4, on CUDA.
     Raises:
         UsageError: what cannot be loaded or adapted.
     """
     config = read_config(path, revision, trust_remote_code)
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     wanted: Any = dtype or (torch.float32 if target.type == "cpu" else "auto")
+    options: dict[str, Any] = {}
+    if quantization:  # where bitsandbytes is missing, transformers says so in one line
+        if target.type != "cuda":  # there bitsandbytes packs the weights for a kernel that has no backward pass
+            raise UsageError(f"model.quantization={quantization} needs a CUDA device; leave it out on {target.type}")
+        nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+        options = {"quantization_config": nf4, "device_map": {"": target}}
     try:
         model = AutoModelForCausalLM.from_pretrained(
             resolve(path),
@@ -270,6 +279,7 @@ def load_model(
             use_safetensors=True,
             revision=revision,
             trust_remote_code=trust_remote_code,
+            **options,
         )
     except Exception as error:
         raise UsageError(f"cannot load model {path}: {_first_line(error)}") from None
@@ -337,6 +347,7 @@ def load_parent(config: ModelConfig, device: torch.device | str | None = None) -
             device=device,
             revision=config.revision,
             trust_remote_code=config.trust_remote_code,
+            quantization=config.quantization,
         )
         return Decoder(model)
     values = dict(config.scratch)
