@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import nextblock as nb
-from families import FAMILIES, tiny_model
+from families import EOS_ID, FAMILIES, tiny_model
 from nextblock.adapter import DraftAdapter, GatedLinear, fingerprint, load_adapter, save_adapter, target_names
 from nextblock.attention_mask import block_diffusion_rule
 from nextblock.checkpoint import export
@@ -78,6 +78,21 @@ def test_rows_of_a_batch_get_what_they_get_alone(parent, tmp_path):
     for options in modes:
         together = lm.generate(PROMPTS, max_new_tokens=12, **options).answers
         assert together == [lm.generate(p, max_new_tokens=12, **options).answers[0] for p in PROMPTS]
+
+
+def test_custom_generate_drafts_with_the_adapter_that_load_put_on_the_model(tmp_path):
+    folder = tmp_path / "parent"
+    tiny_model("llama").save_pretrained(folder)
+    lm = nb.load(folder, draft_adapter=wild_adapter(folder, tmp_path / "adapter"))
+    tokens = torch.randint(3, 96, (2, 7), generator=torch.Generator().manual_seed(1))
+    options = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": EOS_ID, "pad_token_id": EOS_ID}
+    plain = lm.model.generate(tokens, **options)
+    assert torch.equal(
+        lm.model.generate(tokens, custom_generate=nb.block_diffusion, mode="speculative", **options), plain
+    )
+    denoised = lm.model.generate(tokens, custom_generate=nb.block_diffusion, mode="diffusion", **options)
+    own = lm.generate(tokens, mode="diffusion", max_new_tokens=20)
+    assert torch.equal(denoised, own.sequences)
 
 
 def test_the_adapter_acts_in_denoising(tmp_path):

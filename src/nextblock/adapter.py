@@ -69,7 +69,10 @@ class DraftAdapter(nn.Module):
 
     gate: where it acts in the pass that is running; set by `open`.
     mask_token_id: one past the parent's vocabulary, so no token of it and no row of its head.
+    settings: what a sampler needs to know; None until it is loaded.
     """
+
+    settings: BlockDiffusionSettings | None = None
 
     def __init__(self, model: PreTrainedModel, config: DraftAdapterConfig) -> None:
         """Build and attach an adapter that changes nothing yet (B = 0, the mask vector at the mean embedding).
@@ -284,4 +287,11 @@ def load_adapter(
     adapter.requires_grad_(False).eval()
     if adapter.mask_vector.device.type == "cpu":
         adapter.merge_copies()
-    return adapter, validate(BlockDiffusionSettings, own["block_diffusion"])
+    adapter.settings = validate(BlockDiffusionSettings, own["block_diffusion"])
+    return adapter, adapter.settings
+
+
+def attached_adapter(model: nn.Module) -> DraftAdapter | None:
+    """The draft adapter that is attached to a model, if there is one."""
+    layer = next((module for module in model.modules() if isinstance(module, GatedLinear)), None)
+    return None if layer is None else cast(DraftAdapter, layer.owner)

@@ -22,6 +22,7 @@ from transformers.generation.logits_process import (
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from nextblock.adapter import attached_adapter
 from nextblock.batch import Row
 from nextblock.config import UsageError
 from nextblock.events import Finish
@@ -56,7 +57,8 @@ def block_diffusion(
     """A decoding method for `model.generate(custom_generate=...)`; called by it, not by users.
 
     Args:
-        model, input_ids, logits_processor, stopping_criteria, generation_config: what `generate` prepared.
+        model: with the draft adapter that `nextblock.load` put on it, if there is one.
+        input_ids, logits_processor, stopping_criteria, generation_config: what `generate` prepared.
             Temperature, top-p, top-k, lengths and end tokens are those of the generation config.
         streamer: gets the answer's tokens in order, once they cannot change (batch of one).
         mode ... draft_ahead, seed: as in `BlockDiffusionLM.generate`.
@@ -79,7 +81,9 @@ def block_diffusion(
         "draft_ahead": draft_ahead,
     }
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not _UNSET}
-    lm = BlockDiffusionLM(model, None, read_settings(model.config))
+    adapter = attached_adapter(model)
+    settings = read_settings(model.config) if adapter is None else adapter.settings
+    lm = BlockDiffusionLM(model, None, settings, adapter)
     if (generation_config.num_beams or 1) > 1:
         raise UsageError(f"num_beams={generation_config.num_beams}: block_diffusion has no beam search; leave it out")
     diffusion = resolve_config(lm.settings, options).mode == "diffusion"
