@@ -12,7 +12,7 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 
 from families import tiny_model
 from nextblock.config import BlockDiffusionSettings, UsageError, validate
-from nextblock.events import Committed, Rejected
+from nextblock.events import BlockFinished, Committed, Rejected
 from nextblock.generate import BlockDiffusionLM
 from nextblock.sampling import (
     DecodingConfig,
@@ -25,6 +25,7 @@ from nextblock.sampling import (
     residual,
     scores,
     uniforms,
+    without,
 )
 
 
@@ -133,6 +134,24 @@ def test_acceptance_and_residual_add_up_to_the_target(weights):
     torch.testing.assert_close(total, p)
 
 
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 9)), min_size=2, max_size=6))
+@settings(deadline=None)
+def test_a_second_draft_leaves_the_target_what_it_is_whatever_the_first_was(weights):
+    """Given a first draft that was rejected, second and last draw add up to max(p - q, 0), normalised."""
+    p = torch.tensor([float(w) for w, _ in weights], dtype=torch.float64)
+    q = torch.tensor([float(w) for _, w in weights], dtype=torch.float64)
+    p, q = (p / p.sum() if p.sum() else torch.full_like(p, 1 / len(p))), q / q.sum()
+    left = residual(p[None], q[None])[0]
+    left = left / left.sum()
+    for first in range(len(q)):
+        second = without(q[None], torch.tensor([first]))[0]
+        assert second[first] == 0
+        second = second / second.sum()
+        kept = torch.minimum(left, second)
+        rest = residual(left[None], second[None])[0]
+        torch.testing.assert_close(kept + (1 - kept.sum()) * rest / rest.sum(), left)
+
+
 def test_drafts_are_accepted_by_their_ratio_up_to_the_first_that_is_not():
     assert accepted([0.5, 0.2, 0.9], [0.5, 0.4, 0.9], [0.99, 0.49, 0.0]) == 3
     assert accepted([0.5, 0.2, 0.9], [0.5, 0.4, 0.9], [0.99, 0.50, 0.0]) == 1
@@ -187,6 +206,8 @@ def chi_square_p(counts, expected):
         {"mode": "speculative"},
         {"mode": "speculative", "draft_steps": 2},
         {"mode": "speculative", "draft_ahead": 2},
+        {"mode": "speculative", "draft_paths": 2},
+        {"mode": "speculative", "draft_paths": 4, "draft_length": "auto"},
         {"mode": "speculative", "draft_length": "auto"},
     ],
     ids=str,
@@ -217,6 +238,8 @@ def test_sampling_has_the_ar_distribution(how, temperature, top_k, top_p):
         rejected = sum(isinstance(e, Rejected) for e in events)
         assert rejected > SAMPLES // 20
         assert sum(isinstance(e, Committed) for e in events) == SAMPLES * STEPS
+    if "draft_paths" in how:
+        assert sum(isinstance(e, BlockFinished) and e.path > 0 for e in events) > SAMPLES // 20
 
 
 def test_the_chi_square_test_can_tell_a_wrong_sampler():
@@ -242,6 +265,9 @@ def test_the_chi_square_test_can_tell_a_wrong_sampler():
         ({"block_size": 0}, "block_size=0 must be at least 1"),
         ({"steps": 0}, "steps=0 must be at least 1"),
         ({"draft_steps": 2, "draft_ahead": 1}, "does not go with draft_ahead"),
+        ({"draft_paths": 0}, "draft_paths=0 must be at least 1"),
+        ({"draft_paths": 2, "draft_ahead": 1}, "draft_paths=2 does not go with draft_ahead"),
+        ({"draft_paths": 2, "draft_steps": 2}, "draft_paths=2 does not go with draft_steps"),
         ({"draft_length": "long"}, "draft_length"),
         ({"treshold": 0.5}, "unknown key 'treshold'; did you mean 'threshold'"),
     ],
