@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from families import tiny_model
+from nextblock.batch import Row
 from nextblock.config import BlockDiffusionSettings, UsageError, validate
 from nextblock.events import BlockFinished, Committed, Rejected
 from nextblock.generate import BlockDiffusionLM
@@ -27,6 +30,7 @@ from nextblock.sampling import (
     uniforms,
     without,
 )
+from nextblock.speculate import Draft, _branches, _verify_sampled
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
@@ -240,6 +244,36 @@ def test_sampling_has_the_ar_distribution(how, temperature, top_k, top_p):
         assert sum(isinstance(e, Committed) for e in events) == SAMPLES * STEPS
     if "draft_paths" in how:
         assert sum(isinstance(e, BlockFinished) and e.path > 0 for e in events) > SAMPLES // 20
+
+
+@pytest.mark.parametrize("paths", [1, 2, 3])
+def test_two_tokens_checked_against_a_bad_draft_have_the_target_distribution(paths):
+    """First and second token together, over 25 cells; a right check fails once in 1e6 (fixed seeds: never)."""
+    first = torch.tensor([0.05, 0.5, 0.3, 0.1, 0.05])
+    second = (torch.arange(25.0).reshape(5, 5) * 7 % 11 + 0.2).square()  # given the first
+    second = second / second.sum(-1, keepdim=True)
+    draft_of = torch.tensor([[0.7, 0.1, 0.1, 0.05, 0.05], [0.02, 0.08, 0.5, 0.1, 0.3]])
+    count = 10_000
+    rows = [Row(i, [1], limit=9, random=generator(i)) for i in range(count)]
+    config = DecodingConfig(mode="speculative", temperature=1.0, draft_paths=paths)
+    batch: Any = SimpleNamespace(config=config, rows=rows, device=torch.device("cpu"))
+    logits = draft_of.log().expand(count, 2, 5)
+    drawn = torch.tensor([row.draw(2) for row in rows], dtype=torch.float64)
+    drafts = torch.stack([draw(logits[:, i].softmax(-1), drawn[:, i]) for i in range(2)], dim=1)
+    branches = _branches(batch, logits, drafts, [2] * count) if paths > 1 else []
+    draft = Draft(drafts, [2] * count, logits.softmax(-1), branches)
+    target = torch.full((count, 6, 5), 0.2)
+    target[:, 0] = first
+    for index, found in enumerate(draft.paths):
+        for path in found:
+            target[index, path.nodes[1]] = second[path.tokens[0]]
+    verdict = _verify_sampled(batch, target.log(), draft)
+    # Where only one token was gained, the next pass would draw the second from the target itself.
+    missing = draw(second[[gained[0] for gained in verdict.tokens]], torch.tensor([row.draw(1)[0] for row in rows]))
+    pairs = [(*gained, last)[:2] for gained, last in zip(verdict.tokens, missing.tolist(), strict=True)]
+    expected = {(a, b): count * float(first[a] * second[a, b]) for a in range(5) for b in range(5)}
+    assert chi_square_p({pair: pairs.count(pair) for pair in expected}, expected) > 1e-6
+    assert {number for number, kept in zip(verdict.paths, verdict.kept, strict=True) if kept} == set(range(paths))
 
 
 def test_the_chi_square_test_can_tell_a_wrong_sampler():
