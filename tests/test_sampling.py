@@ -255,7 +255,7 @@ def test_two_tokens_checked_against_a_bad_draft_have_the_target_distribution(pat
     draft_of = torch.tensor([[0.7, 0.1, 0.1, 0.05, 0.05], [0.02, 0.08, 0.5, 0.1, 0.3]])
     count = 10_000
     rows = [Row(i, [1], limit=9, random=generator(i)) for i in range(count)]
-    config = DecodingConfig(mode="speculative", temperature=1.0, draft_paths=paths)
+    config = validate(DecodingConfig, {"mode": "speculative", "temperature": 1.0, "draft_paths": paths})
     batch: Any = SimpleNamespace(config=config, rows=rows, device=torch.device("cpu"))
     logits = draft_of.log().expand(count, 2, 5)
     drawn = torch.tensor([row.draw(2) for row in rows], dtype=torch.float64)
