@@ -59,7 +59,7 @@ def test_greedy_output_is_that_of_generate_on_the_untouched_parent(parent, tmp_p
     wild = wild_adapter(parent, tmp_path / "adapter")
     lm = nb.load(parent, draft_adapter=wild)
     untouched: Any = AutoModelForCausalLM.from_pretrained(parent)
-    drafting: tuple[dict[str, Any], ...] = ({}, {"draft_ahead": 2}, {"draft_length": 2})
+    drafting: tuple[dict[str, Any], ...] = ({}, {"draft_ahead": 2}, {"draft_length": 2}, {"draft_paths": 3})
     for prompt in PROMPTS:
         tokens = lm.tokenizer(prompt, return_tensors="pt").input_ids
         expected = untouched.generate(tokens, max_new_tokens=20, do_sample=False, pad_token_id=256)
@@ -73,6 +73,7 @@ def test_rows_of_a_batch_get_what_they_get_alone(parent, tmp_path):
     modes: tuple[dict[str, Any], ...] = (
         {"mode": "speculative"},
         {"mode": "speculative", "draft_ahead": 2},
+        {"mode": "speculative", "draft_paths": 3},
         {"mode": "diffusion"},
     )
     for options in modes:

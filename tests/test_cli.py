@@ -39,6 +39,15 @@ def parent(tmp_path):
 
 
 @pytest.fixture
+def adapted(tmp_path):
+    """A tiny random model with block-diffusion settings."""
+    folder = tmp_path / "adapted"
+    settings = BlockDiffusionSettings(block_size=4, mask_token_id=263)
+    export(folder, tiny_model("llama", vocab_size=264), byte_tokenizer(), settings)
+    return folder
+
+
+@pytest.fixture
 def texts(tmp_path):
     """A folder of plain text."""
     folder = tmp_path / "texts"
@@ -172,11 +181,43 @@ def refused(run, arguments, words, output):
         (["--mode", "diffusion"], "adapt it with"),
         (["--threshold", "x"], "not a number"),
         (["--max-new-tokens", "0"], "must be at least 1"),
+        (["--steps", "0"], "steps=0 must be at least 1"),
+        (["--draft-length", "long"], "draft_length=long is not a number of tokens; use 1 or more, or auto"),
+        (["--draft-length", "0"], "draft_length=0 must be at least 1"),
+        (["--draft-paths", "2", "--draft-ahead", "1"], "draft_paths=2 does not go with draft_ahead"),
         (["--dtype", "int8"], "float32 or bfloat16"),
     ],
 )
 def test_generate_refuses_bad_options_in_one_line(run, parent, tmp_path, arguments, words):
     refused(run, ["generate", parent, "words", *arguments], words, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--draft-length", "auto", "--draft-steps", "2"],
+        ["--draft-length", "3", "--draft-paths", "3"],
+        ["--draft-ahead", "2"],
+    ],
+    ids=" ".join,
+)
+def test_drafting_options_change_no_word_of_what_is_said(run, adapted, options, monkeypatch):
+    expected = run("generate", adapted, "words", "--mode", "ar", "--max-new-tokens", "12")[:2]
+    said = run("generate", adapted, "words", "--mode", "speculative", "--max-new-tokens", "12", *options)[:2]
+    assert said == expected
+    talks = []
+    for mode in (["--mode", "ar"], ["--mode", "speculative", *options]):
+        answers = iter(["words", ""])
+        monkeypatch.setattr("builtins.input", lambda prompt, answers=answers: next(answers))
+        talks.append(run("chat", adapted, "--max-new-tokens", "12", *mode)[:2])
+    assert talks[0] == talks[1]
+    assert talks[0][0] == 0
+
+
+def test_a_number_of_steps_limits_the_passes_of_a_block(run, adapted):
+    line = ["generate", adapted, "words", "--mode", "diffusion", "--threshold", "none", "--max-new-tokens", "8"]
+    forwards = [run(*line, "--stats", *steps)[2].split(", ")[1] for steps in ([], ["--steps", "1"])]
+    assert int(forwards[0].split()[0]) > int(forwards[1].split()[0])
 
 
 def test_a_document_shorter_than_one_block_is_kept(run, parent, tmp_path):

@@ -40,6 +40,15 @@ Temperature = Annotated[float, typer.Option(help="0: greedy")]
 TopP = Annotated[float | None, typer.Option(help="nucleus sampling")]
 TopK = Annotated[int | None, typer.Option(help="sample from the k likeliest tokens")]
 Seed = Annotated[int | None, typer.Option(help="of the random draws")]
+Steps = Annotated[int | None, typer.Option(help="diffusion: denoising steps per block")]
+DraftLength = Annotated[
+    str | None, typer.Option(help="speculative: tokens per draft, or 'auto': by what was kept lately")
+]
+DraftSteps = Annotated[int | None, typer.Option(help="speculative: denoising passes per draft")]
+DraftAhead = Annotated[
+    int | None, typer.Option(help="speculative: draft in the check's own pass, for so many points of acceptance")
+]
+DraftPaths = Annotated[int | None, typer.Option(help="speculative: paths of a draft, checked at once as a tree")]
 DraftAdapterFolder = Annotated[
     str | None, typer.Option("--draft-adapter", help="folder of a draft adapter for this model, or tiny-draft")
 ]
@@ -153,6 +162,11 @@ def generate(
     sub_blocks: SubBlocks = None,
     sampler: Sampler = None,
     threshold: Threshold = None,
+    steps: Steps = None,
+    draft_length: DraftLength = None,
+    draft_steps: DraftSteps = None,
+    draft_ahead: DraftAhead = None,
+    draft_paths: DraftPaths = None,
     temperature: Temperature = 0.0,
     top_p: TopP = None,
     top_k: TopK = None,
@@ -234,12 +248,17 @@ def generate(
 
 def decoding_options(given: dict[str, Any]) -> dict[str, Any]:
     """The decoding options that were given; the others stay the checkpoint's, or `generate`'s own."""
-    names = ("mode", "block_size", "sub_blocks", "sampler", "top_p", "top_k")
-    options = {name: given[name] for name in names if given[name] is not None}
+    names = ("mode", "block_size", "sub_blocks", "sampler", "steps", "top_p", "top_k", "draft_steps")
+    names += ("draft_ahead", "draft_paths")
+    options = {name: given[name] for name in names if given.get(name) is not None}
     if given["temperature"]:
         options["temperature"] = given["temperature"]
-    if given["threshold"] is not None:
+    if given.get("threshold") is not None:
         options["threshold"] = number(given["threshold"], "threshold")
+    if (length := given["draft_length"]) is not None:
+        if length != "auto" and not length.isdecimal():
+            raise UsageError(f"draft_length={length} is not a number of tokens; use 1 or more, or auto")
+        options["draft_length"] = length if length == "auto" else int(length)
     return options
 
 
@@ -278,17 +297,24 @@ def chat(
     model: Model,
     mode: Mode = None,
     max_new_tokens: MaxNewTokens = 256,
+    steps: Steps = None,
+    draft_length: DraftLength = None,
+    draft_steps: DraftSteps = None,
+    draft_ahead: DraftAhead = None,
+    draft_paths: DraftPaths = None,
     temperature: Temperature = 0.0,
     draft_adapter: DraftAdapterFolder = None,
     dtype: Dtype = None,
 ) -> None:
     """Talk to a model; an empty line or end of input leaves."""
+    options = {"max_new_tokens": max_new_tokens, **decoding_options(locals())}
+
     from nextblock.events import Committed
     from nextblock.text import TextStream
 
     lm = load_lm(model, dtype, draft_adapter)
-    mode = mode or ("ar" if lm.settings is None else None)
-    options = {"max_new_tokens": max_new_tokens, "temperature": temperature} | ({"mode": mode} if mode else {})
+    if lm.settings is None:
+        options.setdefault("mode", "ar")
     messages: list[dict[str, str]] = []
     while True:
         try:

@@ -51,6 +51,7 @@ def block_diffusion(
     draft_steps: int = _UNSET,
     draft_length: Any = _UNSET,
     draft_ahead: int = _UNSET,
+    draft_paths: int = _UNSET,
     seed: int | list[int] | None = None,
     **model_kwargs: Any,
 ) -> Any:
@@ -61,7 +62,7 @@ def block_diffusion(
         input_ids, logits_processor, stopping_criteria, generation_config: what `generate` prepared.
             Temperature, top-p, top-k, lengths and end tokens are those of the generation config.
         streamer: gets the answer's tokens in order, once they cannot change (batch of one).
-        mode ... draft_ahead, seed: as in `BlockDiffusionLM.generate`.
+        mode ... draft_paths, seed: as in `BlockDiffusionLM.generate`.
         model_kwargs: `attention_mask` is read (padding on either side).
     Returns:
         int64 [B, T] as `generate` returns it, or its dict form where the config asks for that.
@@ -79,6 +80,7 @@ def block_diffusion(
         "draft_steps": draft_steps,
         "draft_length": draft_length,
         "draft_ahead": draft_ahead,
+        "draft_paths": draft_paths,
     }
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not _UNSET}
     adapter = attached_adapter(model)

@@ -6,6 +6,7 @@ No family is known by name. What a model cannot do is found by running it (`prob
 
 from __future__ import annotations
 
+import inspect
 import json
 from dataclasses import dataclass
 from importlib import resources
@@ -144,11 +145,14 @@ class Decoder:
 def layer_windows(config: PreTrainedConfig) -> dict[str, int | None]:
     """Kind of layer -> sliding window, read from the config.
 
+    A window that the config's class does not declare is stray: transformers keeps it, the architecture ignores it.
+
     Raises:
         UsageError: a kind of layer other than full or sliding attention.
     """
     window = getattr(config, "sliding_window", None)
-    if getattr(config, "use_sliding_window", True) is False:
+    declared = "sliding_window" in inspect.signature(type(config)).parameters
+    if not declared or getattr(config, "use_sliding_window", True) is False:
         window = None
     kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or []))
     for kind in kinds:

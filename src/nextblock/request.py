@@ -49,6 +49,7 @@ class GenerateOptions(TypedDict, total=False):
     draft_steps: int
     draft_length: int | Literal["auto"] | None
     draft_ahead: int
+    draft_paths: int
 
 
 @dataclass
