@@ -222,6 +222,7 @@ def test_variants_are_every_mode_with_every_threshold_and_block_size(lm):
 
 def test_a_variant_is_a_mode_and_any_decoding_option():
     assert parse_variant("speculative,draft_length=8") == {"mode": "speculative", "draft_length": 8}
+    assert parse_variant("speculative,draft_paths=3") == {"mode": "speculative", "draft_paths": 3}
     assert parse_variant("diffusion, threshold=none, sampler=margin") == {
         "mode": "diffusion",
         "threshold": None,

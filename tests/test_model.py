@@ -25,6 +25,7 @@ from nextblock.model import (
     Decoder,
     byte_tokenizer,
     choose_mask_token,
+    layer_windows,
     load_model,
     load_parent,
     load_tokenizer,
@@ -62,14 +63,22 @@ def documents_of(rows: Rows) -> list[tuple[int, slice]]:
 
 
 WINDOW = 5  # shorter than most documents
-KINDS = [*FAMILIES, *(f"{family}, window" for family in ("mistral", "gemma3", "phi3"))]
+KINDS = [*FAMILIES, *(f"{family}, window" for family in ("mistral", "gemma3", "phi3", "llama"))]
 
 
 @pytest.fixture(params=KINDS)
 def any_model(request) -> PreTrainedModel:
-    """Every family, and those that have sliding windows once more with a short one."""
+    """Every family, those that have sliding windows once more with a short one, and one that ignores its window."""
     family, _, windowed = request.param.partition(", ")
     return tiny_model(family, sliding_window=WINDOW) if windowed else tiny_model(family)
+
+
+def test_a_window_counts_only_where_the_architecture_has_one():
+    windows = {family: layer_windows(tiny_model(family, sliding_window=WINDOW).config) for family in FAMILIES}
+    assert {family for family, kinds in windows.items() if any(kinds.values())} == {"mistral", "gemma3", "phi3"}
+    switched_on = tiny_model("qwen2", sliding_window=WINDOW, use_sliding_window=True, max_window_layers=1).config
+    assert layer_windows(switched_on) == {"full_attention": None, "sliding_attention": WINDOW}
+    assert windows["llama"] == {"full_attention": None}
 
 
 @pytest.mark.parametrize("block_size", [1, 4])

@@ -40,6 +40,15 @@ Temperature = Annotated[float, typer.Option(help="0: greedy")]
 TopP = Annotated[float | None, typer.Option(help="nucleus sampling")]
 TopK = Annotated[int | None, typer.Option(help="sample from the k likeliest tokens")]
 Seed = Annotated[int | None, typer.Option(help="of the random draws")]
+Steps = Annotated[int | None, typer.Option(help="diffusion: denoising steps per block")]
+DraftLength = Annotated[
+    str | None, typer.Option(help="speculative: tokens per draft, or 'auto': by what was kept lately")
+]
+DraftSteps = Annotated[int | None, typer.Option(help="speculative: denoising passes per draft")]
+DraftAhead = Annotated[
+    int | None, typer.Option(help="speculative: draft in the check's own pass, for so many points of acceptance")
+]
+DraftPaths = Annotated[int | None, typer.Option(help="speculative: paths of a draft, checked at once as a tree")]
 DraftAdapterFolder = Annotated[
     str | None, typer.Option("--draft-adapter", help="folder of a draft adapter for this model, or tiny-draft")
 ]
@@ -153,6 +162,11 @@ def generate(
     sub_blocks: SubBlocks = None,
     sampler: Sampler = None,
     threshold: Threshold = None,
+    steps: Steps = None,
+    draft_length: DraftLength = None,
+    draft_steps: DraftSteps = None,
+    draft_ahead: DraftAhead = None,
+    draft_paths: DraftPaths = None,
     temperature: Temperature = 0.0,
     top_p: TopP = None,
     top_k: TopK = None,
@@ -162,9 +176,52 @@ def generate(
     dtype: Dtype = None,
     live: Annotated[bool, typer.Option("--live", help="watch the first answer being denoised")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="print forwards and speed to standard error")] = False,
+    source: Annotated[
+        str | None,
+        typer.Option("--input", help="answer a file: .jsonl with `prompt` or `messages`, text lines; or task:NAME"),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="with --input: rows for `adapt` (.jsonl); the same command goes on after a stop"),
+    ] = None,
+    examples: Annotated[int | None, typer.Option(help="with --input: the first so many prompts")] = None,
+    batch_size: Annotated[int, typer.Option(help="with --input: prompts decoded together")] = 8,
 ) -> None:
-    """Answer prompts, in ar, diffusion or speculative mode."""
+    """Answer prompts, in ar, diffusion or speculative mode; with --input and --output, as training data."""
     options = decoding_options(locals())
+    if (source is None) != (output is None):
+        raise UsageError(
+            "--input and --output go together: prompts are read from one and answers written to the other"
+        )
+    if source is not None and output is not None:
+        if prompts or live or stats:
+            raise UsageError("--input does not go with prompts on the command line, --live or --stats; leave them out")
+        from rich.console import Console
+        from rich.progress import Progress
+        from transformers.utils.logging import disable_progress_bar
+
+        from nextblock.answers import write_answers
+
+        disable_progress_bar()
+        console = Console(stderr=True)
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+            bar = progress.add_task("answering", total=None)
+            written = write_answers(
+                model,
+                source,
+                output,
+                draft_adapter=draft_adapter,
+                dtype=torch_dtype(dtype),
+                examples=examples,
+                batch_size=batch_size,
+                seed=seed or 0,
+                stop=stop or (),
+                on_batch=lambda done, total: progress.update(bar, completed=done, total=total),
+                max_new_tokens=max_new_tokens,
+                **options,
+            )
+        print(f"wrote {written} answers to {output}" if written else f"{output} is finished; nothing was left to do")
+        return
     lm = load_lm(model, dtype, draft_adapter)
     if lm.settings is None:
         options.setdefault("mode", "ar")
@@ -191,12 +248,17 @@ def generate(
 
 def decoding_options(given: dict[str, Any]) -> dict[str, Any]:
     """The decoding options that were given; the others stay the checkpoint's, or `generate`'s own."""
-    names = ("mode", "block_size", "sub_blocks", "sampler", "top_p", "top_k")
-    options = {name: given[name] for name in names if given[name] is not None}
+    names = ("mode", "block_size", "sub_blocks", "sampler", "steps", "top_p", "top_k", "draft_steps")
+    names += ("draft_ahead", "draft_paths")
+    options = {name: given[name] for name in names if given.get(name) is not None}
     if given["temperature"]:
         options["temperature"] = given["temperature"]
-    if given["threshold"] is not None:
+    if given.get("threshold") is not None:
         options["threshold"] = number(given["threshold"], "threshold")
+    if (length := given["draft_length"]) is not None:
+        if length != "auto" and not length.isdecimal():
+            raise UsageError(f"draft_length={length} is not a number of tokens; use 1 or more, or auto")
+        options["draft_length"] = length if length == "auto" else int(length)
     return options
 
 
@@ -235,17 +297,24 @@ def chat(
     model: Model,
     mode: Mode = None,
     max_new_tokens: MaxNewTokens = 256,
+    steps: Steps = None,
+    draft_length: DraftLength = None,
+    draft_steps: DraftSteps = None,
+    draft_ahead: DraftAhead = None,
+    draft_paths: DraftPaths = None,
     temperature: Temperature = 0.0,
     draft_adapter: DraftAdapterFolder = None,
     dtype: Dtype = None,
 ) -> None:
     """Talk to a model; an empty line or end of input leaves."""
+    options = {"max_new_tokens": max_new_tokens, **decoding_options(locals())}
+
     from nextblock.events import Committed
     from nextblock.text import TextStream
 
     lm = load_lm(model, dtype, draft_adapter)
-    mode = mode or ("ar" if lm.settings is None else None)
-    options = {"max_new_tokens": max_new_tokens, "temperature": temperature} | ({"mode": mode} if mode else {})
+    if lm.settings is None:
+        options.setdefault("mode", "ar")
     messages: list[dict[str, str]] = []
     while True:
         try:

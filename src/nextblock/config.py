@@ -58,12 +58,11 @@ class ModelConfig(Section):
     export_dtype: Literal["float32", "bfloat16"] | None = Field(
         default=None, description="dtype of the exported weights; default: as trained"
     )
+    quantization: Literal["4bit"] | None = Field(
+        default=None, description="4bit: the frozen parent of an adapter or lora in 4 bits (bitsandbytes, CUDA)"
+    )
     attention: Literal["auto", "sdpa", "flex_attention"] = Field(
         default="auto", description="auto: FlexAttention on CUDA, SDPA with a dense mask elsewhere"
-    )
-    quantization: Literal["4bit"] | None = Field(
-        default=None,
-        description="load the frozen parent in 4 bit: needs bitsandbytes, CUDA, and lora or draft_adapter",
     )
     mask_token: int | str | None = Field(
         default=None,
@@ -117,6 +116,9 @@ class RecipeConfig(Section):
     )
     noise_per: Literal["block", "row"] = Field(default="block", description="one noise level t per block, or per row")
     full_mask_share: float = Field(default=0.0, ge=0, le=1, description="share of blocks masked whole, whatever t is")
+    random_start_share: float = Field(
+        default=0.0, ge=0, le=1, description="share of spans whose blocks start late at random, as drafts do"
+    )
     views: int = Field(default=1, ge=1, description="noised views of one clean pass (k)")
     complementary: bool = Field(default=False, description="views in pairs: the second masks what the first left")
     soft_weight: float = Field(
@@ -246,10 +248,10 @@ class AdaptConfig(Section):
             raise ValueError(
                 "lora leaves random weights (model.scratch) as they are; set model.path, or train them all"
             )
-        if self.model.quantization and self.lora is None and self.draft_adapter is None:
+        if self.model.quantization is not None and self.lora is None and self.draft_adapter is None:
             raise ValueError(
-                f"model.quantization={self.model.quantization} cannot be trained itself; add a lora or draft_adapter "
-                "section, or leave it out"
+                f"model.quantization={self.model.quantization} is for a frozen parent, but without draft_adapter or "
+                "lora its weights are trained; leave one out or set the other"
             )
         if self.recipe.complementary and self.recipe.views % 2:
             raise ValueError(
@@ -260,6 +262,12 @@ class AdaptConfig(Section):
             raise ValueError(  # a block-causal clean token has seen the token that it would teach
                 f"recipe.soft_weight={self.recipe.soft_weight:g} needs recipe.context=context_causal; set it, or "
                 "leave soft targets out"
+            )
+        if self.recipe.random_start_share and self.recipe.context == "block_causal":
+            # There blocks must start where decoding starts them, in the clean half as in the noised one.
+            raise ValueError(
+                f"recipe.random_start_share={self.recipe.random_start_share} needs recipe.context=context_causal; "
+                "set it, or leave the random starts out"
             )
         if self.recipe.annealed_mask_steps and growth.b_0 != b_max:
             raise ValueError(
