@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from families import EOS_ID, MASK_ID, tiny_model
@@ -143,10 +144,36 @@ def test_the_total_is_the_diffusion_sum_plus_lambda_times_the_ar_sum():
     assert float(sums.total(0.0)) == 3.0
 
 
+class Wrapped(nn.Module):
+    """A head that is not a plain linear layer: it has something of its own to train."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.shift = nn.Parameter(torch.linspace(-1, 1, 97, dtype=torch.float64))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.base(hidden) + self.shift
+
+
+HEADS = ("plain", "bias", "scaled", "capped", "wrapped", "frozen")
+
+
+@pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("elements", [1, 97 * 7, 97 * 10_000])
-def test_the_chunk_loop_equals_plain_cross_entropy_and_its_gradient_in_float64(elements, monkeypatch):
+def test_the_chunk_loop_equals_plain_cross_entropy_and_its_gradient_in_float64(elements, head, monkeypatch):
     monkeypatch.setattr(objective, "LOGIT_ELEMENTS", elements)
     model = tiny_model("llama").double()
+    if head == "bias":
+        model.lm_head.bias = nn.Parameter(torch.linspace(-1, 1, 97, dtype=torch.float64))
+    elif head == "scaled":
+        model.config.logit_scale, model.config.logits_scaling = 0.7, 3.0
+    elif head == "capped":
+        model.config.final_logit_softcapping = 1.5
+    elif head == "wrapped":
+        model.lm_head = Wrapped(model.lm_head)
+    elif head == "frozen":
+        model.lm_head.requires_grad_(False)
     target = torch.randint(0, 97, (50,))
     results = []
     for chunked in (True, False):
@@ -155,21 +182,57 @@ def test_the_chunk_loop_equals_plain_cross_entropy_and_its_gradient_in_float64(e
         if chunked:
             loss = cross_entropy_sum(Decoder(model), hidden, target)
         else:
-            loss = functional.cross_entropy(model.lm_head(hidden), target, reduction="sum")
-        results.append((loss.detach(), gradients(model, loss)["lm_head.weight"], hidden.grad))
+            logits = model.lm_head(hidden)
+            logits = logits * 0.7 / 3.0 if head == "scaled" else logits
+            logits = 1.5 * torch.tanh(logits / 1.5) if head == "capped" else logits
+            loss = functional.cross_entropy(logits, target, reduction="sum")
+        found = gradients(model, loss / 7)  # not 1: what follows the loss has a part in the gradient
+        results.append((loss.detach(), hidden.grad, *(found[name] for name in sorted(found))))
     for ours, plain in zip(*results, strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
 
 
-def test_the_chunk_loop_never_holds_more_logits_than_its_limit(monkeypatch):
+def test_no_chunk_holds_more_logits_than_the_limit_and_none_is_computed_twice(monkeypatch):
     monkeypatch.setattr(objective, "LOGIT_ELEMENTS", 97 * 8)
     model = tiny_model("llama")
     sizes: list[int] = []
-    model.lm_head.register_forward_hook(lambda module, inputs, output: sizes.append(output.numel()))
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            if func in (torch.ops.aten.mm.out, torch.ops.aten.mm.default) and out.shape[1] == 97:
+                sizes.append(out.numel())
+            return out
+
     hidden = torch.randn(50, 32, requires_grad=True)
-    cross_entropy_sum(Decoder(model), hidden, torch.randint(0, 97, (50,))).backward()
+    with Seen():
+        cross_entropy_sum(Decoder(model), hidden, torch.randint(0, 97, (50,))).backward()
     assert max(sizes) <= 97 * 8
-    assert sum(sizes) == 2 * 50 * 97  # once forward, once again for the backward pass
+    assert sum(sizes) == 50 * 97
+
+
+@torch.no_grad()
+def test_without_gradients_the_loss_is_the_same():
+    model = tiny_model("llama")
+    hidden, target = torch.randn(50, 32), torch.randint(0, 97, (50,))
+    plain = functional.cross_entropy(model.lm_head(hidden), target, reduction="sum")
+    torch.testing.assert_close(cross_entropy_sum(Decoder(model), hidden, target), plain)
+
+
+def test_autocast_scores_as_the_plain_computation_does():
+    model, results = tiny_model("llama"), []
+    target = torch.randint(0, 97, (50,))
+    for chunked in (True, False):
+        hidden = torch.randn(50, 32, generator=torch.Generator().manual_seed(3)).requires_grad_(True)
+        with torch.autocast("cpu", torch.bfloat16):
+            if chunked:
+                loss = cross_entropy_sum(Decoder(model), hidden, target)
+            else:
+                loss = functional.cross_entropy(model.lm_head(hidden).float(), target, reduction="sum")
+        results.append((loss.detach(), gradients(model, loss)["lm_head.weight"], hidden.grad))
+    for ours, plain in zip(*results, strict=True):
+        assert ours.dtype == plain.dtype
+        torch.testing.assert_close(ours, plain, rtol=2e-2, atol=2e-2)
 
 
 def test_bfloat16_hidden_states_are_scored_in_float32():

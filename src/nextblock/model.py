@@ -97,15 +97,23 @@ class Decoder:
             embedded = self.adapter.embed(self.model, tokens)
             return self.model.base_model(inputs_embeds=embedded, **common).last_hidden_state
 
+    @property
+    def logit_scale(self) -> float:
+        """What the config has logits multiplied by."""
+        config = self.model.config
+        return (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+
+    @property
+    def logit_cap(self) -> float | None:
+        """Soft cap c of the logits, c * tanh(logits / c), if the config names one."""
+        return getattr(self.model.config, "final_logit_softcapping", None)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., V] in the head's dtype, with the scaling and soft cap that the config names."""
-        config = self.model.config
         logits = cast(nn.Module, self.model.get_output_embeddings())(hidden)
-        if (scale := getattr(config, "logit_scale", None)) is not None:
-            logits = logits * scale
-        if (divisor := getattr(config, "logits_scaling", None)) is not None:
-            logits = logits / divisor
-        if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
+        if self.logit_scale != 1:
+            logits = logits * self.logit_scale
+        if (cap := self.logit_cap) is not None:
             logits = torch.tanh(logits / cap) * cap
         return logits
 
@@ -121,11 +129,11 @@ class Decoder:
         return self.by_kind({k: built.get(w, built.get(None)) for k, w in self.windows.items()})
 
     def prepare_dense(self, mask: Tensor | BlockMask) -> Tensor | BlockMask:
-        """Eager attention adds its mask to the scores; the others read booleans."""
-        if self.attention != "eager" or isinstance(mask, BlockMask):
+        """A dense mask as numbers to add to the scores: of a bool one, SDPA would keep such a copy for every layer."""
+        if isinstance(mask, BlockMask):
             return mask
         lowest = torch.finfo(self.model.dtype).min
-        return torch.zeros(mask.shape, dtype=self.model.dtype, device=mask.device).masked_fill(~mask, lowest)
+        return torch.zeros(mask.shape, dtype=self.model.dtype, device=mask.device).masked_fill_(~mask, lowest)
 
     def by_kind(self, masks: dict[str, Any]) -> AttentionMask:
         """One mask for a model with one kind of layer, a dict by kind for the others."""
