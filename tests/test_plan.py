@@ -1,4 +1,4 @@
-"""The plan against the real thing: bytes that torch's allocator handed out, FLOPs that torch counted, sizes of files."""
+"""The plan against the real thing: bytes that torch's allocator handed out, FLOPs that torch counted, real views."""
 
 from __future__ import annotations
 

@@ -389,8 +389,7 @@ def fake_decoder(
     attention = choose_attention(shape, config.model.attention, torch.device("cpu"))
     if device != "cpu" and config.model.attention != "sdpa" and attention != "eager":
         attention = _SPARSE
-    with no_init_weights():
-        model = cast(Any, AutoModelForCausalLM.from_config(shape, dtype=dtype, attn_implementation=attention)).eval()
+    model = _bare_model(shape, dtype, attention)
     lora = lora_of(config)
     if config.training.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
@@ -401,6 +400,14 @@ def fake_decoder(
     options = DraftAdapterConfig(rank=low_rank.rank, alpha=low_rank.alpha, target_modules=low_rank.target_modules)
     adapter = DraftAdapter(model, options)
     return Decoder(model, adapter), adapter, lora is not None
+
+
+def _bare_model(shape: PreTrainedConfig, dtype: torch.dtype, attention: str = "eager") -> Any:
+    """The model of a shape, in eval mode; no time is spent on its first weights."""
+    with no_init_weights():
+        model = cast(Any, AutoModelForCausalLM.from_config(shape, dtype=dtype, attn_implementation=attention))
+    model.tie_weights()  # left out with the weights
+    return model.eval()
 
 
 def _fake_mask(decoder: Decoder, rows: int, queries: int, keys: int) -> Any:
@@ -507,8 +514,8 @@ class Counts:
 
 def count_parameters(config: AdaptConfig, shape: PreTrainedConfig) -> Counts:
     """Read off the model's modules, on the meta device."""
-    with torch.device("meta"), no_init_weights():
-        model = cast(Any, AutoModelForCausalLM.from_config(shape, dtype=torch.float32))
+    with torch.device("meta"):
+        model = _bare_model(shape, torch.float32)
         counts = Counts(parent=sum(p.numel() for p in model.parameters()))
         head = model.get_output_embeddings()
         linear = [m for m in model.modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
@@ -585,8 +592,8 @@ def plan_table(found: Plan) -> Table:
     room = DEVICES[found.device].memory_gib
     verdict = "" if room is None else f"{'fits' if found.fits else 'does not fit'} {USABLE:.0%} of {room:.0f} GiB"
     table.add_row("memory at the peak", _gib(found.peak_bytes), verdict, style="bold")
-    rows = f"{found.micro_batch_rows} x {found.row_length} tokens and {found.noised_tokens} noised, b = {found.block_size}"
-    table.add_row("a pass on one device", "", rows)
+    rows = f"{found.micro_batch_rows} x ({found.row_length} tokens + {found.noised_tokens} noised)"
+    table.add_row("a pass on one device", "", f"{rows}, b = {found.block_size}")
     if room is not None:
         longest = "none" if found.largest_row is None else str(found.largest_row)
         table.add_row("longest row that fits", longest, "tokens")
