@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate.state import AcceleratorState
 
 from nextblock import plan
 from nextblock.config import UsageError, load_config
@@ -55,6 +56,15 @@ def test_a_preset_of_a_real_model_can_be_planned_without_the_network(name, monke
     assert found.seconds is not None
 
 
+@pytest.fixture
+def _fresh_accelerator():
+    """accelerate keeps one state a process, and refuses another precision in it."""
+    AcceleratorState._reset_state()
+    yield
+    AcceleratorState._reset_state()
+
+
+@pytest.mark.usefixtures("_fresh_accelerator")
 @pytest.mark.parametrize("name", [*REAL, "smoke"])
 def test_a_preset_takes_two_steps_at_toy_size(name, tmp_path):
     (tmp_path / "texts.jsonl").write_text('{"text": "one two three four five six seven eight nine ten"}\n' * 40)
