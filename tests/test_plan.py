@@ -76,7 +76,8 @@ def measured_peak(config: AdaptConfig) -> int:
     held = sum(t.numel() * t.element_size() for t in tensors)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         train_step(run, 1)
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    recorded: Any = profile.profiler
+    events = [e for e in recorded.kineto_results.events() if e.name() == "[memory]"]
     most = now = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
         now += event.nbytes()

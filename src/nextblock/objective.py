@@ -119,7 +119,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *upstream: Tensor
+    ) -> tuple[Tensor | None, ...]:
         """The chain rule's one factor: the loss enters everything after it as a plain number."""
         pairs = zip(ctx.grads, ctx.dtypes, strict=True)
         del ctx.grads  # scaled in place, so good for one backward pass
