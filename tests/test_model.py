@@ -302,7 +302,8 @@ def test_the_probe_refuses_a_model_that_stays_causal(llama):
     def causal(**kwargs: Any) -> Any:
         mask, position = kwargs.get("attention_mask"), kwargs["position_ids"]
         if mask is not None:
-            kwargs["attention_mask"] = mask & (position[:, None, None, :] <= position[:, None, :, None])
+            later = position[:, None, None, :] > position[:, None, :, None]
+            kwargs["attention_mask"] = mask.masked_fill(later, torch.finfo(mask.dtype).min)
         return forward(**kwargs)
 
     llama.base_model.forward = causal

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -340,6 +341,22 @@ def parent_tokenizer(config: ModelConfig) -> Any:
     return tokenizer
 
 
+def scratch_config(scratch: Mapping[str, Any]) -> PreTrainedConfig:
+    """The Hugging Face config that plain values describe; `model_type` is llama if they name none.
+
+    Raises:
+        UsageError: an unknown `model_type`, or one that cannot be adapted.
+    """
+    values = dict(scratch)
+    kind = str(values.pop("model_type", "llama"))
+    try:
+        shape = AutoConfig.for_model(kind, **values)
+    except ValueError as error:
+        raise UsageError(f"model.scratch.model_type={kind!r}: {_first_line(error)}") from None
+    check_architecture(shape)
+    return shape
+
+
 def load_parent(config: ModelConfig, device: torch.device | str | None = None) -> Decoder:
     """The parent of a run: loaded, or random weights of `config.scratch`'s shape."""
     dtype = getattr(torch, config.dtype)
@@ -354,13 +371,7 @@ def load_parent(config: ModelConfig, device: torch.device | str | None = None) -
             quantization=config.quantization,
         )
         return Decoder(model)
-    values = dict(config.scratch)
-    kind = str(values.pop("model_type", "llama"))
-    try:
-        shape = AutoConfig.for_model(kind, **values)
-    except ValueError as error:
-        raise UsageError(f"model.scratch.model_type={kind!r}: {_first_line(error)}") from None
-    check_architecture(shape)
+    shape = scratch_config(config.scratch)
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     attention = choose_attention(shape, config.attention, target)
     model = AutoModelForCausalLM.from_config(shape, dtype=dtype, attn_implementation=attention)

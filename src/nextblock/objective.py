@@ -120,10 +120,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         kind, scale, cap = hidden.device.type, decoder.logit_scale, decoder.logit_cap
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
         wide = _wide(dtype)
-        wanted_gradients = zip((hidden, weight, bias), ctx.needs_input_grad[:3], strict=True)
+        needs = ctx.needs_input_grad[:3] if train else (False,) * 3
         # Of chunks added up: in `wide`, so that bfloat16 loses nothing over many of them.
         grads = [
-            torch.zeros_like(x, dtype=wide) if x is not None and w and train else None for x, w in wanted_gradients
+            torch.zeros_like(x, dtype=wide) if x is not None and need else None
+            for x, need in zip((hidden, weight, bias), needs, strict=True)
         ]
         grad_hidden, grad_weight, grad_bias = grads
         head, total = weight.to(dtype), torch.zeros((), dtype=wide, device=hidden.device)
@@ -166,7 +167,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *upstream: Tensor
+    ) -> tuple[Tensor | None, ...]:
         """The chain rule's one factor: the loss enters everything after it as a plain number."""
         pairs = zip(ctx.grads, ctx.dtypes, strict=True)
         del ctx.grads  # scaled in place, so good for one backward pass
