@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 from accelerate.state import AcceleratorState
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from nextblock import plan
+from nextblock.checkpoint import export
 from nextblock.config import UsageError, load_config
+from nextblock.model import byte_tokenizer
 from nextblock.presets import find_config, preset
 from nextblock.train import train
 
@@ -34,7 +37,7 @@ def test_a_preset_is_found_by_the_name_of_its_model():
     assert find_config("llama-3.2-1b") == preset("llama_3_2_1b")
 
 
-REAL = ("qwen3_0_6b", "qwen3_4b", "qwen3_8b", "openpangu_7b", "llama_3_2_1b")
+REAL = ("qwen3_0_6b", "qwen3_0_6b_lora", "qwen3_4b", "qwen3_8b", "openpangu_7b", "llama_3_2_1b")
 TINY: dict[str, Any] = {
     "vocab_size": 300,
     "hidden_size": 32,
@@ -68,10 +71,13 @@ def _fresh_accelerator():
 @pytest.mark.parametrize("name", [*REAL, "smoke"])
 def test_a_preset_takes_two_steps_at_toy_size(name, tmp_path):
     (tmp_path / "texts.jsonl").write_text('{"text": "one two three four five six seven eight nine ten"}\n' * 40)
-    config = load_config(preset(name))
+    shape = plan.model_shape(load_config(preset(name)).model)
+    parent = AutoModelForCausalLM.from_config(AutoConfig.for_model(shape.model_type, **TINY))
+    export(tmp_path / "parent", parent, byte_tokenizer(), None)
     small = {
-        "model.scratch": {"model_type": plan.model_shape(config.model).model_type, **TINY},
-        "model.tokenizer": "bytes",
+        "model.path": str(tmp_path / "parent"),
+        "model.scratch": None,
+        "model.tokenizer": None,
         "model.mask_token": None,
         "data.sources": [{"path": str(tmp_path / "texts.jsonl")}],
         "data.row_length": 64,

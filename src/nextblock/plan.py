@@ -210,16 +210,11 @@ def model_shape(config: ModelConfig) -> PreTrainedConfig:
     return shape
 
 
-def lora_of(config: AdaptConfig) -> Any:
-    """The `lora` section: low-rank updates at every position; None without it."""
-    return getattr(config, "lora", None)
-
-
 def kind_of_training(config: AdaptConfig) -> str:
     """ "full", "lora" or "draft adapter"."""
     if config.draft_adapter is not None:
         return "draft adapter"
-    return "full" if lora_of(config) is None else "lora"
+    return "full" if config.lora is None else "lora"
 
 
 def micro_rows(config: AdaptConfig, devices: int) -> int:
@@ -390,7 +385,7 @@ def fake_decoder(
     if device != "cpu" and config.model.attention != "sdpa" and attention != "eager":
         attention = _SPARSE
     model = _bare_model(shape, dtype, attention)
-    lora = lora_of(config)
+    lora = config.lora
     if config.training.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
         model.train()
@@ -521,7 +516,7 @@ def count_parameters(config: AdaptConfig, shape: PreTrainedConfig) -> Counts:
         linear = [m for m in model.modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
         counts.linear = sum(m.weight.numel() for m in linear)
         counts.trained = counts.parent
-        low_rank = config.draft_adapter or lora_of(config)
+        low_rank = config.draft_adapter or config.lora
         if low_rank is not None:
             adapter = DraftAdapter(
                 model, DraftAdapterConfig(rank=low_rank.rank, target_modules=low_rank.target_modules)
