@@ -87,11 +87,10 @@ def test_custom_generate_drafts_with_the_adapter_that_load_put_on_the_model(tmp_
     lm = nb.load(folder, draft_adapter=wild_adapter(folder, tmp_path / "adapter"))
     tokens = torch.randint(3, 96, (2, 7), generator=torch.Generator().manual_seed(1))
     options = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": EOS_ID, "pad_token_id": EOS_ID}
-    plain = lm.model.generate(tokens, **options)
-    assert torch.equal(
-        lm.model.generate(tokens, custom_generate=nb.block_diffusion, mode="speculative", **options), plain
-    )
-    denoised = lm.model.generate(tokens, custom_generate=nb.block_diffusion, mode="diffusion", **options)
+    generate: Any = lm.model.generate
+    plain = generate(tokens, **options)
+    assert torch.equal(generate(tokens, custom_generate=nb.block_diffusion, mode="speculative", **options), plain)
+    denoised = generate(tokens, custom_generate=nb.block_diffusion, mode="diffusion", **options)
     own = lm.generate(tokens, mode="diffusion", max_new_tokens=20)
     assert torch.equal(denoised, own.sequences)
 

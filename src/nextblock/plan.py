@@ -31,35 +31,13 @@ from nextblock.adapter import DraftAdapter
 from nextblock.config import AdaptConfig, DraftAdapterConfig, ModelConfig, UsageError, nearest
 from nextblock.model import Decoder, check_architecture, choose_attention, resolve, scratch_config
 from nextblock.objective import LOGIT_ELEMENTS, cross_entropy_sum
-from nextblock.shapes import HUB_IDS, shape_values
+from nextblock.shapes import DEVICES, HUB_IDS, shape_values
 
 GIB = 2**30
 USABLE = 0.92
 """Share of a GPU's memory that a step may take; the rest is for the driver, libraries and fragments."""
 
 PARALLEL = ("ddp", "fsdp2")
-
-
-@dataclass(frozen=True)
-class Device:
-    """A device as its data sheet has it. `tflops`: dense bfloat16 with float32 sums; None: time is not told."""
-
-    memory_gib: float | None
-    tflops: float | None
-
-
-DEVICES = {
-    "b200": Device(179.0, 2250.0),
-    "h200": Device(140.4, 989.0),
-    "h100": Device(79.6, 989.0),
-    "a100-80g": Device(79.3, 312.0),
-    "a100-40g": Device(39.6, 312.0),
-    "l40s": Device(44.7, 362.0),
-    "l4": Device(22.5, 121.0),
-    "rtx5090": Device(31.8, 209.5),
-    "rtx4090": Device(24.0, 165.2),
-    "cpu": Device(None, None),
-}
 
 
 @dataclass(frozen=True)

@@ -20,23 +20,11 @@ from transformers.pytorch_utils import Conv1D
 
 from nextblock.corruption import NOISE_LEVELS, UNSCORED, TwoView
 from nextblock.model import Decoder
+from nextblock.shapes import device_named
 
 PROJECT = "nextblock"
 OFFSETS = 64
 """Most places of a block that the loss is told apart by; those of a larger block are pooled."""
-
-PEAK_FLOPS = {
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
-}
-"""Dense bfloat16 multiply-add peaks as their maker states them, by a part of the device's name; first match counts."""
 
 
 class LossProfile:
@@ -112,8 +100,8 @@ def peak_flops(device: torch.device) -> float | None:
     """The device's bfloat16 peak, where it is known."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    found = device_named(torch.cuda.get_device_name(device))
+    return None if found is None or found.tflops is None else found.tflops * 1e12
 
 
 def peak_memory_gib(device: torch.device) -> float:
