@@ -137,5 +137,7 @@ def held_out_bits(run: Run) -> list[dict[str, Any]]:
             found += [("parent", measure) for measure in bits_per_byte(parent, run.tokenizer, rows)]
     run.loss.eval()
     decoder = run.decoder
+    if run.is_sharded:  # only this rank measures, and it holds a part of the weights
+        decoder = Decoder(load_model(run.config.output, dtype=decoder.model.dtype, attention="auto"))
     found += [("adapted", measure) for measure in bits_per_byte(decoder, run.tokenizer, rows, run.settings)]
     return [{"model": model, **asdict(measure)} for model, measure in found]

@@ -83,6 +83,12 @@ class DataConfig(Section):
         lt=1,
         description="share of documents kept for evaluation, chosen by hash of their text",
     )
+    shards: int = Field(
+        default=1,
+        ge=1,
+        description="parts that are read and tokenised apart, and fixed for a run; a multiple of the processes lets "
+        "each read its own only",
+    )
 
 
 class GrowthConfig(Section):
@@ -121,6 +127,9 @@ class RecipeConfig(Section):
 class OptimizerConfig(Section):
     """AdamW and its learning rate."""
 
+    name: Literal["adamw", "adamw_8bit"] = Field(
+        default="adamw", description="adamw_8bit: states in 8 bits, by bitsandbytes"
+    )
     lr: float = Field(default=1e-3, gt=0, description="peak learning rate")
     schedule: Literal["constant", "cosine", "wsd"] = Field(default="wsd", description="wsd: warmup, stable, decay")
     warmup_steps: int = Field(default=20, ge=0)
@@ -143,6 +152,13 @@ class TrainingConfig(Section):
     seed: int = Field(default=0, ge=0)
     checkpoint_every: int = Field(default=200, ge=1, description="steps between resumable checkpoints")
     keep_last: int = Field(default=2, ge=1, description="checkpoints kept")
+    keep_every: int | None = Field(default=None, ge=1, description="of so many checkpoints, one is kept for good")
+    checkpoint: Literal["full", "sharded"] = Field(
+        default="full", description="full: gathered and written by one process; sharded: each writes its part"
+    )
+    fsdp: bool = Field(
+        default=False, description="several processes: share out weights, gradients and optimizer (FSDP2)"
+    )
     evaluate_rows: int = Field(default=16, ge=0, description="held-out rows for bits per byte at the end")
     gradient_checkpointing: bool = Field(default=False, description="recompute activations in the backward pass")
     compile: bool = Field(default=False, description="torch.compile the model")
@@ -199,6 +215,8 @@ class AdaptConfig(Section):
             )
         if self.draft_adapter is not None:
             self._check_draft_adapter()
+        if self.training.fsdp and self.optimizer.name == "adamw_8bit":
+            raise ValueError("optimizer.name=adamw_8bit cannot share out its states; use adamw or training.fsdp=false")
         if self.recipe.complementary and self.recipe.views % 2:
             raise ValueError(
                 f"recipe.views={self.recipe.views} is odd, but recipe.complementary needs pairs; "
@@ -218,6 +236,8 @@ class AdaptConfig(Section):
         return self
 
     def _check_draft_adapter(self) -> None:
+        if self.training.fsdp:
+            raise ValueError("training.fsdp=true has no use for a draft adapter, which is small; leave it out")
         if self.growth.b_0 == 1 and self.recipe.prediction == "shifted":
             raise ValueError("growth.b_0=1 gives a draft adapter nothing to learn; start at growth.b_0=2 or more")
         if self.recipe.context != "context_causal":

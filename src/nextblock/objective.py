@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,11 @@ LOGIT_ELEMENTS = 2**24
 """Logits alive at once in the chunk loop: 64 MiB in float32."""
 
 
-@dataclass(frozen=True)
-class LossSums:
-    """Sums of cross-entropies in nats, and how many tokens each sums over. 0-d tensors."""
+class LossSums(NamedTuple):
+    """Sums of cross-entropies in nats, and how many tokens each sums over. 0-d tensors.
+
+    A tuple, because FSDP2 looks for the tensors to differentiate in nothing else.
+    """
 
     diffusion: Tensor
     ar: Tensor
@@ -63,6 +65,7 @@ class TwoViewLoss(nn.Module):
     def __init__(self, decoder: Decoder) -> None:
         super().__init__()
         self.model = decoder.model
+        self._no_split_modules = decoder.model._no_split_modules  # the layers that FSDP2 gathers one by one
 
     def forward(self, view: TwoView, rule: Rule, score_ar: bool = True) -> LossSums:
         """L_MDM over masked tokens (Eq. 5) and L_AR over the clean half (Eq. 1).
@@ -98,7 +101,7 @@ class DraftLoss(nn.Module):
         decoder = Decoder(self.model, self.adapter)
         n, places = view.noised_length, view.places
         if not n:  # nothing was masked: a loss of 0 with gradient 0
-            nothing = self.adapter.mask_vector.sum() * 0
+            nothing = sum(p.sum() for p in self.adapter.parameters()) * 0  # all of them, or DDP would wait
             return LossSums(nothing, nothing, nothing.long(), nothing.long())
         clean, noised = places.part(n), places.part(0, n)
         cache = DynamicCache()

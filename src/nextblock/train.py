@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,18 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
-from torch.nn.utils import clip_grad_norm_
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, is_bnb_available
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
 
 from nextblock import schedules
 from nextblock.adapter import DraftAdapter, save_adapter
 from nextblock.attention_mask import block_diffusion_rule
-from nextblock.checkpoint import export, load_checkpoint, newest_whole_checkpoint, save_checkpoint
-from nextblock.config import AdaptConfig, BlockDiffusionSettings, UsageError
+from nextblock.checkpoint import export, load_checkpoint, newest_whole_checkpoint, save_checkpoint, whole_weights
+from nextblock.config import AdaptConfig, BlockDiffusionSettings, OptimizerConfig, UsageError
 from nextblock.corruption import corrupt
-from nextblock.data import Rows, RowStream, check_tokens
+from nextblock.data import Rows, check_tokens
+from nextblock.feed import Feed, merged
 from nextblock.model import (
     Decoder,
     choose_mask_token,
@@ -35,6 +39,7 @@ from nextblock.model import (
     without_dropout,
 )
 from nextblock.objective import DraftLoss, TwoViewLoss
+from nextblock.ranks import gather, is_main, join, together
 
 LOG = "log.jsonl"
 RESOLVED_CONFIG = "nextblock.yaml"
@@ -43,6 +48,9 @@ MAY_CHANGE_ON_RESUME = (
     "training.micro_batch_rows",
     "training.checkpoint_every",
     "training.keep_last",
+    "training.keep_every",
+    "training.checkpoint",
+    "training.fsdp",
     "training.evaluate_rows",
     "training.compile",
     "training.gradient_checkpointing",
@@ -82,7 +90,7 @@ class Run:
     decoder: Decoder
     loss: torch.nn.Module
     optimizer: torch.optim.Optimizer
-    stream: RowStream
+    feed: Feed
     mask_token_id: int | None
     step: int = 0
 
@@ -90,6 +98,11 @@ class Run:
     def trained(self) -> torch.nn.Module:
         """What has been learned, so what a checkpoint holds: the draft adapter, or the whole model."""
         return self.decoder.adapter or self.decoder.model
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each rank holds a part of the model only (FSDP2)."""
+        return self.accelerator.distributed_type == DistributedType.FSDP
 
     @property
     def settings(self) -> BlockDiffusionSettings | None:
@@ -107,16 +120,14 @@ class Run:
 def train_step(run: Run, step: int) -> StepMetrics:
     """One optimizer step on one global batch   (paper, Eq. 1-5).
 
-    Every rank reads the whole global batch and computes its own share of the rows, so N is known
-    everywhere without communication, and neither micro-batches nor ranks enter the result.
+    Each rank computes its own rows of the global batch; N counts the tokens of all, so neither
+    micro-batches nor ranks enter the result.
     """
     config, recipe, start = run.config, run.config.recipe, time.perf_counter()
     block_size = schedules.block_size(step, config.growth)
     ar_weight = schedules.ar_weight(step, config)
     rule = block_diffusion_rule(recipe.context, schedules.target_share(step, config))
-    rows = run.stream.next(config.training.batch_rows)
-    check_tokens(rows, run.decoder.vocabulary, run.mask_token_id)
-    global_tokens = int((rows.offset >= 0).sum())
+    rows, global_tokens = next_rows(run)
 
     sums = torch.zeros(4, dtype=torch.float64)
     batches = list(micro_batches(run, rows))
@@ -145,11 +156,13 @@ def train_step(run: Run, step: int) -> StepMetrics:
     learning_rate = schedules.learning_rate(step, config.optimizer, config.training.steps)
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate
-    grad_norm = float(clip_grad_norm_(run.trained.parameters(), config.optimizer.grad_clip))
+    norm: Any = run.accelerator.clip_grad_norm_(run.trained.parameters(), config.optimizer.grad_clip)
+    grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
     if not math.isfinite(loss) or not math.isfinite(grad_norm):
+        numbers = sorted(number for numbers in gather(rows.number.tolist()) for number in numbers)
         raise UsageError(
-            f"step {step}: loss {loss} and gradient norm {grad_norm} are not finite (rows "
-            f"{rows.number.tolist()}); nothing was updated: lower optimizer.lr, or look at these rows"
+            f"step {step}: loss {loss} and gradient norm {grad_norm} are not finite (rows {numbers}); "
+            "nothing was updated: lower optimizer.lr, or look at these rows"
         )
     run.optimizer.step()
     run.optimizer.zero_grad()
@@ -167,13 +180,23 @@ def train_step(run: Run, step: int) -> StepMetrics:
     )
 
 
+def next_rows(run: Run) -> tuple[Rows, int]:
+    """This rank's rows of the next global batch, and N: tokens with offset >= 0 in the rows of all ranks.
+
+    Raises:
+        UsageError: on every rank, where the data of one fail.
+    """
+    with together():
+        rows = run.feed.next()
+        check_tokens(rows, run.decoder.vocabulary, run.mask_token_id)
+    return rows, sum(gather(int((rows.offset >= 0).sum())))
+
+
 def micro_batches(run: Run, rows: Rows) -> Iterator[Rows]:
-    """This rank's rows of the global batch, in micro-batches."""
-    ranks, rank = run.accelerator.num_processes, run.accelerator.process_index
-    share = len(rows) // ranks
-    size = run.config.training.micro_batch_rows or share
-    for start in range(rank * share, (rank + 1) * share, size):
-        yield rows.slice(start, min(start + size, (rank + 1) * share))
+    """This rank's rows in micro-batches."""
+    size = run.config.training.micro_batch_rows or len(rows)
+    for start in range(0, len(rows), size):
+        yield rows.slice(start, min(start + size, len(rows)))
 
 
 def train(config: AdaptConfig, *, resume: bool = False, on_step: Callable[[StepMetrics], None] | None = None) -> Run:
@@ -189,10 +212,12 @@ def train(config: AdaptConfig, *, resume: bool = False, on_step: Callable[[StepM
     Raises:
         UsageError: bad input, before anything is written.
     """
-    output = Path(config.output)
-    check_output(output, resume)
+    output, main = Path(config.output), is_main()
+    with together():
+        check_ranks(config)
+        if main:
+            check_output(output, resume)
     run = prepare(config)
-    main = run.accelerator.is_main_process
     if resume:
         restore(run, output)
     if main:
@@ -202,30 +227,48 @@ def train(config: AdaptConfig, *, resume: bool = False, on_step: Callable[[StepM
         )
         trim_log(output / LOG, run.step)
     with (
-        stop_on_sigterm() as stop,
-        (output / LOG if main else Path("/dev/null")).open("a", encoding="utf-8") as log,
+        stop_on_sigterm() as received,
+        closing(run.feed),
+        (output / LOG if main else Path(os.devnull)).open("a", encoding="utf-8") as log,
     ):
+        stop = False
         while run.step < config.training.steps and not stop:
             metrics = train_step(run, run.step)
             run.step += 1
+            stop = any(gather(bool(received)))  # a signal to one rank stops all, after the same step
             log.write(json.dumps(asdict(metrics)) + "\n")
             log.flush()
             if on_step and main:
                 on_step(metrics)
             if run.step % config.training.checkpoint_every == 0 or run.step == config.training.steps or stop:
                 save(run, output)
-    if main and run.step == config.training.steps:
+    if run.step == config.training.steps:
         export_run(run, output)
     return run
 
 
+def check_ranks(config: AdaptConfig) -> None:
+    """UsageError if another rank was started with another configuration."""
+    ours, *others = gather(_flat(config.model_dump(mode="json")))
+    for rank, theirs in enumerate(others, 1):
+        for key in sorted(ours.keys() | theirs.keys()):
+            if ours.get(key) != theirs.get(key):
+                raise UsageError(
+                    f"{key} is {ours.get(key)!r} on rank 0 and {theirs.get(key)!r} on rank {rank}; "
+                    "start all processes with the same configuration"
+                )
+
+
 def export_run(run: Run, output: Path) -> None:
-    """Write what the run ends with: a Hugging Face folder, or the draft adapter's."""
+    """Write what the run ends with: a Hugging Face folder, or the draft adapter's. All ranks call it together."""
     model = run.config.model
     dtype = getattr(torch, model.export_dtype) if model.export_dtype else None
     adapter, settings = run.decoder.adapter, run.settings
+    weights = whole_weights(run.decoder.model) if run.is_sharded else None
+    if not is_main():
+        return
     if adapter is None:
-        export(output, run.decoder.model, run.tokenizer, settings, dtype)
+        export(output, run.decoder.model, run.tokenizer, settings, dtype, weights)
         return
     assert settings is not None
     parent = weights_folder(model.path, model.revision)
@@ -234,20 +277,77 @@ def export_run(run: Run, output: Path) -> None:
 
 def prepare(config: AdaptConfig) -> Run:
     """Read data, load and check the parent, and hand both to accelerate. Writes nothing."""
-    accelerator = Accelerator(mixed_precision=config.training.mixed_precision)
-    rows, ranks = config.training.batch_rows, accelerator.num_processes
+    accelerator = make_accelerator(config)
+    with together():
+        tokenizer, feed, decoder, mask_token_id = load(config, accelerator)
+    without_dropout(decoder.model)
+    trained = decoder.adapter or decoder.model
+    trained.requires_grad_(True)
+    if config.training.gradient_checkpointing:
+        decoder.model.gradient_checkpointing_enable({"use_reentrant": False})
+        decoder.model.train()  # transformers recomputes activations in train mode alone
+    if config.training.compile:
+        decoder.model.base_model.compile()
+    optimizer = make_optimizer(config.optimizer, trained)
+    objective = TwoViewLoss(decoder) if decoder.adapter is None else DraftLoss(decoder)
+    loss, optimizer = accelerator.prepare(objective, optimizer)
+    return Run(config, accelerator, tokenizer, decoder, loss, optimizer, feed, mask_token_id)
+
+
+def make_accelerator(config: AdaptConfig) -> Accelerator:
+    """The processes of this run and how they share the work: DDP, FSDP2 if asked for, or what a launcher set."""
+    rows, ranks = config.training.batch_rows, join().num_processes
     if rows % ranks:
         raise UsageError(
             f"training.batch_rows={rows} does not divide over {ranks} processes; use {max(1, rows // ranks) * ranks}"
         )
+    plugin = None
+    if config.training.fsdp and ranks > 1:
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False
+        )
+    accelerator = Accelerator(mixed_precision=config.training.mixed_precision, fsdp_plugin=plugin)
+    if plugin is not None and accelerator.distributed_type == DistributedType.MULTI_CPU:
+        # accelerate leaves CPU processes to DDP, but FSDP2 runs there as well.
+        join().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = plugin
+    elif accelerator.distributed_type == DistributedType.MULTI_CPU and os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        raise UsageError("accelerate shares out no model on CPU by itself; set training.fsdp=true instead")
+    if accelerator.distributed_type == DistributedType.FSDP:
+        if not accelerator.is_fsdp2:
+            raise UsageError("FSDP 1 is not supported; start with --fsdp_version 2, or set training.fsdp=true")
+        if config.training.mixed_precision == "bf16":
+            # accelerate's own would also round the sums of losses, and so every gradient, to 8 bits.
+            accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+                param_dtype=torch.bfloat16, reduce_dtype=torch.float32
+            )
+    return accelerator
+
+
+def load(config: AdaptConfig, accelerator: Accelerator) -> tuple[Any, Feed, Decoder, int | None]:
+    """Tokenizer, data, parent (with its draft adapter) and mask token id, all checked. No communication."""
+    if config.optimizer.name == "adamw_8bit" and not is_bnb_available():
+        raise UsageError("optimizer.name=adamw_8bit needs bitsandbytes; pip install bitsandbytes, or use adamw")
     torch.manual_seed(config.training.seed)  # for a parent that starts from random weights
     if config.model.scratch is None:  # what can be known without reading data or weights comes first
         read_config(config.model.path, config.model.revision, config.model.trust_remote_code)
     tokenizer = parent_tokenizer(config.model)
-    stream = RowStream(config.data, tokenizer, seed=config.training.seed)
+    feed = Feed(
+        config.data,
+        tokenizer,
+        seed=config.training.seed,
+        batch_rows=config.training.batch_rows,
+        rank=accelerator.process_index,
+        ranks=accelerator.num_processes,
+    )
     decoder = load_parent(config.model, accelerator.device)
     if decoder.attention == "flex_attention" and decoder.device.type == "cpu":
         raise UsageError("model.attention=flex_attention has no backward pass on CPU; use sdpa, or auto")
+    if len(tokenizer) > decoder.vocabulary:  # else a new mask token would make rows for the missing ones, untrained
+        raise UsageError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model's vocabulary {decoder.vocabulary}; "
+            "use the tokenizer that belongs to the model"
+        )
     longest = decoder.max_positions
     if longest is not None and config.data.row_length > longest:
         raise UsageError(
@@ -261,38 +361,38 @@ def prepare(config: AdaptConfig) -> Run:
         mask_token_id = choose_mask_token(decoder, tokenizer, config.model.mask_token)
     else:
         mask_token_id = None
-    start = stream.state()  # look at the first batch, so that most bad data stops before anything is written
-    check_tokens(stream.next(config.training.batch_rows), decoder.vocabulary, mask_token_id)
-    stream.load_state(start)
-    without_dropout(decoder.model)
-    trained = decoder.adapter or decoder.model
-    trained.requires_grad_(True)
-    if config.training.gradient_checkpointing:
-        decoder.model.gradient_checkpointing_enable({"use_reentrant": False})
-        decoder.model.train()  # transformers recomputes activations in train mode alone
-    if config.training.compile:
-        decoder.model.base_model.compile()
+    # Look at the first batch, so that most bad data stops before anything is written.
+    check_tokens(feed.peek(), decoder.vocabulary, mask_token_id)
+    return tokenizer, feed, decoder, mask_token_id
+
+
+def make_optimizer(options: OptimizerConfig, trained: torch.nn.Module) -> torch.optim.Optimizer:
+    """AdamW with weight decay on matrices alone, its states in 32 or in 8 bits."""
     decay = [p for p in trained.parameters() if p.ndim >= 2]
     plain = [p for p in trained.parameters() if p.ndim < 2]
-    options = config.optimizer
-    optimizer = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": options.weight_decay}, {"params": plain, "weight_decay": 0.0}],
-        lr=options.lr,
-        betas=(options.beta_1, options.beta_2),
-        fused=True,
-    )
-    objective = TwoViewLoss(decoder) if decoder.adapter is None else DraftLoss(decoder)
-    loss, optimizer = accelerator.prepare(objective, optimizer)
-    return Run(config, accelerator, tokenizer, decoder, loss, optimizer, stream, mask_token_id)
+    groups = [{"params": decay, "weight_decay": options.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    betas = (options.beta_1, options.beta_2)
+    if options.name == "adamw":
+        return torch.optim.AdamW(groups, lr=options.lr, betas=betas, fused=True)
+    from bitsandbytes.optim import AdamW8bit  # checked by `load`
+
+    return AdamW8bit(groups, lr=options.lr, betas=betas)
 
 
 def save(run: Run, output: Path) -> None:
     """Save a resumable checkpoint at the run's step."""
-    if run.accelerator.is_main_process:
-        state = {"stream": run.stream.state(), "config": run.config.model_dump(mode="json")}
-        keep = run.config.training.keep_last
-        save_checkpoint(output, run.step, run.trained, run.optimizer, state, keep)
-    run.accelerator.wait_for_everyone()
+    state = {"stream": merged(gather(run.feed.state())), "config": run.config.model_dump(mode="json")}
+    options = run.config.training
+    save_checkpoint(
+        output,
+        run.step,
+        run.trained,
+        run.optimizer,
+        state,
+        options.keep_last,
+        keep_every=options.keep_every and options.keep_every * options.checkpoint_every,
+        sharded=options.checkpoint == "sharded",
+    )
 
 
 def restore(run: Run, output: Path) -> None:
@@ -301,7 +401,7 @@ def restore(run: Run, output: Path) -> None:
     Raises:
         UsageError: the checkpoint was made under a configuration that would break the run.
     """
-    folder, damaged = newest_whole_checkpoint(output)
+    folder, damaged = gather(newest_whole_checkpoint(output) if is_main() else (None, []))[0]
     for line in damaged:
         run.accelerator.print(line)
     if folder is None:
@@ -314,16 +414,18 @@ def restore(run: Run, output: Path) -> None:
         named = "; ".join(f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in breaking)
         raise UsageError(f"cannot resume from {folder}: {named}; set them back, or start in a new --output")
     state = load_checkpoint(folder, run.trained, run.optimizer)
-    run.stream.load_state(state["stream"])
+    run.feed.load_state(state["stream"])
     run.step = state["step"]
 
 
 def check_output(output: Path, resume: bool) -> None:
-    """Refuse a folder with something in it, unless a run is to be resumed there."""
+    """Refuse a folder with something in it, unless it is a run that is to be resumed."""
     if output.is_file():
         raise UsageError(f"output {output} is a file; give a folder")
     if output.is_dir() and any(output.iterdir()) and not resume:
         raise UsageError(f"output folder {output} is not empty; choose another --output, or go on with --resume auto")
+    if output.is_dir() and any(output.iterdir()) and not (output / RESOLVED_CONFIG).is_file():
+        raise UsageError(f"output folder {output} is not that of a run ({RESOLVED_CONFIG} is missing); choose another")
 
 
 def trim_log(path: Path, steps: int) -> None:
