@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from nextblock import schedules
-from nextblock.config import AdaptConfig, UsageError, load_config
+from nextblock.config import AdaptConfig, UsageError, load_config, stage_configs
 from nextblock.data import Rows, RowStream
 from nextblock.evaluate import BitsPerByte, bits_per_byte
 from nextblock.model import Decoder, load_model
@@ -64,25 +64,29 @@ def adapt(
     say("reading data and model")
     run = train(config, resume=resume, on_step=on_step)
     output = Path(config.output)
-    finished = run.step >= config.training.steps
-    if not finished or not run.accelerator.is_main_process:
-        return RunResult(output, finished, run.step, {})
-    results = describe(run)
+    steps = run.first_step + run.step
+    if not run.finished or not run.accelerator.is_main_process:
+        return RunResult(output, run.finished, steps, {})
+    results = describe(run, config)
     if config.training.evaluate_rows:
         say("measuring held-out bits per byte")
         results["bits_per_byte"] = held_out_bits(run)
     write_report(results, output)
-    return RunResult(output, True, run.step, results)
+    return RunResult(output, True, steps, results)
 
 
-def describe(run: Run) -> dict[str, Any]:
+def describe(run: Run, config: AdaptConfig) -> dict[str, Any]:
     """The part of `results.json` that is known without measuring anything."""
-    config = run.config
+    growth, borders, first = [], [], 0
+    for number, stage in enumerate(stage_configs(config)):
+        growth += [[first + step, size] for step, size in schedules.growth_steps(stage.growth, stage.training.steps)]
+        borders += [[first, named.name] for named in config.stages[number : number + 1]]
+        first += stage.training.steps
     lines = (Path(config.output) / LOG).read_text(encoding="utf-8").splitlines()
     steps = [json.loads(line) for line in lines]
     return {
         "title": f"{config.model.path if config.model.scratch is None else 'A model from scratch'}, "
-        f"adapted to blocks of {config.growth.b_max}",
+        f"adapted to blocks of {run.config.growth.b_max}",
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": f"nextblock adapt {Path(config.output) / 'nextblock.yaml'}",
         "environment": environment(run.accelerator.device),
@@ -92,10 +96,11 @@ def describe(run: Run) -> dict[str, Any]:
         },
         "settings": run.settings.model_dump() if run.settings else None,
         "training": {
-            "steps": run.step,
+            "steps": first,
             "seconds": sum(step["step_seconds"] for step in steps),
             "tokens": sum(step["tokens"] for step in steps),
-            "growth": [list(change) for change in schedules.growth_steps(config.growth, config.training.steps)],
+            "growth": growth,
+            "stages": borders,
         },
         "log": LOG,
     }
@@ -138,6 +143,6 @@ def held_out_bits(run: Run) -> list[dict[str, Any]]:
     run.loss.eval()
     decoder = run.decoder
     if run.is_sharded:  # only this rank measures, and it holds a part of the weights
-        decoder = Decoder(load_model(run.config.output, dtype=decoder.model.dtype, attention="auto"))
+        decoder = Decoder(load_model(run.output, dtype=decoder.model.dtype, attention="auto"))
     found += [("adapted", measure) for measure in bits_per_byte(decoder, run.tokenizer, rows, run.settings)]
     return [{"model": model, **asdict(measure)} for model, measure in found]

@@ -142,27 +142,43 @@ def newest_whole_checkpoint(output: Path) -> tuple[Path | None, list[str]]:
     return None, damaged
 
 
-def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
-    """Read weights and optimizer (None: weights alone) back in place, on as many ranks as there are.
-
-    Returns the saved state with its `step`.
-    """
-    if (folder / WEIGHTS).exists():
-        own = model.state_dict()
-        with safe_open(str(folder / WEIGHTS), framework="pt") as file, torch.no_grad():
-            for name in list(file.keys()):
-                own[name].copy_(_placed(file.get_tensor(name), own[name]))
-        if optimizer is not None:
-            saved = torch.load(folder / OPTIMIZER, weights_only=True, map_location="cpu", mmap=True)
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            for number, values in saved["state"].items():
-                for name, value in values.items():
-                    if isinstance(value, Tensor) and value.shape == parameters[number].shape:
-                        values[name] = _placed(value, parameters[number])
-            optimizer.load_state_dict(saved)
-    else:
-        load_shards(folder, model, optimizer)
+def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Read weights and optimizer back in place, on as many ranks as there are; returns the state with its `step`."""
+    load_weights(folder, model)
+    load_optimizer(folder, model, optimizer)
     return json.loads((folder / "state.json").read_text(encoding="utf-8"))
+
+
+def load_weights(folder: Path, model: nn.Module) -> None:
+    """Read a checkpoint's weights in place. Ranks need not call it together."""
+    own = model.state_dict()
+    if not (folder / WEIGHTS).exists():
+        from torch.distributed import checkpoint as parts
+
+        parts.load({"model": own}, checkpoint_id=folder, no_dist=True)
+        return
+    with safe_open(str(folder / WEIGHTS), framework="pt") as file, torch.no_grad():
+        for name in list(file.keys()):
+            own[name].copy_(_placed(file.get_tensor(name), own[name]))
+
+
+def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Read a checkpoint's optimizer state in place; of sharded checkpoints, all ranks together."""
+    if not (folder / OPTIMIZER).exists():
+        from torch.distributed import checkpoint as parts
+        from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+        moments = get_optimizer_state_dict(model, optimizer)
+        parts.load({"optimizer": moments}, checkpoint_id=folder)
+        set_optimizer_state_dict(model, optimizer, optim_state_dict=moments)
+        return
+    saved = torch.load(folder / OPTIMIZER, weights_only=True, map_location="cpu", mmap=True)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for number, values in saved["state"].items():
+        for name, value in values.items():
+            if isinstance(value, Tensor) and value.shape == parameters[number].shape:
+                values[name] = _placed(value, parameters[number])
+    optimizer.load_state_dict(saved)
 
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -197,19 +213,6 @@ def save_shards(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
 
     weights, moments = get_state_dict(model, optimizer)
     parts.save({"model": weights, "optimizer": moments}, checkpoint_id=folder)
-
-
-def load_shards(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
-    """Read this rank's part of what `save_shards` wrote, on as many ranks as there are now."""
-    from torch.distributed import checkpoint as parts
-    from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict, set_state_dict
-
-    if optimizer is None:
-        parts.load({"model": get_model_state_dict(model)}, checkpoint_id=folder)  # in place
-        return
-    weights, moments = get_state_dict(model, optimizer)
-    parts.load({"model": weights, "optimizer": moments}, checkpoint_id=folder)
-    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
 
 
 def export(

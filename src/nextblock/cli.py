@@ -112,14 +112,15 @@ def adapt(
     from transformers.utils.logging import disable_progress_bar
 
     from nextblock.adapt import adapt as run
-    from nextblock.config import load_config
+    from nextblock.config import load_config, stage_configs
     from nextblock.live import TrainingBar
     from nextblock.ranks import is_main, together
 
     disable_progress_bar()
     with together():  # a file may be missing on one machine
         checked = load_config(find_config(config), overrides)
-    with TrainingBar(checked.training.steps) if is_main() else nullcontext() as bar:
+    steps = sum(stage.training.steps for stage in stage_configs(checked))
+    with TrainingBar(steps) if is_main() else nullcontext() as bar:
         result = run(checked, resume=resume == "auto", on_step=bar and bar.update)
     if not is_main():
         return

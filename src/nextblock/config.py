@@ -59,6 +59,10 @@ class ModelConfig(Section):
         description="mask token id or text; default: the tokenizer's, else an unused row, else a new one",
     )
     trust_remote_code: bool = Field(default=False, description="run model code that comes with the checkpoint")
+    override: dict[str, Any] = Field(
+        default_factory=dict,
+        description="values of the Hugging Face config to replace: max_position_embeddings, rope_parameters, ...",
+    )
 
 
 class Source(Section):
@@ -127,9 +131,6 @@ class RecipeConfig(Section):
 class OptimizerConfig(Section):
     """AdamW and its learning rate."""
 
-    name: Literal["adamw", "adamw_8bit"] = Field(
-        default="adamw", description="adamw_8bit: states in 8 bits, by bitsandbytes"
-    )
     lr: float = Field(default=1e-3, gt=0, description="peak learning rate")
     schedule: Literal["constant", "cosine", "wsd"] = Field(default="wsd", description="wsd: warmup, stable, decay")
     warmup_steps: int = Field(default=20, ge=0)
@@ -139,6 +140,9 @@ class OptimizerConfig(Section):
     beta_1: float = Field(default=0.9, ge=0, lt=1)
     beta_2: float = Field(default=0.95, ge=0, lt=1)
     grad_clip: float = Field(default=1.0, gt=0, description="global gradient norm")
+    name: Literal["adamw", "adamw_8bit"] = Field(
+        default="adamw", description="adamw_8bit: states in 8 bits, by bitsandbytes"
+    )
 
 
 class TrainingConfig(Section):
@@ -176,6 +180,23 @@ class DraftAdapterConfig(Section):
     )
 
 
+class Stage(Section):
+    """One stage of a run: what differs from the run's own sections."""
+
+    name: str = Field(pattern=r"^[\w-]+$", description="the stage's folder is stage-NUMBER-NAME")
+    model: dict[str, Any] = Field(default_factory=dict, description="`override` alone, as for a longer row")
+    data: dict[str, Any] = Field(default_factory=dict, description="default: as the run, read on from there")
+    recipe: dict[str, Any] = Field(default_factory=dict, description="default: as the run")
+    growth: dict[str, Any] = Field(default_factory=dict, description="default after the first stage: no growth")
+    optimizer: dict[str, Any] = Field(
+        default_factory=dict, description="default: as the run, but no warmup where the optimizer is carried over"
+    )
+    training: dict[str, Any] = Field(default_factory=dict, description="`steps` count from 0 in each stage")
+    fresh_optimizer: bool = Field(
+        default=False, description="forget the moments of the stage before instead of carrying them over"
+    )
+
+
 class AdaptConfig(Section):
     """All of one `nextblock adapt` run."""
 
@@ -188,10 +209,16 @@ class AdaptConfig(Section):
     draft_adapter: DraftAdapterConfig | None = Field(
         default=None, description="train a draft adapter for the frozen parent instead of the parent itself"
     )
+    stages: tuple[Stage, ...] = Field(
+        default=(), description="parts of the run, one after another, each from the weights of the one before"
+    )
     output: str = Field(default="runs/adapted", description="folder for the checkpoint, the log and the report")
 
     @model_validator(mode="after")
     def _cross_checks(self) -> Self:
+        if self.stages:  # each is checked as a run of its own
+            stage_configs(self)
+            return self
         growth, steps = self.growth, self.training.steps
         row, b_max = self.data.row_length, growth.b_max
         if growth.b_0 > b_max:
@@ -249,6 +276,52 @@ class AdaptConfig(Section):
             raise ValueError(
                 "model.scratch has no weights that a draft adapter could leave as they are; set model.path"
             )
+
+
+def stage_configs(config: AdaptConfig) -> list[AdaptConfig]:
+    """A run as one configuration for each of its stages; without stages, itself.
+
+    A stage has what the run has but for what it sets itself. After the first, some things do not start again
+    unless they are set: blocks stay at the size reached, mask annealing is over, values of the model's config stay
+    replaced, and an optimizer that is carried over needs no warmup.
+
+    Raises:
+        UsageError: naming the stage.
+    """
+    found: list[AdaptConfig] = []
+    whole = config.model_dump(exclude={"stages"})
+    for number, stage in enumerate(config.stages):
+        where, given = f"stages.{number} ({stage.name})", stage.model_dump(exclude={"name", "fresh_optimizer"})
+        for key in (f"{section}.{name}" for section, values in given.items() for name in values):
+            if key in SET_FOR_THE_RUN or (key.startswith("model.") and key != "model.override"):
+                raise UsageError(f"{where}: {key} holds for the whole run; set it outside the stages")
+        if config.draft_adapter is not None:
+            raise UsageError(f"{where}: a draft adapter is trained in one stage; leave out stages, or draft_adapter")
+        values = {**whole, "output": str(Path(config.output) / f"stage-{number + 1}-{stage.name}")}
+        if found:
+            reached = found[-1].growth.b_max
+            values = _overlaid(values, {"growth": {"b_0": reached, "b_max": reached}})
+            values = _overlaid(values, {"recipe": {"annealed_mask_steps": 0}})
+            values = _overlaid(values, {"model": {"override": found[-1].model.override}})
+            values = _overlaid(values, {} if stage.fresh_optimizer else {"optimizer": {"warmup_steps": 0}})
+        try:
+            found.append(validate(AdaptConfig, _overlaid(values, given)))
+        except UsageError as error:
+            raise UsageError(f"{where}: {error}") from None
+    return found or [config]
+
+
+SET_FOR_THE_RUN = ("training.seed", "training.fsdp", "training.mixed_precision", "optimizer.name")
+"""Keys that a stage cannot change."""
+
+
+def _overlaid(values: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested mappings with those of `over` laid on top; lists are replaced whole."""
+    mixed = dict(values)
+    for key, value in over.items():
+        below = mixed.get(key)
+        mixed[key] = _overlaid(below, value) if isinstance(below, dict) and isinstance(value, Mapping) else value
+    return mixed
 
 
 class BlockDiffusionSettings(Section):

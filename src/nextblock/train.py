@@ -23,10 +23,25 @@ from torch.distributed.tensor import DTensor
 from nextblock import schedules
 from nextblock.adapter import DraftAdapter, save_adapter
 from nextblock.attention_mask import block_diffusion_rule
-from nextblock.checkpoint import export, load_checkpoint, newest_whole_checkpoint, save_checkpoint, whole_weights
-from nextblock.config import AdaptConfig, BlockDiffusionSettings, OptimizerConfig, UsageError
+from nextblock.checkpoint import (
+    export,
+    load_checkpoint,
+    load_optimizer,
+    load_weights,
+    newest_whole_checkpoint,
+    save_checkpoint,
+    whole_weights,
+)
+from nextblock.config import (
+    AdaptConfig,
+    BlockDiffusionSettings,
+    DataConfig,
+    OptimizerConfig,
+    UsageError,
+    stage_configs,
+)
 from nextblock.corruption import corrupt
-from nextblock.data import Rows, check_tokens
+from nextblock.data import Rows, RowStream, check_tokens
 from nextblock.feed import Feed, merged
 from nextblock.model import (
     Decoder,
@@ -73,6 +88,7 @@ class StepMetrics:
     grad_norm: float
     tokens: int
     step_seconds: float
+    stage: str | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -92,7 +108,11 @@ class Run:
     optimizer: torch.optim.Optimizer
     feed: Feed
     mask_token_id: int | None
+    output: Path
     step: int = 0
+    first_step: int = 0  # steps of the stages before this one
+    stage: str | None = None
+    finished: bool = False
 
     @property
     def trained(self) -> torch.nn.Module:
@@ -139,7 +159,7 @@ def train_step(run: Run, step: int) -> StepMetrics:
             end_token_id=run.tokenizer.eos_token_id,
             recipe=recipe,
             seed=config.training.seed,
-            step=step,
+            step=run.first_step + step,
         ).to(run.accelerator.device)
         last = number == len(batches) - 1
         with nullcontext() if last else run.accelerator.no_sync(run.loss):
@@ -167,7 +187,7 @@ def train_step(run: Run, step: int) -> StepMetrics:
     run.optimizer.step()
     run.optimizer.zero_grad()
     return StepMetrics(
-        step=step,
+        step=run.first_step + step,
         block_size=block_size,
         diffusion_loss=diffusion / diffusion_tokens if diffusion_tokens else math.nan,
         ar_loss=ar / ar_tokens if ar_tokens else math.nan,
@@ -177,6 +197,7 @@ def train_step(run: Run, step: int) -> StepMetrics:
         grad_norm=grad_norm,
         tokens=global_tokens,
         step_seconds=time.perf_counter() - start,
+        stage=run.stage,
     )
 
 
@@ -202,34 +223,59 @@ def micro_batches(run: Run, rows: Rows) -> Iterator[Rows]:
 def train(config: AdaptConfig, *, resume: bool = False, on_step: Callable[[StepMetrics], None] | None = None) -> Run:
     """Adapt the parent and leave a Hugging Face folder in `config.output`.
 
+    Stages run one after another, each in a folder of its own in `config.output`; the last one's export is the run's.
+
     Args:
         config: checked configuration.
         resume: go on from the newest whole checkpoint in the output folder, if there is one.
         on_step: called on the main process after each step.
     Returns:
-        The run, with the trained model in memory. `run.step` is below `config.training.steps` when a
+        The run (of the last stage reached), with the trained model in memory. `run.finished` is False when a
         SIGTERM ended it early (a checkpoint was saved).
     Raises:
         UsageError: bad input, before anything is written.
     """
     output, main = Path(config.output), is_main()
+    stages = stage_configs(config)
     with together():
         check_ranks(config)
         if main:
             check_output(output, resume)
-    run = prepare(config)
-    if resume:
-        restore(run, output)
-    if main:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / RESOLVED_CONFIG).write_text(
-            yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8"
-        )
-        trim_log(output / LOG, run.step)
+        for stage in stages[1:]:  # days before its turn comes
+            check_stage(stage)
+    first = gather(stage_to_resume(stages) if main and resume else 0)[0]
+    for number in range(first, len(stages)):
+        before = None if number == 0 else Path(stages[number - 1].output)
+        run = prepare(stages[number], before)
+        run.output, run.first_step = output, sum(stage.training.steps for stage in stages[:number])
+        run.stage = config.stages[number].name if config.stages else None
+        if before is not None:
+            carry_over(run, before, fresh=config.stages[number].fresh_optimizer, data=stages[number - 1].data)
+        if resume:
+            restore(run, Path(stages[number].output))
+        if main:
+            for folder, resolved in ((output, config), (Path(stages[number].output), stages[number])):
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / RESOLVED_CONFIG).write_text(
+                    yaml.safe_dump(resolved.model_dump(mode="json"), sort_keys=False), encoding="utf-8"
+                )
+            trim_log(output / LOG, run.first_step + run.step)
+        run_stage(run, on_step)
+        if run.step < run.config.training.steps:  # SIGTERM
+            return run
+        run.finished = number == len(stages) - 1
+        export_run(run, output if run.finished else Path(stages[number].output))
+        run.accelerator.free_memory()
+    return run
+
+
+def run_stage(run: Run, on_step: Callable[[StepMetrics], None] | None) -> None:
+    """All steps of a run without stages, or of one stage, with their log and checkpoints."""
+    config, output, main = run.config, Path(run.config.output), is_main()
     with (
         stop_on_sigterm() as received,
         closing(run.feed),
-        (output / LOG if main else Path(os.devnull)).open("a", encoding="utf-8") as log,
+        (run.output / LOG if main else Path(os.devnull)).open("a", encoding="utf-8") as log,
     ):
         stop = False
         while run.step < config.training.steps and not stop:
@@ -242,9 +288,47 @@ def train(config: AdaptConfig, *, resume: bool = False, on_step: Callable[[StepM
                 on_step(metrics)
             if run.step % config.training.checkpoint_every == 0 or run.step == config.training.steps or stop:
                 save(run, output)
-    if run.step == config.training.steps:
-        export_run(run, output)
-    return run
+
+
+def stage_to_resume(stages: list[AdaptConfig]) -> int:
+    """The last stage with a whole checkpoint: all before it are done. Without one, the first."""
+    for number in range(len(stages) - 1, 0, -1):
+        if newest_whole_checkpoint(Path(stages[number].output))[0] is not None:
+            return number
+    return 0
+
+
+def check_stage(config: AdaptConfig) -> None:
+    """UsageError for what is wrong with a later stage's data or row length."""
+    tokenizer = parent_tokenizer(config.model)
+    RowStream(config.data, tokenizer, seed=config.training.seed)
+    if config.model.scratch is None:
+        model = config.model
+        shape = read_config(model.path, model.revision, model.trust_remote_code, model.override)
+        check_length(config, getattr(shape, "max_position_embeddings", None))
+
+
+def check_length(config: AdaptConfig, positions: int | None) -> None:
+    """UsageError for a row that is longer than the model's positions."""
+    if positions is not None and config.data.row_length > positions:
+        raise UsageError(
+            f"data.row_length={config.data.row_length} is over the model's {positions} positions; "
+            f"use at most {positions}, or raise model.override.max_position_embeddings"
+        )
+
+
+def carry_over(run: Run, before: Path, *, fresh: bool, data: DataConfig) -> None:
+    """Take the optimizer's moments (unless `fresh`) and the position in equal `data` from the stage before."""
+    folder = gather(newest_whole_checkpoint(before)[0] if is_main() else None)[0]
+    if folder is None:  # deleted since: this stage has checkpoints of its own
+        return
+    if not fresh:
+        own = [{key: value for key, value in group.items() if key != "params"} for group in run.optimizer.param_groups]
+        load_optimizer(folder, run.trained, run.optimizer)
+        for group, options in zip(run.optimizer.param_groups, own, strict=True):
+            group.update(options)
+    if run.config.data == data:
+        run.feed.load_state(json.loads((folder / "state.json").read_text(encoding="utf-8"))["stream"])
 
 
 def check_ranks(config: AdaptConfig) -> None:
@@ -275,11 +359,13 @@ def export_run(run: Run, output: Path) -> None:
     save_adapter(output, adapter, settings, model.path, parent, dtype or torch.float32)
 
 
-def prepare(config: AdaptConfig) -> Run:
-    """Read data, load and check the parent, and hand both to accelerate. Writes nothing."""
+def prepare(config: AdaptConfig, before: Path | None = None) -> Run:
+    """Read data, load and check the parent (or what the stage in the folder `before` has made of it), and hand
+    both to accelerate. Writes nothing.
+    """
     accelerator = make_accelerator(config)
     with together():
-        tokenizer, feed, decoder, mask_token_id = load(config, accelerator)
+        tokenizer, feed, decoder, mask_token_id = load(config, accelerator, before)
     without_dropout(decoder.model)
     trained = decoder.adapter or decoder.model
     trained.requires_grad_(True)
@@ -291,7 +377,7 @@ def prepare(config: AdaptConfig) -> Run:
     optimizer = make_optimizer(config.optimizer, trained)
     objective = TwoViewLoss(decoder) if decoder.adapter is None else DraftLoss(decoder)
     loss, optimizer = accelerator.prepare(objective, optimizer)
-    return Run(config, accelerator, tokenizer, decoder, loss, optimizer, feed, mask_token_id)
+    return Run(config, accelerator, tokenizer, decoder, loss, optimizer, feed, mask_token_id, Path(config.output))
 
 
 def make_accelerator(config: AdaptConfig) -> Accelerator:
@@ -324,14 +410,20 @@ def make_accelerator(config: AdaptConfig) -> Accelerator:
     return accelerator
 
 
-def load(config: AdaptConfig, accelerator: Accelerator) -> tuple[Any, Feed, Decoder, int | None]:
+def load(
+    config: AdaptConfig, accelerator: Accelerator, before: Path | None = None
+) -> tuple[Any, Feed, Decoder, int | None]:
     """Tokenizer, data, parent (with its draft adapter) and mask token id, all checked. No communication."""
     if config.optimizer.name == "adamw_8bit" and not is_bnb_available():
         raise UsageError("optimizer.name=adamw_8bit needs bitsandbytes; pip install bitsandbytes, or use adamw")
     torch.manual_seed(config.training.seed)  # for a parent that starts from random weights
-    if config.model.scratch is None:  # what can be known without reading data or weights comes first
-        read_config(config.model.path, config.model.revision, config.model.trust_remote_code)
-    tokenizer = parent_tokenizer(config.model)
+    model = config.model
+    if before is not None:
+        begin = {"path": str(before), "revision": None, "tokenizer": None, "scratch": None}
+        model = model.model_copy(update=begin)
+    if model.scratch is None:  # what can be known without reading data or weights comes first
+        read_config(model.path, model.revision, model.trust_remote_code, model.override)
+    tokenizer = parent_tokenizer(model)
     feed = Feed(
         config.data,
         tokenizer,
@@ -340,7 +432,9 @@ def load(config: AdaptConfig, accelerator: Accelerator) -> tuple[Any, Feed, Deco
         rank=accelerator.process_index,
         ranks=accelerator.num_processes,
     )
-    decoder = load_parent(config.model, accelerator.device)
+    decoder = load_parent(model, accelerator.device)
+    if before is not None and (saved := newest_whole_checkpoint(before)[0]) is not None:
+        load_weights(saved, decoder.model)  # the export beside it may be rounded
     if decoder.attention == "flex_attention" and decoder.device.type == "cpu":
         raise UsageError("model.attention=flex_attention has no backward pass on CPU; use sdpa, or auto")
     if len(tokenizer) > decoder.vocabulary:  # else a new mask token would make rows for the missing ones, untrained
@@ -348,17 +442,13 @@ def load(config: AdaptConfig, accelerator: Accelerator) -> tuple[Any, Feed, Deco
             f"the tokenizer has {len(tokenizer)} tokens, the model's vocabulary {decoder.vocabulary}; "
             "use the tokenizer that belongs to the model"
         )
-    longest = decoder.max_positions
-    if longest is not None and config.data.row_length > longest:
-        raise UsageError(
-            f"data.row_length={config.data.row_length} is over the model's {longest} positions; use at most {longest}"
-        )
+    check_length(config, decoder.max_positions)
     probe(decoder)
     if config.draft_adapter is not None:
         adapter = DraftAdapter(decoder.model, config.draft_adapter)
         decoder, mask_token_id = Decoder(decoder.model, adapter), adapter.mask_token_id
     elif config.growth.b_max > 1 or config.recipe.prediction == "aligned":
-        mask_token_id = choose_mask_token(decoder, tokenizer, config.model.mask_token)
+        mask_token_id = choose_mask_token(decoder, tokenizer, model.mask_token)
     else:
         mask_token_id = None
     # Look at the first batch, so that most bad data stops before anything is written.
