@@ -69,6 +69,9 @@ CONTRADICTIONS: tuple[dict[str, Any], ...] = (
     {"growth.b_max": 32, "data.row_length": 1000},
     {"growth.b_max": 32, "growth.delta": 50, "training.steps": 100},
     {"recipe.views": 3, "recipe.complementary": True},
+    {"recipe.soft_weight": 1, "recipe.context": "block_causal"},
+    {"lora.rank": 16, "draft_adapter.rank": 16, "growth.b_0": 32},
+    {"model.quantization": "4bit"},
     {"recipe.annealed_mask_steps": 100},
     {"recipe.annealed_mask_steps": 100, "growth.b_0": 32, "recipe.context": "block_causal"},
 )
@@ -78,7 +81,8 @@ def page() -> str:
     """The whole page as Markdown."""
     parts = [HEAD]
     for name, field in AdaptConfig.model_fields.items():
-        inner = _section(field.annotation)  # that of `stages`, a list, comes below
+        # None or a section is one, too; that of `stages`, a list, comes below
+        inner = _section(field.annotation, *([] if name == "stages" else get_args(field.annotation)))
         if inner is not None:
             parts += _table(inner, f"{name}.", f"## `{name}`\n\n{_summary(inner)}")
     parts.append("## Top level\n\n" + _row_head() + _row("AdaptConfig", "output", AdaptConfig.model_fields["output"]))
@@ -117,6 +121,7 @@ def _row(section: str, key: str, field: FieldInfo, none: str = "null") -> str:
 def _value(value: Any, none: str) -> str:
     if value is None:
         return f"`{none}`"
+    value = list(value) if isinstance(value, tuple) else value
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 

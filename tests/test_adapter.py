@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import nextblock as nb
-from families import FAMILIES, tiny_model
+from families import EOS_ID, FAMILIES, tiny_model
 from nextblock.adapter import DraftAdapter, GatedLinear, fingerprint, load_adapter, save_adapter, target_names
 from nextblock.attention_mask import block_diffusion_rule
 from nextblock.checkpoint import export
-from nextblock.config import BlockDiffusionSettings, DraftAdapterConfig, UsageError, load_config
+from nextblock.config import BlockDiffusionSettings, DraftAdapterConfig, ModelConfig, UsageError, load_config
 from nextblock.corruption import corrupt
 from nextblock.data import RowStream
-from nextblock.model import Decoder, byte_tokenizer
+from nextblock.model import Decoder, byte_tokenizer, load_parent
 from nextblock.objective import DraftLoss
 from nextblock.train import train
 
@@ -57,7 +59,7 @@ def test_greedy_output_is_that_of_generate_on_the_untouched_parent(parent, tmp_p
     wild = wild_adapter(parent, tmp_path / "adapter")
     lm = nb.load(parent, draft_adapter=wild)
     untouched: Any = AutoModelForCausalLM.from_pretrained(parent)
-    drafting: tuple[dict[str, Any], ...] = ({}, {"draft_ahead": 2}, {"draft_length": 2})
+    drafting: tuple[dict[str, Any], ...] = ({}, {"draft_ahead": 2}, {"draft_length": 2}, {"draft_paths": 3})
     for prompt in PROMPTS:
         tokens = lm.tokenizer(prompt, return_tensors="pt").input_ids
         expected = untouched.generate(tokens, max_new_tokens=20, do_sample=False, pad_token_id=256)
@@ -71,11 +73,26 @@ def test_rows_of_a_batch_get_what_they_get_alone(parent, tmp_path):
     modes: tuple[dict[str, Any], ...] = (
         {"mode": "speculative"},
         {"mode": "speculative", "draft_ahead": 2},
+        {"mode": "speculative", "draft_paths": 3},
         {"mode": "diffusion"},
     )
     for options in modes:
         together = lm.generate(PROMPTS, max_new_tokens=12, **options).answers
         assert together == [lm.generate(p, max_new_tokens=12, **options).answers[0] for p in PROMPTS]
+
+
+def test_custom_generate_drafts_with_the_adapter_that_load_put_on_the_model(tmp_path):
+    folder = tmp_path / "parent"
+    tiny_model("llama").save_pretrained(folder)
+    lm = nb.load(folder, draft_adapter=wild_adapter(folder, tmp_path / "adapter"))
+    tokens = torch.randint(3, 96, (2, 7), generator=torch.Generator().manual_seed(1))
+    options = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": EOS_ID, "pad_token_id": EOS_ID}
+    generate: Any = lm.model.generate
+    plain = generate(tokens, **options)
+    assert torch.equal(generate(tokens, custom_generate=nb.block_diffusion, mode="speculative", **options), plain)
+    denoised = generate(tokens, custom_generate=nb.block_diffusion, mode="diffusion", **options)
+    own = lm.generate(tokens, mode="diffusion", max_new_tokens=20)
+    assert torch.equal(denoised, own.sequences)
 
 
 def test_the_adapter_acts_in_denoising(tmp_path):
@@ -98,6 +115,10 @@ def test_removing_the_adapter_leaves_the_parents_weights_bit_for_bit(parent, tmp
     before, after = nb.load(parent).model.state_dict(), lm.model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+    lm.model.save_pretrained(tmp_path / "again")
+    files = [load_file(folder / "model.safetensors") for folder in (parent, tmp_path / "again")]
+    assert files[0].keys() == files[1].keys()
+    assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
 
 
 def test_a_merged_copy_computes_what_base_and_update_compute(parent):
@@ -149,6 +170,36 @@ def test_the_two_passes_give_the_loss_of_one_gated_pass(parent):
     assert all(p.grad is not None for p in adapter.parameters())
 
 
+def test_soft_targets_of_a_draft_adapter_are_the_frozen_parents_predictions(llama):
+    model = llama.double()
+    tokens = rows_of(byte_tokenizer())
+    tokens = type(tokens)(
+        tokens.tokens % 90 + 3, *(getattr(tokens, n) for n in ("document", "position", "offset", "epoch", "number"))
+    )
+    adapter = DraftAdapter(model, DraftAdapterConfig(rank=3)).double()
+    with torch.no_grad():
+        for parameter in adapter.lora_B:
+            parameter.normal_(std=0.2)
+    recipe = load_config({"data": {"sources": [{"path": "x"}]}}).recipe
+    view = corrupt(tokens, BLOCK, mask_token_id=97, end_token_id=256, recipe=recipe, seed=0, step=0)
+    decoder, rule, n = Decoder(model, adapter), block_diffusion_rule(), view.noised_length
+    sums = DraftLoss(decoder)(view, rule, soft=True)
+    with torch.no_grad():
+        mask = decoder.masks(rule, view.places)
+        hidden = decoder.hidden(view.tokens, view.places.position, mask, noised=view.places.view > 0)
+        student, parent = decoder.logits(hidden[:, :n]).softmax(-1), decoder.logits(hidden[:, n:]).softmax(-1)
+        wanted = torch.zeros((), dtype=torch.float64)
+        for row, slot in (view.target[:, :n] >= 0).nonzero().tolist():
+            document, position = view.places.document[row, slot], view.places.position[row, slot]
+            clean = (tokens.document[row] == document) & (tokens.position[row] == position)
+            p, q = parent[row][clean], student[row, slot]
+            wanted += (p * (p / q).log()).sum()
+    torch.testing.assert_close(sums.soft.detach(), wanted, rtol=1e-5, atol=0)
+    sums.soft.backward()
+    assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+    assert any(bool(p.grad.abs().sum() > 0) for p in adapter.lora_A if p.grad is not None)
+
+
 def test_an_untrained_adapter_is_the_parent_with_a_mean_mask_embedding(llama):
     adapter = DraftAdapter(llama, DraftAdapterConfig(rank=2))
     tokens, position = torch.tensor([[5, 6, 7]]), torch.arange(3)[None]
@@ -173,6 +224,10 @@ def test_training_saves_resumes_and_leaves_the_parent_alone(tmp_path):
     run = train(load_config({**values, "output": str(tmp_path / "a")}), on_step=lambda m: losses.append(m.loss))
     assert losses[-1] < losses[0]
     assert before == {f.name: f.read_bytes() for f in folder.iterdir() if f.is_file()}
+    assert run.decoder.adapter is not None
+    run.decoder.adapter.detach(run.decoder.model)
+    file, trained = load_file(folder / "model.safetensors"), run.decoder.model.state_dict()
+    assert all(torch.equal(file[name], trained[name]) for name in file)
     (tmp_path / "a" / "adapter_model.safetensors").unlink()
     again = train(load_config({**values, "output": str(tmp_path / "a")}), resume=True)
     assert all(torch.equal(a, b) for a, b in zip(run.trained.parameters(), again.trained.parameters(), strict=True))
@@ -207,6 +262,26 @@ def test_the_mask_vector_is_no_row_of_the_head(llama):
         assert decoder.logits(hidden).shape[-1] == adapter.mask_token_id
 
 
+def test_with_tied_embeddings_training_the_mask_vector_leaves_the_head_as_it_was():
+    model = tiny_model("llama", tie_word_embeddings=True)
+    head = model.get_parameter("lm_head.weight")
+    assert head is model.get_input_embeddings().weight
+    tokens, position = torch.tensor([[5, 6, 7]]), torch.arange(3)[None]
+    with torch.no_grad():
+        weights, clean = head.clone(), model(tokens).logits
+    adapter = DraftAdapter(model, DraftAdapterConfig(rank=2))
+    decoder, masked = Decoder(model, adapter), torch.tensor([[5, adapter.mask_token_id, adapter.mask_token_id]])
+    before = adapter.mask_vector.detach().clone()
+    optimizer = torch.optim.SGD(adapter.parameters(), lr=10.0)
+    decoder.logits(decoder.hidden(masked, position, None, noised=True))[..., 9].sum().backward()
+    optimizer.step()
+    assert not torch.equal(adapter.mask_vector, before)
+    assert head.grad is None
+    assert torch.equal(head, weights)
+    with torch.no_grad():
+        assert torch.equal(decoder.logits(decoder.hidden(tokens, position, None)), clean)
+
+
 def test_bad_adapters_are_refused_in_one_line(tmp_path, llama):
     one, other = tmp_path / "one", tmp_path / "other"
     export(one, tiny_model("llama", vocab_size=264), byte_tokenizer(), None)
@@ -220,15 +295,19 @@ def test_bad_adapters_are_refused_in_one_line(tmp_path, llama):
     with pytest.raises(UsageError, match="holds no draft adapter"):
         load_adapter(one, nb.load(one).model, one)
     lm = nb.load(one, draft_adapter=wild)
-    with pytest.raises(UsageError, match="larger than the 4"):
+    with warnings.catch_warnings(action="error"), pytest.raises(UsageError, match="larger than the 4"):
         lm.generate("a", mode="speculative", block_size=8)
     with pytest.warns(UserWarning, match="no effect"):
         lm.generate("a", mode="ar", max_new_tokens=2)
     assert lm.adapter is not None
     with pytest.raises(UsageError, match="cannot be merged"):
         lm.adapter.merge()
-    with pytest.raises(UsageError, match="match nothing; linear layers are down_proj"):
+    with pytest.raises(UsageError, match="match nothing; choose from down_proj"):
         target_names(llama, ("nothing",))
+    with pytest.raises(UsageError, match=r"target_modules=\['key'\] match nothing"):
+        target_names(llama, ("q_proj", "key"))
+    with pytest.raises(UsageError, match="is no regular expression"):
+        target_names(llama, "(q_proj")
 
 
 @pytest.mark.parametrize(
@@ -259,3 +338,19 @@ def test_the_gate_decides_position_by_position(llama):
     torch.testing.assert_close(found[:, :2], expected[:, :2])  # causal: later positions do not reach them
     assert not torch.allclose(found[:, 2:], expected[:, 2:])
     assert any(isinstance(module, GatedLinear) for module in llama.modules())
+
+
+@pytest.mark.parametrize(
+    ("device", "words"), [("cpu", "needs a CUDA device"), ("cuda", "cannot load model .*requires bitsandbytes")]
+)
+def test_a_parent_in_4_bits_says_in_one_line_what_is_missing(tmp_path, monkeypatch, device, words):
+    monkeypatch.setattr("transformers.quantizers.quantizer_bnb_4bit.is_bitsandbytes_available", lambda: False)
+    export(tmp_path, tiny_model("llama", vocab_size=264), byte_tokenizer(), None)
+    with pytest.raises(UsageError, match=words) as error:
+        load_parent(ModelConfig(path=str(tmp_path), quantization="4bit"), device)
+    assert "\n" not in str(error.value)
+
+
+def test_only_the_parent_of_a_draft_adapter_can_be_in_4_bits():
+    with pytest.raises(UsageError, match="is for a frozen parent"):
+        load_config({"data": {"sources": [{"path": "x"}]}}, {"model.quantization": "4bit"})

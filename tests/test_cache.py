@@ -49,6 +49,17 @@ def test_a_pass_reads_the_memory_that_it_wrote_not_a_copy():
     assert seen.data_ptr() == again.data_ptr()
 
 
+def test_moved_slots_are_found_where_they_were_put_and_nothing_else_changes():
+    cache = SlotCache(2, 9)
+    cache.aim([0, 0], 8)
+    keys, values = states(2, 8, 0)
+    seen = cache.update(keys, values, 0)
+    cache.move(1, 5, 2, 3)
+    for found, given in zip(seen, (keys, values), strict=True):
+        assert torch.equal(found[0], given[0])
+        assert torch.equal(found[1], given[1][:, [0, 1, 5, 6, 7, 5, 6, 7]])
+
+
 def test_a_row_that_leaves_makes_room_for_the_last_one():
     cache = SlotCache(3, 8)
     cache.aim([0, 0, 0], 4)

@@ -9,7 +9,9 @@ import pytest
 
 from families import tiny_model
 from nextblock import cli
+from nextblock.adapter import DraftAdapter, save_adapter
 from nextblock.checkpoint import export
+from nextblock.config import BlockDiffusionSettings, DraftAdapterConfig
 from nextblock.model import byte_tokenizer
 
 
@@ -33,6 +35,15 @@ def parent(tmp_path):
     """A tiny random parent's folder."""
     folder = tmp_path / "parent"
     export(folder, tiny_model("llama", vocab_size=264), byte_tokenizer(), None)
+    return folder
+
+
+@pytest.fixture
+def adapted(tmp_path):
+    """A tiny random model with block-diffusion settings."""
+    folder = tmp_path / "adapted"
+    settings = BlockDiffusionSettings(block_size=4, mask_token_id=263)
+    export(folder, tiny_model("llama", vocab_size=264), byte_tokenizer(), settings)
     return folder
 
 
@@ -170,11 +181,43 @@ def refused(run, arguments, words, output):
         (["--mode", "diffusion"], "adapt it with"),
         (["--threshold", "x"], "not a number"),
         (["--max-new-tokens", "0"], "must be at least 1"),
+        (["--steps", "0"], "steps=0 must be at least 1"),
+        (["--draft-length", "long"], "draft_length=long is not a number of tokens; use 1 or more, or auto"),
+        (["--draft-length", "0"], "draft_length=0 must be at least 1"),
+        (["--draft-paths", "2", "--draft-ahead", "1"], "draft_paths=2 does not go with draft_ahead"),
         (["--dtype", "int8"], "float32 or bfloat16"),
     ],
 )
 def test_generate_refuses_bad_options_in_one_line(run, parent, tmp_path, arguments, words):
     refused(run, ["generate", parent, "words", *arguments], words, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--draft-length", "auto", "--draft-steps", "2"],
+        ["--draft-length", "3", "--draft-paths", "3"],
+        ["--draft-ahead", "2"],
+    ],
+    ids=" ".join,
+)
+def test_drafting_options_change_no_word_of_what_is_said(run, adapted, options, monkeypatch):
+    expected = run("generate", adapted, "words", "--mode", "ar", "--max-new-tokens", "12")[:2]
+    said = run("generate", adapted, "words", "--mode", "speculative", "--max-new-tokens", "12", *options)[:2]
+    assert said == expected
+    talks = []
+    for mode in (["--mode", "ar"], ["--mode", "speculative", *options]):
+        answers = iter(["words", ""])
+        monkeypatch.setattr("builtins.input", lambda prompt, answers=answers: next(answers))
+        talks.append(run("chat", adapted, "--max-new-tokens", "12", *mode)[:2])
+    assert talks[0] == talks[1]
+    assert talks[0][0] == 0
+
+
+def test_a_number_of_steps_limits_the_passes_of_a_block(run, adapted):
+    line = ["generate", adapted, "words", "--mode", "diffusion", "--threshold", "none", "--max-new-tokens", "8"]
+    forwards = [run(*line, "--stats", *steps)[2].split(", ")[1] for steps in ([], ["--steps", "1"])]
+    assert int(forwards[0].split()[0]) > int(forwards[1].split()[0])
 
 
 def test_a_document_shorter_than_one_block_is_kept(run, parent, tmp_path):
@@ -197,3 +240,42 @@ def test_report_makes_the_page_again(run, parent, texts, tmp_path):
     page.unlink()
     assert run("report", tmp_path / "out")[0] == 0
     assert page.read_text() == before
+
+
+def test_generate_answers_a_file_as_training_data(run, parent, tmp_path):
+    output = tmp_path / "data.jsonl"
+    call = ["generate", parent, "--input", "task:algebra", "--examples", "3", "--max-new-tokens", "4"]
+    assert run(*call, "--output", output)[:2] == (0, f"wrote 3 answers to {output}\n")
+    assert len(output.read_text(encoding="utf-8").splitlines()) == 3
+    assert run(*call, "--output", output)[:2] == (0, f"{output} is finished; nothing was left to do\n")
+    for options, words in (
+        (["--output", output, "--temperature", "1"], "belongs to other settings: seed was None"),
+        (["--output", tmp_path / "no" / "data.jsonl"], "does not exist"),
+        ([], "go together"),
+        (["--output", output, "--live"], "does not go with"),
+    ):
+        refused(run, [*call, *options], words, tmp_path / "no")
+
+
+@pytest.mark.parametrize(
+    ("targets", "words"), [("nothing", "match nothing"), ("[q_proj, key]", "'key'"), ("(q", "no regular expression")]
+)
+def test_target_modules_that_match_nothing_leave_nothing_behind(run, parent, texts, tmp_path, targets, words):
+    options = ["--draft_adapter.target_modules", targets, "--growth.b_0", "4"]
+    refused(run, ["adapt", *small(parent, texts, tmp_path / "out"), *options], words, tmp_path / "out")
+
+
+def test_a_draft_adapter_out_of_place_gives_one_line(run, parent, tmp_path):
+    model = tiny_model("llama", vocab_size=264)
+    adapter = DraftAdapter(model, DraftAdapterConfig(rank=2))
+    section = BlockDiffusionSettings(block_size=4, mask_token_id=adapter.mask_token_id)
+    save_adapter(tmp_path / "draft", adapter, section, "my-parent", parent)
+    export(tmp_path / "other", tiny_model("llama", vocab_size=264, seed=5), byte_tokenizer(), None)
+    for model, folder, options, words in (
+        (tmp_path / "other", "draft", [], "belongs to my-parent"),
+        (parent, "nowhere", [], "is not a folder"),
+        (parent, "other", [], "holds no draft adapter"),
+        (parent, "draft", ["--block-size", "8"], "block_size=8 is larger than the 4"),
+    ):
+        call = ["generate", model, "a", "--mode", "speculative", "--draft-adapter", tmp_path / folder, *options]
+        refused(run, call, words, tmp_path / "out")

@@ -134,6 +134,7 @@ def test_nearest_names_the_closest_choice_or_all():
         ("growth.s_0", -1),
         ("recipe.ar_weight", -0.1),
         ("recipe.full_mask_share", 1.1),
+        ("recipe.random_start_share", -0.1),
         ("recipe.context", "both"),
         ("recipe.prediction", "none"),
         ("recipe.noise_per", "token"),

@@ -250,6 +250,35 @@ def test_full_mask_share_masks_that_share_of_blocks_whole():
     assert abs(whole / blocks - rate) < 5 * (rate * (1 - rate) / blocks) ** 0.5
 
 
+def test_random_starts_shift_all_blocks_of_a_span_by_one_draw_and_leave_the_rest_as_it_is():
+    rows = make_rows([[[64], [-5, 64]]] * 16, 133)
+    late = replace_recipe(SHIFTED, random_start_share=1.0, full_mask_share=1.0)
+    view, plain = view_of(rows, 8, late), view_of(rows, 8)
+    drawn = []
+    for row in range(16):
+        slots = noised_slots(view, row)
+        for document, start in ((0, 0), (1, 5)):
+            blocks = {slot["block_start"] - start for slot in slots if slot["document"] == document}
+            first = min(blocks)
+            assert 0 <= first < 8
+            assert blocks <= set(range(first, 64, 8))  # a last block of one token has nothing to mask
+            assert len(blocks) >= (64 - first) // 8
+            drawn.append(first)
+        assert all(slot["position"] - slot["block_start"] < 8 for slot in slots)
+    assert len(set(drawn)) > 4
+    assert torch.equal(view.target[:, view.noised_length :], plain.target[:, plain.noised_length :])
+
+
+def test_random_starts_hold_for_their_share_of_spans():
+    """1 of 8 late starts is a start on time: 0.5 * 7 / 8 of 512; 5 standard errors fail with probability 6e-7."""
+    rows = make_rows([[[16]] * 8] * 64, 128)
+    view = view_of(rows, 8, replace_recipe(SHIFTED, random_start_share=0.5, full_mask_share=1.0))
+    late = {
+        (row, slot["document"]) for row in range(64) for slot in noised_slots(view, row) if slot["block_start"] % 8
+    }
+    assert abs(len(late) / 512 - 7 / 16) < 5 * (7 / 16 * 9 / 16 / 512) ** 0.5
+
+
 # ------------------------------------------------------------------------------- several views
 
 

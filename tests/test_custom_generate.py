@@ -70,8 +70,8 @@ def test_left_padded_batches_give_what_plain_generate_gives(adapted, mode):
     assert torch.equal(ours, plain)
 
 
-@pytest.mark.parametrize("mode", ["ar", "speculative"])
-def test_logits_processors_and_stopping_criteria_act_as_in_plain_generate(adapted, mode):
+@pytest.mark.parametrize("how", [{"mode": "ar"}, {"mode": "speculative"}, {"mode": "speculative", "draft_paths": 3}])
+def test_logits_processors_and_stopping_criteria_act_as_in_plain_generate(adapted, how):
     options = {
         "max_new_tokens": 20,
         "min_new_tokens": 12,
@@ -82,7 +82,7 @@ def test_logits_processors_and_stopping_criteria_act_as_in_plain_generate(adapte
     }
     inputs = left_padded()
     plain = adapted.generate(**inputs, **options)
-    ours = adapted.generate(**inputs, **options, custom_generate=block_diffusion, mode=mode)
+    ours = adapted.generate(**inputs, **options, custom_generate=block_diffusion, **how)
     assert torch.equal(ours, plain)
 
 
@@ -130,7 +130,8 @@ def test_sampling_takes_its_options_from_the_generation_config(adapted):
         assert torch.equal(ours, expected.sequences)
 
 
-def test_sampling_with_a_processor_keeps_its_rule(adapted):
+@pytest.mark.parametrize("paths", [1, 3])
+def test_sampling_with_a_processor_keeps_its_rule(adapted, paths):
     inputs = left_padded((6,))
     out = adapted.generate(
         **inputs,
@@ -139,6 +140,7 @@ def test_sampling_with_a_processor_keeps_its_rule(adapted):
         logits_processor=[NoRepeat()],
         custom_generate=block_diffusion,
         mode="speculative",
+        draft_paths=paths,
         seed=3,
     )
     assert len(set(out[0].tolist())) == out.shape[1] - (6 - len(set(inputs["input_ids"][0].tolist())))

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from families import EOS_ID, FAMILIES, MASK_ID, tiny_model
 from nextblock.batch import Batch, Row
 from nextblock.config import BlockDiffusionSettings, validate
-from nextblock.events import Stats
+from nextblock.events import BlockFinished, Rejected, Stats
 from nextblock.generate import BlockDiffusionLM
 from nextblock.sampling import DecodingConfig
-from nextblock.speculate import Draft, _check_and_draft, _drafted_ahead
+from nextblock.speculate import Draft, _check_and_draft, _check_tree, _drafted_ahead, _known
 
 LENGTHS = (5, 11, 1, 7)
 
@@ -179,6 +179,9 @@ def test_sliding_windows_hold_at_lengths_over_the_window(family, mode):
     batch = lm.generate(**padded([ids, prompt(3)]), mode=mode, max_new_tokens=14, threshold=None)
     alone = lm.generate(ids, mode=mode, max_new_tokens=14, threshold=None)
     assert batch.answers[0] == alone.answers[0]
+    if mode == "speculative":
+        tree = lm.generate(**padded([ids, prompt(3)]), mode=mode, max_new_tokens=14, draft_paths=3)
+        assert tree.answers == batch.answers
     if mode == "diffusion":
         expected = windowed_reference(model, ids[0].tolist(), 14, 4, window=5)
     else:
@@ -234,9 +237,10 @@ def test_speculative_mode_gives_the_tokens_of_ar_mode(family_model):
     lm = language_model(family_model)
     batch = padded([prompt(n) for n in LENGTHS])
     ar = lm.generate(**batch, mode="ar", max_new_tokens=30)
-    speculative = lm.generate(**batch, mode="speculative", max_new_tokens=30)
-    assert speculative.answers == ar.answers
-    assert speculative.finish == ar.finish
+    for paths in (1, 3):
+        speculative = lm.generate(**batch, mode="speculative", max_new_tokens=30, draft_paths=paths)
+        assert speculative.answers == ar.answers
+        assert speculative.finish == ar.finish
 
 
 @given(
@@ -245,13 +249,16 @@ def test_speculative_mode_gives_the_tokens_of_ar_mode(family_model):
     draft_steps=st.sampled_from([1, 2, 5]),
     draft_length=st.sampled_from([None, 1, 4, "auto"]),
     draft_ahead=st.sampled_from([0, 0, 1, 3, 9]),
+    draft_paths=st.sampled_from([1, 2, 5, 40]),
     prediction=st.sampled_from(["shifted", "aligned"]),
     repeats=st.booleans(),
 )
 @settings(max_examples=25, deadline=None, derandomize=True)
 def test_speculative_mode_is_lossless_whatever_the_draft(
-    seed, block, draft_steps, draft_length, draft_ahead, prediction, repeats
+    seed, block, draft_steps, draft_length, draft_ahead, draft_paths, prediction, repeats
 ):
+    draft_ahead = draft_ahead if block > 2 else 0
+    draft_paths = 1 if draft_ahead else draft_paths
     # A weak model repeats itself, so that drafts are often right; a wild one rejects most of them.
     model = tiny_model("llama", seed=seed, std=0.02 if repeats else 0.25)
     lm = language_model(model, block, prediction=prediction)
@@ -261,9 +268,10 @@ def test_speculative_mode_is_lossless_whatever_the_draft(
         **batch,
         mode="speculative",
         max_new_tokens=[9, 20, 1, 14],
-        draft_steps=1 if draft_ahead else draft_steps,
+        draft_steps=1 if draft_ahead or draft_paths > 1 else draft_steps,
         draft_length=draft_length,
-        draft_ahead=draft_ahead if block > 2 else 0,
+        draft_ahead=draft_ahead,
+        draft_paths=draft_paths,
     )
     assert out.answers == ar.answers
 
@@ -348,6 +356,73 @@ def test_what_is_drafted_ahead_is_what_a_denoising_pass_drafts(family, window):
                 assert drafted[index].tokens == logits.argmax(-1).tolist()
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("family", "window"), [*((name, None) for name in FAMILIES), ("mistral", 4), ("gemma3", 4), ("phi3", 4)]
+)
+def test_a_tree_of_drafts_gives_each_path_what_a_plain_causal_pass_gives_it(family, window):
+    """Both its logits, and, once its own part is moved, the cache that the next pass reads."""
+    family_model: Any = tiny_model(family, **({} if window is None else {"sliding_window": window}))
+    lm = language_model(family_model, 6)
+    options = validate(DecodingConfig, {"mode": "speculative", "block_size": 6, "draft_paths": 3})
+    texts = [prompt(11)[0].tolist(), prompt(7)[0].tolist()]
+    # The last six tokens: one known and five drafts, of which the second row has four.
+    branches = [[(1, 41), (3, 42)], [(0, 43), (2, 44)]]
+    for number in range(3):
+        rows = [Row(i, text[:-6], limit=40, answer=text[-6:-5]) for i, text in enumerate(texts)]
+        draft = Draft(torch.tensor([text[-5:] for text in texts]), [5, 4], branches=branches)
+        batch = Batch(lm.decoder, lm.settings, options, rows, Stats())
+        batch.prefill()
+        known, starts = _known(batch)
+        logits = lm.decoder.logits(_check_tree(batch, known, starts, draft))
+        paths = [found[number] for found in draft.paths]
+        for index, (row, start, path) in enumerate(zip(rows, starts, paths, strict=True)):
+            row.answer += path.tokens
+            plain = family_model(torch.tensor([row.prompt + row.answer])).logits[0, start:]
+            torch.testing.assert_close(logits[index, path.nodes], plain, rtol=1e-4, atol=1e-4)
+            if number:
+                kept = len(path.tokens) - path.shared
+                batch.cache.move(index, start + path.nodes[path.shared + 1], start + path.shared + 1, kept)
+            row.answer.append(50 + index)
+        hidden = batch.forward(*_known(batch), [True, True])
+        for index, row in enumerate(rows):
+            plain = family_model(torch.tensor([row.prompt + row.answer])).logits[0, -1]
+            torch.testing.assert_close(lm.decoder.logits(hidden[index, 0]), plain, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_second_path_is_kept_where_the_first_one_is_wrong(temperature):
+    """The event names it, what it overrules is rejected, and greedy answers take fewer passes than with one path."""
+    lm = language_model(tiny_model("llama", seed=1, std=0.05))
+    batch = padded([prompt(n, 1) for n in LENGTHS])
+    passes = []
+    for paths in (1, 2):
+        stream = lm.stream(
+            **batch,
+            mode="speculative",
+            max_new_tokens=40,
+            draft_paths=paths,
+            temperature=temperature,
+            seed=0,
+            eos_token_id=[],
+        )
+        overruled, second = [], 0
+        for event in stream:
+            if isinstance(event, Rejected):
+                overruled.append(event)
+            elif isinstance(event, BlockFinished):
+                # The last token gained is the head's own; what differs before it was another path's.
+                answer = stream.rows[event.row].answer
+                other = [e for e in overruled if e.offset < event.end - 1]
+                assert all(answer[e.offset] != e.token for e in other)
+                assert other or not event.path or len(answer) == 40
+                second += event.path
+                overruled = []
+        assert bool(second) == (paths == 2)
+        passes.append(sum(stream.stats.row_forwards.values()))
+    assert temperature or passes[1] < passes[0]
+
+
 @pytest.mark.parametrize("mode", ["diffusion", "speculative"])
 def test_a_batch_costs_each_row_the_passes_that_it_takes_alone(llama, mode):
     lm = language_model(llama)
@@ -363,7 +438,9 @@ def test_a_batch_costs_each_row_the_passes_that_it_takes_alone(llama, mode):
 
 
 @pytest.mark.parametrize(
-    "options", [{"draft_ahead": 1}, {"draft_ahead": 3}, {"draft_length": "auto"}, {"draft_steps": 3}], ids=str
+    "options",
+    [{"draft_ahead": 1}, {"draft_ahead": 3}, {"draft_length": "auto"}, {"draft_steps": 3}, {"draft_paths": 3}],
+    ids=str,
 )
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_every_row_gets_the_same_and_pays_the_same_however_it_is_drafted(llama, options, temperature):
@@ -378,17 +455,21 @@ def test_every_row_gets_the_same_and_pays_the_same_however_it_is_drafted(llama, 
         assert sum(batch.stats.row_forwards.values()) == sum(paid)
 
 
-@pytest.mark.parametrize("mode", ["ar", "diffusion", "speculative"])
-def test_answers_end_at_the_model_s_last_position(mode):
+@pytest.mark.parametrize(
+    ("mode", "more"), [("ar", {}), ("diffusion", {}), ("speculative", {}), ("speculative", {"draft_paths": 3})]
+)
+def test_answers_end_at_the_model_s_last_position(mode, more):
     for family in ("llama", "gpt2"):
         sizes = {"n_positions": 24} if family == "gpt2" else {"max_position_embeddings": 24}
         model: Any = tiny_model(family, **sizes)
         lm = language_model(model)
         long, short = prompt(19), prompt(2)
-        out = lm.generate(**padded([long, short]), mode=mode, max_new_tokens=50, eos_token_id=[], threshold=None)
+        out = lm.generate(
+            **padded([long, short]), mode=mode, max_new_tokens=50, eos_token_id=[], threshold=None, **more
+        )
         assert [len(a) for a in out.answers] == [5, 22]
-        assert out.answers[0] == lm.generate(long, mode=mode, eos_token_id=[], threshold=None).answers[0]
-        assert out.answers[1] == lm.generate(short, mode=mode, eos_token_id=[], threshold=None).answers[0]
+        assert out.answers[0] == lm.generate(long, mode=mode, eos_token_id=[], threshold=None, **more).answers[0]
+        assert out.answers[1] == lm.generate(short, mode=mode, eos_token_id=[], threshold=None, **more).answers[0]
         if mode == "diffusion":  # the last block is as short as what is left of the context
             assert out.answers[0] == reference(model, long[0].tolist(), 5, 5, 1, "top")
         else:

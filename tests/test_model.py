@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from nextblock.model import (
     Decoder,
     byte_tokenizer,
     choose_mask_token,
+    layer_windows,
     load_model,
     load_parent,
     load_tokenizer,
@@ -61,14 +63,22 @@ def documents_of(rows: Rows) -> list[tuple[int, slice]]:
 
 
 WINDOW = 5  # shorter than most documents
-KINDS = [*FAMILIES, *(f"{family}, window" for family in ("mistral", "gemma3", "phi3"))]
+KINDS = [*FAMILIES, *(f"{family}, window" for family in ("mistral", "gemma3", "phi3", "llama"))]
 
 
 @pytest.fixture(params=KINDS)
 def any_model(request) -> PreTrainedModel:
-    """Every family, and those that have sliding windows once more with a short one."""
+    """Every family, those that have sliding windows once more with a short one, and one that ignores its window."""
     family, _, windowed = request.param.partition(", ")
     return tiny_model(family, sliding_window=WINDOW) if windowed else tiny_model(family)
+
+
+def test_a_window_counts_only_where_the_architecture_has_one():
+    windows = {family: layer_windows(tiny_model(family, sliding_window=WINDOW).config) for family in FAMILIES}
+    assert {family for family, kinds in windows.items() if any(kinds.values())} == {"mistral", "gemma3", "phi3"}
+    switched_on = tiny_model("qwen2", sliding_window=WINDOW, use_sliding_window=True, max_window_layers=1).config
+    assert layer_windows(switched_on) == {"full_attention": None, "sliding_attention": WINDOW}
+    assert windows["llama"] == {"full_attention": None}
 
 
 @pytest.mark.parametrize("block_size", [1, 4])
@@ -91,7 +101,14 @@ def test_a_packed_row_gives_each_document_its_own_logits_in_both_halves(any_mode
             places = Places(
                 **{k: v[row : row + 1] if k == "seed" else v[row : row + 1, own] for k, v in vars(view.places).items()}
             )
-            alone = TwoView(view.tokens[row : row + 1, own], places, view.target[row : row + 1, own], 0)
+            alone = TwoView(
+                view.tokens[row : row + 1, own],
+                places,
+                view.target[row : row + 1, own],
+                view.teacher[:1, :0],
+                view.noise[:1, :0],
+                0,
+            )
             torch.testing.assert_close(logits[row, own], logits_of(any_model, alone, context)[0], **CLOSE)
 
 
@@ -104,7 +121,7 @@ def test_noised_logits_do_not_depend_on_their_own_clean_block_or_what_follows(an
     changed = view.tokens.clone()
     clean = changed[:, view.noised_length :]
     clean[:, start:] = (clean[:, start:] + 11 - 3) % 90 + 3
-    after = logits_of(any_model, TwoView(changed, view.places, view.target, view.noised_length))
+    after = logits_of(any_model, replace(view, tokens=changed))
     place = view.places
     unaffected = ((place.view > 0) & (place.block_start <= start)) | ((place.view == 0) & (place.position < start))
     torch.testing.assert_close(after[unaffected], before[unaffected], **CLOSE)
@@ -120,7 +137,7 @@ def test_a_masked_slot_sees_its_whole_block_and_every_earlier_clean_token(llama)
     for at in seen:
         tokens = view.tokens.clone()
         tokens[0, at] = 3 if tokens[0, at] != 3 else 4
-        after = logits_of(llama, TwoView(tokens, view.places, view.target, view.noised_length))
+        after = logits_of(llama, replace(view, tokens=tokens))
         assert ((after - before)[0, third].abs().amax(dim=-1) > 1e-6).all(), at
 
 
@@ -285,7 +302,8 @@ def test_the_probe_refuses_a_model_that_stays_causal(llama):
     def causal(**kwargs: Any) -> Any:
         mask, position = kwargs.get("attention_mask"), kwargs["position_ids"]
         if mask is not None:
-            kwargs["attention_mask"] = mask & (position[:, None, None, :] <= position[:, None, :, None])
+            later = position[:, None, None, :] > position[:, None, :, None]
+            kwargs["attention_mask"] = mask.masked_fill(later, torch.finfo(mask.dtype).min)
         return forward(**kwargs)
 
     llama.base_model.forward = causal

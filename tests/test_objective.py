@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from families import EOS_ID, MASK_ID, tiny_model
@@ -138,15 +139,117 @@ def test_lambda_zero_leaves_the_clean_half_unscored_and_the_diffusion_loss_as_it
 
 
 def test_the_total_is_the_diffusion_sum_plus_lambda_times_the_ar_sum():
-    sums = LossSums(*(torch.tensor(value) for value in (3.0, 8.0, 2, 5)))
+    sums = LossSums(*(torch.tensor(value) for value in (3.0, 8.0, 2, 5, 6.0)))
     assert float(sums.total(0.5)) == 7.0
     assert float(sums.total(0.0)) == 3.0
 
 
+def test_soft_targets_join_the_total_with_their_weight_and_are_averaged_over_views_like_the_diffusion_loss():
+    sums = LossSums(*(torch.tensor(value) for value in (3.0, 8.0, 2, 5, 6.0)))
+    assert float(sums.total(0.5, views=3, soft_weight=2.0)) == (3.0 + 2.0 * 6.0) / 3 + 0.5 * 8.0
+
+
+@torch.no_grad()
+def divergence_by_document(model: PreTrainedModel, view: TwoView, rows: Rows, shifted: bool) -> float:
+    """sum over masked tokens of KL(p(x_i | x_<i) || p(x_i | x_t, x)), from two full tensors of logits.
+
+    The teacher's are those of each document alone in a plain causal pass.
+    """
+    decoder = Decoder(model)
+    places = view.places
+    mask = decoder.masks(block_diffusion_rule(), places)
+    student = decoder.logits(decoder.hidden(view.tokens, places.position, mask)).softmax(-1)
+    total = 0.0
+    for row in range(len(rows)):
+        causal = {}
+        for number in range(int(rows.document[row].max()) + 1):
+            tokens = rows.tokens[row, rows.document[row] == number]
+            causal[number] = model(input_ids=tokens[None], use_cache=False).logits[0].softmax(-1)
+        for slot in range(view.noised_length):
+            document, position = int(places.document[row, slot]), int(places.position[row, slot])
+            if document < 0 or view.tokens[row, slot] != MASK_ID:
+                continue
+            own = (rows.document[row] == document) & (rows.position[row] == position)
+            offset = int(rows.offset[row][own]) if own.any() else -1
+            filled = offset < 0 or position - offset % 4 != int(places.block_start[row, slot])
+            if filled or not position:
+                continue
+            p, q = causal[document][position - 1], student[row, slot - 1 if shifted else slot]
+            total += float((p * (p.log() - q.log())).sum())
+    return total
+
+
+@pytest.mark.parametrize("prediction", ["shifted", "aligned"])
+@pytest.mark.parametrize("elements", [1, 97 * 9, 97 * 10_000])
+def test_soft_targets_are_the_divergence_from_each_documents_own_causal_predictions(prediction, elements, monkeypatch):
+    monkeypatch.setattr(objective, "LOGIT_ELEMENTS", elements)
+    model = tiny_model("qwen3").double()
+    rows = make_rows([PLAIN, PROMPTED, CHAT], 28, ended=True)
+    recipe = RecipeConfig(prediction=prediction, views=2)  # filled last blocks: their end tokens have no teacher
+    view = corrupt(rows, 4, mask_token_id=MASK_ID, end_token_id=EOS_ID, recipe=recipe, seed=1, step=0)
+    assert bool(((view.target[:, : view.noised_length] >= 0) & (view.teacher < 0)).any())
+    loss = TwoViewLoss(Decoder(model))
+    soft, hard = loss(view, block_diffusion_rule(), soft=True), loss(view, block_diffusion_rule())
+    wanted = divergence_by_document(model, view, rows, prediction == "shifted")
+    # Norms and rotary angles are float32 inside, whatever the model's dtype.
+    assert float(soft.soft.detach()) == pytest.approx(wanted, rel=1e-5)
+    torch.testing.assert_close(soft.diffusion, hard.diffusion, rtol=1e-12, atol=0)
+    assert (int(soft.diffusion_tokens), float(hard.soft)) == (int(hard.diffusion_tokens), 0.0)
+
+
+def test_divergence_and_its_gradient_equal_the_plain_computation_and_the_teacher_gets_none(monkeypatch):
+    model = tiny_model("llama").double()
+    target, taught = torch.randint(0, 97, (50,)), torch.rand(50) < 0.7
+    results = []
+    for elements in (97 * 7, None):
+        generator = torch.Generator().manual_seed(3)
+        hidden = torch.randn(50, 32, dtype=torch.float64, generator=generator).requires_grad_(True)
+        teacher = torch.randn(50, 32, dtype=torch.float64, generator=generator).requires_grad_(True)
+        if elements:
+            monkeypatch.setattr(objective, "LOGIT_ELEMENTS", elements)
+            sums = objective.soft_cross_entropy_sums(Decoder(model), hidden, target, teacher, taught)
+        else:
+            q, p = model.lm_head(hidden).softmax(-1), model.lm_head(teacher).softmax(-1).detach()
+            hard = -q[torch.arange(50), target].log().sum()
+            sums = torch.stack([hard, (p * (p / q).log()).sum(-1)[taught].sum()])
+        results.append(
+            (sums.detach(), gradients(model, sums @ sums.new_tensor([1.0, 0.3]))["lm_head.weight"], hidden.grad)
+        )
+        assert teacher.grad is None
+    for ours, plain in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-12)
+
+
+class Wrapped(nn.Module):
+    """A head that is not a plain linear layer: it has something of its own to train."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.shift = nn.Parameter(torch.linspace(-1, 1, 97, dtype=torch.float64))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.base(hidden) + self.shift
+
+
+HEADS = ("plain", "bias", "scaled", "capped", "wrapped", "frozen")
+
+
+@pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("elements", [1, 97 * 7, 97 * 10_000])
-def test_the_chunk_loop_equals_plain_cross_entropy_and_its_gradient_in_float64(elements, monkeypatch):
+def test_the_chunk_loop_equals_plain_cross_entropy_and_its_gradient_in_float64(elements, head, monkeypatch):
     monkeypatch.setattr(objective, "LOGIT_ELEMENTS", elements)
     model = tiny_model("llama").double()
+    if head == "bias":
+        model.lm_head.bias = nn.Parameter(torch.linspace(-1, 1, 97, dtype=torch.float64))
+    elif head == "scaled":
+        model.config.logit_scale, model.config.logits_scaling = 0.7, 3.0
+    elif head == "capped":
+        model.config.final_logit_softcapping = 1.5
+    elif head == "wrapped":
+        model.lm_head = Wrapped(model.lm_head)
+    elif head == "frozen":
+        model.lm_head.requires_grad_(False)
     target = torch.randint(0, 97, (50,))
     results = []
     for chunked in (True, False):
@@ -155,21 +258,57 @@ def test_the_chunk_loop_equals_plain_cross_entropy_and_its_gradient_in_float64(e
         if chunked:
             loss = cross_entropy_sum(Decoder(model), hidden, target)
         else:
-            loss = functional.cross_entropy(model.lm_head(hidden), target, reduction="sum")
-        results.append((loss.detach(), gradients(model, loss)["lm_head.weight"], hidden.grad))
+            logits = model.lm_head(hidden)
+            logits = logits * 0.7 / 3.0 if head == "scaled" else logits
+            logits = 1.5 * torch.tanh(logits / 1.5) if head == "capped" else logits
+            loss = functional.cross_entropy(logits, target, reduction="sum")
+        found = gradients(model, loss / 7)  # not 1: what follows the loss has a part in the gradient
+        results.append((loss.detach(), hidden.grad, *(found[name] for name in sorted(found))))
     for ours, plain in zip(*results, strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
 
 
-def test_the_chunk_loop_never_holds_more_logits_than_its_limit(monkeypatch):
+def test_no_chunk_holds_more_logits_than_the_limit_and_none_is_computed_twice(monkeypatch):
     monkeypatch.setattr(objective, "LOGIT_ELEMENTS", 97 * 8)
     model = tiny_model("llama")
     sizes: list[int] = []
-    model.lm_head.register_forward_hook(lambda module, inputs, output: sizes.append(output.numel()))
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            if func in (torch.ops.aten.mm.out, torch.ops.aten.mm.default) and out.shape[1] == 97:
+                sizes.append(out.numel())
+            return out
+
     hidden = torch.randn(50, 32, requires_grad=True)
-    cross_entropy_sum(Decoder(model), hidden, torch.randint(0, 97, (50,))).backward()
+    with Seen():
+        cross_entropy_sum(Decoder(model), hidden, torch.randint(0, 97, (50,))).backward()
     assert max(sizes) <= 97 * 8
-    assert sum(sizes) == 2 * 50 * 97  # once forward, once again for the backward pass
+    assert sum(sizes) == 50 * 97
+
+
+@torch.no_grad()
+def test_without_gradients_the_loss_is_the_same():
+    model = tiny_model("llama")
+    hidden, target = torch.randn(50, 32), torch.randint(0, 97, (50,))
+    plain = functional.cross_entropy(model.lm_head(hidden), target, reduction="sum")
+    torch.testing.assert_close(cross_entropy_sum(Decoder(model), hidden, target), plain)
+
+
+def test_autocast_scores_as_the_plain_computation_does():
+    model, results = tiny_model("llama"), []
+    target = torch.randint(0, 97, (50,))
+    for chunked in (True, False):
+        hidden = torch.randn(50, 32, generator=torch.Generator().manual_seed(3)).requires_grad_(True)
+        with torch.autocast("cpu", torch.bfloat16):
+            if chunked:
+                loss = cross_entropy_sum(Decoder(model), hidden, target)
+            else:
+                loss = functional.cross_entropy(model.lm_head(hidden).float(), target, reduction="sum")
+        results.append((loss.detach(), gradients(model, loss)["lm_head.weight"], hidden.grad))
+    for ours, plain in zip(*results, strict=True):
+        assert ours.dtype == plain.dtype
+        torch.testing.assert_close(ours, plain, rtol=2e-2, atol=2e-2)
 
 
 def test_bfloat16_hidden_states_are_scored_in_float32():

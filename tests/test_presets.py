@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+from accelerate.state import AcceleratorState
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from nextblock import plan
+from nextblock.checkpoint import export
 from nextblock.config import UsageError, load_config
+from nextblock.model import byte_tokenizer
 from nextblock.presets import find_config, preset
+from nextblock.train import train
 
 NAMES = sorted(path.stem for path in (Path(__file__).parents[1] / "presets").glob("*.yaml"))
 
@@ -23,3 +30,65 @@ def test_an_unknown_preset_is_refused_with_the_nearest_name():
         find_config("dem")
     with pytest.raises(UsageError, match="does not exist"):
         find_config("elsewhere/demo.yaml")
+
+
+def test_a_preset_is_found_by_the_name_of_its_model():
+    assert find_config("qwen3-0.6b") == preset("qwen3_0_6b")
+    assert find_config("llama-3.2-1b") == preset("llama_3_2_1b")
+
+
+REAL = ("qwen3_0_6b", "qwen3_0_6b_lora", "qwen3_4b", "qwen3_8b", "openpangu_7b", "llama_3_2_1b")
+TINY: dict[str, Any] = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REAL)
+def test_a_preset_of_a_real_model_can_be_planned_without_the_network(name, monkeypatch):
+    monkeypatch.setattr(plan, "largest_row", lambda *_: None)  # several steps more; see test_plan
+    found = plan.plan(load_config(preset(name)), device="h200", devices=8, parallel="fsdp2")
+    assert found.fits
+    assert found.parameters > 5e8
+    assert found.seconds is not None
+
+
+@pytest.fixture
+def _fresh_accelerator():
+    """accelerate keeps one state a process, and refuses another precision in it."""
+    AcceleratorState._reset_state()
+    yield
+    AcceleratorState._reset_state()
+
+
+@pytest.mark.usefixtures("_fresh_accelerator")
+@pytest.mark.parametrize("name", [*REAL, "smoke"])
+def test_a_preset_takes_two_steps_at_toy_size(name, tmp_path):
+    (tmp_path / "texts.jsonl").write_text('{"text": "one two three four five six seven eight nine ten"}\n' * 40)
+    shape = plan.model_shape(load_config(preset(name)).model)
+    parent = AutoModelForCausalLM.from_config(AutoConfig.for_model(shape.model_type, **TINY))
+    export(tmp_path / "parent", parent, byte_tokenizer(), None)
+    small = {
+        "model.path": str(tmp_path / "parent"),
+        "model.scratch": None,
+        "model.tokenizer": None,
+        "model.mask_token": None,
+        "data.sources": [{"path": str(tmp_path / "texts.jsonl")}],
+        "data.row_length": 64,
+        "data.held_out": 0.0,
+        "growth.b_0": 4,
+        "growth.b_max": 8,
+        "growth.delta": 1,
+        "training.steps": 2,
+        "training.batch_rows": 2,
+        "output": str(tmp_path / "run"),
+    }
+    run = train(load_config(preset(name), small))
+    assert run.step == 2
+    assert (tmp_path / "run" / "model.safetensors").is_file()

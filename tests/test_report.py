@@ -24,6 +24,7 @@ from nextblock.report import (
     findings,
     load_results,
     plot_losses,
+    plot_profile,
     plot_tradeoff,
     read_log,
     render,
@@ -411,3 +412,14 @@ def test_a_broken_line_of_the_log_is_named_and_an_unfinished_last_one_is_not_rea
     with pytest.raises(UsageError, match=r"log\.jsonl, line 2 is not JSON"):
         write_report(results, folder)
     assert not (folder / "results.json").exists()
+
+
+def test_the_profile_figure_has_a_line_for_each_block_size_from_its_last_record() -> None:
+    records = [
+        {"block_size": size, "loss_by_noise": [None, *[level] * 7], "loss_by_offset": [None, *[level] * (size - 1)]}
+        for size, level in ((2, 3.0), (2, 1.0), (4, 2.0))
+    ]
+    noise, offset = plot_profile(records).axes
+    assert [set(np.asarray(line.get_ydata())) for line in noise.lines] == [{1.0}, {2.0}]
+    assert [list(np.asarray(line.get_xdata())) for line in offset.lines] == [[1], [1, 2, 3]]
+    assert "how much of the block is masked" in render({}, (), records)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +13,10 @@ from hypothesis import strategies as st
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from families import tiny_model
-from nextblock.config import BlockDiffusionSettings, UsageError, validate
-from nextblock.events import Committed, Rejected
+from nextblock.adapter import DraftAdapter
+from nextblock.batch import Row
+from nextblock.config import BlockDiffusionSettings, DraftAdapterConfig, UsageError, validate
+from nextblock.events import BlockFinished, Committed, Rejected
 from nextblock.generate import BlockDiffusionLM
 from nextblock.sampling import (
     DecodingConfig,
@@ -25,7 +29,9 @@ from nextblock.sampling import (
     residual,
     scores,
     uniforms,
+    without,
 )
+from nextblock.speculate import Draft, _branches, _verify_sampled
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
@@ -133,6 +139,24 @@ def test_acceptance_and_residual_add_up_to_the_target(weights):
     torch.testing.assert_close(total, p)
 
 
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 9)), min_size=2, max_size=6))
+@settings(deadline=None)
+def test_a_second_draft_leaves_the_target_what_it_is_whatever_the_first_was(weights):
+    """Given a first draft that was rejected, second and last draw add up to max(p - q, 0), normalised."""
+    p = torch.tensor([float(w) for w, _ in weights], dtype=torch.float64)
+    q = torch.tensor([float(w) for _, w in weights], dtype=torch.float64)
+    p, q = (p / p.sum() if p.sum() else torch.full_like(p, 1 / len(p))), q / q.sum()
+    left = residual(p[None], q[None])[0]
+    left = left / left.sum()
+    for first in range(len(q)):
+        second = without(q[None], torch.tensor([first]))[0]
+        assert second[first] == 0
+        second = second / second.sum()
+        kept = torch.minimum(left, second)
+        rest = residual(left[None], second[None])[0]
+        torch.testing.assert_close(kept + (1 - kept.sum()) * rest / rest.sum(), left)
+
+
 def test_drafts_are_accepted_by_their_ratio_up_to_the_first_that_is_not():
     assert accepted([0.5, 0.2, 0.9], [0.5, 0.4, 0.9], [0.99, 0.49, 0.0]) == 3
     assert accepted([0.5, 0.2, 0.9], [0.5, 0.4, 0.9], [0.99, 0.50, 0.0]) == 1
@@ -143,13 +167,14 @@ VOCABULARY, MASK, STEPS, SAMPLES = 7, 6, 4, 4000
 
 
 @torch.no_grad()
-def enumerated(model, prompt, temperature, top_k, top_p):
+def enumerated(model, prompt, temperature, top_k, top_p, mask: int | None = MASK):
     """Probability of every answer of STEPS tokens, from the model's own forward passes: {answer: p}."""
     found = {(): 1.0}
     for _ in range(STEPS):
         prefixes = list(found)
         logits = model(torch.tensor([prompt + list(p) for p in prefixes])).logits[:, -1].double()
-        logits[:, MASK] = -torch.inf
+        if mask is not None:
+            logits[:, mask] = -torch.inf
         logits = logits / temperature
         longer = {}
         for prefix, row in zip(prefixes, logits, strict=True):
@@ -187,6 +212,8 @@ def chi_square_p(counts, expected):
         {"mode": "speculative"},
         {"mode": "speculative", "draft_steps": 2},
         {"mode": "speculative", "draft_ahead": 2},
+        {"mode": "speculative", "draft_paths": 2},
+        {"mode": "speculative", "draft_paths": 4, "draft_length": "auto"},
         {"mode": "speculative", "draft_length": "auto"},
     ],
     ids=str,
@@ -217,6 +244,67 @@ def test_sampling_has_the_ar_distribution(how, temperature, top_k, top_p):
         rejected = sum(isinstance(e, Rejected) for e in events)
         assert rejected > SAMPLES // 20
         assert sum(isinstance(e, Committed) for e in events) == SAMPLES * STEPS
+    if "draft_paths" in how:
+        assert sum(isinstance(e, BlockFinished) and e.path > 0 for e in events) > SAMPLES // 20
+
+
+@pytest.mark.parametrize("paths", [1, 2, 3])
+def test_two_tokens_checked_against_a_bad_draft_have_the_target_distribution(paths):
+    """First and second token together, over 25 cells; a right check fails once in 1e6 (fixed seeds: never)."""
+    first = torch.tensor([0.05, 0.5, 0.3, 0.1, 0.05])
+    second = (torch.arange(25.0).reshape(5, 5) * 7 % 11 + 0.2).square()  # given the first
+    second = second / second.sum(-1, keepdim=True)
+    draft_of = torch.tensor([[0.7, 0.1, 0.1, 0.05, 0.05], [0.02, 0.08, 0.5, 0.1, 0.3]])
+    count = 10_000
+    rows = [Row(i, [1], limit=9, random=generator(i)) for i in range(count)]
+    config = validate(DecodingConfig, {"mode": "speculative", "temperature": 1.0, "draft_paths": paths})
+    batch: Any = SimpleNamespace(config=config, rows=rows, device=torch.device("cpu"))
+    logits = draft_of.log().expand(count, 2, 5)
+    drawn = torch.tensor([row.draw(2) for row in rows], dtype=torch.float64)
+    drafts = torch.stack([draw(logits[:, i].softmax(-1), drawn[:, i]) for i in range(2)], dim=1)
+    branches = _branches(batch, logits, drafts, [2] * count) if paths > 1 else []
+    draft = Draft(drafts, [2] * count, logits.softmax(-1), branches)
+    target = torch.full((count, 6, 5), 0.2)
+    target[:, 0] = first
+    for index, found in enumerate(draft.paths):
+        for path in found:
+            target[index, path.nodes[1]] = second[path.tokens[0]]
+    verdict = _verify_sampled(batch, target.log(), draft)
+    # Where only one token was gained, the next pass would draw the second from the target itself.
+    missing = draw(second[[gained[0] for gained in verdict.tokens]], torch.tensor([row.draw(1)[0] for row in rows]))
+    pairs = [(*gained, last)[:2] for gained, last in zip(verdict.tokens, missing.tolist(), strict=True)]
+    expected = {(a, b): count * float(first[a] * second[a, b]) for a in range(5) for b in range(5)}
+    assert chi_square_p({pair: pairs.count(pair) for pair in expected}, expected) > 1e-6
+    assert {number for number, kept in zip(verdict.paths, verdict.kept, strict=True) if kept} == set(range(paths))
+
+
+@pytest.mark.parametrize(
+    "how", [{}, {"draft_steps": 2}, {"draft_ahead": 2}, {"draft_length": "auto"}, {"top_k": 5, "top_p": 0.9}], ids=str
+)
+def test_sampling_with_a_draft_adapter_has_the_distribution_of_the_bare_parent(how):
+    """Enumerated before the adapter is there; its mask token is no token of the parent, so none is left out."""
+    model, prompt = tiny_model("llama", vocab_size=VOCABULARY, seed=3, std=0.12), [3, 4, 5]
+    answers = enumerated(model, prompt, 1.0, how.get("top_k"), how.get("top_p"), mask=None)
+    adapter = DraftAdapter(model, DraftAdapterConfig(rank=3)).eval()
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.normal_(std=0.3)
+    adapter.merge_copies()
+    section = BlockDiffusionSettings(block_size=4, mask_token_id=adapter.mask_token_id)
+    stream = BlockDiffusionLM(model, None, section, adapter).stream(
+        torch.tensor([prompt]).expand(SAMPLES, -1),
+        mode="speculative",
+        max_new_tokens=STEPS,
+        eos_token_id=[],
+        temperature=1.0,
+        seed=0,
+        **how,
+    )
+    rejected = sum(isinstance(event, Rejected) for event in stream)
+    found = [tuple(row.answer) for row in stream.rows]
+    assert set(found) <= set(answers)
+    assert chi_square_p({a: found.count(a) for a in set(found)}, {k: SAMPLES * p for k, p in answers.items()}) > 1e-6
+    assert rejected > SAMPLES // 20
 
 
 def test_the_chi_square_test_can_tell_a_wrong_sampler():
@@ -242,6 +330,9 @@ def test_the_chi_square_test_can_tell_a_wrong_sampler():
         ({"block_size": 0}, "block_size=0 must be at least 1"),
         ({"steps": 0}, "steps=0 must be at least 1"),
         ({"draft_steps": 2, "draft_ahead": 1}, "does not go with draft_ahead"),
+        ({"draft_paths": 0}, "draft_paths=0 must be at least 1"),
+        ({"draft_paths": 2, "draft_ahead": 1}, "draft_paths=2 does not go with draft_ahead"),
+        ({"draft_paths": 2, "draft_steps": 2}, "draft_paths=2 does not go with draft_steps"),
         ({"draft_length": "long"}, "draft_length"),
         ({"treshold": 0.5}, "unknown key 'treshold'; did you mean 'threshold'"),
     ],

@@ -65,7 +65,8 @@ REFUSED = {
     "a key of the run": ({"stages.2.training.seed": 1}, "stages.2 (sft): training.seed holds for the whole run"),
     "another parent": ({"stages.1.model.path": "x"}, "stages.1 (long): model.path holds for the whole run"),
     "a name that is no folder": ({"stages.0.name": "a/b"}, "stages.0.name='a/b'"),
-    "an adapter": ({"draft_adapter": {}, "growth.b_0": 2}, "a draft adapter is trained in one stage"),
+    "an adapter": ({"draft_adapter": {}, "growth.b_0": 2}, "draft_adapter is trained in one stage"),
+    "low-rank updates": ({"lora": {}}, "lora is trained in one stage"),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import signal
@@ -91,6 +92,29 @@ def test_loss_and_gradients_do_not_depend_on_the_split_into_micro_batches(place,
         for ours, theirs in zip(gradients, wanted, strict=True):
             # The norms and rotary angles of the model are float32 inside, whatever its dtype.
             torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7 * scale)
+
+
+def test_with_soft_targets_too_the_split_into_micro_batches_does_not_enter(place, tmp_path):
+    rows = make_rows([PLAIN, PROMPTED, CHAT, [[28]], [[3]], [[-20, 2]]], 32, ended=True)
+    options: dict[str, Any] = {"training__batch_rows": 6, "optimizer__grad_clip": 1e9, "recipe__views": 2}
+    results = [
+        step_in_float64(
+            config_of(place, tmp_path, **options, training__micro_batch_rows=n, recipe__soft_weight=w), rows, 11
+        )
+        for n, w in ((None, 0.7), (2, 0.7), (None, 0.0))
+    ]
+    (whole, wanted), (split, found), (without, _) = results
+    assert whole.loss == pytest.approx(split.loss, rel=1e-6)
+    scale = max(float(gradient.abs().max()) for gradient in wanted)
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7 * scale)
+    masked = (without.loss * without.tokens - 0.5 * without.ar_loss * ar_count(rows)) / without.diffusion_loss * 2
+    assert whole.loss - without.loss == pytest.approx(0.7 * whole.soft_loss * masked / (2 * whole.tokens), rel=1e-4)
+    assert math.isnan(without.soft_loss)
+
+
+def ar_count(rows: Rows) -> int:
+    return int(((rows.offset[:, 1:] >= 0) & (rows.document[:, 1:] == rows.document[:, :-1])).sum())
 
 
 def test_a_step_reports_the_mean_losses_and_their_weighted_sum_over_n(place, tmp_path):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -12,14 +12,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nextblock import schedules
+from nextblock.attention_mask import block_diffusion_rule
 from nextblock.config import AdaptConfig, UsageError, load_config, stage_configs
+from nextblock.corruption import corrupt
 from nextblock.data import Rows, RowStream
 from nextblock.evaluate import BitsPerByte, bits_per_byte
+from nextblock.generate import BlockDiffusionLM
 from nextblock.model import Decoder, load_model
-from nextblock.report import write_report
+from nextblock.ranks import gather, is_main
+from nextblock.report import read_log, write_report
+from nextblock.request import GenerateOptions
 from nextblock.train import LOG, Run, StepMetrics, train
+
+STEPS_PER_BLOCK, SAMPLE_TOKENS, PROMPT_TOKENS = 4, 64, 32
+"""Of the sample decoded while training."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +54,7 @@ def adapt(
     resume: bool = False,
     on_step: Callable[[StepMetrics], None] | None = None,
     on_stage: Callable[[str], None] | None = None,
+    on_evaluation: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> RunResult:
     """Turn an AR parent into a block-diffusion model.
 
@@ -53,6 +63,7 @@ def adapt(
         resume: go on from the newest whole checkpoint in the output folder, else start.
         on_step: called after every optimizer step, on the main process.
         on_stage: called with a few words when something long begins.
+        on_evaluation: called with each record of `evaluate_midway`, on the main process.
     Returns:
         Where everything is, and the measured figures.
     Raises:
@@ -62,7 +73,19 @@ def adapt(
         config = load_config(config, overrides)
     say = on_stage or (lambda words: None)
     say("reading data and model")
-    run = train(config, resume=resume, on_step=on_step)
+    held_out: dict[str, Rows | None] = {}  # of each stage
+
+    def evaluate(run: Run) -> Mapping[str, Any] | None:
+        stage = run.config.output
+        if stage not in held_out:  # one rank reads, so that all take part or none
+            held_out[stage] = gather(held_out_rows(run) if is_main() else None)[0]
+        rows = held_out[stage]
+        record = None if rows is None else evaluate_midway(run, rows)
+        if record and on_evaluation and run.accelerator.is_main_process:
+            on_evaluation(record)
+        return record
+
+    run = train(config, resume=resume, on_step=on_step, evaluate=evaluate)
     output = Path(config.output)
     steps = run.first_step + run.step
     if not run.finished or not run.accelerator.is_main_process:
@@ -82,8 +105,7 @@ def describe(run: Run, config: AdaptConfig) -> dict[str, Any]:
         growth += [[first + step, size] for step, size in schedules.growth_steps(stage.growth, stage.training.steps)]
         borders += [[first, named.name] for named in config.stages[number : number + 1]]
         first += stage.training.steps
-    lines = (Path(config.output) / LOG).read_text(encoding="utf-8").splitlines()
-    steps = [json.loads(line) for line in lines]
+    steps = read_log(Path(config.output) / LOG)
     return {
         "title": f"{config.model.path if config.model.scratch is None else 'A model from scratch'}, "
         f"adapted to blocks of {run.config.growth.b_max}",
@@ -127,6 +149,67 @@ def held_out_rows(run: Run) -> Rows | None:
     except UsageError:
         return None
     return stream.next(run.config.training.evaluate_rows)
+
+
+@torch.no_grad()
+def evaluate_midway(run: Run, rows: Rows) -> dict[str, Any]:
+    """Held-out losses in nats per scored token, and one sample decoding, at the block size of the step just done.
+
+    The noise is the same each time. Each block of the sample gets STEPS_PER_BLOCK denoising steps, so that the
+    number T of steps of the whole answer is proportional to 1 / b. The run goes on as if nothing had happened.
+    """
+    config, recipe = run.config, run.config.recipe
+    block_size = schedules.block_size(run.step - 1, config.growth)
+    objective = run.accelerator.unwrap_model(run.loss)
+    modes = {module: module.training for module in objective.modules()}
+    objective.eval()
+    sums, size = torch.zeros(4, dtype=torch.float64), config.training.micro_batch_rows or len(rows)
+    for start in range(0, len(rows), size):
+        view = corrupt(
+            rows.slice(start, min(start + size, len(rows))),
+            block_size,
+            mask_token_id=run.mask_token_id or 0,
+            end_token_id=run.tokenizer.eos_token_id,
+            recipe=recipe,
+            seed=config.training.seed,
+            step=0,
+        ).to(run.accelerator.device)
+        losses = objective(view, block_diffusion_rule(recipe.context))
+        parts = (losses.diffusion, losses.diffusion_tokens, losses.ar, losses.ar_tokens)
+        sums += torch.stack([part.double() for part in parts]).cpu()
+    diffusion, diffusion_tokens, ar, ar_tokens = sums.tolist()
+
+    settings = run.settings and run.settings.model_copy(update={"block_size": block_size})
+    lm = BlockDiffusionLM(run.decoder.model, run.tokenizer, settings, run.decoder.adapter)
+    prompt = first_prompt(rows)
+    options: GenerateOptions = {"max_new_tokens": max(1, min(SAMPLE_TOKENS, config.data.row_length - len(prompt)))}
+    if block_size == 1:
+        options["mode"] = "ar"
+    else:
+        options |= {"mode": "diffusion", "threshold": None, "steps": STEPS_PER_BLOCK}
+    sharded: Any = objective if run.is_sharded else None
+    if sharded is not None:  # embedding and head, which layers do not gather as they do their own
+        sharded.unshard()
+    out = lm.generate(prompt[None], **options)
+    if sharded is not None:
+        sharded.reshard()
+    for module, mode in modes.items():
+        module.training = mode
+    return {
+        "block_size": block_size,
+        "diffusion_loss": diffusion / diffusion_tokens if diffusion_tokens else math.nan,
+        "ar_loss": ar / ar_tokens if ar_tokens else math.nan,
+        "prompt": run.tokenizer.decode(prompt.tolist()),
+        "sample": out.texts[0],
+        "tokens_per_forward": out.stats.tokens_per_forward,
+    }
+
+
+def first_prompt(rows: Rows) -> Tensor:
+    """The first document's context, int64 [T]; of plain text, which has none, its beginning."""
+    own = rows.document[0] == 0
+    tokens, context = rows.tokens[0][own], int((rows.offset[0][own] < 0).long().cumprod(0).sum())
+    return tokens[: context or max(1, min(PROMPT_TOKENS, len(tokens) // 2))]
 
 
 def held_out_bits(run: Run) -> list[dict[str, Any]]:

@@ -25,7 +25,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from nextblock.config import BlockDiffusionSettings, DraftAdapterConfig, UsageError, validate
+from nextblock.config import BlockDiffusionSettings, DraftAdapterConfig, UsageError, nearest, validate
 
 WEIGHTS, PEFT_CONFIG, SETTINGS = "adapter_model.safetensors", "adapter_config.json", "draft_adapter.json"
 MASK_VECTOR = "mask_vector.safetensors"
@@ -69,7 +69,10 @@ class DraftAdapter(nn.Module):
 
     gate: where it acts in the pass that is running; set by `open`.
     mask_token_id: one past the parent's vocabulary, so no token of it and no row of its head.
+    settings: what a sampler needs to know; None until it is loaded.
     """
+
+    settings: BlockDiffusionSettings | None = None
 
     def __init__(self, model: PreTrainedModel, config: DraftAdapterConfig) -> None:
         """Build and attach an adapter that changes nothing yet (B = 0, the mask vector at the mean embedding).
@@ -159,26 +162,34 @@ class DraftAdapter(nn.Module):
             layer.merged = (weight.float() + update).to(weight.dtype).contiguous()
 
 
-def target_names(model: PreTrainedModel, targets: str | Sequence[str]) -> list[str]:
+def target_names(model: PreTrainedModel, targets: str | Sequence[str], section: str = "draft_adapter") -> list[str]:
     """Names of the linear layers to adapt: `all-linear` (but the head), a regular expression, or name endings.
 
     Raises:
-        UsageError: they match nothing.
+        UsageError: they match nothing, one of the endings does not, or no regular expression.
     """
     head = model.get_output_embeddings()
     linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
     if targets == "all-linear":
-        found = linear
-    elif isinstance(targets, str):
-        found = [name for name in linear if re.fullmatch(targets, name)]
+        return linear
+    wanted: dict[str, list[str]] = {}
+    if isinstance(targets, str):
+        try:
+            wanted[targets] = [name for name in linear if re.fullmatch(targets, name)]
+        except re.error as error:
+            raise UsageError(
+                f"{section}.target_modules={targets!r} is no regular expression ({error}); repair it, or give a "
+                "list of endings"
+            ) from None
     else:
-        found = [name for name in linear if any(name == t or name.endswith(f".{t}") for t in targets)]
-    if not found:
+        wanted = {t: [name for name in linear if name == t or name.endswith(f".{t}")] for t in targets}
+    missed = [target for target, names in wanted.items() if not names]
+    if missed or not wanted:
         ends = sorted({name.rsplit(".", 1)[-1] for name in linear})
-        raise UsageError(
-            f"draft_adapter.target_modules={targets!r} match nothing; linear layers are {', '.join(ends)}"
-        )
-    return found
+        close = nearest(missed[0], ends) if missed else f"; choose from {', '.join(ends)}"
+        raise UsageError(f"{section}.target_modules={missed or list(targets)} match nothing{close}")
+    found = {name for names in wanted.values() for name in names}
+    return [name for name in linear if name in found]
 
 
 def _features(layer: nn.Module) -> tuple[int, int]:
@@ -274,4 +285,11 @@ def load_adapter(
     adapter.requires_grad_(False).eval()
     if adapter.mask_vector.device.type == "cpu":
         adapter.merge_copies()
-    return adapter, validate(BlockDiffusionSettings, own["block_diffusion"])
+    adapter.settings = validate(BlockDiffusionSettings, own["block_diffusion"])
+    return adapter, adapter.settings
+
+
+def attached_adapter(model: nn.Module) -> DraftAdapter | None:
+    """The draft adapter that is attached to a model, if there is one."""
+    layer = next((module for module in model.modules() if isinstance(module, GatedLinear)), None)
+    return None if layer is None else cast(DraftAdapter, layer.owner)

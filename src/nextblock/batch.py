@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from nextblock.adapter import Gate
 from nextblock.cache import Masks, SlotCache
 from nextblock.config import BlockDiffusionSettings
 from nextblock.events import Committed, Event, Finish, Prefilled, RowFinished, Stats
@@ -90,7 +91,7 @@ class Batch:
         self.stats = stats
         self.processor = processor
         self.device = decoder.device
-        scratch = 1 if config.mode == "ar" else self.block_size * (1 + config.draft_ahead)
+        scratch = 1 if config.mode == "ar" else self.block_size * (config.draft_paths + config.draft_ahead)
         capacity = max(len(row.prompt) + row.limit for row in rows) + scratch
         self.max_positions = decoder.max_positions or capacity
         self.windows = {k: w if w is not None and w < capacity else None for k, w in decoder.windows.items()}
@@ -134,14 +135,14 @@ class Batch:
         starts: list[int],
         position: Tensor,
         visible: Callable[[int | None], Tensor],
-        noised: Tensor,
+        noised: Gate,
     ) -> Tensor:
         """One pass whose tokens stand at positions of their own choice; each row's go to slots from its start on.
 
         Args:
             position: int64 [B, Q].
             visible: window of a layer -> bool [B, Q, S], S up to the last slot written.
-            noised: bool [B, Q], where a draft adapter acts.
+            noised: where a draft adapter acts: bool [B, Q], or nowhere.
         Returns:
             Final hidden states [B, Q, D].
         """

@@ -76,6 +76,11 @@ class SlotCache(Cache):
             views.append(slots.narrow(2, 0, self._end))
         return views[0], views[1]
 
+    def move(self, row: int, source: int, target: int, count: int) -> None:
+        """Put what a row has in `count` slots from `source` on into those from `target` on; they do not overlap."""
+        for slots in (*self.keys, *self.values):
+            slots[row, :, target : target + count] = slots[row, :, source : source + count]
+
     def drop(self, row: int) -> None:
         """Take a row out: the last row moves into its place, and the batch is one shorter."""
         last = self.rows - 1

@@ -41,6 +41,15 @@ Temperature = Annotated[float, typer.Option(help="0: greedy")]
 TopP = Annotated[float | None, typer.Option(help="nucleus sampling")]
 TopK = Annotated[int | None, typer.Option(help="sample from the k likeliest tokens")]
 Seed = Annotated[int | None, typer.Option(help="of the random draws")]
+Steps = Annotated[int | None, typer.Option(help="diffusion: denoising steps per block")]
+DraftLength = Annotated[
+    str | None, typer.Option(help="speculative: tokens per draft, or 'auto': by what was kept lately")
+]
+DraftSteps = Annotated[int | None, typer.Option(help="speculative: denoising passes per draft")]
+DraftAhead = Annotated[
+    int | None, typer.Option(help="speculative: draft in the check's own pass, for so many points of acceptance")
+]
+DraftPaths = Annotated[int | None, typer.Option(help="speculative: paths of a draft, checked at once as a tree")]
 DraftAdapterFolder = Annotated[
     str | None, typer.Option("--draft-adapter", help="folder of a draft adapter for this model, or tiny-draft")
 ]
@@ -121,7 +130,8 @@ def adapt(
         checked = load_config(find_config(config), overrides)
     steps = sum(stage.training.steps for stage in stage_configs(checked))
     with TrainingBar(steps) if is_main() else nullcontext() as bar:
-        result = run(checked, resume=resume == "auto", on_step=bar and bar.update)
+        options = {"on_step": bar.update, "on_evaluation": bar.evaluated} if bar else {}
+        result = run(checked, resume=resume == "auto", **options)
     if not is_main():
         return
     if not result.finished:
@@ -159,6 +169,11 @@ def generate(
     sub_blocks: SubBlocks = None,
     sampler: Sampler = None,
     threshold: Threshold = None,
+    steps: Steps = None,
+    draft_length: DraftLength = None,
+    draft_steps: DraftSteps = None,
+    draft_ahead: DraftAhead = None,
+    draft_paths: DraftPaths = None,
     temperature: Temperature = 0.0,
     top_p: TopP = None,
     top_k: TopK = None,
@@ -168,9 +183,52 @@ def generate(
     dtype: Dtype = None,
     live: Annotated[bool, typer.Option("--live", help="watch the first answer being denoised")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="print forwards and speed to standard error")] = False,
+    source: Annotated[
+        str | None,
+        typer.Option("--input", help="answer a file: .jsonl with `prompt` or `messages`, text lines; or task:NAME"),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="with --input: rows for `adapt` (.jsonl); the same command goes on after a stop"),
+    ] = None,
+    examples: Annotated[int | None, typer.Option(help="with --input: the first so many prompts")] = None,
+    batch_size: Annotated[int, typer.Option(help="with --input: prompts decoded together")] = 8,
 ) -> None:
-    """Answer prompts, in ar, diffusion or speculative mode."""
+    """Answer prompts, in ar, diffusion or speculative mode; with --input and --output, as training data."""
     options = decoding_options(locals())
+    if (source is None) != (output is None):
+        raise UsageError(
+            "--input and --output go together: prompts are read from one and answers written to the other"
+        )
+    if source is not None and output is not None:
+        if prompts or live or stats:
+            raise UsageError("--input does not go with prompts on the command line, --live or --stats; leave them out")
+        from rich.console import Console
+        from rich.progress import Progress
+        from transformers.utils.logging import disable_progress_bar
+
+        from nextblock.answers import write_answers
+
+        disable_progress_bar()
+        console = Console(stderr=True)
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+            bar = progress.add_task("answering", total=None)
+            written = write_answers(
+                model,
+                source,
+                output,
+                draft_adapter=draft_adapter,
+                dtype=torch_dtype(dtype),
+                examples=examples,
+                batch_size=batch_size,
+                seed=seed or 0,
+                stop=stop or (),
+                on_batch=lambda done, total: progress.update(bar, completed=done, total=total),
+                max_new_tokens=max_new_tokens,
+                **options,
+            )
+        print(f"wrote {written} answers to {output}" if written else f"{output} is finished; nothing was left to do")
+        return
     lm = load_lm(model, dtype, draft_adapter)
     if lm.settings is None:
         options.setdefault("mode", "ar")
@@ -197,12 +255,17 @@ def generate(
 
 def decoding_options(given: dict[str, Any]) -> dict[str, Any]:
     """The decoding options that were given; the others stay the checkpoint's, or `generate`'s own."""
-    names = ("mode", "block_size", "sub_blocks", "sampler", "top_p", "top_k")
-    options = {name: given[name] for name in names if given[name] is not None}
+    names = ("mode", "block_size", "sub_blocks", "sampler", "steps", "top_p", "top_k", "draft_steps")
+    names += ("draft_ahead", "draft_paths")
+    options = {name: given[name] for name in names if given.get(name) is not None}
     if given["temperature"]:
         options["temperature"] = given["temperature"]
-    if given["threshold"] is not None:
+    if given.get("threshold") is not None:
         options["threshold"] = number(given["threshold"], "threshold")
+    if (length := given["draft_length"]) is not None:
+        if length != "auto" and not length.isdecimal():
+            raise UsageError(f"draft_length={length} is not a number of tokens; use 1 or more, or auto")
+        options["draft_length"] = length if length == "auto" else int(length)
     return options
 
 
@@ -241,17 +304,24 @@ def chat(
     model: Model,
     mode: Mode = None,
     max_new_tokens: MaxNewTokens = 256,
+    steps: Steps = None,
+    draft_length: DraftLength = None,
+    draft_steps: DraftSteps = None,
+    draft_ahead: DraftAhead = None,
+    draft_paths: DraftPaths = None,
     temperature: Temperature = 0.0,
     draft_adapter: DraftAdapterFolder = None,
     dtype: Dtype = None,
 ) -> None:
     """Talk to a model; an empty line or end of input leaves."""
+    options = {"max_new_tokens": max_new_tokens, **decoding_options(locals())}
+
     from nextblock.events import Committed
     from nextblock.text import TextStream
 
     lm = load_lm(model, dtype, draft_adapter)
-    mode = mode or ("ar" if lm.settings is None else None)
-    options = {"max_new_tokens": max_new_tokens, "temperature": temperature} | ({"mode": mode} if mode else {})
+    if lm.settings is None:
+        options.setdefault("mode", "ar")
     messages: list[dict[str, str]] = []
     while True:
         try:
@@ -360,7 +430,7 @@ def bench_decode(
         str | None, typer.Option(help="also time transformers' assisted decoding with this smaller model, at batch 1")
     ] = None,
     shape: Annotated[
-        str | None, typer.Option(help="random weights instead of MODEL: qwen3-0.6b, qwen3-4b or nbdiff-7b")
+        str | None, typer.Option(help="random weights instead of MODEL: qwen3-0.6b, qwen3-4b, openpangu-7b, ...")
     ] = None,
     output: Results = None,
     draft_adapter: DraftAdapterFolder = None,
@@ -411,6 +481,86 @@ def bench_decode(
             wide_console().print(table(results[kind]))
     if output is not None:
         print(*write_results(results, plot_bench(results), output))
+
+
+@bench_app.command("train")
+def bench_train(
+    model: Annotated[str, typer.Argument(help="local folder, Hub id, tiny-ar or tiny-bd")] = "tiny-ar",
+    shape: Annotated[
+        str | None, typer.Option(help="random weights instead of MODEL: large-vocabulary, qwen3-0.6b, qwen3-4b, ...")
+    ] = None,
+    row_length: Annotated[int, typer.Option(help="clean tokens in a row")] = 256,
+    rows: Annotated[int, typer.Option(help="rows in a step")] = 8,
+    block_size: Annotated[int, typer.Option(help="tokens in a block")] = 16,
+    views: Annotated[list[int] | None, typer.Option(help="noised views of a step; may be given again")] = None,
+    draft_adapter: Annotated[
+        bool, typer.Option("--draft-adapter", help="also time a draft adapter's step, at the same numbers of views")
+    ] = False,
+    rounds: Annotated[int, typer.Option(help="steps of each; medians are taken over them")] = 5,
+    compile: Annotated[bool, typer.Option("--compile", help="torch.compile the model for all of them")] = False,
+    output: Results = None,
+    dtype: Dtype = None,
+) -> None:
+    """Time a training step against the plain way and an ordinary AR step, in turns, on the same rows."""
+    from nextblock.bench import training
+    from nextblock.bench.command import check_output, progress, wide_console, write_results
+    from nextblock.bench.figures import plot_train, train_table
+
+    check_output(output)
+    work = training.Work(
+        model=shape or model,
+        random_weights=shape is not None,
+        row_length=row_length,
+        rows=rows,
+        block_size=block_size,
+        dtype=torch_dtype(dtype),
+        compile=compile,
+    )
+    numbers, done = views or [1], 0
+    total = training.count_steps(numbers, draft_adapter, rounds)
+    with progress("timing") as update:
+
+        def advance() -> None:
+            nonlocal done
+            done += 1
+            update(done, total)
+
+        results = training.bench_train(work, numbers, draft_adapter=draft_adapter, rounds=rounds, on_step=advance)
+    wide_console().print(train_table(results))
+    if output is not None:
+        print(*write_results(results, plot_train(results), output))
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    epilog="Every key of the configuration is an option, as for `nextblock adapt`.",
+)
+def plan(
+    context: typer.Context,
+    config: Annotated[str, typer.Argument(help="YAML file, or the name of a preset: qwen3-0.6b, qwen3-8b, ...")],
+    gpu: Annotated[
+        str, typer.Option(help="h200, h100, a100-80g, a100-40g, l40s, l4, rtx5090, rtx4090, b200; cpu: memory alone")
+    ] = "h100",
+    gpus: Annotated[int, typer.Option(help="how many of them")] = 1,
+    parallel: Annotated[
+        str, typer.Option(help="ddp: copies; fsdp2: sharded weights, gradients and optimizer")
+    ] = "ddp",
+    mfu: Annotated[float, typer.Option(help="share of the GPU's peak that useful FLOPs reach, for the time")] = 0.4,
+    json_: Annotated[bool, typer.Option("--json", help="print JSON instead of the table")] = False,
+) -> None:
+    """Say what a run takes before it starts: parameters, memory by kind, the longest row, FLOPs, days, GPU-hours."""
+    from nextblock.bench.command import wide_console
+    from nextblock.config import load_config
+    from nextblock.plan import plan as run
+    from nextblock.plan import plan_table
+    from nextblock.presets import find_config
+
+    checked = load_config(find_config(config), parse_overrides(context.args))
+    found = run(checked, device=gpu, devices=gpus, parallel=parallel, mfu=mfu)
+    if json_:
+        print(json.dumps(found.as_dict(), indent=1))
+    else:
+        wide_console().print(plan_table(found))
 
 
 @app.command()

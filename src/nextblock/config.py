@@ -7,6 +7,7 @@ that names the value, the rule and the cure.
 from __future__ import annotations
 
 import difflib
+import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, get_args
@@ -23,6 +24,12 @@ def nearest(word: str, choices: Sequence[str]) -> str:
     """`; did you mean 'x'?` for the choice most like `word`, or the list of all choices."""
     close = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
     return f"; did you mean '{close[0]}'?" if close else f"; choose from {', '.join(choices)}"
+
+
+def require(package: str, extra: str, key: str) -> None:
+    """Stop in one line where `key` of the configuration needs an optional package that is not installed."""
+    if importlib.util.find_spec(package) is None:
+        raise UsageError(f"{key} needs {package}, which is not installed; run `pip install nextblock[{extra}]`")
 
 
 class Section(BaseModel):
@@ -50,6 +57,9 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="dtype of the trained weights")
     export_dtype: Literal["float32", "bfloat16"] | None = Field(
         default=None, description="dtype of the exported weights; default: as trained"
+    )
+    quantization: Literal["4bit"] | None = Field(
+        default=None, description="4bit: the frozen parent of an adapter or lora in 4 bits (bitsandbytes, CUDA)"
     )
     attention: Literal["auto", "sdpa", "flex_attention"] = Field(
         default="auto", description="auto: FlexAttention on CUDA, SDPA with a dense mask elsewhere"
@@ -116,8 +126,16 @@ class RecipeConfig(Section):
     )
     noise_per: Literal["block", "row"] = Field(default="block", description="one noise level t per block, or per row")
     full_mask_share: float = Field(default=0.0, ge=0, le=1, description="share of blocks masked whole, whatever t is")
+    random_start_share: float = Field(
+        default=0.0, ge=0, le=1, description="share of spans whose blocks start late at random, as drafts do"
+    )
     views: int = Field(default=1, ge=1, description="noised views of one clean pass (k)")
     complementary: bool = Field(default=False, description="views in pairs: the second masks what the first left")
+    soft_weight: float = Field(
+        default=0.0,
+        ge=0,
+        description="w_soft, weight of the KL from the clean half's predictions of the masked tokens",
+    )
     fill_last_block: bool = Field(
         default=True, description="fill the last block of an ended span with end tokens, as decoding meets it"
     )
@@ -163,7 +181,20 @@ class TrainingConfig(Section):
     fsdp: bool = Field(
         default=False, description="several processes: share out weights, gradients and optimizer (FSDP2)"
     )
-    evaluate_rows: int = Field(default=16, ge=0, description="held-out rows for bits per byte at the end")
+    evaluate_rows: int = Field(
+        default=16, ge=0, description="held-out rows for evaluation while training and at the end"
+    )
+    evaluate_every: int | None = Field(
+        default=None,
+        ge=1,
+        description="steps between held-out losses with a sample decoding, at the current block size",
+    )
+    profile_every: int = Field(
+        default=50, ge=1, description="steps between log records of the loss by noise level and by offset in the block"
+    )
+    trackers: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = Field(
+        default=(), description="send the log to these too, through accelerate"
+    )
     gradient_checkpointing: bool = Field(default=False, description="recompute activations in the backward pass")
     compile: bool = Field(default=False, description="torch.compile the model")
     mixed_precision: Literal["no", "bf16"] = Field(default="no", description="autocast of the forward pass")
@@ -178,6 +209,10 @@ class DraftAdapterConfig(Section):
     target_modules: str | tuple[str, ...] = Field(
         default="all-linear", description="all-linear, a regular expression, or endings of module names"
     )
+
+
+class LoraConfig(DraftAdapterConfig):
+    """LoRA: the full recipe through low-rank updates (peft), and the mask token's row; the rest stays frozen."""
 
 
 class Stage(Section):
@@ -209,10 +244,18 @@ class AdaptConfig(Section):
     draft_adapter: DraftAdapterConfig | None = Field(
         default=None, description="train a draft adapter for the frozen parent instead of the parent itself"
     )
+    lora: LoraConfig | None = Field(
+        default=None, description="train low-rank updates of the parent; the result is saved both apart and merged"
+    )
     stages: tuple[Stage, ...] = Field(
         default=(), description="parts of the run, one after another, each from the weights of the one before"
     )
     output: str = Field(default="runs/adapted", description="folder for the checkpoint, the log and the report")
+
+    @property
+    def masks(self) -> bool:
+        """Whether tokens are ever masked; if not, this is plain AR training (b = 1 to the end)."""
+        return self.growth.b_max > 1 or self.recipe.prediction == "aligned"
 
     @model_validator(mode="after")
     def _cross_checks(self) -> Self:
@@ -240,14 +283,43 @@ class AdaptConfig(Section):
                 f"growth.b_max={b_max} is not reached in training.steps={steps}; "
                 f"use at least {needed} steps or a smaller growth.delta"
             )
+        if self.training.evaluate_every and not (self.training.evaluate_rows and self.data.held_out):
+            raise ValueError(
+                f"training.evaluate_every={self.training.evaluate_every} needs held-out rows; set "
+                "training.evaluate_rows and data.held_out above 0"
+            )
         if self.draft_adapter is not None:
             self._check_draft_adapter()
         if self.training.fsdp and self.optimizer.name == "adamw_8bit":
             raise ValueError("optimizer.name=adamw_8bit cannot share out its states; use adamw or training.fsdp=false")
+        if self.lora is not None and self.draft_adapter is not None:
+            raise ValueError("lora and draft_adapter exclude each other; leave one of the sections out")
+        if self.lora is not None and self.training.fsdp:
+            raise ValueError("training.fsdp=true has no use for lora, whose trained weights are small; leave it out")
+        if self.lora is not None and self.model.scratch is not None:
+            raise ValueError(
+                "lora leaves random weights (model.scratch) as they are; set model.path, or train them all"
+            )
+        if self.model.quantization is not None and self.lora is None and self.draft_adapter is None:
+            raise ValueError(
+                f"model.quantization={self.model.quantization} is for a frozen parent, but without draft_adapter or "
+                "lora its weights are trained; leave one out or set the other"
+            )
         if self.recipe.complementary and self.recipe.views % 2:
             raise ValueError(
                 f"recipe.views={self.recipe.views} is odd, but recipe.complementary needs pairs; "
                 f"use {self.recipe.views + 1}"
+            )
+        if self.recipe.soft_weight and self.recipe.context == "block_causal":
+            raise ValueError(  # a block-causal clean token has seen the token that it would teach
+                f"recipe.soft_weight={self.recipe.soft_weight:g} needs recipe.context=context_causal; set it, or "
+                "leave soft targets out"
+            )
+        if self.recipe.random_start_share and self.recipe.context == "block_causal":
+            # There blocks must start where decoding starts them, in the clean half as in the noised one.
+            raise ValueError(
+                f"recipe.random_start_share={self.recipe.random_start_share} needs recipe.context=context_causal; "
+                "set it, or leave the random starts out"
             )
         if self.recipe.annealed_mask_steps and growth.b_0 != b_max:
             raise ValueError(
@@ -295,8 +367,9 @@ def stage_configs(config: AdaptConfig) -> list[AdaptConfig]:
         for key in (f"{section}.{name}" for section, values in given.items() for name in values):
             if key in SET_FOR_THE_RUN or (key.startswith("model.") and key != "model.override"):
                 raise UsageError(f"{where}: {key} holds for the whole run; set it outside the stages")
-        if config.draft_adapter is not None:
-            raise UsageError(f"{where}: a draft adapter is trained in one stage; leave out stages, or draft_adapter")
+        for adapter in ("draft_adapter", "lora"):
+            if getattr(config, adapter) is not None:
+                raise UsageError(f"{where}: {adapter} is trained in one stage; leave out stages, or {adapter}")
         values = {**whole, "output": str(Path(config.output) / f"stage-{number + 1}-{stage.name}")}
         if found:
             reached = found[-1].growth.b_max

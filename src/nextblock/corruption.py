@@ -6,8 +6,8 @@ Letters: B rows, L tokens of a row, N slots of the noised half, T = N + L.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from nextblock.config import Context, RecipeConfig
 from nextblock.data import Rows
 
 UNSCORED = -1
+NOISE_LEVELS = 8
 
 
 @dataclass(frozen=True)
@@ -27,18 +28,25 @@ class TwoView:
     tokens: int64 [B, T].
     places: where each token stands (what the attention rule reads); noised are those with view > 0.
     target: int64 [B, T], the token that the hidden state at this position predicts, UNSCORED if none.
+    teacher: int64 [B, N], where in the clean half the AR prediction of that token is made, so one before it
+        in its document; UNSCORED where there is no target or no token before it in the row.
+    noise: int64 [B, N], noise level of the slot's block: k where over k and up to k + 1 in NOISE_LEVELS of the
+        tokens that may be masked are.
     noised_length: N. The clean half starts there.
     """
 
     tokens: Tensor
     places: Places
     target: Tensor
+    teacher: Tensor
+    noise: Tensor
     noised_length: int
 
     def to(self, device: torch.device) -> TwoView:
         """The same view on `device`."""
         places = Places(**{k: v.to(device, non_blocking=True) for k, v in vars(self.places).items()})
-        return TwoView(self.tokens.to(device), places, self.target.to(device), self.noised_length)
+        tensors = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, places=places, **tensors)
 
 
 def block_starts(position: Tensor, offset: Tensor, block_size: int) -> Tensor:
@@ -52,26 +60,25 @@ def row_generator(seed: int, epoch: int, number: int, step: int) -> np.random.Ge
 
 
 MaskDraw = Callable[[np.random.Generator, np.ndarray], list[np.ndarray]]
-"""draw(generator, maskable bool [K, b]) -> one bool [K, b] per noised view, True = becomes the mask token."""
+"""draw(generator, maskable bool [K, b]) -> masks of one or more views, bool [K, b], True = becomes the mask token."""
 
 
 def draw_by_level(recipe: RecipeConfig) -> MaskDraw:
     """Noise of training: t ~ Uniform[0, 1] per block or row, each maskable token masked with probability t.
 
-    Of complementary views the second masks what the first left, so that every maskable token is scored
-    exactly once over the two   (paper, section 6.1; several views of one clean pass are ours).
+    Views come one by one, or in complementary pairs, of which the second masks what the first left, so that
+    every maskable token is scored exactly once over the two   (paper, section 6.1; several views of one clean
+    pass are ours).
     """
 
     def draw(generator: np.random.Generator, maskable: np.ndarray) -> list[np.ndarray]:
-        blocks, views = len(maskable), []
-        while len(views) < recipe.views:
-            level = generator.random(blocks)
-            if recipe.noise_per == "row":
-                level = np.broadcast_to(level[:1], (blocks,))
-            level = np.where(generator.random(blocks) < recipe.full_mask_share, 1.0, level)
-            masked = maskable & (generator.random(maskable.shape) < level[:, None])
-            views += [masked, maskable & ~masked] if recipe.complementary else [masked]
-        return views
+        blocks = len(maskable)
+        level = generator.random(blocks)
+        if recipe.noise_per == "row":
+            level = np.broadcast_to(level[:1], (blocks,))
+        level = np.where(generator.random(blocks) < recipe.full_mask_share, 1.0, level)
+        masked = maskable & (generator.random(maskable.shape) < level[:, None])
+        return [masked, maskable & ~masked] if recipe.complementary else [masked]
 
     return draw
 
@@ -102,7 +109,7 @@ def corrupt(
         mask_token_id, end_token_id: ids in the model's vocabulary.
         recipe: noise and prediction options.
         seed, step: with each row's epoch and number, the whole source of randomness.
-        draw: which tokens are masked; default: `draw_by_level(recipe)`.
+        draw: which tokens are masked; default: `draw_by_level(recipe)`. Called until there are `recipe.views` views.
     Returns:
         The two-view batch; rows with fewer noised slots are padded to the longest.
     """
@@ -110,8 +117,9 @@ def corrupt(
     halves, seeds = [], []
     for row in range(len(rows)):
         key = (seed, int(rows.epoch[row]), int(rows.number[row]), step)
-        grid = block_grid(rows, row, block_size, end_token_id if recipe.fill_last_block else None)
-        halves.append(_noised_half(grid, mask_token_id, recipe, draw, row_generator(*key)))
+        generator = row_generator(*key)
+        grids = _grids(rows, row, block_size, end_token_id, recipe, generator)
+        halves.append(_noised_half(grids, mask_token_id, recipe, draw, generator))
         seeds.append([int(np.random.SeedSequence([*key, 1]).generate_state(1)[0]) >> 1])
     noised_length = max((half["tokens"].size for half in halves), default=0)
 
@@ -119,10 +127,10 @@ def corrupt(
         padded = [np.pad(half[name], (0, noised_length - half[name].size), constant_values=padding) for half in halves]
         return torch.from_numpy(np.stack(padded))
 
-    noised_target = stack("target", UNSCORED)
-    if recipe.prediction == "shifted" and noised_length:
+    noised_target, teacher = stack("target", UNSCORED), stack("teacher", UNSCORED)
+    if recipe.prediction == "shifted":
         # The hidden state of slot i - 1 predicts slot i; first slots are unscored, so no target leaves its block.
-        noised_target = torch.cat([noised_target[:, 1:], noised_target[:, :1]], dim=1)
+        noised_target, teacher = noised_target.roll(-1, 1), teacher.roll(-1, 1)
     places = Places(
         view=torch.cat([stack("view", 1), torch.zeros_like(rows.tokens)], dim=1),
         document=torch.cat([stack("document", -1), rows.document], dim=1),
@@ -134,6 +142,8 @@ def corrupt(
         tokens=torch.cat([stack("tokens", 0), rows.tokens], dim=1),
         places=places,
         target=torch.cat([noised_target, next_token_targets(rows, block_size, recipe.context)], dim=1),
+        teacher=teacher,
+        noise=stack("noise", 0),
         noised_length=noised_length,
     )
 
@@ -154,20 +164,37 @@ def next_token_targets(rows: Rows, block_size: int, context: Context) -> Tensor:
 
 @dataclass(frozen=True)
 class BlockGrid:
-    """One row's generated tokens as K blocks of b slots. Arrays [K, b]; slots that are not `present` are void."""
+    """One row's generated tokens as K blocks of b slots. Arrays [K, b]; slots that are not `present` are void.
+
+    teacher: index in the row of the token before, UNSCORED at a document's first token and past a span's end.
+    """
 
     clean: np.ndarray
     present: np.ndarray
+    teacher: np.ndarray
     document: np.ndarray
     position: np.ndarray
     block_start: np.ndarray
 
 
-def block_grid(rows: Rows, row: int, block_size: int, fill_token_id: int | None) -> BlockGrid:
+def random_starts(offset: np.ndarray, block_size: int, share: float, generator: np.random.Generator) -> np.ndarray:
+    """Offsets int64 [L] with which, in a `share` of spans, the first block starts up to b - 1 tokens late.
+
+    Diffusion mode meets blocks at multiples of b only, speculative mode wherever the last check ended.
+    Tokens before a late start are -1: not noised, and still scored by the AR loss.
+    """
+    if not share:
+        return offset
+    starts = offset == 0
+    count = int(starts.sum())
+    late = generator.integers(0, block_size, count) * (generator.random(count) < share)
+    late = np.where(offset >= 0, np.append(late, 0)[np.cumsum(starts) - 1], 0)
+    return np.where(offset >= late, offset - late, -1)
+
+
+def block_grid(rows: Rows, row: int, offset: np.ndarray, block_size: int, fill_token_id: int | None) -> BlockGrid:
     """Cut a row's spans into blocks; an ended span's last block is filled up with `fill_token_id`, if given."""
-    tokens, document, position, offset = (
-        getattr(rows, name)[row].numpy() for name in ("tokens", "document", "position", "offset")
-    )
+    tokens, document, position = (getattr(rows, name)[row].numpy() for name in ("tokens", "document", "position"))
     starts = (offset >= 0) & (offset % block_size == 0)
     first = np.flatnonzero(starts)
     block_of = np.where(offset >= 0, np.cumsum(starts) - 1, -1)
@@ -186,31 +213,59 @@ def block_grid(rows: Rows, row: int, block_size: int, fill_token_id: int | None)
     return BlockGrid(
         clean=clean,
         present=present,
+        teacher=np.where(real & (slot_position > 0), first[:, None] + slot - 1, UNSCORED),
         document=np.broadcast_to(document[first][:, None], clean.shape),
         position=slot_position,
         block_start=np.broadcast_to(position[first][:, None], clean.shape),
     )
 
 
+def _grids(
+    rows: Rows,
+    row: int,
+    block_size: int,
+    end_token_id: int | None,
+    recipe: RecipeConfig,
+    generator: np.random.Generator,
+) -> Iterator[BlockGrid]:
+    """A row's blocks, with random starts drawn anew for each view or complementary pair of views."""
+    fill = end_token_id if recipe.fill_last_block else None
+    while True:
+        offset = random_starts(rows.offset[row].numpy(), block_size, recipe.random_start_share, generator)
+        yield block_grid(rows, row, offset, block_size, fill)
+
+
 def _noised_half(
-    grid: BlockGrid, mask_token_id: int, recipe: RecipeConfig, draw: MaskDraw, generator: np.random.Generator
+    grids: Iterator[BlockGrid],
+    mask_token_id: int,
+    recipe: RecipeConfig,
+    draw: MaskDraw,
+    generator: np.random.Generator,
 ) -> dict[str, np.ndarray]:
     """One row's noised slots, view after view, with unshifted targets (slot i's own clean token)."""
-    maskable = grid.present.copy()
-    if recipe.prediction == "shifted":
-        maskable[:, :1] = False
     parts: dict[str, list[np.ndarray]] = {}
-    for view, masked in enumerate(draw(generator, maskable), 1):
-        # A block in which nothing was masked carries no loss.
-        keep = grid.present & masked.any(axis=1, keepdims=True)
-        slots = {
-            "tokens": np.where(masked, mask_token_id, grid.clean),
-            "target": np.where(masked, grid.clean, UNSCORED),
-            "view": np.full_like(grid.clean, view),
-            "document": grid.document,
-            "position": grid.position,
-            "block_start": grid.block_start,
-        }
-        for name, values in slots.items():
-            parts.setdefault(name, []).append(values[keep].astype(np.int64))
+    view = 0
+    while view < recipe.views:
+        grid = next(grids)
+        maskable = grid.present.copy()
+        if recipe.prediction == "shifted":
+            maskable[:, :1] = False
+        for masked in draw(generator, maskable):
+            view += 1
+            # A block in which nothing was masked carries no loss.
+            keep = grid.present & masked.any(axis=1, keepdims=True)
+            most = np.maximum(maskable.sum(axis=1), 1)
+            level = (masked.sum(axis=1) * NOISE_LEVELS - 1) // most
+            slots = {
+                "tokens": np.where(masked, mask_token_id, grid.clean),
+                "target": np.where(masked, grid.clean, UNSCORED),
+                "teacher": np.where(masked, grid.teacher, UNSCORED),
+                "noise": np.broadcast_to(level[:, None], grid.clean.shape),
+                "view": np.full_like(grid.clean, view),
+                "document": grid.document,
+                "position": grid.position,
+                "block_start": grid.block_start,
+            }
+            for name, values in slots.items():
+                parts.setdefault(name, []).append(values[keep].astype(np.int64))
     return {name: np.concatenate(values) for name, values in parts.items()}

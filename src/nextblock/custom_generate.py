@@ -22,6 +22,7 @@ from transformers.generation.logits_process import (
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from nextblock.adapter import attached_adapter
 from nextblock.batch import Row
 from nextblock.config import UsageError
 from nextblock.events import Finish
@@ -50,16 +51,18 @@ def block_diffusion(
     draft_steps: int = _UNSET,
     draft_length: Any = _UNSET,
     draft_ahead: int = _UNSET,
+    draft_paths: int = _UNSET,
     seed: int | list[int] | None = None,
     **model_kwargs: Any,
 ) -> Any:
     """A decoding method for `model.generate(custom_generate=...)`; called by it, not by users.
 
     Args:
-        model, input_ids, logits_processor, stopping_criteria, generation_config: what `generate` prepared.
+        model: with the draft adapter that `nextblock.load` put on it, if there is one.
+        input_ids, logits_processor, stopping_criteria, generation_config: what `generate` prepared.
             Temperature, top-p, top-k, lengths and end tokens are those of the generation config.
         streamer: gets the answer's tokens in order, once they cannot change (batch of one).
-        mode ... draft_ahead, seed: as in `BlockDiffusionLM.generate`.
+        mode ... draft_paths, seed: as in `BlockDiffusionLM.generate`.
         model_kwargs: `attention_mask` is read (padding on either side).
     Returns:
         int64 [B, T] as `generate` returns it, or its dict form where the config asks for that.
@@ -77,9 +80,12 @@ def block_diffusion(
         "draft_steps": draft_steps,
         "draft_length": draft_length,
         "draft_ahead": draft_ahead,
+        "draft_paths": draft_paths,
     }
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not _UNSET}
-    lm = BlockDiffusionLM(model, None, read_settings(model.config))
+    adapter = attached_adapter(model)
+    settings = read_settings(model.config) if adapter is None else adapter.settings
+    lm = BlockDiffusionLM(model, None, settings, adapter)
     if (generation_config.num_beams or 1) > 1:
         raise UsageError(f"num_beams={generation_config.num_beams}: block_diffusion has no beam search; leave it out")
     diffusion = resolve_config(lm.settings, options).mode == "diffusion"

@@ -83,6 +83,7 @@ def encode_batch(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) 
         prompt, 0.. over the completion and its end token.
     {"messages"}: the tokenizer's chat template; each assistant turn with its end-of-turn token is a span
         with offset 0.., all else is context.
+    A record that is not `ended` has no end token; of messages, the last turn then has no end-of-turn token.
     An empty text gives an empty document.
 
     Raises:
@@ -123,16 +124,17 @@ def _segments(record: Record, tokenizer: PreTrainedTokenizerBase) -> list[tuple[
         return [(value["text"], True)]
     if "prompt" in value:
         return [(value["prompt"], False), (value["completion"], True)]
-    return _chat_segments(value.get("messages"), value.get("tools"), record.where, tokenizer)
+    return _chat_segments(value.get("messages"), value.get("tools"), record, tokenizer)
 
 
 def _chat_segments(
-    messages: Any, tools: Any, where: str, tokenizer: PreTrainedTokenizerBase
+    messages: Any, tools: Any, record: Record, tokenizer: PreTrainedTokenizerBase
 ) -> list[tuple[str, bool]]:
     """Split a rendered conversation at the borders of its assistant turns.
 
     A turn starts where rendering all before it, with the generation prompt, ends: there decoding starts.
     """
+    where = record.where
     if not isinstance(messages, list) or not all(isinstance(m, Mapping) and "role" in m for m in messages):
         raise UsageError(f"{where}: messages must be a list of objects with role and content")
 
@@ -161,6 +163,9 @@ def _chat_segments(
             text = text.rstrip()  # white space after the end-of-turn token is never generated
         segments += [(whole[done : len(before)], False), (text, True)]
         done = len(before) + len(text)
+    if not record.ended and segments and messages[-1]["role"] == "assistant":
+        closing, text = _closing(render, messages, len(messages) - 1), segments[-1][0]
+        return [*segments[:-1], (text.rstrip().removesuffix(closing) if closing else text, True)]
     return [*segments, (whole[done:], False)]
 
 
@@ -172,10 +177,15 @@ def _turn_end(
     if whole.startswith(upto) and len(upto) >= start:
         return len(upto)
     # Some templates (Qwen3) show a turn otherwise once others follow: look for what closes any turn.
-    marker = "\u2060turn\u2060"
-    closing = render([*messages[:turn], {**messages[turn], "content": marker}]).rpartition(marker)[2].rstrip()
+    closing = _closing(render, messages, turn)
     found = whole.find(closing, start) if closing else -1
     return None if found < 0 else found + len(closing)
+
+
+def _closing(render: Callable[[list[Any]], str], messages: list[Any], turn: int) -> str:
+    """What the chat template writes behind the content of a turn."""
+    marker = "\u2060turn\u2060"
+    return render([*messages[:turn], {**messages[turn], "content": marker}]).rpartition(marker)[2].rstrip()
 
 
 # ---------------------------------------------------------------- rows: documents -> [B, L]

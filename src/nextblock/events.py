@@ -45,11 +45,15 @@ class Rejected:
 
 @dataclass(frozen=True, slots=True)
 class BlockFinished:
-    """A block is decided (diffusion), or a draft checked (speculative): answer tokens `start` ... `end` - 1."""
+    """A block is decided (diffusion), or a draft checked (speculative): answer tokens `start` ... `end` - 1.
+
+    path: of several drafted paths the one that was kept; 0: the first, which all others leave.
+    """
 
     row: int
     start: int
     end: int
+    path: int = 0
 
 
 @dataclass(frozen=True, slots=True)

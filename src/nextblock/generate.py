@@ -221,6 +221,7 @@ def load(
         raise UsageError(f"attention={attention!r} cannot decode with dense masks{nearest(attention, choices)}")
     config = read_config(path, revision, trust_remote_code)
     settings = read_settings(config)
+    adapter_folder = None if draft_adapter is None else resolve_adapter(draft_adapter)
     if attention == "auto":
         attention = choose_attention(config, "auto", torch.device("cpu"))
     model = load_model(
@@ -232,7 +233,6 @@ def load(
         trust_remote_code=trust_remote_code,
     )
     tokenizer, adapter = load_tokenizer(path, revision, trust_remote_code), None
-    if draft_adapter is not None:
-        folder = weights_folder(path, revision)
-        adapter, settings = load_adapter(resolve_adapter(draft_adapter), model, folder)
+    if adapter_folder is not None:
+        adapter, settings = load_adapter(adapter_folder, model, weights_folder(path, revision))
     return BlockDiffusionLM(model, tokenizer, settings, adapter)

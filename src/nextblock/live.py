@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
@@ -71,6 +71,14 @@ class TrainingBar(AbstractContextManager["TrainingBar"]):
         last = metrics.step + 1 == self.steps
         if not self.console.is_terminal and (metrics.step % self.every == 0 or last):
             self.console.print(f"step {metrics.step + 1}/{self.steps}  {status}", soft_wrap=True)
+
+    def evaluated(self, record: Mapping[str, Any]) -> None:
+        """Print a held-out evaluation and its sample, above the bar."""
+        losses = (("diffusion loss", record["diffusion_loss"]), ("AR loss", record["ar_loss"]))
+        known = "  ".join(f"{name} {value:.3f}" for name, value in losses if not math.isnan(value))
+        self.console.print(f"held out, block {record['block_size']}: {known}", soft_wrap=True)
+        text = Text(record["prompt"], style="dim").append(record["sample"], style="not dim")
+        self.console.print(Panel(text, title="sample", title_align="left"))
 
 
 class DenoisingView:

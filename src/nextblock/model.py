@@ -6,12 +6,13 @@ No family is known by name. What a model cannot do is found by running it (`prob
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -21,6 +22,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -98,15 +100,23 @@ class Decoder:
             embedded = self.adapter.embed(self.model, tokens)
             return self.model.base_model(inputs_embeds=embedded, **common).last_hidden_state
 
+    @property
+    def logit_scale(self) -> float:
+        """What the config has logits multiplied by."""
+        config = self.model.config
+        return (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+
+    @property
+    def logit_cap(self) -> float | None:
+        """Soft cap c of the logits, c * tanh(logits / c), if the config names one."""
+        return getattr(self.model.config, "final_logit_softcapping", None)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., V] in the head's dtype, with the scaling and soft cap that the config names."""
-        config = self.model.config
         logits = cast(nn.Module, self.model.get_output_embeddings())(hidden)
-        if (scale := getattr(config, "logit_scale", None)) is not None:
-            logits = logits * scale
-        if (divisor := getattr(config, "logits_scaling", None)) is not None:
-            logits = logits / divisor
-        if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
+        if self.logit_scale != 1:
+            logits = logits * self.logit_scale
+        if (cap := self.logit_cap) is not None:
             logits = torch.tanh(logits / cap) * cap
         return logits
 
@@ -122,11 +132,11 @@ class Decoder:
         return self.by_kind({k: built.get(w, built.get(None)) for k, w in self.windows.items()})
 
     def prepare_dense(self, mask: Tensor | BlockMask) -> Tensor | BlockMask:
-        """Eager attention adds its mask to the scores; the others read booleans."""
-        if self.attention != "eager" or isinstance(mask, BlockMask):
+        """A dense mask as numbers to add to the scores: of a bool one, SDPA would keep such a copy for every layer."""
+        if isinstance(mask, BlockMask):
             return mask
         lowest = torch.finfo(self.model.dtype).min
-        return torch.zeros(mask.shape, dtype=self.model.dtype, device=mask.device).masked_fill(~mask, lowest)
+        return torch.zeros(mask.shape, dtype=self.model.dtype, device=mask.device).masked_fill_(~mask, lowest)
 
     def by_kind(self, masks: dict[str, Any]) -> AttentionMask:
         """One mask for a model with one kind of layer, a dict by kind for the others."""
@@ -136,11 +146,14 @@ class Decoder:
 def layer_windows(config: PreTrainedConfig) -> dict[str, int | None]:
     """Kind of layer -> sliding window, read from the config.
 
+    A window that the config's class does not declare is stray: transformers keeps it, the architecture ignores it.
+
     Raises:
         UsageError: a kind of layer other than full or sliding attention.
     """
     window = getattr(config, "sliding_window", None)
-    if getattr(config, "use_sliding_window", True) is False:
+    declared = "sliding_window" in inspect.signature(type(config)).parameters
+    if not declared or getattr(config, "use_sliding_window", True) is False:
         window = None
     kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or []))
     for kind in kinds:
@@ -260,6 +273,7 @@ def load_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
     override: Mapping[str, Any] | None = None,
+    quantization: Literal["4bit"] | None = None,
 ) -> PreTrainedModel:
     """Load a causal LM from safetensors and put it in eval mode.
 
@@ -269,12 +283,19 @@ def load_model(
         attention: "auto", "sdpa", "flex_attention" or "eager".
         device: None: CUDA if there is one.
         override: values of the model's config to replace.
+        quantization: "4bit": linear layers in bitsandbytes' nf4, on CUDA.
     Raises:
         UsageError: what cannot be loaded or adapted.
     """
     config = read_config(path, revision, trust_remote_code, override)
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     wanted: Any = dtype or (torch.float32 if target.type == "cpu" else "auto")
+    options: dict[str, Any] = {}
+    if quantization:  # where bitsandbytes is missing, transformers says so in one line
+        if target.type != "cuda":  # there bitsandbytes packs the weights for a kernel that has no backward pass
+            raise UsageError(f"model.quantization={quantization} needs a CUDA device; leave it out on {target.type}")
+        nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+        options = {"quantization_config": nf4, "device_map": {"": target}}
     try:
         model = AutoModelForCausalLM.from_pretrained(
             resolve(path),
@@ -284,10 +305,11 @@ def load_model(
             use_safetensors=True,
             revision=revision,
             trust_remote_code=trust_remote_code,
+            **options,
         )
     except Exception as error:
         raise UsageError(f"cannot load model {path}: {_first_line(error)}") from None
-    return cast(Any, model).to(target).eval()
+    return model.eval() if quantization else cast(Any, model).to(target).eval()
 
 
 def choose_attention(config: PreTrainedConfig, wanted: str, device: torch.device) -> str:
@@ -340,6 +362,22 @@ def parent_tokenizer(config: ModelConfig) -> Any:
     return tokenizer
 
 
+def scratch_config(scratch: Mapping[str, Any]) -> PreTrainedConfig:
+    """The Hugging Face config that plain values describe; `model_type` is llama if they name none.
+
+    Raises:
+        UsageError: an unknown `model_type`, or one that cannot be adapted.
+    """
+    values = dict(scratch)
+    kind = str(values.pop("model_type", "llama"))
+    try:
+        shape = AutoConfig.for_model(kind, **values)
+    except ValueError as error:
+        raise UsageError(f"model.scratch.model_type={kind!r}: {_first_line(error)}") from None
+    check_architecture(shape)
+    return shape
+
+
 def load_parent(config: ModelConfig, device: torch.device | str | None = None) -> Decoder:
     """The parent of a run: loaded, or random weights of `config.scratch`'s shape."""
     dtype = getattr(torch, config.dtype)
@@ -352,15 +390,10 @@ def load_parent(config: ModelConfig, device: torch.device | str | None = None) -
             revision=config.revision,
             trust_remote_code=config.trust_remote_code,
             override=config.override,
+            quantization=config.quantization,
         )
         return Decoder(model)
-    values = dict(config.scratch)
-    kind = str(values.pop("model_type", "llama"))
-    try:
-        shape = AutoConfig.for_model(kind, **values)
-    except ValueError as error:
-        raise UsageError(f"model.scratch.model_type={kind!r}: {_first_line(error)}") from None
-    check_architecture(shape)
+    shape = scratch_config(config.scratch)
     replace_values(shape, config.override)
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     attention = choose_attention(shape, config.attention, target)

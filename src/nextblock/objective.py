@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
@@ -15,45 +19,168 @@ from nextblock.corruption import UNSCORED, TwoView
 from nextblock.model import Decoder
 
 LOGIT_ELEMENTS = 2**24
-"""Logits alive at once in the chunk loop: 64 MiB in float32."""
+"""Logits alive at once in the chunk loop: 64 MiB in float32. Fewer are as fast on CPU; a GPU wants no fewer."""
 
 
 class LossSums(NamedTuple):
     """Sums of cross-entropies in nats, and how many tokens each sums over. 0-d tensors.
 
     A tuple, because FSDP2 looks for the tensors to differentiate in nothing else.
+
+    soft: sum of KL(p_AR || p_MDM) in nats over the masked tokens that have a teacher; 0 where not asked for.
+    nats: float32 [S], the cross-entropy of each masked token, without gradient; None where not asked for.
     """
 
     diffusion: Tensor
     ar: Tensor
     diffusion_tokens: Tensor
     ar_tokens: Tensor
+    soft: Tensor
+    nats: Tensor | None = None
 
-    def total(self, ar_weight: float, views: int = 1) -> Tensor:
-        """L_MDM + lambda * L_AR, a sum   (Eq. 2), with L_MDM averaged over noised views; divide by the global N."""
-        diffusion = self.diffusion / views
+    def total(self, ar_weight: float, views: int = 1, soft_weight: float = 0.0) -> Tensor:
+        """L_MDM + w_soft * L_soft + lambda * L_AR, a sum; divide by the global N   (Eq. 2; L_soft is ours).
+
+        L_MDM and L_soft are means over the noised views. With N the global batch's tokens with offset >= 0,
+        the soft targets' part of the loss is  w_soft * sum_i KL(p(x_i | x_<i) || p(x_i | x_t, x)) / (N * views).
+        """
+        diffusion = self.diffusion + soft_weight * self.soft if soft_weight else self.diffusion
+        diffusion = diffusion / views
         return diffusion + ar_weight * self.ar if ar_weight else diffusion
 
 
 def cross_entropy_sum(decoder: Decoder, hidden: Tensor, target: Tensor) -> Tensor:
     """Sum of cross-entropies of `hidden` [S, D] against `target` int64 [S], in float32 or wider.
 
-    Chunks of scored positions go through head and loss one after another and are recomputed in the
-    backward pass, so that no more than LOGIT_ELEMENTS logits exist at a time.
+    Chunks of scored positions go through head and loss one after another, so that no more than
+    LOGIT_ELEMENTS logits exist at a time.
     """
+    head = decoder.model.get_output_embeddings()
+    # Exactly: a wrapped head computes something of its own, and of one that FSDP2 shares out only a part is here.
+    if type(head) is nn.Linear and not isinstance(head.weight, DTensor):
+        inputs = (hidden, head.weight, head.bias, target)
+        return _LinearCrossEntropy.apply(*inputs, decoder, torch.is_grad_enabled())  # type: ignore[return-value]
 
     def chunk_sum(chunk: Tensor, wanted: Tensor) -> Tensor:
-        logits = decoder.logits(chunk)
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        return functional.cross_entropy(logits, wanted, reduction="sum")
+        return functional.cross_entropy(_widened(decoder.logits(chunk)), wanted, reduction="sum")
 
-    size = max(1, LOGIT_ELEMENTS // decoder.vocabulary)
-    if len(target) <= size:
-        return chunk_sum(hidden, target)
-    total = hidden.new_zeros((), dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32)
-    for chunk, wanted in zip(hidden.split(size), target.split(size), strict=True):
-        total = total + checkpoint(chunk_sum, chunk, wanted, use_reentrant=False)  # type: ignore[operator]
-    return total
+    return _in_chunks(chunk_sum, LOGIT_ELEMENTS // decoder.vocabulary, hidden, target)
+
+
+def soft_cross_entropy_sums(
+    decoder: Decoder, hidden: Tensor, target: Tensor, teacher: Tensor, taught: Tensor
+) -> Tensor:
+    """Cross-entropy and KL(p_teacher || p_student), both summed: [2], in float32 or wider.
+
+    Chunks as in `cross_entropy_sum`; one pass of the student's hidden states through the head serves both sums.
+
+    Args:
+        hidden: [S, D], the student's hidden states.
+        target: int64 [S].
+        teacher: [S, D], hidden states whose prediction is the soft target; no gradient goes through them.
+        taught: bool [S]; where False the token has no teacher and its KL counts as 0.
+    """
+
+    def chunk_sums(chunk: Tensor, wanted: Tensor, teaching: Tensor, counts: Tensor) -> Tensor:
+        student = _widened(decoder.logits(chunk)).log_softmax(-1)
+        with torch.no_grad():
+            soft = _widened(decoder.logits(teaching)).log_softmax(-1)
+        hard = functional.nll_loss(student, wanted, reduction="sum")
+        divergence = functional.kl_div(student, soft, reduction="none", log_target=True).sum(-1)
+        return torch.stack([hard, divergence.masked_fill(~counts, 0).sum()])
+
+    size = LOGIT_ELEMENTS // (2 * decoder.vocabulary)  # student's and teacher's logits are alive together
+    return _in_chunks(chunk_sums, size, hidden, target, teacher.detach(), taught)
+
+
+def _widened(logits: Tensor) -> Tensor:
+    return logits.to(_wide(logits.dtype))
+
+
+def _in_chunks(chunk_sum: Callable[..., Tensor], size: int, *parts: Tensor) -> Tensor:
+    """The sum of `chunk_sum` over chunks of `size` rows of the parts, each recomputed in the backward pass."""
+    size = max(1, size)
+    if len(parts[0]) <= size:
+        return chunk_sum(*parts)
+    chunks = zip(*(part.split(size) for part in parts), strict=True)
+    sums = (cast(Tensor, checkpoint(chunk_sum, *chunk, use_reentrant=False)) for chunk in chunks)
+    return functools.reduce(torch.add, sums)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """`cross_entropy_sum` behind a plain linear head, whose gradients are computed along with the loss.
+
+    A chunk's logits become their own gradient in place: head and softmax run once, nothing is recomputed, and
+    what stays for the backward pass is the gradient of the hidden states and, if it is trained, of the head.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, decoder: Decoder, train: bool
+    ) -> Tensor:
+        """The sum, 0-d. `train`: whether autograd records."""
+        kind, scale, cap = hidden.device.type, decoder.logit_scale, decoder.logit_cap
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        wide = _wide(dtype)
+        needs = ctx.needs_input_grad[:3] if train else (False,) * 3
+        # Of chunks added up: in `wide`, so that bfloat16 loses nothing over many of them.
+        grads = [
+            torch.zeros_like(x, dtype=wide) if x is not None and need else None
+            for x, need in zip((hidden, weight, bias), needs, strict=True)
+        ]
+        grad_hidden, grad_weight, grad_bias = grads
+        head, total = weight.to(dtype), torch.zeros((), dtype=wide, device=hidden.device)
+        size = max(1, LOGIT_ELEMENTS // len(weight))
+        buffer = head.new_empty(min(size, len(target)), len(weight))
+        for start in range(0, len(target), size):
+            chunk, wanted = hidden[start : start + size].to(dtype), target[start : start + size, None]
+            p = torch.mm(chunk, head.T, out=buffer[: len(chunk)]).to(wide)
+            if bias is not None:
+                p += bias
+            if scale != 1:
+                p *= scale
+            slope = None
+            if cap is not None:
+                slope = 1 - p.div_(cap).tanh_().square()
+                p *= cap
+            p -= p.amax(dim=1, keepdim=True)
+            total -= p.gather(1, wanted).sum()
+            p.exp_()
+            normalizer = p.sum(dim=1, keepdim=True)
+            total += normalizer.log().sum()
+            if not any(grad is not None for grad in grads):
+                continue
+            p /= normalizer
+            p.scatter_add_(1, wanted, p.new_full(wanted.shape, -1.0))  # now the gradient of the logits
+            if slope is not None:
+                p *= slope
+            if scale != 1:
+                p *= scale
+            low = p.to(dtype)
+            if grad_hidden is not None:
+                grad_hidden[start : start + size] = low @ head
+            if grad_weight is not None:
+                grad_weight = grad_weight.addmm_(low.T, chunk) if dtype == wide else grad_weight.add_(low.T @ chunk)
+            if grad_bias is not None:
+                grad_bias += p.sum(dim=0)
+        ctx.grads = grad_hidden, grad_weight, grad_bias
+        ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *upstream: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        """The chain rule's one factor: the loss enters everything after it as a plain number."""
+        pairs = zip(ctx.grads, ctx.dtypes, strict=True)
+        del ctx.grads  # scaled in place, so good for one backward pass
+        return *(None if grad is None else grad.mul_(upstream[0]).to(dtype) for grad, dtype in pairs), None, None, None
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """Where losses are summed: float64 stays, all else is float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class TwoViewLoss(nn.Module):
@@ -67,20 +194,25 @@ class TwoViewLoss(nn.Module):
         self.model = decoder.model
         self._no_split_modules = decoder.model._no_split_modules  # the layers that FSDP2 gathers one by one
 
-    def forward(self, view: TwoView, rule: Rule, score_ar: bool = True) -> LossSums:
+    def forward(
+        self, view: TwoView, rule: Rule, score_ar: bool = True, soft: bool = False, profile: bool = False
+    ) -> LossSums:
         """L_MDM over masked tokens (Eq. 5) and L_AR over the clean half (Eq. 1).
 
         Args:
             view: from `corrupt`, on the model's device.
             rule: the attention rule.
             score_ar: False leaves the clean half unscored (lambda = 0), which saves its head time.
+            soft: also score masked tokens against the clean half's own predictions (w_soft > 0).
+            profile: also give each masked token's loss, for one more pass through the head.
         """
         decoder = Decoder(self.model)
         hidden = decoder.hidden(view.tokens, view.places.position, decoder.masks(rule, view.places))
         n = view.noised_length
-        diffusion = scored_sum(decoder, hidden[:, :n], view.target[:, :n])
+        diffusion = masked_sums(decoder, hidden[:, :n], view, hidden[:, n:] if soft else None)
         ar = scored_sum(decoder, hidden[:, n:], view.target[:, n:] if score_ar else view.target[:, n:n])
-        return LossSums(diffusion[0], ar[0], diffusion[1], ar[1])
+        nats = token_nats(decoder, hidden[:, :n], view.target[:, :n]) if profile else None
+        return LossSums(diffusion[0], ar[0], diffusion[1], ar[1], diffusion[2], nats)
 
 
 class DraftLoss(nn.Module):
@@ -96,22 +228,27 @@ class DraftLoss(nn.Module):
         self.model = decoder.model
         self.adapter = decoder.adapter
 
-    def forward(self, view: TwoView, rule: Rule, score_ar: bool = False) -> LossSums:
-        """L_MDM over masked tokens   (Eq. 5); the AR loss has no part, its sum is 0."""
+    def forward(
+        self, view: TwoView, rule: Rule, score_ar: bool = False, soft: bool = False, profile: bool = False
+    ) -> LossSums:
+        """L_MDM over masked tokens   (Eq. 5); the AR loss has no part, its sum is 0.
+
+        With `soft` also the KL from the frozen parent's own predictions, which judge the drafts in decoding.
+        """
         decoder = Decoder(self.model, self.adapter)
         n, places = view.noised_length, view.places
         if not n:  # nothing was masked: a loss of 0 with gradient 0
             nothing = sum(p.sum() for p in self.adapter.parameters()) * 0  # all of them, or DDP would wait
-            return LossSums(nothing, nothing, nothing.long(), nothing.long())
+            return LossSums(nothing, nothing, nothing.long(), nothing.long(), nothing)
         clean, noised = places.part(n), places.part(0, n)
         cache = DynamicCache()
         with torch.no_grad():
-            decoder.hidden(view.tokens[:, n:], clean.position, decoder.masks(rule, clean), cache)
+            parent = decoder.hidden(view.tokens[:, n:], clean.position, decoder.masks(rule, clean), cache)
         mask = decoder.masks(rule, noised, clean.followed_by(noised))
         hidden = decoder.hidden(view.tokens[:, :n], noised.position, mask, cache, noised=True)
-        diffusion, tokens = scored_sum(decoder, hidden, view.target[:, :n])
-        nothing = torch.zeros_like(diffusion)
-        return LossSums(diffusion, nothing, tokens, torch.zeros_like(tokens))
+        diffusion, tokens, divergence = masked_sums(decoder, hidden, view, parent if soft else None)
+        nats = token_nats(decoder, hidden, view.target[:, :n]) if profile else None
+        return LossSums(diffusion, torch.zeros_like(diffusion), tokens, torch.zeros_like(tokens), divergence, nats)
 
 
 def scored_sum(decoder: Decoder, hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,3 +256,34 @@ def scored_sum(decoder: Decoder, hidden: Tensor, target: Tensor) -> tuple[Tensor
     hidden = hidden[:, : target.shape[1]]
     scored = target != UNSCORED
     return cross_entropy_sum(decoder, hidden[scored], target[scored]), scored.sum()
+
+
+def masked_sums(
+    decoder: Decoder, hidden: Tensor, view: TwoView, clean: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross-entropy of the masked tokens, how many there are, and the KL from the clean half's predictions of them.
+
+    Args:
+        hidden: [B, N, D], of the noised half.
+        view: the two-view batch.
+        clean: [B, L, D], hidden states of the clean half; None: the KL is not wanted and is 0.
+    """
+    if clean is None:
+        total, count = scored_sum(decoder, hidden, view.target[:, : view.noised_length])
+        return total, count, torch.zeros_like(total)
+    scored = view.target[:, : view.noised_length] != UNSCORED
+    row, slot = scored.nonzero(as_tuple=True)
+    index = view.teacher[row, slot]
+    teacher = clean[row, index.clamp_min(0)]
+    sums = soft_cross_entropy_sums(decoder, hidden[row, slot], view.target[row, slot], teacher, index != UNSCORED)
+    return sums[0], scored.sum(), sums[1]
+
+
+@torch.no_grad()
+def token_nats(decoder: Decoder, hidden: Tensor, target: Tensor) -> Tensor:
+    """-log p of every target there is, float32 [S] in row order, no gradient. `hidden` [B, T, D], `target` [B, T]."""
+    scored = target != UNSCORED
+    size = max(1, LOGIT_ELEMENTS // decoder.vocabulary)
+    pairs = zip(hidden[scored].split(size), target[scored].split(size), strict=True)
+    parts = [functional.cross_entropy(decoder.logits(h).float(), wanted, reduction="none") for h, wanted in pairs]
+    return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)

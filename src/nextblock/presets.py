@@ -10,15 +10,18 @@ from nextblock.config import UsageError, nearest
 def preset(name: str) -> Path:
     """A preset by name, from the installed package or from a checkout of the repository.
 
+    Dashes and dots stand for underscores: `qwen3-0.6b` is `qwen3_0_6b.yaml`.
+
     Raises:
         UsageError: there is none of that name.
     """
     here = Path(__file__).parent
     folder = here / "presets" if (here / "presets").is_dir() else here.parents[1] / "presets"
     names = sorted(path.stem for path in folder.glob("*.yaml"))
-    if name not in names:
-        raise UsageError(f"there is no preset '{name}'{nearest(name, names)}")
-    return folder / f"{name}.yaml"
+    stem = name.replace("-", "_").replace(".", "_")
+    if stem not in names:
+        raise UsageError(f"there is no preset '{name}'{nearest(stem, names)}")
+    return folder / f"{stem}.yaml"
 
 
 def find_config(argument: str) -> Path:
@@ -28,4 +31,4 @@ def find_config(argument: str) -> Path:
         return path
     if path.suffix in (".yaml", ".yml") and path.parent.name not in ("", "presets"):
         raise UsageError(f"configuration {argument} does not exist; give a YAML file or a preset's name")
-    return preset(path.stem)
+    return preset(path.stem if path.suffix in (".yaml", ".yml") else path.name)

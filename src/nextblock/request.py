@@ -15,6 +15,7 @@ from nextblock.config import BlockDiffusionSettings, UsageError, validate
 from nextblock.events import Finish
 from nextblock.model import Decoder
 from nextblock.sampling import DecodingConfig, Mode, Sampler, generator
+from nextblock.sources import one_line
 from nextblock.text import TextStream
 
 Prompts = str | Sequence[str] | Sequence[Mapping[str, str]] | Sequence[Sequence[Mapping[str, str]]] | Tensor
@@ -48,6 +49,7 @@ class GenerateOptions(TypedDict, total=False):
     draft_steps: int
     draft_length: int | Literal["auto"] | None
     draft_ahead: int
+    draft_paths: int
 
 
 @dataclass
@@ -59,11 +61,15 @@ class Request:
     stop: list[tuple[str, ...]]
 
 
-def resolve_config(settings: BlockDiffusionSettings | None, options: Mapping[str, Any]) -> DecodingConfig:
+def resolve_config(
+    settings: BlockDiffusionSettings | None, options: Mapping[str, Any], *, drafted: bool = False
+) -> DecodingConfig:
     """Options given, else the checkpoint's `decoding`, else the defaults; `block_size` is then a number.
 
+    Args:
+        drafted: the settings are those of a draft adapter.
     Raises:
-        UsageError: unknown or contradictory options, or a mode that the checkpoint cannot do.
+        UsageError: unknown or contradictory options, or a mode or a block that the checkpoint cannot do.
     """
     config = validate(DecodingConfig, {**(settings.decoding if settings is not None else {}), **options})
     if settings is None:
@@ -78,23 +84,20 @@ def resolve_config(settings: BlockDiffusionSettings | None, options: Mapping[str
         config.check_block(size)
     if config.mode == "speculative" and config.draft_ahead and size < 3:
         raise UsageError(f"draft_ahead={config.draft_ahead} needs a block_size of at least 3, not {size}")
-    if config.mode != "ar" and size > settings.block_size:
+    if drafted and config.mode == "ar":
+        warnings.warn("mode='ar': a draft adapter has no effect in it; use speculative mode", stacklevel=4)
+    elif drafted and size > settings.block_size:
+        raise UsageError(
+            f"block_size={size} is larger than the {settings.block_size} that the draft adapter was trained with; use "
+            f"at most {settings.block_size}"
+        )
+    elif config.mode != "ar" and size > settings.block_size:
         warnings.warn(
             f"block_size={size} is larger than the {settings.block_size} that the model was trained with; "
             "expect worse text",
             stacklevel=4,  # whoever called `generate` or `stream`
         )
     return config.model_copy(update={"block_size": size})
-
-
-def _check_draft_adapter(config: DecodingConfig, settings: BlockDiffusionSettings) -> None:
-    if config.mode == "ar":
-        warnings.warn("mode='ar': a draft adapter has no effect in it; use speculative mode", stacklevel=5)
-    elif config.block_size is not None and config.block_size > settings.block_size:
-        raise UsageError(
-            f"block_size={config.block_size} is larger than the {settings.block_size} that the draft adapter was "
-            f"trained with; use at most {settings.block_size}"
-        )
 
 
 def make_request(
@@ -115,9 +118,7 @@ def make_request(
     limits = rest.get("max_new_tokens")
     if isinstance(limits, Sequence):
         rest["max_new_tokens"] = min(limits, default=1)  # the one that could be too small
-    config = resolve_config(settings, rest)
-    if decoder.adapter is not None and settings is not None:
-        _check_draft_adapter(config, settings)
+    config = resolve_config(settings, rest, drafted=decoder.adapter is not None)
     encoded = _encode(tokenizer, prompts, attention_mask)
     _check_prompts(decoder, [ids for _, ids in encoded])
     count = len(encoded)
@@ -175,7 +176,10 @@ def _from_text(tokenizer: Any, number: int, item: Any) -> list[int]:
         raise UsageError(f"prompt {number} is neither a text nor a list of chat messages with role and content")
     if not getattr(tokenizer, "chat_template", None):
         raise UsageError("the tokenizer has no chat template; give plain text instead of chat messages")
-    text = tokenizer.apply_chat_template(list(item), add_generation_prompt=True, tokenize=False)
+    try:
+        text = tokenizer.apply_chat_template(list(item), add_generation_prompt=True, tokenize=False)
+    except Exception as error:  # templates raise anything
+        raise UsageError(f"prompt {number} does not fit the chat template: {one_line(error)}") from None
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

@@ -44,6 +44,9 @@ class DecodingConfig(Section):
     draft_ahead: int = Field(
         0, description="speculative: points of acceptance for which the next draft is made in the check's own pass"
     )
+    draft_paths: int = Field(
+        1, description="speculative: paths of a draft, branching where it is unsure, that one check tries as a tree"
+    )
 
     @field_validator("mode", "sampler", mode="before")
     @classmethod
@@ -72,6 +75,17 @@ class DecodingConfig(Section):
                 "draft_steps",
                 self.draft_steps == 1 or not self.draft_ahead,
                 "does not go with draft_ahead, which drafts in one pass; leave one of them out",
+            ),
+            ("draft_paths", self.draft_paths >= 1, "must be at least 1"),
+            (
+                "draft_paths",
+                self.draft_paths == 1 or not self.draft_ahead,
+                "does not go with draft_ahead, which would need a next draft behind every path; leave one of them out",
+            ),
+            (
+                "draft_paths",
+                self.draft_paths == 1 or self.draft_steps == 1,
+                "does not go with draft_steps, whose later passes go on from one path only; leave one of them out",
             ),
         )
         for name, holds, rule in rules:
@@ -221,6 +235,11 @@ def residual(target: Tensor, draft: Tensor) -> Tensor:
     """
     weights = (target - draft).clamp_min(0)
     return torch.where(weights.sum(-1, keepdim=True) > 0, weights, target)
+
+
+def without(weights: Tensor, token: Tensor) -> Tensor:
+    """Weights [N, V] of a draw that must not be `token` int64 [N], not normalised."""
+    return weights.scatter(-1, token[:, None], 0)
 
 
 def generator(seed: int) -> torch.Generator:

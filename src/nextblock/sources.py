@@ -72,8 +72,9 @@ TEXT_SUFFIXES = frozenset(
 class Record:
     """One raw document: {"text"}, {"prompt", "completion"} or {"messages"}; `where` names it in errors.
 
-    A part of a long text has `ended` False if more follows, and as `key` a digest of the whole text, so
-    that all its parts fall on one side of the held-out border.
+    `ended` False: the text breaks off and no end token follows, as in a row with `"ended": false`. So does a part
+    of a long text if more follows; its `key` is a digest of the whole text, so that all its parts fall on one side
+    of the held-out border.
     """
 
     value: Mapping[str, Any]
@@ -140,7 +141,7 @@ def read_source(
     if kind == "parquet":
         records = _parquet(source, files)
     elif kind == "jsonl":
-        records = _jsonl(source, files)
+        records = _jsonl(files, lambda row, where: _record(row, source, where))
     else:
         records = _texts(files, part_bytes)
     count = min(records.count or 0, source.examples or records.count or 0)
@@ -234,8 +235,8 @@ def _texts(files: Sequence[str], part_bytes: int) -> Records:
     return Records(read, len(parts))
 
 
-def _jsonl(source: Source, files: Sequence[str]) -> Records:
-    """An index of all lines that are not blank; a line is parsed when it is read."""
+def _jsonl(files: Sequence[str], pick: Callable[[Any, str], Record]) -> Records:
+    """An index of all lines that are not blank; a line is parsed, and `pick(row, where)` made of it, when read."""
     places: list[tuple[int, int, int, int]] = []  # file, line, first byte, bytes
     for number, file in enumerate(files):
         start = 0
@@ -257,7 +258,7 @@ def _jsonl(source: Source, files: Sequence[str]) -> Records:
             row = json.loads(text)
         except json.JSONDecodeError as error:
             raise UsageError(f"{where}: broken JSON line: {error.msg} at column {error.colno}; repair it") from None
-        return _record(row, source, where)
+        return pick(row, where)
 
     return Records(read, len(index))
 
@@ -278,18 +279,81 @@ def _record(row: Any, source: Source, where: str) -> Record:
     """Pick the document out of a row: the text field, else prompt and completion, else messages."""
     if not isinstance(row, Mapping):
         raise UsageError(f"{where}: expected one JSON object a line, found {type(row).__name__}")
+    ended = row.get("ended") is not False
     for keys in ((source.text_field,), ("prompt", "completion")):
         if all(key in row for key in keys):
             for key in keys:
                 if not isinstance(row[key], str):
                     raise UsageError(f"{where}: field '{key}' holds {type(row[key]).__name__}; it must be a string")
-            return Record({key if len(keys) > 1 else "text": row[key] for key in keys}, where)
+            return Record({key if len(keys) > 1 else "text": row[key] for key in keys}, where, ended)
     if "messages" in row:
-        return Record({key: row[key] for key in ("messages", "tools") if row.get(key)}, where)
+        return Record({key: row[key] for key in ("messages", "tools") if row.get(key)}, where, ended)
     raise UsageError(
         f"{where}: no field '{source.text_field}' (nor prompt and completion, nor messages); "
         f"the fields are {', '.join(map(str, row)) or 'none'}; set text_field"
     )
+
+
+# ---------------------------------------------------------------- prompts: what is yet to be answered
+
+
+def read_prompts(path: str, examples: int | None = None) -> list[Record]:
+    r"""Prompts to be answered: {"prompt": text}, or {"messages": chat} up to where the assistant speaks.
+
+    Args:
+        path: `task:NAME`: problems of its train split. A .jsonl or .json file: objects with `prompt` or `messages`;
+            training data will do, a completion or a last assistant turn is left out. Any other file: one prompt a
+            line, with \n for a line break. Blank lines are left out.
+        examples: the first so many; a task needs it.
+    Raises:
+        UsageError: no such file, no prompts in it, or a line that holds none (file and line named).
+    """
+    if examples is not None and examples < 1:
+        raise UsageError(f"examples={examples} must be at least 1")
+    if path.startswith("task:"):
+        if examples is None:
+            raise UsageError(f"{path} has no end; set the number of problems with examples")
+        task = read_source(Source(path=path))
+        assert isinstance(task, Records)
+        records = [task.read(index) for index in range(examples)]
+        return [Record({"prompt": record.value["prompt"]}, record.where) for record in records]
+    file = os.path.expanduser(path)
+    if not os.path.isfile(file):
+        raise UsageError(
+            f"prompts {path} is not a file; give a .jsonl file, a text with a prompt a line, or task:NAME"
+        )
+    if Path(file).suffix in (".jsonl", ".json"):
+        lines = _jsonl([file], _prompt)
+        found = [lines.read(index) for index in range(min(lines.count or 0, examples or lines.count or 0))]
+    else:
+        texts = [line.removesuffix("\r") for line in _decode(_read_bytes(file), file).split("\n")]
+        numbered = [(number, text) for number, text in enumerate(texts, 1) if text.strip()][:examples]
+        found = [Record({"prompt": text.replace("\\n", "\n")}, f"{file}:{number}") for number, text in numbered]
+    if not found:
+        raise UsageError(f"{path} holds no prompts; write one a line")
+    return found
+
+
+def _prompt(row: Any, where: str) -> Record:
+    """The prompt of a row: the field `prompt`, else `messages` without a last assistant turn."""
+    if not isinstance(row, Mapping) or not {"prompt", "messages"} & row.keys():
+        raise UsageError(f"{where}: no prompt; each line must be a JSON object with prompt or messages")
+    if "prompt" in row:
+        if not isinstance(row["prompt"], str) or not row["prompt"]:
+            raise UsageError(f"{where}: prompt is {row['prompt']!r}; it must be a text that is not empty")
+        return Record({"prompt": row["prompt"]}, where)
+    turns = row["messages"]
+    if not isinstance(turns, list) or not all(
+        isinstance(turn, Mapping) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
+        for turn in turns
+    ):
+        raise UsageError(f"{where}: messages must be a list of objects with role and content, both texts")
+    if row.get("tools"):
+        raise UsageError(f"{where}: tools are not shown to the model when it answers; leave such rows out")
+    turns = turns[:-1] if turns and turns[-1]["role"] == "assistant" else turns
+    if not turns:
+        raise UsageError(f"{where}: messages hold nothing to answer; give at least one turn of the user")
+    return Record({"messages": turns}, where)
 
 
 def one_line(error: Exception) -> str:

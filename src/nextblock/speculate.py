@@ -1,40 +1,76 @@
 """Speculative decoding: draft by denoising, check with the causal pass that commits, keep what agrees.
 
-Letters: B rows, V vocabulary, b block size, k drafted tokens, G points of acceptance drafted ahead.
+Letters: B rows, V vocabulary, D hidden size, b block size, k drafted tokens, N tokens of a check with all its paths,
+G points of acceptance drafted ahead.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from nextblock.batch import Batch, Row, begin, push
 from nextblock.events import BlockFinished, Event, Rejected
-from nextblock.sampling import accepted, draw, residual
+from nextblock.sampling import accepted, draw, residual, without
+
+
+@dataclass(frozen=True)
+class Path:
+    """One line of drafts through a row's tree.
+
+    tokens: its drafts.
+    nodes: where the check's pass has the known token and then each of the drafts.
+    shared: how many drafts it has in common with the first path before it leaves that one.
+    """
+
+    tokens: list[int]
+    nodes: list[int]
+    shared: int = 0
 
 
 @dataclass
 class Draft:
-    """Drafted tokens int64 [B, k], of which each row has its first `lengths` checked.
+    """Drafted tokens int64 [B, k], of which each row has its first `lengths` checked: its first path.
 
     distribution: when sampling, what they were drawn from, [B, k, V].
+    branches: for each row (position among its drafts, token) of every further path: it has this token there
+        instead, and the same ones before and after.
     """
 
     tokens: Tensor
     lengths: list[int]
     distribution: Tensor | None = None
+    branches: list[list[tuple[int, int]]] = field(default_factory=list)
+
+    @cached_property
+    def paths(self) -> list[list[Path]]:
+        """The paths of each row, the first one first."""
+        width = self.tokens.shape[1] + 1
+        found = []
+        for index, (line, length) in enumerate(zip(self.tokens.tolist(), self.lengths, strict=True)):
+            paths, free = [Path(line[:length], list(range(length + 1)))], width
+            for position, token in self.branches[index] if self.branches else ():
+                own = [token, *line[position + 1 : length]]
+                nodes = [*range(position + 1), *range(free, free + len(own))]
+                paths.append(Path(line[:position] + own, nodes, position))
+                free += len(own)
+            found.append(paths)
+        return found
 
 
 @dataclass
 class Verdict:
-    """For each row: how many drafts are kept, the tokens it gains (one more), and their probabilities."""
+    """For each row: how many drafts are kept, the tokens it gains (one more), their probabilities, and the path."""
 
-    kept: list[int]
-    tokens: list[list[int]]
-    probabilities: list[list[float]]
+    kept: list[int] = field(default_factory=list)
+    tokens: list[list[int]] = field(default_factory=list)
+    probabilities: list[list[float]] = field(default_factory=list)
+    paths: list[int] = field(default_factory=list)
 
 
 def speculative(batch: Batch) -> Iterator[Event]:
@@ -56,9 +92,17 @@ def _drafting_apart(batch: Batch) -> Iterator[Event]:
     while rows := batch.rows:
         known, starts = _known(batch)
         draft = _denoise(batch, known, starts, [_draft_length(batch, row, recent[row.number]) for row in rows])
-        hidden = batch.forward(torch.cat([known, draft.tokens], dim=1), starts, [True] * len(rows))
+        if any(draft.branches):
+            hidden = _check_tree(batch, known, starts, draft)
+        else:
+            hidden = batch.forward(torch.cat([known, draft.tokens], dim=1), starts, [True] * len(rows))
         batch.stats.count("check" if draft.tokens.shape[1] else "decode", len(rows))
         verdict = _verify(batch, hidden, draft)
+        for index, (start, kept, number) in enumerate(zip(starts, verdict.kept, verdict.paths, strict=True)):
+            if number:  # what it kept of its own stands behind the first path: put it where the answer goes on
+                path = draft.paths[index][number]
+                own = path.nodes[path.shared + 1]
+                batch.cache.move(index, start + own, start + path.shared + 1, kept - path.shared)
         for row, kept in zip(rows, verdict.kept, strict=True):
             recent[row.number] = 0.7 * recent[row.number] + 0.3 * kept
         yield from _emit(batch, draft, verdict)
@@ -95,7 +139,7 @@ def _denoise(batch: Batch, known: Tensor, starts: list[int], lengths: list[int])
     tokens = torch.full((len(rows), batch.block_size), batch.mask_token_id, device=batch.device)
     tokens[:, :1] = known
     shift = 1 if batch.shifted else 0
-    distributions = []
+    distributions, branches = [], []
     size = -(-longest // config.draft_steps) if longest else 1
     for low in range(1, longest + 1, size):
         high = min(low + size, longest + 1)
@@ -110,81 +154,221 @@ def _denoise(batch: Batch, known: Tensor, starts: list[int], lengths: list[int])
             uniform += own + [0.0] * (high - low - len(own)) if row.random is not None else []
         chosen = batch.choose(logits, uniform)[0]
         tokens[:, low:high] = chosen.unflatten(0, (len(rows), high - low))
+        if config.draft_paths > 1:
+            branches = _branches(batch, logits.unflatten(0, (len(rows), -1)), tokens[:, low:high], lengths)
         if config.temperature:
             distributions.append(logits.softmax(-1).unflatten(0, (len(rows), high - low)))
-    return Draft(tokens[:, 1 : longest + 1], lengths, torch.cat(distributions, dim=1) if distributions else None)
+    distribution = torch.cat(distributions, dim=1) if distributions else None
+    return Draft(tokens[:, 1 : longest + 1], lengths, distribution, branches)
+
+
+def _branches(batch: Batch, logits: Tensor, drafts: Tensor, lengths: list[int]) -> list[list[tuple[int, int]]]:
+    """Where further paths leave the first one, and with which token: the second best, or a draw without the first.
+
+    At the positions where that is likeliest to be of use: all drafts before are kept, and the second-likeliest
+    token is the right one. This looks at `logits` [B, k, V] alone, never at what was drawn from them: chosen by
+    the `drafts`, the tokens behind a branch would no longer have the distribution that the check takes them to have.
+    """
+    top = logits.softmax(-1).topk(2)
+    likeliest, second = top.values.double().log().unbind(-1)
+    odds = (likeliest.cumsum(1) - likeliest + second).tolist()
+    found = []
+    for line, length in zip(odds, lengths, strict=True):
+        ranked = sorted((n for n in range(length) if line[n] > -math.inf), key=lambda n: -line[n])
+        found.append(ranked[: batch.config.draft_paths - 1])
+    flat = [(index, position) for index, positions in enumerate(found) for position in positions]
+    at = torch.tensor(flat, dtype=torch.int64, device=batch.device).view(-1, 2).unbind(1)
+    if batch.config.temperature:
+        uniform = [u for row, positions in zip(batch.rows, found, strict=True) for u in row.draw(len(positions))]
+        weights = without(logits[at].softmax(-1), drafts[at])
+        tokens = draw(weights, torch.tensor(uniform, dtype=torch.float64, device=batch.device))
+    else:
+        tokens = top.indices[..., 1][at]
+    token = iter(tokens.tolist())
+    return [[(position, next(token)) for position in positions] for positions in found]
+
+
+def _check_tree(batch: Batch, known: Tensor, starts: list[int], draft: Draft) -> Tensor:
+    """Hidden states [B, N, D] of: the known token and the first path; then what is each other path's own.
+
+    Each token stands at the position of its depth and sees the context, and its own path up to itself.
+    """
+    lines = []  # of (token, depth, group, depth of the last shared token) for each node of each row
+    for (token,), (first, *others) in zip(known.tolist(), draft.paths, strict=True):
+        line = [(token, 0, -1, 0)] + [(t, depth, -1, depth) for depth, t in enumerate(first.tokens, 1)]
+        line += [(0, 0, -1, 0)] * (draft.tokens.shape[1] - len(first.tokens))  # filled up: nobody looks there
+        for group, path in enumerate(others):
+            own = enumerate(path.tokens[path.shared :], path.shared + 1)
+            line += [(t, depth, group, path.shared) for depth, t in own]
+        lines.append(line)
+    width = max(map(len, lines))
+    lines = [line + [(0, 0, -1, 0)] * (width - len(line)) for line in lines]
+    tokens, depth, group, shared = torch.tensor(lines, device=batch.device).unbind(-1)
+    first = torch.tensor(starts, device=batch.device)[:, None]
+    return _forward_groups(batch, tokens, starts, first + depth, first + shared, group, causal=True)
+
+
+def _forward_groups(
+    batch: Batch, tokens: Tensor, starts: list[int], position: Tensor, context: Tensor, group: Tensor, causal: bool
+) -> Tensor:
+    """One pass in which groups of tokens share a context and do not see each other; all arguments int64 [B, N].
+
+    Args:
+        position: of each token.
+        context: last slot that it sees of what belongs to no group.
+        group: its group; -1: none.
+        causal: it sees its group up to itself; else all of it, as a block that is being denoised.
+    """
+    end = max(starts) + tokens.shape[1]
+    slots = torch.tensor(starts, device=batch.device)[:, None] + batch.span[: tokens.shape[1]]
+    slot = batch.span[:end].expand(len(starts), -1)
+    slot_position = slot.scatter(1, slots, position)
+    slot_group = torch.full_like(slot, -1).scatter(1, slots, group)
+    own = (slot_group[:, None] == group[:, :, None]) & (group >= 0)[:, :, None]
+    if causal:
+        own = own & (slot_position[:, None] <= position[:, :, None])
+    seen = own | ((slot[:, None] <= context[:, :, None]) & (slot_group < 0)[:, None])
+
+    def visible(window: int | None) -> Tensor:
+        return seen if window is None else seen & (slot_position[:, None] > position[:, :, None] - window)
+
+    return batch.forward_places(tokens, starts, position, visible, False if causal else group >= 0)
 
 
 def _verify(batch: Batch, hidden: Tensor, draft: Draft) -> Verdict:
-    """Check drafts against the causal pass over the known token and them: `hidden` [B, k + 1, D]."""
-    logits = batch.next_logits(hidden.flatten(0, 1), _prefixes(batch.rows, draft.tokens))
+    """Check drafts against the causal pass over the known token and them: `hidden` [B, N, D]."""
+    logits = batch.next_logits(hidden.flatten(0, 1), _prefixes(batch.rows, draft, hidden.shape[1]))
     logits = logits.unflatten(0, hidden.shape[:2])
     return _verify_sampled(batch, logits, draft) if batch.config.temperature else _verify_greedy(batch, logits, draft)
 
 
-def _prefixes(rows: list[Row], drafts: Tensor) -> Iterator[tuple[Row, list[int]]]:
-    """For each position of the check its row and the answer up to there; made only if a processor asks."""
-    for row, drafted in zip(rows, drafts.tolist(), strict=True):
-        for count in range(len(drafted) + 1):
-            yield row, row.answer + drafted[:count]
+def _prefixes(rows: list[Row], draft: Draft, width: int) -> Iterator[tuple[Row, list[int]]]:
+    """For each place of the check its row and the answer up to there; made only if a processor asks."""
+    for row, paths in zip(rows, draft.paths, strict=True):
+        answers = [row.answer] * width
+        for path in paths:
+            for count, node in enumerate(path.nodes):
+                answers[node] = row.answer + path.tokens[:count]
+        for answer in answers:
+            yield row, answer
 
 
 def _verify_greedy(batch: Batch, logits: Tensor, draft: Draft) -> Verdict:
-    """Keep drafts as far as they are the AR head's own choice. `logits`: [B, k + 1, V]."""
-    rows, width = logits.shape[:2]
-    chosen, probability = batch.choose(logits.flatten(0, 1), [])
-    chosen = chosen.view(rows, width)
-    agreed = (chosen[:, :-1] == draft.tokens).long().cumprod(1).sum(1).tolist()
-    kept = [min(n, length) for n, length in zip(agreed, draft.lengths, strict=True)]
-    return _verdict(kept, chosen, probability.view(rows, width))
+    """Keep the path that is the AR head's own choice furthest, that far. `logits`: [B, N, V]."""
+    tokens, probabilities = batch.choose(logits.flatten(0, 1), [])
+    shape = logits.shape[:2]
+    verdict = Verdict()
+    for paths, chosen, probability in zip(
+        draft.paths, tokens.view(shape).tolist(), probabilities.view(shape).tolist(), strict=True
+    ):
+        agreed = [_agreed([chosen[node] for node in path.nodes], path.tokens) for path in paths]
+        number = agreed.index(max(agreed))
+        nodes = paths[number].nodes[: agreed[number] + 1]
+        verdict.kept.append(agreed[number])
+        verdict.tokens.append([chosen[node] for node in nodes])
+        verdict.probabilities.append([probability[node] for node in nodes])
+        verdict.paths.append(number)
+    return verdict
+
+
+def _agreed(chosen: list[int], drafts: list[int]) -> int:
+    """How many drafts, from the first on, are what was chosen."""
+    return next((n for n, token in enumerate(drafts) if token != chosen[n]), len(drafts))
 
 
 def _verify_sampled(batch: Batch, logits: Tensor, draft: Draft) -> Verdict:
     """Rejection sampling: what is emitted has the AR distribution, whatever the draft's.
 
-    (Leviathan et al., arXiv 2211.17192, Theorem 1.) `logits`: [B, k + 1, V], filtered as the drafts' were.
+    (Leviathan et al., arXiv 2211.17192, Theorem 1.) Where another path leaves a draft that is rejected, its token
+    is tried next: it was drawn from q without the first one, and is checked against what then is to be drawn from,
+    max(p - q, 0); the same once more, so that the theorem holds for it (as in SpecInfer, arXiv 2305.09781).
+    Behind it that path goes on like the first one. `logits`: [B, N, V], filtered as the drafts' were.
     """
-    target, drafted = logits.softmax(-1), draft.tokens
-    rows, length = drafted.shape
+    target, device = logits.softmax(-1), batch.device
     # Behind a row's last draft nothing was proposed: q = 0 there, so that the head's own distribution remains.
-    proposal = torch.zeros_like(target)
+    proposal = torch.zeros_like(target[:, : draft.tokens.shape[1] + 1])
     if draft.distribution is not None:
-        proposal[:, :length] = draft.distribution
+        proposal[:, :-1] = draft.distribution
         for index, own in enumerate(draft.lengths):
             proposal[index, own:] = 0
-    chances = torch.stack([p[:, :length].gather(-1, drafted.unsqueeze(-1)) for p in (target, proposal)])
-    p, q = chances.squeeze(-1).tolist()
-    kept = [
-        accepted(p[i][:own], q[i][:own], row.draw(own))
-        for i, (row, own) in enumerate(zip(batch.rows, draft.lengths, strict=True))
+    # What a second token is checked against, and what it was drawn from, [branches, V].
+    branches = [(index, path.shared) for index, paths in enumerate(draft.paths) for path in paths[1:]]
+    left = torch.tensor(branches, dtype=torch.int64, device=device).view(-1, 2).unbind(1)
+    rest = residual(target[left], proposal[left])
+    others = without(proposal[left], draft.tokens[left])
+    rest, others = (weights / weights.sum(-1, keepdim=True) for weights in (rest, others))
+    chances = _chances(draft, target, proposal, rest, others)
+
+    verdict, ends, failed = Verdict(), [], []
+    uniform: list[float] = []
+    passed = 0  # branches of the rows before
+    for index, (row, paths) in enumerate(zip(batch.rows, draft.paths, strict=True)):
+        (p, q, confidence), *seconds = [next(chances) for _ in paths]
+        kept, number = accepted(p, q, row.draw(len(p))), 0
+        confidence = confidence[:kept]
+        other = next((n for n, path in enumerate(paths) if n and path.shared == kept), 0)
+        if other:
+            p, q, found = seconds[other - 1]
+            if more := accepted(p, q, row.draw(len(p))):
+                kept, number = kept + more, other
+                confidence += found[:more]
+            else:
+                failed.append((index, passed + other - 1))
+        passed += len(seconds)
+        uniform += row.draw(1)
+        ends.append((index, paths[number].nodes[kept], kept))
+        verdict.kept.append(kept)
+        verdict.tokens.append(paths[number].tokens[:kept])
+        verdict.probabilities.append(confidence)
+        verdict.paths.append(number)
+
+    at, node, position = torch.tensor(ends, device=device).unbind(1)
+    weights = residual(target[at, node], proposal[at, position])
+    if failed:
+        at_failed, branch = torch.tensor(failed, device=device).unbind(1)
+        weights[at_failed] = residual(rest[branch], others[branch])
+    last = draw(weights, torch.tensor(uniform, dtype=torch.float64, device=device))
+    for index, (token, chance) in enumerate(zip(last.tolist(), target[at, node, last].tolist(), strict=True)):
+        verdict.tokens[index].append(token)
+        verdict.probabilities[index].append(chance)
+    return verdict
+
+
+def _chances(
+    draft: Draft, target: Tensor, proposal: Tensor, rest: Tensor, others: Tensor
+) -> Iterator[tuple[list[float], list[float], list[float]]]:
+    """For each path, from where it leaves the first one: p and q of its drafts, and the AR head's probabilities.
+
+    Those are p too, but for the second token, where a path begins: its p is of `rest` and its q of `others`.
+    """
+    places = [
+        (index, path.nodes[count], count, path.tokens[count], number > 0 and count == path.shared)
+        for index, paths in enumerate(draft.paths)
+        for number, path in enumerate(paths)
+        for count in range(path.shared, len(path.tokens))
     ]
-    uniform = torch.tensor([u for row in batch.rows for u in row.draw(1)], dtype=torch.float64)
-    at = torch.arange(rows, device=batch.device), torch.tensor(kept, device=batch.device)
-    last = draw(residual(target[at], proposal[at]), uniform.to(batch.device))
-    emitted = torch.cat([drafted, drafted.new_zeros(rows, 1)], dim=1).index_put(at, last)
-    return _verdict(kept, emitted, target.gather(-1, emitted.unsqueeze(-1)).squeeze(-1))
-
-
-def _verdict(kept: list[int], tokens: Tensor, probabilities: Tensor) -> Verdict:
-    """Cut [B, k + 1] tokens and probabilities behind each row's first token that was not drafted."""
-    gained, found = tokens.tolist(), probabilities.tolist()
-    return Verdict(
-        kept,
-        [line[: n + 1] for line, n in zip(gained, kept, strict=True)],
-        [line[: n + 1] for line, n in zip(found, kept, strict=True)],
-    )
+    columns = torch.tensor(places, dtype=torch.int64, device=target.device).view(-1, 5).unbind(1)
+    row, node, position, token, second = *columns[:4], columns[4].bool()
+    given = target[row, node, token]
+    p = given.masked_scatter(second, rest.gather(1, token[second, None]))
+    q = proposal[row, position, token].masked_scatter(second, others.gather(1, token[second, None]))
+    numbers, low = torch.stack([p, q, given]).tolist(), 0
+    for path in (path for paths in draft.paths for path in paths):
+        part = slice(low, low + len(path.tokens) - path.shared)
+        yield numbers[0][part], numbers[1][part], numbers[2][part]
+        low = part.stop
 
 
 def _emit(batch: Batch, draft: Draft, verdict: Verdict) -> Iterator[Event]:
     """Append what was gained to the answers."""
-    drafts = draft.tokens.tolist()
-    for index, row in enumerate(batch.rows):
-        first = len(row.answer)
-        kept = verdict.kept[index]
-        yield from push(row, verdict.tokens[index], verdict.probabilities[index])
-        for offset in range(kept, draft.lengths[index]):
-            yield Rejected(row.number, first + offset, drafts[index][offset], row.passes)
-        yield BlockFinished(row.number, first, len(row.answer))
+    for index, (row, (main, *others)) in enumerate(zip(batch.rows, draft.paths, strict=True)):
+        first, gained = len(row.answer), verdict.tokens[index]
+        yield from push(row, gained, verdict.probabilities[index])
+        drafted = [*enumerate(main.tokens), *((path.shared, path.tokens[path.shared]) for path in others)]
+        for offset, token in drafted:
+            if offset >= verdict.kept[index] or token != gained[offset]:
+                yield Rejected(row.number, first + offset, token, row.passes)
+        yield BlockFinished(row.number, first, len(row.answer), verdict.paths[index])
 
 
 # ------------------------------------------------------------------------- draft and check in one pass
@@ -276,22 +460,10 @@ def _check_and_draft(batch: Batch, draft: Draft, points: list[list[int]]) -> Ten
     step = batch.span[:block]
     of_groups = (first + point)[:, :, None] + step
     position = torch.cat([first + batch.span[:width], of_groups.flatten(1)], dim=1)
-    # What each token sees: slots up to `context`, and its own group.
     context = torch.cat([position[:, :width], (of_groups[:, :, :1] - 1).expand_as(of_groups).flatten(1)], dim=1)
     group = torch.arange(point.shape[1], device=device).repeat_interleave(block)
     group = torch.cat([group.new_full((width,), -1), group]).expand(rows, -1)
-    end = max(starts) + tokens.shape[1]
-    slots = first + batch.span[: tokens.shape[1]]
-    slot = batch.span[:end].expand(rows, -1)
-    slot_position = slot.scatter(1, slots, position)
-    slot_group = torch.full_like(slot, -1).scatter(1, slots, group)
-    own = (slot_group[:, None] == group[:, :, None]) & (group >= 0)[:, :, None]
-    seen = own | ((slot[:, None] <= context[:, :, None]) & (slot_group < 0)[:, None])
-
-    def visible(window: int | None) -> Tensor:
-        return seen if window is None else seen & (slot_position[:, None] > position[:, :, None] - window)
-
-    return batch.forward_places(tokens, starts, position, visible, group >= 0)
+    return _forward_groups(batch, tokens, starts, position, context, group, causal=False)
 
 
 def _drafted_ahead(batch: Batch, hidden: Tensor, hits: list[int | None]) -> list[_Pending]:

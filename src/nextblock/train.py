@@ -7,7 +7,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,9 +16,10 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, is_bnb_available
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, ProjectConfiguration, is_bnb_available
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from nextblock import schedules
 from nextblock.adapter import DraftAdapter, save_adapter
@@ -38,11 +39,13 @@ from nextblock.config import (
     DataConfig,
     OptimizerConfig,
     UsageError,
+    require,
     stage_configs,
 )
-from nextblock.corruption import corrupt
+from nextblock.corruption import TwoView, corrupt
 from nextblock.data import Rows, RowStream, check_tokens
 from nextblock.feed import Feed, merged
+from nextblock.lora import LoraAdapter
 from nextblock.model import (
     Decoder,
     choose_mask_token,
@@ -55,6 +58,7 @@ from nextblock.model import (
 )
 from nextblock.objective import DraftLoss, TwoViewLoss
 from nextblock.ranks import gather, is_main, join, together
+from nextblock.tracking import LossProfile, peak_flops, peak_memory_gib, run_log, useful_flops
 
 LOG = "log.jsonl"
 RESOLVED_CONFIG = "nextblock.yaml"
@@ -67,6 +71,9 @@ MAY_CHANGE_ON_RESUME = (
     "training.checkpoint",
     "training.fsdp",
     "training.evaluate_rows",
+    "training.evaluate_every",
+    "training.profile_every",
+    "training.trackers",
     "training.compile",
     "training.gradient_checkpointing",
     "model.export_dtype",
@@ -88,6 +95,13 @@ class StepMetrics:
     grad_norm: float
     tokens: int
     step_seconds: float
+    soft_loss: float = math.nan
+    """Mean KL from the clean half's predictions over the masked tokens; NaN without soft targets."""
+    device_tokens_per_second: float = math.nan
+    peak_memory_gib: float = math.nan
+    """Of the main process since it began: allocated on CUDA, resident elsewhere."""
+    mfu: float | None = None
+    """Useful floating-point operations per second over the device's bfloat16 peak, where that is known."""
     stage: str | None = None
 
     @property
@@ -109,14 +123,18 @@ class Run:
     feed: Feed
     mask_token_id: int | None
     output: Path
+    lora: LoraAdapter | None = None
     step: int = 0
+    profile: LossProfile | None = None
     first_step: int = 0  # steps of the stages before this one
     stage: str | None = None
     finished: bool = False
 
     @property
     def trained(self) -> torch.nn.Module:
-        """What has been learned, so what a checkpoint holds: the draft adapter, or the whole model."""
+        """What has been learned, so what a checkpoint holds: LoRA's or the draft adapter's weights, or all."""
+        if self.lora is not None:
+            return self.lora.weights
         return self.decoder.adapter or self.decoder.model
 
     @property
@@ -125,9 +143,22 @@ class Run:
         return self.accelerator.distributed_type == DistributedType.FSDP
 
     @property
+    def peak_flops(self) -> float | None:
+        """The bfloat16 peak that MFU is measured against; None where it is not known or another dtype computes."""
+        low = self.config.training.mixed_precision == "bf16" or self.config.model.dtype == "bfloat16"
+        return peak_flops(self.accelerator.device) if low else None
+
+    def flops(self, view: TwoView) -> float:
+        """Useful floating-point operations of a micro-batch; 0 where nothing is measured against them."""
+        if self.peak_flops is None:
+            return 0.0
+        whole = self.lora is None and self.decoder.adapter is None
+        return useful_flops(self.decoder, view, trained=whole, clean_trained=self.decoder.adapter is None)
+
+    @property
     def settings(self) -> BlockDiffusionSettings | None:
         """What the checkpoint tells a sampler; None after plain AR training (b = 1 to the end)."""
-        if self.mask_token_id is None:
+        if self.mask_token_id is None or not self.config.masks:
             return None
         return BlockDiffusionSettings(
             block_size=self.config.growth.b_max,
@@ -148,8 +179,12 @@ def train_step(run: Run, step: int) -> StepMetrics:
     ar_weight = schedules.ar_weight(step, config)
     rule = block_diffusion_rule(recipe.context, schedules.target_share(step, config))
     rows, global_tokens = next_rows(run)
+    # For adapters with dropout: it must not depend on what ran before, or a resumed run would differ.
+    torch.manual_seed(config.training.seed + 1_000_003 * (run.first_step + step) + run.accelerator.process_index)
 
-    sums = torch.zeros(4, dtype=torch.float64)
+    profiled = (step + 1) % config.training.profile_every == 0
+    run.profile = LossProfile(block_size, run.accelerator.device) if profiled else None
+    sums, flops = torch.zeros(5, dtype=torch.float64), 0.0
     batches = list(micro_batches(run, rows))
     for number, micro in enumerate(batches):
         view = corrupt(
@@ -160,18 +195,22 @@ def train_step(run: Run, step: int) -> StepMetrics:
             recipe=recipe,
             seed=config.training.seed,
             step=run.first_step + step,
-        ).to(run.accelerator.device)
+        )
+        flops += run.flops(view)
+        view = view.to(run.accelerator.device)
         last = number == len(batches) - 1
         with nullcontext() if last else run.accelerator.no_sync(run.loss):
-            losses = run.loss(view, rule, score_ar=ar_weight > 0)
+            losses = run.loss(view, rule, score_ar=ar_weight > 0, soft=recipe.soft_weight > 0, profile=profiled)
             # Data parallelism averages gradients over ranks; the loss is a sum over them.
-            total = losses.total(ar_weight, recipe.views) / global_tokens * run.accelerator.num_processes
-            run.accelerator.backward(total)
-        parts = (losses.diffusion, losses.ar, losses.diffusion_tokens, losses.ar_tokens)
+            total = losses.total(ar_weight, recipe.views, recipe.soft_weight)
+            run.accelerator.backward(total / global_tokens * run.accelerator.num_processes)
+        if run.profile is not None and losses.nats is not None:
+            run.profile.add(view, losses.nats, recipe.prediction == "shifted")
+        parts = (losses.diffusion, losses.ar, losses.diffusion_tokens, losses.ar_tokens, losses.soft)
         sums += torch.stack([part.detach().double() for part in parts]).cpu()
     over_ranks: Any = run.accelerator.reduce(sums.float().to(run.accelerator.device))
-    diffusion, ar, diffusion_tokens, ar_tokens = over_ranks.tolist()
-    loss = (diffusion / recipe.views + ar_weight * ar) / global_tokens
+    diffusion, ar, diffusion_tokens, ar_tokens, soft = over_ranks.tolist()
+    loss = ((diffusion + recipe.soft_weight * soft) / recipe.views + ar_weight * ar) / global_tokens
 
     learning_rate = schedules.learning_rate(step, config.optimizer, config.training.steps)
     for group in run.optimizer.param_groups:
@@ -186,6 +225,7 @@ def train_step(run: Run, step: int) -> StepMetrics:
         )
     run.optimizer.step()
     run.optimizer.zero_grad()
+    seconds, device = time.perf_counter() - start, run.accelerator.device
     return StepMetrics(
         step=run.first_step + step,
         block_size=block_size,
@@ -196,7 +236,11 @@ def train_step(run: Run, step: int) -> StepMetrics:
         learning_rate=learning_rate,
         grad_norm=grad_norm,
         tokens=global_tokens,
-        step_seconds=time.perf_counter() - start,
+        step_seconds=seconds,
+        soft_loss=soft / diffusion_tokens if recipe.soft_weight and diffusion_tokens else math.nan,
+        device_tokens_per_second=global_tokens / seconds / run.accelerator.num_processes,
+        peak_memory_gib=peak_memory_gib(device),
+        mfu=None if run.peak_flops is None else flops / seconds / run.peak_flops,
         stage=run.stage,
     )
 
@@ -220,7 +264,13 @@ def micro_batches(run: Run, rows: Rows) -> Iterator[Rows]:
         yield rows.slice(start, min(start + size, len(rows)))
 
 
-def train(config: AdaptConfig, *, resume: bool = False, on_step: Callable[[StepMetrics], None] | None = None) -> Run:
+def train(
+    config: AdaptConfig,
+    *,
+    resume: bool = False,
+    on_step: Callable[[StepMetrics], None] | None = None,
+    evaluate: Callable[[Run], Mapping[str, Any] | None] | None = None,
+) -> Run:
     """Adapt the parent and leave a Hugging Face folder in `config.output`.
 
     Stages run one after another, each in a folder of its own in `config.output`; the last one's export is the run's.
@@ -229,6 +279,7 @@ def train(config: AdaptConfig, *, resume: bool = False, on_step: Callable[[StepM
         config: checked configuration.
         resume: go on from the newest whole checkpoint in the output folder, if there is one.
         on_step: called on the main process after each step.
+        evaluate: called on every process each `training.evaluate_every` steps; what it returns is logged.
     Returns:
         The run (of the last stage reached), with the trained model in memory. `run.finished` is False when a
         SIGTERM ended it early (a checkpoint was saved).
@@ -237,6 +288,7 @@ def train(config: AdaptConfig, *, resume: bool = False, on_step: Callable[[StepM
     """
     output, main = Path(config.output), is_main()
     stages = stage_configs(config)
+    masks = any(stage.masks for stage in stages)
     with together():
         check_ranks(config)
         if main:
@@ -246,7 +298,7 @@ def train(config: AdaptConfig, *, resume: bool = False, on_step: Callable[[StepM
     first = gather(stage_to_resume(stages) if main and resume else 0)[0]
     for number in range(first, len(stages)):
         before = None if number == 0 else Path(stages[number - 1].output)
-        run = prepare(stages[number], before)
+        run = prepare(stages[number], before, masks=masks)
         run.output, run.first_step = output, sum(stage.training.steps for stage in stages[:number])
         run.stage = config.stages[number].name if config.stages else None
         if before is not None:
@@ -260,7 +312,7 @@ def train(config: AdaptConfig, *, resume: bool = False, on_step: Callable[[StepM
                     yaml.safe_dump(resolved.model_dump(mode="json"), sort_keys=False), encoding="utf-8"
                 )
             trim_log(output / LOG, run.first_step + run.step)
-        run_stage(run, on_step)
+        run_stage(run, on_step, evaluate)
         if run.step < run.config.training.steps:  # SIGTERM
             return run
         run.finished = number == len(stages) - 1
@@ -269,25 +321,33 @@ def train(config: AdaptConfig, *, resume: bool = False, on_step: Callable[[StepM
     return run
 
 
-def run_stage(run: Run, on_step: Callable[[StepMetrics], None] | None) -> None:
+def run_stage(
+    run: Run,
+    on_step: Callable[[StepMetrics], None] | None,
+    evaluate: Callable[[Run], Mapping[str, Any] | None] | None,
+) -> None:
     """All steps of a run without stages, or of one stage, with their log and checkpoints."""
-    config, output, main = run.config, Path(run.config.output), is_main()
+    config, due = run.config, run.config.training.evaluate_every
+    flat_config = _flat(config.model_dump(mode="json"))
     with (
         stop_on_sigterm() as received,
         closing(run.feed),
-        (run.output / LOG if main else Path(os.devnull)).open("a", encoding="utf-8") as log,
+        run_log(run.accelerator, run.output / LOG, flat_config) as write,
     ):
         stop = False
         while run.step < config.training.steps and not stop:
             metrics = train_step(run, run.step)
             run.step += 1
             stop = any(gather(bool(received)))  # a signal to one rank stops all, after the same step
-            log.write(json.dumps(asdict(metrics)) + "\n")
-            log.flush()
-            if on_step and main:
+            write(asdict(metrics))
+            if on_step and is_main():
                 on_step(metrics)
+            if run.profile and (profile := run.profile.record(run.accelerator, metrics.step)):
+                write(profile)
+            if evaluate and due and run.step % due == 0 and (found := evaluate(run)):
+                write({"kind": "evaluation", "step": metrics.step, **found})
             if run.step % config.training.checkpoint_every == 0 or run.step == config.training.steps or stop:
-                save(run, output)
+                save(run, Path(config.output))
 
 
 def stage_to_resume(stages: list[AdaptConfig]) -> int:
@@ -351,6 +411,10 @@ def export_run(run: Run, output: Path) -> None:
     weights = whole_weights(run.decoder.model) if run.is_sharded else None
     if not is_main():
         return
+    if run.lora is not None:
+        run.lora.save(output / "adapter")
+        export(output, merged_model(run, run.lora), run.tokenizer, settings, dtype)
+        return
     if adapter is None:
         export(output, run.decoder.model, run.tokenizer, settings, dtype, weights)
         return
@@ -359,15 +423,32 @@ def export_run(run: Run, output: Path) -> None:
     save_adapter(output, adapter, settings, model.path, parent, dtype or torch.float32)
 
 
-def prepare(config: AdaptConfig, before: Path | None = None) -> Run:
+def merged_model(run: Run, lora: LoraAdapter) -> PreTrainedModel:
+    """The parent with the updates added: the run's own model, or where that is quantized one loaded again, whole."""
+    config = run.config
+    if config.model.quantization is None:
+        return lora.merge()
+    assert config.lora is not None
+    whole = load_parent(config.model.model_copy(update={"quantization": None}), "cpu")
+    if run.mask_token_id is not None:
+        choose_mask_token(whole, parent_tokenizer(config.model), config.model.mask_token)
+    again = LoraAdapter(whole.model, config.lora, run.mask_token_id, config.model.path)
+    again.weights.load_state_dict(lora.weights.state_dict())
+    return again.merge()
+
+
+def prepare(config: AdaptConfig, before: Path | None = None, *, masks: bool | None = None) -> Run:
     """Read data, load and check the parent (or what the stage in the folder `before` has made of it), and hand
     both to accelerate. Writes nothing.
+
+    Args:
+        masks: give the model a mask token, as this or a later stage needs it; None: as this one does.
     """
     accelerator = make_accelerator(config)
     with together():
-        tokenizer, feed, decoder, mask_token_id = load(config, accelerator, before)
-    without_dropout(decoder.model)
-    trained = decoder.adapter or decoder.model
+        loaded = load(config, accelerator, before, masks=config.masks if masks is None else masks)
+    tokenizer, feed, decoder, mask_token_id, lora = loaded
+    trained = lora.weights if lora is not None else decoder.adapter or decoder.model
     trained.requires_grad_(True)
     if config.training.gradient_checkpointing:
         decoder.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -377,7 +458,8 @@ def prepare(config: AdaptConfig, before: Path | None = None) -> Run:
     optimizer = make_optimizer(config.optimizer, trained)
     objective = TwoViewLoss(decoder) if decoder.adapter is None else DraftLoss(decoder)
     loss, optimizer = accelerator.prepare(objective, optimizer)
-    return Run(config, accelerator, tokenizer, decoder, loss, optimizer, feed, mask_token_id, Path(config.output))
+    output = Path(config.output)
+    return Run(config, accelerator, tokenizer, decoder, loss, optimizer, feed, mask_token_id, output, lora)
 
 
 def make_accelerator(config: AdaptConfig) -> Accelerator:
@@ -392,7 +474,12 @@ def make_accelerator(config: AdaptConfig) -> Accelerator:
         plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False
         )
-    accelerator = Accelerator(mixed_precision=config.training.mixed_precision, fsdp_plugin=plugin)
+    accelerator = Accelerator(
+        mixed_precision=config.training.mixed_precision,
+        fsdp_plugin=plugin,
+        log_with=list(config.training.trackers) or None,
+        project_config=ProjectConfiguration(logging_dir=str(Path(config.output) / "trackers")),
+    )
     if plugin is not None and accelerator.distributed_type == DistributedType.MULTI_CPU:
         # accelerate leaves CPU processes to DDP, but FSDP2 runs there as well.
         join().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
@@ -400,6 +487,8 @@ def make_accelerator(config: AdaptConfig) -> Accelerator:
     elif accelerator.distributed_type == DistributedType.MULTI_CPU and os.environ.get("ACCELERATE_USE_FSDP") == "true":
         raise UsageError("accelerate shares out no model on CPU by itself; set training.fsdp=true instead")
     if accelerator.distributed_type == DistributedType.FSDP:
+        if config.lora is not None or config.draft_adapter is not None:
+            raise UsageError("FSDP has no use for lora or a draft adapter, whose weights are small; start without it")
         if not accelerator.is_fsdp2:
             raise UsageError("FSDP 1 is not supported; start with --fsdp_version 2, or set training.fsdp=true")
         if config.training.mixed_precision == "bf16":
@@ -411,9 +500,13 @@ def make_accelerator(config: AdaptConfig) -> Accelerator:
 
 
 def load(
-    config: AdaptConfig, accelerator: Accelerator, before: Path | None = None
-) -> tuple[Any, Feed, Decoder, int | None]:
-    """Tokenizer, data, parent (with its draft adapter) and mask token id, all checked. No communication."""
+    config: AdaptConfig, accelerator: Accelerator, before: Path | None, *, masks: bool
+) -> tuple[Any, Feed, Decoder, int | None, LoraAdapter | None]:
+    """Tokenizer, data, parent (with its draft adapter), mask token id and LoRA, all checked. No communication."""
+    for name in config.training.trackers:
+        require(name, "trackers", f"training.trackers={name}")
+    if config.lora is not None:
+        require("peft", "lora", "lora")
     if config.optimizer.name == "adamw_8bit" and not is_bnb_available():
         raise UsageError("optimizer.name=adamw_8bit needs bitsandbytes; pip install bitsandbytes, or use adamw")
     torch.manual_seed(config.training.seed)  # for a parent that starts from random weights
@@ -447,13 +540,17 @@ def load(
     if config.draft_adapter is not None:
         adapter = DraftAdapter(decoder.model, config.draft_adapter)
         decoder, mask_token_id = Decoder(decoder.model, adapter), adapter.mask_token_id
-    elif config.growth.b_max > 1 or config.recipe.prediction == "aligned":
+    elif masks:
         mask_token_id = choose_mask_token(decoder, tokenizer, model.mask_token)
     else:
         mask_token_id = None
     # Look at the first batch, so that most bad data stops before anything is written.
     check_tokens(feed.peek(), decoder.vocabulary, mask_token_id)
-    return tokenizer, feed, decoder, mask_token_id
+    without_dropout(decoder.model)
+    lora = None
+    if config.lora is not None:
+        lora = LoraAdapter(decoder.model, config.lora, mask_token_id, config.model.path)
+    return tokenizer, feed, decoder, mask_token_id, lora
 
 
 def make_optimizer(options: OptimizerConfig, trained: torch.nn.Module) -> torch.optim.Optimizer:
@@ -519,10 +616,15 @@ def check_output(output: Path, resume: bool) -> None:
 
 
 def trim_log(path: Path, steps: int) -> None:
-    """Drop log lines of steps that will be done again."""
-    if path.is_file():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        path.write_text("".join(lines[:steps]), encoding="utf-8")
+    """Drop log lines of steps that will be done again, and one that a killed run left unfinished."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if not line.endswith("\n") or json.loads(line)["step"] >= steps:
+            break
+        kept.append(line)
+    path.write_text("".join(kept), encoding="utf-8")
 
 
 @contextmanager

@@ -4,5 +4,6 @@
 `contest`   the contestants, and the rounds in which they take turns
 `decoding`  `nextblock bench decode`: transformers' generate against the three modes
 `forwards`  one forward pass of 1, 2, 4, ... positions; random models of real shapes
+`training`  `nextblock bench train`: the training step against the plain way and an AR step
 `figures`   tables and plots
 """

@@ -269,10 +269,11 @@ def peak_memory_gib(device: torch.device, run: Callable[[], Any]) -> float | Non
         run()
         return None
     run()
-    return _high_water_mark_gib()
+    return high_water_mark_gib()
 
 
-def _high_water_mark_gib() -> float | None:
+def high_water_mark_gib() -> float | None:
+    """Most resident memory of this process so far; None where the system cannot tell."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024 / GIB

@@ -83,8 +83,10 @@ def plot_bench(results: Mapping[str, Any]) -> Figure:
     for row, size in zip(axes, batches, strict=False):
         entries = [entry for entry in decode if entry["batch"] == size]
         notes = [f"{entry['speedup']:.2f} ×" for entry in entries]
-        _bars(row[0], entries, "tokens_per_second", notes)
-        _bars(row[1], entries, "tokens_per_forward", [f"{entry['tokens_per_forward']:.2f}" for entry in entries])
+        colours = [COLOURS.get(entry["options"].get("mode"), INK) for entry in entries]
+        _bars(row[0], entries, "tokens_per_second", notes, colours)
+        passes = [f"{entry['tokens_per_forward']:.2f}" for entry in entries]
+        _bars(row[1], entries, "tokens_per_forward", passes, colours)
         row[0].set_xlabel(f"tokens per second, batch {size} (× transformers' generate)", fontsize=9, color=MUTED)
         row[1].set_xlabel("tokens per forward, all forwards counted", fontsize=9, color=MUTED)
         row[1].set_yticklabels([])
@@ -93,14 +95,15 @@ def plot_bench(results: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def _bars(axes: Axes, entries: Sequence[Entry], field: str, notes: Sequence[str]) -> None:
+def _bars(
+    axes: Axes, entries: Sequence[Entry], field: str, notes: Sequence[str], colours: Sequence[str]
+) -> None:  # fmt: skip
     """One horizontal bar for each contestant, the first on top, with a note at its end."""
     values = [entry[field] for entry in entries]
-    colours = [COLOURS.get(entry["options"].get("mode"), INK) for entry in entries]
-    bars = axes.barh(range(len(entries)), values, color=colours, height=0.62)
+    bars = axes.barh(range(len(entries)), values, color=list(colours), height=0.62)
     axes.bar_label(bars, labels=list(notes), padding=3, fontsize=8.5, color=INK)
     axes.set_yticks(range(len(entries)), [entry["name"] for entry in entries], color=INK)
-    axes.set_xlim(0, 1.18 * max(values))
+    axes.set_xlim(0, 1.18 * max(values) or 1)
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
 
@@ -118,6 +121,48 @@ def _forward_panels(row: Sequence[Axes], forwards: Sequence[Entry]) -> None:
         panel.set_xlabel("positions in a pass", fontsize=9, color=MUTED)
         panel.set_ylabel(label, fontsize=9, color=MUTED)
     row[0].legend(fontsize=8.5, frameon=False)
+
+
+# --------------------------------------------------------------------------------------------- training
+
+
+def train_table(results: Mapping[str, Any]) -> Table:
+    """What `bench train` prints: one line for each way to train.
+
+    Args:
+        results: what `bench train` writes as JSON.
+    """
+    rows, length, size = (results[key] for key in ("rows", "row_length", "block_size"))
+    caption = f"{rows} x {length} clean tokens a step, blocks of {size}; memory: {results['memory']}"
+    table = Table(box=SIMPLE_HEAD, caption=caption, caption_justify="left")
+    table.add_column("step")
+    for heading in ("tokens/s", "× plain way", "seconds", "time / AR step", "memory", "/ plain way"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for entry in results["train"]:
+        memory, ratio = entry["peak_memory_gib"], entry["memory_ratio"]
+        table.add_row(
+            entry["name"],
+            f"{entry['tokens_per_second']:,.0f}",
+            f"{entry['speedup']:.2f}",
+            f"{entry['seconds']:.3f}",
+            f"{entry['ar_steps']:.2f}",
+            DASH if memory is None else f"{1024 * memory:,.0f} MiB",
+            DASH if ratio is None else f"{ratio:.2f}",
+        )
+    return table
+
+
+def plot_train(results: Mapping[str, Any]) -> Figure:
+    """Tokens per second and peak memory of each way to train; `results` as for `train_table`."""
+    entries = [{**entry, "mib": 1024 * (entry["peak_memory_gib"] or 0.0)} for entry in results["train"]]
+    figure, axes = canvas(1, 2, 9.0, max(2.4, 0.8 + 0.32 * len(entries)))
+    colours = [ORANGE if entry["name"].startswith("this step") else INK for entry in entries]
+    _bars(axes[0, 0], entries, "tokens_per_second", [f"{entry['speedup']:.2f} ×" for entry in entries], colours)
+    _bars(axes[0, 1], entries, "mib", [f"{entry['mib']:,.0f}" for entry in entries], colours)
+    axes[0, 0].set_xlabel("clean tokens per second (× the plain way)", fontsize=9, color=MUTED)
+    axes[0, 1].set_xlabel("peak memory of a step, MiB", fontsize=9, color=MUTED)
+    axes[0, 1].set_yticklabels([])
+    return figure
 
 
 # ----------------------------------------------------------------------------------------------- tuning

@@ -17,68 +17,40 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from nextblock.batch import Batch, Row
 from nextblock.bench.contest import synchronize
-from nextblock.config import BlockDiffusionSettings, UsageError, nearest, validate
+from nextblock.config import BlockDiffusionSettings, UsageError, validate
 from nextblock.events import Stats
 from nextblock.generate import BlockDiffusionLM
+from nextblock.model import choose_attention
 from nextblock.sampling import DecodingConfig
+from nextblock.shapes import shape_values
 
 POSITIONS = (1, 2, 4, 8, 16, 32, 64, 160)
 REPEATS = 5  # passes of one width in a row; their mean is one measurement
 
-_QWEN3: dict[str, Any] = {
-    "model_type": "qwen3",
-    "vocab_size": 151936,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "max_position_embeddings": 40960,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": True,
-}
-SHAPES: dict[str, dict[str, Any]] = {
-    # config.json of Qwen/Qwen3-0.6B and Qwen/Qwen3-4B
-    "qwen3-0.6b": {
-        **_QWEN3, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16
-    },
-    "qwen3-4b": {
-        **_QWEN3, "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32
-    },
-    # openPangu-Embedded-7B, parent of NBDiff-7B (its configuration's defaults): Llama with biases in attention
-    "nbdiff-7b": {
-        "model_type": "llama",
-        "vocab_size": 153376,
-        "hidden_size": 4096,
-        "intermediate_size": 12800,
-        "num_hidden_layers": 34,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 32768,
-        "rms_norm_eps": 1e-5,
-        "attention_bias": True,
-        "tie_word_embeddings": False,
-    },
-}  # fmt: skip
-
 
 def random_model(
-    shape: str, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    shape: str,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    attention: str = "sdpa",
 ) -> BlockDiffusionLM:
     """A model with random weights, made on the device itself; no tokenizer, blocks of 32, the last id as mask.
 
     Args:
-        shape: a name in `SHAPES`.
+        shape: a name in `shapes.SHAPES`.
         device: None: CUDA if there is one. "meta": shapes without weights.
         dtype: None: float32 on CPU, bfloat16 elsewhere.
+        attention: as in `load_model`.
     Raises:
         UsageError: unknown shape.
     """
-    if shape not in SHAPES:
-        raise UsageError(f"shape '{shape}' is unknown{nearest(shape, list(SHAPES))}")
-    values = dict(SHAPES[shape])
+    values = shape_values(shape)
     config = AutoConfig.for_model(values.pop("model_type"), **values)
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float32 if target.type == "cpu" else torch.bfloat16)
     with target:
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        implementation = choose_attention(config, attention, target)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=implementation)
     settings = BlockDiffusionSettings(block_size=32, mask_token_id=config.vocab_size - 1)
     return BlockDiffusionLM(model.eval(), None, settings)
 

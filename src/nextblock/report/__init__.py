@@ -11,7 +11,7 @@ then left out::
     settings      {"block_size", "mask_token_id", "context", "prediction"}
     training      {"steps": int, "seconds": float, "tokens": int, "growth": [[step, block_size], ...],
                    "stages": [[first step, name], ...]}
-    log           path of log.jsonl relative to results.json; one `train.StepMetrics` a line
+    log           path of log.jsonl relative to results.json: `train.StepMetrics`, and records of other kinds
     bits_per_byte [{"model": "parent" | "adapted", "measure": "AR (exact)" | "diffusion (bound)",
                     "block_size": int | null, "value": float, "bytes": int}]
     decoding      [{"model": "parent" | "adapted", "task": str, "mode": "ar" | "diffusion" | "speculative",
@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from nextblock.config import UsageError
-from nextblock.report.figures import plot_losses, plot_tradeoff
+from nextblock.report.figures import plot_losses, plot_profile, plot_tradeoff
 from nextblock.report.page import decoding_table, findings, render, summary
 
 RESULTS = "results.json"
@@ -48,6 +48,7 @@ __all__ = [
     "findings",
     "load_results",
     "plot_losses",
+    "plot_profile",
     "plot_tradeoff",
     "read_log",
     "render",
@@ -84,9 +85,10 @@ def write_report(results: Mapping[str, Any], folder: Path | str) -> Path:
         UsageError: a line of the log cannot be read; nothing is written then.
     """
     folder = Path(folder)
-    log = read_log(folder / results["log"]) if results.get("log") else []
+    path = folder / results["log"] if results.get("log") else None
+    log, profiles = (read_log(path, kind) if path else [] for kind in (None, "profile"))
     results = _without_nan(results)
-    page = render(results, log)
+    page = render(results, log, profiles)
     folder.mkdir(parents=True, exist_ok=True)
     stored = json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     for name, text in ((RESULTS, stored), (REPORT, page)):
@@ -96,8 +98,12 @@ def write_report(results: Mapping[str, Any], folder: Path | str) -> Path:
     return folder / REPORT
 
 
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The steps of `log.jsonl`, in order; none if there is no such file.
+def read_log(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
+    """The records of one kind in `log.jsonl`, in order; none if there is no such file.
+
+    Args:
+        path: the file.
+        kind: "profile" (`tracking.LossProfile`) or "evaluation" (`adapt.evaluate_midway`); None: the steps.
 
     Raises:
         UsageError: a line is not JSON; the last one may be unfinished, as a killed run leaves it.
@@ -105,14 +111,14 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8").splitlines()
-    steps = []
+    records = []
     for number, line in enumerate(lines, start=1):
         try:
-            steps.append(json.loads(line))
+            records.append(json.loads(line))
         except ValueError as error:
             if number < len(lines):
                 raise UsageError(f"{path}, line {number} is not JSON ({error}); delete the line") from error
-    return steps
+    return [record for record in records if record.get("kind") == kind]
 
 
 def _without_nan(value: Any) -> Any:

@@ -88,10 +88,41 @@ def plot_losses(
     return figure
 
 
-def _legend(figure: Figure, handles: Sequence[Any], left: float) -> None:
+def plot_profile(profiles: Sequence[Entry]) -> Figure:
+    """Diffusion loss by noise level and by offset in the block: one line for each block size, its last profile.
+
+    Args:
+        profiles: records of `tracking.LossProfile`; a bucket without tokens is null.
+    """
+    last = {entry["block_size"]: entry for entry in profiles}
+    figure, axes = _canvas(1, 2, height=3.0)
+    handles = []
+    for rank, size in enumerate(sorted(last), 1):
+        noise, offset = last[size]["loss_by_noise"], last[size]["loss_by_offset"]
+        style: dict[str, Any] = {
+            "color": ORANGE, "alpha": 0.25 + 0.75 * rank / len(last), "linewidth": 0.8 + 1.2 * rank / len(last),
+            "marker": "o", "markersize": 3,
+        }  # fmt: skip
+        # Only buckets that had tokens, joined: small blocks can be masked in few ways.
+        shares = [(100 * (k + 0.5) / len(noise), loss) for k, loss in enumerate(noise) if loss is not None]
+        offsets = [(k * size / len(offset), loss) for k, loss in enumerate(offset) if loss is not None]
+        axes[0, 0].plot(*zip(*shares, strict=True), **style)
+        handles += axes[0, 1].plot(*zip(*offsets, strict=True), label=f"b = {size}", **style)
+    axes[0, 0].set_xlabel("masked share of the block (%)", fontsize=9, color=MUTED)
+    axes[0, 0].set_ylabel("diffusion loss (nats)", fontsize=9, color=MUTED)
+    axes[0, 0].set(xlim=(0, 100))
+    axes[0, 1].set_xlabel("offset in the block (tokens)", fontsize=9, color=MUTED)
+    axes[0, 1].set(xlim=(0, max(last, default=1)), ylim=(0, None))
+    axes[0, 1].tick_params(labelleft=False)
+    figure.subplots_adjust(left=0.075, right=0.985, wspace=0.1, top=0.87, bottom=0.16)
+    _legend(figure, handles, left=0.06, columns=8)
+    return figure
+
+
+def _legend(figure: Figure, handles: Sequence[Any], left: float, columns: int = 4) -> None:
     """The figure's legend, in one line along its upper edge."""
     figure.legend(
-        handles=handles, loc="upper left", bbox_to_anchor=(left, 1.0), ncols=4, fontsize=9, frameon=False,
+        handles=handles, loc="upper left", bbox_to_anchor=(left, 1.0), ncols=columns, fontsize=9, frameon=False,
         labelcolor=INK, handletextpad=0.4, columnspacing=1.4, borderaxespad=0.1,
     )  # fmt: skip
 

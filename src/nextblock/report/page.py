@@ -13,7 +13,7 @@ from rich import box
 from rich.markup import escape as escape_markup
 from rich.table import Table
 
-from nextblock.report.figures import Entry, inline_svg, of_kind, plot_losses, plot_tradeoff, tasks_of
+from nextblock.report.figures import Entry, inline_svg, of_kind, plot_losses, plot_profile, plot_tradeoff, tasks_of
 
 MODES = {"ar": "AR", "diffusion": "diffusion", "speculative": "speculative"}
 SIGNS = {" ": "␣", "\n": "↵", "\t": "⇥", "": "∅"}  # for tokens that would not be seen
@@ -21,12 +21,13 @@ SAME_ACCURACY = 0.01  # a faster setting counts as no worse within this much of 
 DASH = "–"
 
 
-def render(results: Mapping[str, Any], log: Sequence[Entry] = ()) -> str:
-    """The whole report as one HTML page."""
+def render(results: Mapping[str, Any], log: Sequence[Entry] = (), profiles: Sequence[Entry] = ()) -> str:
+    """The whole report as one HTML page; `log` and `profiles` are the records of a run's log."""
     decoding, training = results.get("decoding") or [], results.get("training") or {}
     tiles = "".join(f"<li><b>{escape(head)}</b>{escape(text)}</li>" for head, text in findings(results))
     sections = [
         _training_section(log, training.get("growth"), training.get("stages")),
+        _profile_section(profiles),
         _decoding_section(decoding),
         _bits_per_byte_section(results.get("bits_per_byte") or []),
         _samples_section(results.get("samples") or []),
@@ -206,6 +207,18 @@ def _training_section(
         "With b = 1 there is nothing to denoise, so "
         "only the AR loss is trained; a larger block is harder, so the diffusion loss may rise where the "
         "block grows.</figcaption></figure>"
+    )
+
+
+def _profile_section(profiles: Sequence[Entry]) -> str:
+    if not profiles:
+        return ""
+    svg = inline_svg(plot_profile(profiles), "profile", "Diffusion loss by noise level and by offset in the block")
+    return (
+        f'<figure><div class="scroll">{svg}</div>\n'
+        "<figcaption>Diffusion loss of the masked tokens, at the last step of each block size that the log has a "
+        "profile of. Left: by how much of the block is masked. Right: by the token’s place in the block."
+        "</figcaption></figure>"
     )
 
 

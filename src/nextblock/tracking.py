@@ -1,0 +1,153 @@
+"""What is measured beside the loss: its course over noise and block, speed, memory, MFU; and where it is written.
+
+Letters: B rows, N slots of the noised half, S masked tokens, b block size.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from nextblock.corruption import NOISE_LEVELS, UNSCORED, TwoView
+from nextblock.model import Decoder
+from nextblock.shapes import device_named
+
+PROJECT = "nextblock"
+OFFSETS = 64
+"""Most places of a block that the loss is told apart by; those of a larger block are pooled."""
+
+
+class LossProfile:
+    """Sums of the masked tokens' cross-entropy by noise level of the block and by offset in it.
+
+    Kept on the model's device: nothing is read back before `record`.
+    """
+
+    def __init__(self, block_size: int, device: torch.device) -> None:
+        self.block_size = block_size
+        self.noise = torch.zeros(2, NOISE_LEVELS, device=device)
+        self.offset = torch.zeros(2, min(block_size, OFFSETS), device=device)
+
+    def add(self, view: TwoView, nats: Tensor, shifted: bool) -> None:
+        """Take in a micro-batch: `nats` [S] of its masked tokens, in the order of `view.target`."""
+        n = view.noised_length
+        scored = view.target[:, :n] != UNSCORED
+        offset = (view.places.position - view.places.block_start)[:, :n][scored] + int(shifted)
+        places = self.offset.shape[1]
+        pairs = torch.stack([nats, torch.ones_like(nats)])
+        self.noise.index_add_(1, view.noise[scored], pairs)
+        self.offset.index_add_(1, offset * places // self.block_size, pairs)
+
+    def record(self, accelerator: Accelerator, step: int) -> dict[str, Any] | None:
+        """A log record with means in nats over all ranks' tokens; None where nothing was masked."""
+        over_ranks: list[Any] = [accelerator.reduce(sums) for sums in (self.noise, self.offset)]
+        record: dict[str, Any] = {"kind": "profile", "step": step, "block_size": self.block_size}
+        for name, (sums, counts) in zip(("noise", "offset"), (both.tolist() for both in over_ranks), strict=True):
+            record[f"loss_by_{name}"] = [s / c if c else None for s, c in zip(sums, counts, strict=True)]
+            record[f"tokens_by_{name}"] = [int(c) for c in counts]
+        return record if sum(record["tokens_by_noise"]) else None
+
+
+def useful_flops(decoder: Decoder, view: TwoView, *, trained: bool, clean_trained: bool = True) -> float:
+    """Floating-point operations that training on this view needs at least; padding and recomputing do not count.
+
+    2 for each weight of a linear layer and position, and 4 * width for each layer and pair that may look, forward;
+    as many for the gradient of the activations, and as many for that of the weights.
+
+    Args:
+        decoder: the model.
+        view: a micro-batch, best on the CPU.
+        trained: the model's own weights have gradients; False with adapters.
+        clean_trained: False where the clean half runs without gradient (draft adapter).
+    """
+    config: Any = decoder.model.config
+    head: Any = decoder.model.get_output_embeddings()
+    weights = 0
+    for layer in decoder.model.modules():  # by their sizes: weights in 4 bit have fewer elements
+        if isinstance(layer, nn.Linear) and layer.weight is not head.weight:
+            weights += layer.in_features * layer.out_features
+        elif isinstance(layer, Conv1D):
+            weights += layer.nx * layer.nf
+    width = config.num_attention_heads * (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
+    places, n = view.places, view.noised_length
+    real = places.document >= 0
+    block = int((places.position - places.block_start)[:, :n][real[:, :n]].max()) + 1 if n else 1
+    pairs = torch.where(places.view == 0, places.position + 1, places.block_start + block) * real
+    scored = view.target != UNSCORED
+    total = 0.0
+    for half, differentiated in ((slice(0, n), True), (slice(n, None), clean_trained)):
+        forward = 2.0 * weights * int(real[:, half].sum())
+        forward += 4.0 * width * config.num_hidden_layers * int(pairs[:, half].sum())
+        if differentiated:
+            forward += 2.0 * config.hidden_size * decoder.vocabulary * int(scored[:, half].sum())
+        total += forward * (1 + (1 + int(trained) if differentiated else 0))
+    return total
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The device's bfloat16 peak, where it is known."""
+    if device.type != "cuda":
+        return None
+    found = device_named(torch.cuda.get_device_name(device))
+    return None if found is None or found.tflops is None else found.tflops * 1e12
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory held so far: allocated on a CUDA device, resident in the process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+@contextmanager
+def run_log(
+    accelerator: Accelerator, path: Path, config: Mapping[str, Any]
+) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """A function that appends one record to the log of a run and hands its numbers to the trackers.
+
+    Args:
+        accelerator: with the trackers asked for; they are opened and closed here. Only its main process writes.
+        path: a JSONL file.
+        config: the resolved configuration as dotted keys, for the trackers.
+    """
+    if accelerator.log_with:
+        plain = {k: v if isinstance(v, int | float | str) else str(v) for k, v in config.items()}
+        accelerator.init_trackers(PROJECT, config=plain)
+    with (path if accelerator.is_main_process else Path("/dev/null")).open("a", encoding="utf-8") as log:
+
+        def write(record: Mapping[str, Any]) -> None:
+            log.write(json.dumps(record) + "\n")
+            log.flush()
+            if accelerator.log_with:
+                accelerator.log(scalars(record), step=record["step"])
+
+        try:
+            yield write
+        finally:
+            if accelerator.is_main_process:
+                for tracker in accelerator.trackers:
+                    tracker.finish()
+
+
+def scalars(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record as a tracker takes it: known numbers and texts under one name each, lists entry by entry."""
+    found: dict[str, Any] = {}
+    for key, value in record.items():
+        name = f"{record['kind']}/{key}" if "kind" in record else key
+        if isinstance(value, list | tuple):
+            found |= {f"{name}/{i}": entry for i, entry in enumerate(value)}
+        elif key not in ("kind", "step"):
+            found[name] = value
+    return {k: v for k, v in found.items() if isinstance(v, str) or (v is not None and math.isfinite(v))}

@@ -1,0 +1,232 @@
+"""The plan against the real thing: bytes that torch's allocator handed out, FLOPs that torch counted, real views."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from typer.testing import CliRunner
+
+from layouts import make_rows
+from nextblock.adapter import DraftAdapter
+from nextblock.attention_mask import block_diffusion_rule, to_dense
+from nextblock.cli import app
+from nextblock.config import AdaptConfig, DraftAdapterConfig, UsageError, load_config
+from nextblock.corruption import UNSCORED, corrupt
+from nextblock.model import load_parent
+from nextblock.plan import (
+    GIB,
+    USABLE,
+    attention_pairs,
+    count_parameters,
+    largest_row,
+    model_shape,
+    noised_tokens,
+    plan,
+    run_flops,
+    scored_tokens,
+    step_flops,
+    step_memory,
+)
+from nextblock.shapes import shape_values
+from nextblock.train import prepare, train_step
+
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+}
+SHAPES = {
+    "many layers": {**LLAMA, "num_hidden_layers": 8},
+    "a large vocabulary": {**LLAMA, "vocab_size": 40_000, "hidden_size": 32, "tie_word_embeddings": True},
+    "wide, of another family": {**LLAMA, "model_type": "qwen3", "head_dim": 16, "intermediate_size": 512},
+}
+
+
+def config_of(shape: dict[str, Any] | None, folder: Path, **overrides: Any) -> AdaptConfig:
+    """A run over one long text, so that rows are full and noised blocks whole."""
+    (folder / "long.txt").write_text(" ".join(f"{n} and {n + 1} are {2 * n + 1}." for n in range(2000)))
+    values = {
+        "model": {"scratch": shape, "tokenizer": "bytes", "path": "tiny-ar"},
+        "data": {"sources": [{"path": str(folder / "long.txt")}], "row_length": 256, "held_out": 0.0},
+        "growth": {"b_0": 16, "b_max": 16},
+        "training": {"steps": 3, "batch_rows": 4},
+    }
+    return load_config(values, {key.replace("__", "."): value for key, value in overrides.items()})
+
+
+def measured_peak(config: AdaptConfig) -> int:
+    """Bytes held at the peak of a second step: of weights and optimizer, and of what torch's CPU allocator handed out.
+
+    The profiler records every allocation and release of the allocator itself, so the inside of kernels too.
+    """
+    run = prepare(config)
+    train_step(run, 0)
+    tensors = [*run.decoder.model.parameters(), *(run.trained.parameters() if run.decoder.adapter else ())]
+    tensors += [v for state in run.optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
+    held = sum(t.numel() * t.element_size() for t in tensors)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        train_step(run, 1)
+    recorded: Any = profile.profiler
+    events = [e for e in recorded.kineto_results.events() if e.name() == "[memory]"]
+    most = now = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return held + most
+
+
+CASES = [(name, {}) for name in SHAPES] + [
+    ("many layers", {"training__gradient_checkpointing": True}),
+    ("many layers", {"training__micro_batch_rows": 1}),
+    ("a large vocabulary", {"recipe__views": 2, "recipe__complementary": True}),
+    ("wide, of another family", {"growth__b_0": 1, "growth__b_max": 1}),
+]
+
+
+@pytest.mark.parametrize(("name", "overrides"), CASES)
+def test_planned_memory_is_within_15_per_cent_of_the_measured_peak(name, overrides, tmp_path):
+    config = config_of(SHAPES[name], tmp_path, **overrides)
+    planned = sum(step_memory(config, model_shape(config.model), device="cpu").values())
+    assert planned == pytest.approx(measured_peak(config), rel=0.15)
+
+
+def test_planned_memory_of_a_draft_adapter_is_within_15_per_cent_of_the_measured_peak(tmp_path):
+    config = config_of(None, tmp_path, draft_adapter={"rank": 8}, training__batch_rows=2)
+    planned = sum(step_memory(config, model_shape(config.model), device="cpu").values())
+    assert planned == pytest.approx(measured_peak(config), rel=0.15)
+
+
+# ------------------------------------------------------------------------------------ tokens and FLOPs
+
+
+@pytest.mark.parametrize("recipe", [{}, {"views": 2, "complementary": True}, {"prediction": "aligned"}])
+def test_expected_noised_tokens_and_pairs_are_those_of_real_views(recipe, tmp_path):
+    overrides = {f"recipe__{key}": value for key, value in recipe.items()}
+    config = config_of(LLAMA, tmp_path, recipe__fill_last_block=False, **overrides)
+    rows = make_rows([[[256]]] * 200, 256)
+    view = corrupt(rows, 16, mask_token_id=96, end_token_id=None, recipe=config.recipe, seed=0, step=0)
+    real = (view.places.view > 0) & (view.places.document >= 0)
+    expected = noised_tokens(config, 16, 256)
+    assert float(real.sum()) / 200 == pytest.approx(expected, rel=0.02)
+    scored = (view.target[:, : view.noised_length] != UNSCORED).sum()
+    assert float(scored) / 200 == pytest.approx(scored_tokens(config, 16, 256), rel=0.03)
+    mask = to_dense(block_diffusion_rule(), view.places)[:, 0]
+    clean, noised = attention_pairs(expected, 256, 16)
+    assert float(mask[:, view.noised_length :].sum()) / 200 == clean
+    assert float((mask & real.unsqueeze(-1)).sum()) / 200 == pytest.approx(noised, rel=0.03)
+
+
+def test_multiply_adds_of_the_linear_layers_are_those_that_torch_counts(tmp_path):
+    config = config_of(LLAMA, tmp_path)
+    counts = count_parameters(config, model_shape(config.model))
+    decoder = load_parent(config.model, "cpu")
+    tokens = torch.zeros(2, 50, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter:
+        decoder.hidden(tokens, torch.arange(50).expand(2, -1), None)
+    counted = sum(n for name, n in counter.get_flop_counts()["Global"].items() if "mm" in str(name))
+    assert counted == 2 * counts.linear * tokens.numel()
+
+
+def test_full_training_is_three_forward_passes_and_a_drafts_clean_half_is_one(tmp_path):
+    full, draft = config_of(LLAMA, tmp_path), config_of(None, tmp_path, draft_adapter={"rank": 1})
+    shape = model_shape(draft.model)
+    ours, theirs = (step_flops(c, shape, count_parameters(c, shape), 16) for c in (full, draft))
+    assert ours.clean == 3 * theirs.clean
+    assert theirs.noised < ours.noised
+    assert ours.recomputed == 0
+    again = config_of(LLAMA, tmp_path, training__gradient_checkpointing=True)
+    assert step_flops(again, shape, count_parameters(again, shape), 16).recomputed == pytest.approx(
+        (ours.clean + ours.noised) / 3
+    )
+
+
+def test_a_run_is_its_steps_each_at_its_own_block_size(tmp_path):
+    config = config_of(LLAMA, tmp_path, growth__b_0=1, growth__delta=3, growth__r=4, training__steps=10)
+    shape = model_shape(config.model)
+    counts = count_parameters(config, shape)
+    one, four, sixteen = (step_flops(config, shape, counts, size).useful for size in (1, 4, 16))
+    assert run_flops(config, shape, counts) == pytest.approx(3 * one + 3 * four + 4 * sixteen)
+
+
+# ------------------------------------------------------------------------------------------- the plan
+
+
+def test_an_adapters_share_is_its_real_size(tmp_path):
+    config = config_of(None, tmp_path, draft_adapter={"rank": 8})
+    decoder = load_parent(config.model, "cpu")
+    parent = sum(p.numel() for p in decoder.model.parameters())
+    adapter = DraftAdapter(decoder.model, DraftAdapterConfig(rank=8))
+    found = plan(config, device="cpu")
+    assert found.trained_parameters == sum(p.numel() for p in adapter.parameters())
+    assert found.trained_share == found.trained_parameters / parent
+
+
+def test_the_longest_row_fits_and_a_longer_one_does_not(tmp_path):
+    config = config_of({**LLAMA, "max_position_embeddings": 2**20}, tmp_path, training__batch_rows=1)
+    shape = model_shape(config.model)
+
+    def size(length: int) -> int:
+        return sum(step_memory(config, shape, device="l4", row_length=length).values())
+
+    found = largest_row(config, shape, "l4", 1, 1, size(256))
+    assert found is not None
+    assert found % 16 == 0
+    assert size(found) <= USABLE * 22.5 * GIB < size(int(1.05 * found) // 16 * 16)
+
+
+def test_sharding_divides_what_lasts_and_ddp_adds_its_buckets(tmp_path):
+    config = config_of(LLAMA, tmp_path)
+    shape = model_shape(config.model)
+    one, ddp, fsdp = (
+        step_memory(config, shape, device="h100", devices=n, sharding=s) for n, s in ((1, 1), (4, 1), (4, 4))
+    )
+    assert ddp["ddp buckets"] == one["weights"] - _buffers(one, config)
+    assert fsdp["optimizer"] == one["optimizer"] / 4
+    assert fsdp["activations"] < one["activations"]  # a quarter of the rows
+
+
+def _buffers(kinds: dict[str, int], config: AdaptConfig) -> int:
+    """What is held beside the parameters."""
+    return kinds["weights"] - 4 * count_parameters(config, model_shape(config.model)).parent
+
+
+def test_a_known_hub_id_needs_no_network_and_an_unknown_one_is_refused(tmp_path):
+    known = config_of(None, tmp_path, model__path="Qwen/Qwen3-8B-Base", model__tokenizer=None)
+    assert model_shape(known.model).hidden_size == shape_values("qwen3-8b")["hidden_size"]
+    with pytest.raises(UsageError, match="not on this machine and its shape is not among those known"):
+        model_shape(config_of(None, tmp_path, model__path="someone/else").model)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--gpu", "h10"], "did you mean 'h100'"),
+        (["--parallel", "fsdp"], "did you mean 'fsdp2'"),
+        (["--gpus", "3"], "training.batch_rows=4 does not divide over 3 devices; use 3"),
+        (["--mfu", "40"], "mfu=40.0 is a share of the peak"),
+        (["--data.row_length", "4096"], "data.row_length=4096 is over the model's 2048 positions"),
+    ],
+)
+def test_the_command_refuses_bad_input(options, message):
+    result = CliRunner().invoke(app, ["plan", "smoke", *options])
+    assert isinstance(result.exception, UsageError)
+    assert message in str(result.exception)
+
+
+def test_the_command_prints_the_plan_as_json():
+    result = CliRunner().invoke(app, ["plan", "smoke", "--gpu", "l4", "--json"], catch_exceptions=False)
+    found = json.loads(result.stdout)
+    assert found["peak_bytes"] == sum(found["memory"].values())
+    assert found["fits"]
+    assert found["largest_row"] == 2048
+    assert found["device_hours"] == pytest.approx(found["seconds"] / 3600)
