@@ -10,7 +10,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from nextblock.config import AdaptConfig, BlockDiffusionSettings, Section, UsageError, load_config
+from nextblock.config import AdaptConfig, BlockDiffusionSettings, Section, Stage, UsageError, load_config
 from nextblock.sampling import DecodingConfig
 
 HEAD = """# Configuration
@@ -81,10 +81,12 @@ def page() -> str:
     """The whole page as Markdown."""
     parts = [HEAD]
     for name, field in AdaptConfig.model_fields.items():
-        inner = _section(field.annotation, *get_args(field.annotation))  # None or a section is one, too
+        # None or a section is one, too; that of `stages`, a list, comes below
+        inner = _section(field.annotation, *([] if name == "stages" else get_args(field.annotation)))
         if inner is not None:
             parts += _table(inner, f"{name}.", f"## `{name}`\n\n{_summary(inner)}")
     parts.append("## Top level\n\n" + _row_head() + _row("AdaptConfig", "output", AdaptConfig.model_fields["output"]))
+    parts += _table(Stage, "stages.N.", f"## `stages`\n\n{_summary(Stage)} See [distributed](distributed.md#stages).")
     parts.append("\n".join([REFUSED_HEAD, *map(_refused, CONTRADICTIONS)]))
     parts += _table(BlockDiffusionSettings, "", SETTINGS_HEAD)
     parts += _table(DecodingConfig, "", DECODING_HEAD, none="None")

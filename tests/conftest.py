@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import multiprocessing
 import os
+from pathlib import Path
+from typing import Any
 
 # Before transformers is imported: nothing in the tests may reach the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -17,6 +21,8 @@ from families import FAMILIES, tiny_model
 
 # Models here are tiny: more threads cost more than they give, and sums keep one order.
 torch.set_num_threads(1)
+
+VOCABULARY = 260  # the byte tokenizer's 257 and three unused rows
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -51,3 +57,22 @@ def family_model(family: str) -> PreTrainedModel:
 def llama() -> PreTrainedModel:
     """A fresh tiny random Llama, for laws that do not depend on the family."""
     return tiny_model("llama")
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory) -> Path:
+    """A folder with a tiny Llama parent and a corpus of short sums."""
+    folder = tmp_path_factory.mktemp("parent")
+    tiny_model("llama", vocab_size=VOCABULARY, std=0.08).save_pretrained(folder / "llama")
+    texts = [f"{a} plus {b} is {a + b}." for a in range(12) for b in range(12)]
+    lines = [json.dumps({"text": text}) for text in texts]
+    (folder / "sums.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def processes() -> Any:
+    """Starts real processes quickly: a server that has imported everything forks them."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["nextblock.adapt", "test_train"])
+    return context

@@ -61,6 +61,30 @@ def test_the_last_n_checkpoints_are_kept(tmp_path):
     assert [folder.name for folder in list_checkpoints(tmp_path)] == ["step-00000015", "step-00000100"]
 
 
+def test_those_of_every_mth_step_are_kept_for_good(tmp_path):
+    for step in range(2, 22, 2):
+        save_checkpoint(tmp_path, step, *trained(step), {}, keep=2, keep_every=6)
+    assert [int(folder.name[5:]) for folder in list_checkpoints(tmp_path)] == [6, 12, 18, 20]
+
+
+def test_a_sharded_checkpoint_comes_back_bit_for_bit_and_its_damage_is_named(tmp_path):
+    model, optimizer = trained(0)
+    write(tmp_path, 5)
+    folder = save_checkpoint(tmp_path, 7, model, optimizer, {"stream": {"taken": 3}}, keep=2, sharded=True)
+    other, other_optimizer = trained(1)
+    assert load_checkpoint(folder, other, other_optimizer) == {"step": 7, "stream": {"taken": 3}}
+    for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(values_of(optimizer), values_of(other_optimizer), strict=True):
+        assert torch.equal(a, b)
+    (part,) = folder.glob("*.distcp")
+    part.write_bytes(part.read_bytes()[:-1])
+    found, said = newest_whole_checkpoint(tmp_path)
+    assert found is not None
+    assert found.name == "step-00000005"
+    assert part.name in said[0]
+
+
 def test_a_step_written_again_replaces_the_old_one(tmp_path):
     write(tmp_path, 5, state={"try": 1})
     folder = write(tmp_path, 5, state={"try": 2})
@@ -108,7 +132,7 @@ def test_a_damaged_later_checkpoint_does_not_push_out_the_whole_ones(tmp_path):
     assert newest_whole_checkpoint(tmp_path) == (whole, [])
 
 
-@pytest.mark.parametrize("stage", ["save_model", "torch.save", "_digest", "_flush", "os.replace"])
+@pytest.mark.parametrize("stage", ["save_file", "torch.save", "_digest", "_flush", "os.replace"])
 def test_a_save_that_stops_half_way_leaves_the_earlier_checkpoint_the_newest(tmp_path, monkeypatch, stage):
     before = write(tmp_path, 5)
 

@@ -16,12 +16,13 @@ from torch import Tensor
 
 from nextblock import schedules
 from nextblock.attention_mask import block_diffusion_rule
-from nextblock.config import AdaptConfig, UsageError, load_config
+from nextblock.config import AdaptConfig, UsageError, load_config, stage_configs
 from nextblock.corruption import corrupt
 from nextblock.data import Rows, RowStream
 from nextblock.evaluate import BitsPerByte, bits_per_byte
 from nextblock.generate import BlockDiffusionLM
 from nextblock.model import Decoder, load_model
+from nextblock.ranks import gather, is_main
 from nextblock.report import read_log, write_report
 from nextblock.request import GenerateOptions
 from nextblock.train import LOG, Run, StepMetrics, train
@@ -72,11 +73,13 @@ def adapt(
         config = load_config(config, overrides)
     say = on_stage or (lambda words: None)
     say("reading data and model")
-    rows: Rows | None = None
+    held_out: dict[str, Rows | None] = {}  # of each stage
 
     def evaluate(run: Run) -> Mapping[str, Any] | None:
-        nonlocal rows
-        rows = rows or held_out_rows(run)
+        stage = run.config.output
+        if stage not in held_out:  # one rank reads, so that all take part or none
+            held_out[stage] = gather(held_out_rows(run) if is_main() else None)[0]
+        rows = held_out[stage]
         record = None if rows is None else evaluate_midway(run, rows)
         if record and on_evaluation and run.accelerator.is_main_process:
             on_evaluation(record)
@@ -84,24 +87,28 @@ def adapt(
 
     run = train(config, resume=resume, on_step=on_step, evaluate=evaluate)
     output = Path(config.output)
-    finished = run.step >= config.training.steps
-    if not finished or not run.accelerator.is_main_process:
-        return RunResult(output, finished, run.step, {})
-    results = describe(run)
+    steps = run.first_step + run.step
+    if not run.finished or not run.accelerator.is_main_process:
+        return RunResult(output, run.finished, steps, {})
+    results = describe(run, config)
     if config.training.evaluate_rows:
         say("measuring held-out bits per byte")
         results["bits_per_byte"] = held_out_bits(run)
     write_report(results, output)
-    return RunResult(output, True, run.step, results)
+    return RunResult(output, True, steps, results)
 
 
-def describe(run: Run) -> dict[str, Any]:
+def describe(run: Run, config: AdaptConfig) -> dict[str, Any]:
     """The part of `results.json` that is known without measuring anything."""
-    config = run.config
+    growth, borders, first = [], [], 0
+    for number, stage in enumerate(stage_configs(config)):
+        growth += [[first + step, size] for step, size in schedules.growth_steps(stage.growth, stage.training.steps)]
+        borders += [[first, named.name] for named in config.stages[number : number + 1]]
+        first += stage.training.steps
     steps = read_log(Path(config.output) / LOG)
     return {
         "title": f"{config.model.path if config.model.scratch is None else 'A model from scratch'}, "
-        f"adapted to blocks of {config.growth.b_max}",
+        f"adapted to blocks of {run.config.growth.b_max}",
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": f"nextblock adapt {Path(config.output) / 'nextblock.yaml'}",
         "environment": environment(run.accelerator.device),
@@ -111,10 +118,11 @@ def describe(run: Run) -> dict[str, Any]:
         },
         "settings": run.settings.model_dump() if run.settings else None,
         "training": {
-            "steps": run.step,
+            "steps": first,
             "seconds": sum(step["step_seconds"] for step in steps),
             "tokens": sum(step["tokens"] for step in steps),
-            "growth": [list(change) for change in schedules.growth_steps(config.growth, config.training.steps)],
+            "growth": growth,
+            "stages": borders,
         },
         "log": LOG,
     }
@@ -179,7 +187,12 @@ def evaluate_midway(run: Run, rows: Rows) -> dict[str, Any]:
         options["mode"] = "ar"
     else:
         options |= {"mode": "diffusion", "threshold": None, "steps": STEPS_PER_BLOCK}
+    sharded: Any = objective if run.is_sharded else None
+    if sharded is not None:  # embedding and head, which layers do not gather as they do their own
+        sharded.unshard()
     out = lm.generate(prompt[None], **options)
+    if sharded is not None:
+        sharded.reshard()
     for module, mode in modes.items():
         module.training = mode
     return {
@@ -212,5 +225,7 @@ def held_out_bits(run: Run) -> list[dict[str, Any]]:
             found += [("parent", measure) for measure in bits_per_byte(parent, run.tokenizer, rows)]
     run.loss.eval()
     decoder = run.decoder
+    if run.is_sharded:  # only this rank measures, and it holds a part of the weights
+        decoder = Decoder(load_model(run.output, dtype=decoder.model.dtype, attention="auto"))
     found += [("adapted", measure) for measure in bits_per_byte(decoder, run.tokenizer, rows, run.settings)]
     return [{"model": model, **asdict(measure)} for model, measure in found]

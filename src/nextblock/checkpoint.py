@@ -6,19 +6,24 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_model, save_model
-from torch import nn
+from accelerate.utils import recursively_apply
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from nextblock.config import BlockDiffusionSettings, UsageError
+from nextblock.ranks import is_main, together
 
-MANIFEST = "manifest.json"
+MANIFEST, WEIGHTS, OPTIMIZER = "manifest.json", "model.safetensors", "optimizer.pt"
 CHECKPOINTS = "checkpoints"
 
 CUSTOM_GENERATE_SOURCE = '''"""Block-diffusion decoding of this checkpoint, where the nextblock package is installed.
@@ -43,44 +48,82 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     state: Mapping[str, Any],
     keep: int,
+    *,
+    keep_every: int | None = None,
+    sharded: bool = False,
 ) -> Path:
-    """Write weights, optimizer and state after `step` steps, complete or not at all; keep the last `keep`.
+    """Write weights, optimizer and state after `step` steps, complete or not at all; all ranks call it together.
 
     Everything goes into a temporary folder with a manifest of sizes and digests, is flushed to disk, and
     appears under its name by one rename.
 
+    Args:
+        state: JSON-serialisable; rank 0's counts.
+        keep: how many of the newest to keep.
+        keep_every: keep those whose step is a multiple of this as well.
+        sharded: each rank writes its part (torch.distributed.checkpoint), in a folder that all must see;
+            else rank 0 gathers and writes everything.
     Raises:
         UsageError: the disk is full or cannot be written; earlier checkpoints are left as they are.
     """
     folder = output / CHECKPOINTS / f"step-{step:08d}"
     partial = folder.with_name(f".partial-{folder.name}")
+    main = is_main()
+    whole = None if sharded else (whole_weights(model), gathered(optimizer.state_dict()))
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        save_model(model, str(partial / "model.safetensors"))
-        torch.save(optimizer.state_dict(), partial / "optimizer.pt")
-        (partial / "state.json").write_text(json.dumps({"step": step, **state}), encoding="utf-8")
-        digests = {file.name: _digest(file) for file in sorted(partial.iterdir())}
-        (partial / MANIFEST).write_text(json.dumps(digests), encoding="utf-8")
-        for file in partial.iterdir():
-            _flush(file)
-        if folder.exists():  # the same step written again after a resume
-            shutil.rmtree(folder)
-        os.replace(partial, folder)
-        _flush(folder.parent)
-    # A full disk is an OSError for Python, a SafetensorError or a RuntimeError for the libraries that write.
-    except (OSError, SafetensorError, RuntimeError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        reason = (getattr(error, "strerror", None) or str(error)).strip().splitlines()[0]
+        with together(), _named_failure(folder):
+            if main:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+        with together(), _named_failure(folder):
+            if sharded:
+                save_shards(partial, model, optimizer)
+            elif main and whole is not None:
+                save_file(whole[0], partial / WEIGHTS)
+                torch.save(whole[1], partial / OPTIMIZER)
+        with together(), _named_failure(folder):
+            if main:
+                (partial / "state.json").write_text(json.dumps({"step": step, **state}), encoding="utf-8")
+                digests = {file.name: _digest(file) for file in sorted(partial.iterdir())}
+                (partial / MANIFEST).write_text(json.dumps(digests), encoding="utf-8")
+                for file in partial.iterdir():
+                    _flush(file)
+                if folder.exists():  # the same step written again after a resume
+                    shutil.rmtree(folder)
+                os.replace(partial, folder)
+                _flush(folder.parent)
+    except UsageError:
+        if main:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if main:
+        for old in _superseded(list_checkpoints(output), folder, keep, keep_every):
+            shutil.rmtree(old, ignore_errors=True)
+    return folder
+
+
+@contextmanager
+def _named_failure(folder: Path) -> Iterator[None]:
+    """What stops a write, in one line."""
+    try:
+        yield
+    # A full disk is an OSError for Python, and something else for each library that writes.
+    except (OSError, SafetensorError, RuntimeError, CheckpointException) as error:
+        inner = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        reason = (getattr(inner, "strerror", None) or str(inner)).strip().splitlines()[0]
         raise UsageError(
             f"cannot write checkpoint {folder}: {reason}; free space and resume with --resume auto"
         ) from None
-    kept = list_checkpoints(output)
+
+
+def _superseded(found: list[Path], newest: Path, keep: int, keep_every: int | None) -> list[Path]:
+    """The checkpoints to delete once `newest` is written."""
     # Later ones are damaged, else the run would have gone on from them; they must not count as kept.
-    stale = [other for other in kept if other > folder]
-    for old in [*kept[: -keep - len(stale)], *stale]:
-        shutil.rmtree(old, ignore_errors=True)
-    return folder
+    stale = [folder for folder in found if folder > newest]
+    old = [folder for folder in found if folder <= newest][:-keep]
+    if keep_every is not None:
+        old = [folder for folder in old if int(folder.name.removeprefix("step-")) % keep_every]
+    return old + stale
 
 
 def list_checkpoints(output: Path) -> list[Path]:
@@ -100,10 +143,76 @@ def newest_whole_checkpoint(output: Path) -> tuple[Path | None, list[str]]:
 
 
 def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Read weights and optimizer back in place; returns the saved state with its `step`."""
-    load_model(model, str(folder / "model.safetensors"))
-    optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))
+    """Read weights and optimizer back in place, on as many ranks as there are; returns the state with its `step`."""
+    load_weights(folder, model)
+    load_optimizer(folder, model, optimizer)
     return json.loads((folder / "state.json").read_text(encoding="utf-8"))
+
+
+def load_weights(folder: Path, model: nn.Module) -> None:
+    """Read a checkpoint's weights in place. Ranks need not call it together."""
+    own = model.state_dict()
+    if not (folder / WEIGHTS).exists():
+        from torch.distributed import checkpoint as parts
+
+        parts.load({"model": own}, checkpoint_id=folder, no_dist=True)
+        return
+    with safe_open(str(folder / WEIGHTS), framework="pt") as file, torch.no_grad():
+        for name in list(file.keys()):
+            own[name].copy_(_placed(file.get_tensor(name), own[name]))
+
+
+def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Read a checkpoint's optimizer state in place; of sharded checkpoints, all ranks together."""
+    if not (folder / OPTIMIZER).exists():
+        from torch.distributed import checkpoint as parts
+        from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+        moments = get_optimizer_state_dict(model, optimizer)
+        parts.load({"optimizer": moments}, checkpoint_id=folder)
+        set_optimizer_state_dict(model, optimizer, optim_state_dict=moments)
+        return
+    saved = torch.load(folder / OPTIMIZER, weights_only=True, map_location="cpu", mmap=True)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for number, values in saved["state"].items():
+        for name, value in values.items():
+            if isinstance(value, Tensor) and value.shape == parameters[number].shape:
+                values[name] = _placed(value, parameters[number])
+    optimizer.load_state_dict(saved)
+
+
+def whole_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and saved buffers on the CPU of rank 0, tied ones once; all ranks call it together."""
+    once = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    found = gathered({name: value for name, value in model.state_dict().items() if name in once})
+    return {name: value.contiguous() for name, value in found.items() if value is not None}
+
+
+def gathered(values: Any) -> Any:
+    """Nested dicts and lists with every tensor whole and on the CPU; None for each, but on rank 0."""
+
+    def whole(tensor: Tensor) -> Tensor | None:
+        # A copy: what the collective returns is a promise of a tensor, without storage that could be written.
+        tensor = tensor.full_tensor().clone() if isinstance(tensor, DTensor) else tensor
+        return tensor.detach().cpu() if is_main() else None
+
+    return recursively_apply(whole, values)
+
+
+def _placed(value: Tensor, like: Tensor) -> Tensor:
+    """This rank's part of a whole tensor, where `like` is sharded; else the tensor."""
+    if not isinstance(like, DTensor):
+        return value
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def save_shards(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Write this rank's part of weights and optimizer."""
+    from torch.distributed import checkpoint as parts
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    weights, moments = get_state_dict(model, optimizer)
+    parts.save({"model": weights, "optimizer": moments}, checkpoint_id=folder)
 
 
 def export(
@@ -112,6 +221,7 @@ def export(
     tokenizer: Any,
     settings: BlockDiffusionSettings | None,
     dtype: torch.dtype | None = None,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write an ordinary Hugging Face folder of the parent's architecture, with the block_diffusion section.
 
@@ -119,6 +229,7 @@ def export(
         settings: None for a model that stays autoregressive.
         folder: made if missing; files of an earlier export are replaced.
         dtype: of the weights on disk; None: the model's.
+        weights: to write in place of the model's own, which may be spread over ranks.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if settings is not None:
@@ -139,11 +250,11 @@ def export(
         tokenizer.save_pretrained(folder)
     model.generation_config = generation
     if dtype is None or dtype == model.dtype:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=weights)
         return
     cast: dict[tuple[int, torch.Size], torch.Tensor] = {}  # by address: tied weights stay one tensor
     state = {}
-    for name, value in model.state_dict().items():
+    for name, value in (weights or model.state_dict()).items():
         rounded = value.to(dtype) if value.is_floating_point() else value
         state[name] = cast.setdefault((value.data_ptr(), value.shape), rounded)
     model.save_pretrained(folder, state_dict=state)

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -63,7 +64,8 @@ def main() -> None:
     try:
         app()
     except UsageError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # the processes of one run fail together: one line is enough
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -115,18 +117,23 @@ def adapt(
         overrides["output"] = output
     if resume not in (None, "auto"):
         raise UsageError(f"--resume {resume}: the one value is auto; --output names the folder")
-    path = find_config(config)
 
     from transformers.utils.logging import disable_progress_bar
 
     from nextblock.adapt import adapt as run
-    from nextblock.config import load_config
+    from nextblock.config import load_config, stage_configs
     from nextblock.live import TrainingBar
+    from nextblock.ranks import is_main, together
 
     disable_progress_bar()
-    checked = load_config(path, overrides)
-    with TrainingBar(checked.training.steps) as bar:
-        result = run(checked, resume=resume == "auto", on_step=bar.update, on_evaluation=bar.evaluated)
+    with together():  # a file may be missing on one machine
+        checked = load_config(find_config(config), overrides)
+    steps = sum(stage.training.steps for stage in stage_configs(checked))
+    with TrainingBar(steps) if is_main() else nullcontext() as bar:
+        options = {"on_step": bar.update, "on_evaluation": bar.evaluated} if bar else {}
+        result = run(checked, resume=resume == "auto", **options)
+    if not is_main():
+        return
     if not result.finished:
         print(f"stopped at step {result.steps}; go on with --resume auto", file=sys.stderr)
         return

@@ -69,6 +69,10 @@ class ModelConfig(Section):
         description="mask token id or text; default: the tokenizer's, else an unused row, else a new one",
     )
     trust_remote_code: bool = Field(default=False, description="run model code that comes with the checkpoint")
+    override: dict[str, Any] = Field(
+        default_factory=dict,
+        description="values of the Hugging Face config to replace: max_position_embeddings, rope_parameters, ...",
+    )
 
 
 class Source(Section):
@@ -92,6 +96,12 @@ class DataConfig(Section):
         ge=0,
         lt=1,
         description="share of documents kept for evaluation, chosen by hash of their text",
+    )
+    shards: int = Field(
+        default=1,
+        ge=1,
+        description="parts that are read and tokenised apart, and fixed for a run; a multiple of the processes lets "
+        "each read its own only",
     )
 
 
@@ -148,6 +158,9 @@ class OptimizerConfig(Section):
     beta_1: float = Field(default=0.9, ge=0, lt=1)
     beta_2: float = Field(default=0.95, ge=0, lt=1)
     grad_clip: float = Field(default=1.0, gt=0, description="global gradient norm")
+    name: Literal["adamw", "adamw_8bit"] = Field(
+        default="adamw", description="adamw_8bit: states in 8 bits, by bitsandbytes"
+    )
 
 
 class TrainingConfig(Section):
@@ -161,6 +174,13 @@ class TrainingConfig(Section):
     seed: int = Field(default=0, ge=0)
     checkpoint_every: int = Field(default=200, ge=1, description="steps between resumable checkpoints")
     keep_last: int = Field(default=2, ge=1, description="checkpoints kept")
+    keep_every: int | None = Field(default=None, ge=1, description="of so many checkpoints, one is kept for good")
+    checkpoint: Literal["full", "sharded"] = Field(
+        default="full", description="full: gathered and written by one process; sharded: each writes its part"
+    )
+    fsdp: bool = Field(
+        default=False, description="several processes: share out weights, gradients and optimizer (FSDP2)"
+    )
     evaluate_rows: int = Field(
         default=16, ge=0, description="held-out rows for evaluation while training and at the end"
     )
@@ -195,6 +215,23 @@ class LoraConfig(DraftAdapterConfig):
     """LoRA: the full recipe through low-rank updates (peft), and the mask token's row; the rest stays frozen."""
 
 
+class Stage(Section):
+    """One stage of a run: what differs from the run's own sections."""
+
+    name: str = Field(pattern=r"^[\w-]+$", description="the stage's folder is stage-NUMBER-NAME")
+    model: dict[str, Any] = Field(default_factory=dict, description="`override` alone, as for a longer row")
+    data: dict[str, Any] = Field(default_factory=dict, description="default: as the run, read on from there")
+    recipe: dict[str, Any] = Field(default_factory=dict, description="default: as the run")
+    growth: dict[str, Any] = Field(default_factory=dict, description="default after the first stage: no growth")
+    optimizer: dict[str, Any] = Field(
+        default_factory=dict, description="default: as the run, but no warmup where the optimizer is carried over"
+    )
+    training: dict[str, Any] = Field(default_factory=dict, description="`steps` count from 0 in each stage")
+    fresh_optimizer: bool = Field(
+        default=False, description="forget the moments of the stage before instead of carrying them over"
+    )
+
+
 class AdaptConfig(Section):
     """All of one `nextblock adapt` run."""
 
@@ -210,10 +247,21 @@ class AdaptConfig(Section):
     lora: LoraConfig | None = Field(
         default=None, description="train low-rank updates of the parent; the result is saved both apart and merged"
     )
+    stages: tuple[Stage, ...] = Field(
+        default=(), description="parts of the run, one after another, each from the weights of the one before"
+    )
     output: str = Field(default="runs/adapted", description="folder for the checkpoint, the log and the report")
+
+    @property
+    def masks(self) -> bool:
+        """Whether tokens are ever masked; if not, this is plain AR training (b = 1 to the end)."""
+        return self.growth.b_max > 1 or self.recipe.prediction == "aligned"
 
     @model_validator(mode="after")
     def _cross_checks(self) -> Self:
+        if self.stages:  # each is checked as a run of its own
+            stage_configs(self)
+            return self
         growth, steps = self.growth, self.training.steps
         row, b_max = self.data.row_length, growth.b_max
         if growth.b_0 > b_max:
@@ -242,8 +290,12 @@ class AdaptConfig(Section):
             )
         if self.draft_adapter is not None:
             self._check_draft_adapter()
+        if self.training.fsdp and self.optimizer.name == "adamw_8bit":
+            raise ValueError("optimizer.name=adamw_8bit cannot share out its states; use adamw or training.fsdp=false")
         if self.lora is not None and self.draft_adapter is not None:
             raise ValueError("lora and draft_adapter exclude each other; leave one of the sections out")
+        if self.lora is not None and self.training.fsdp:
+            raise ValueError("training.fsdp=true has no use for lora, whose trained weights are small; leave it out")
         if self.lora is not None and self.model.scratch is not None:
             raise ValueError(
                 "lora leaves random weights (model.scratch) as they are; set model.path, or train them all"
@@ -283,6 +335,8 @@ class AdaptConfig(Section):
         return self
 
     def _check_draft_adapter(self) -> None:
+        if self.training.fsdp:
+            raise ValueError("training.fsdp=true has no use for a draft adapter, which is small; leave it out")
         if self.growth.b_0 == 1 and self.recipe.prediction == "shifted":
             raise ValueError("growth.b_0=1 gives a draft adapter nothing to learn; start at growth.b_0=2 or more")
         if self.recipe.context != "context_causal":
@@ -294,6 +348,53 @@ class AdaptConfig(Section):
             raise ValueError(
                 "model.scratch has no weights that a draft adapter could leave as they are; set model.path"
             )
+
+
+def stage_configs(config: AdaptConfig) -> list[AdaptConfig]:
+    """A run as one configuration for each of its stages; without stages, itself.
+
+    A stage has what the run has but for what it sets itself. After the first, some things do not start again
+    unless they are set: blocks stay at the size reached, mask annealing is over, values of the model's config stay
+    replaced, and an optimizer that is carried over needs no warmup.
+
+    Raises:
+        UsageError: naming the stage.
+    """
+    found: list[AdaptConfig] = []
+    whole = config.model_dump(exclude={"stages"})
+    for number, stage in enumerate(config.stages):
+        where, given = f"stages.{number} ({stage.name})", stage.model_dump(exclude={"name", "fresh_optimizer"})
+        for key in (f"{section}.{name}" for section, values in given.items() for name in values):
+            if key in SET_FOR_THE_RUN or (key.startswith("model.") and key != "model.override"):
+                raise UsageError(f"{where}: {key} holds for the whole run; set it outside the stages")
+        for adapter in ("draft_adapter", "lora"):
+            if getattr(config, adapter) is not None:
+                raise UsageError(f"{where}: {adapter} is trained in one stage; leave out stages, or {adapter}")
+        values = {**whole, "output": str(Path(config.output) / f"stage-{number + 1}-{stage.name}")}
+        if found:
+            reached = found[-1].growth.b_max
+            values = _overlaid(values, {"growth": {"b_0": reached, "b_max": reached}})
+            values = _overlaid(values, {"recipe": {"annealed_mask_steps": 0}})
+            values = _overlaid(values, {"model": {"override": found[-1].model.override}})
+            values = _overlaid(values, {} if stage.fresh_optimizer else {"optimizer": {"warmup_steps": 0}})
+        try:
+            found.append(validate(AdaptConfig, _overlaid(values, given)))
+        except UsageError as error:
+            raise UsageError(f"{where}: {error}") from None
+    return found or [config]
+
+
+SET_FOR_THE_RUN = ("training.seed", "training.fsdp", "training.mixed_precision", "optimizer.name")
+"""Keys that a stage cannot change."""
+
+
+def _overlaid(values: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested mappings with those of `over` laid on top; lists are replaced whole."""
+    mixed = dict(values)
+    for key, value in over.items():
+        below = mixed.get(key)
+        mixed[key] = _overlaid(below, value) if isinstance(below, dict) and isinstance(value, Mapping) else value
+    return mixed
 
 
 class BlockDiffusionSettings(Section):

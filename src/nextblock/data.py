@@ -53,6 +53,15 @@ class Rows:
         """Rows start..stop-1, sharing memory."""
         return Rows(*(getattr(self, field.name)[start:stop] for field in fields(self)))
 
+    def take(self, rows: Tensor) -> Rows:
+        """The rows of these indices, copied."""
+        return Rows(*(getattr(self, field.name)[rows] for field in fields(self)))
+
+    @staticmethod
+    def cat(parts: Sequence[Rows]) -> Rows:
+        """All rows of all parts."""
+        return Rows(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Rows)))
+
     def to(self, device: torch.device | str) -> Rows:
         """The same rows on a device."""
         return Rows(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
@@ -267,8 +276,9 @@ def check_tokens(rows: Rows, vocab_size: int, mask_token_id: int | None) -> None
 
 
 class RowStream:
-    """Endless rows in an order that depends on (config, seed) only, so it is the same on every rank.
+    """Endless rows of one shard of the data, in an order that depends on (config, seed, shard) only.
 
+    Shard s of S reads the documents s, s + S, s + 2S, ... of every source, all epochs laid end to end.
     Documents are drawn from the sources with probability proportional to weight (document n's source
     depends on (seed, n) only) and packed a chunk of about CHUNK_ROWS rows at a time. `state` names the
     start of the chunk and how many of its rows are used; resuming makes the chunk again.
@@ -279,15 +289,33 @@ class RowStream:
     """
 
     def __init__(
-        self, config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int, held_out: bool = False
+        self,
+        config: DataConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        seed: int,
+        held_out: bool = False,
+        shard: int | None = None,
+        beside: RowStream | None = None,
     ) -> None:
-        """Open all sources, read the first documents. UsageError as `read_source`, or if there are none."""
-        self._config, self._tokenizer, self._seed, self._held_out = config, tokenizer, seed, held_out
+        """Open all sources, read the first documents. UsageError as `read_source`, or if there are none.
+
+        Args:
+            shard: one of `config.shards`; None: all data as one stream.
+            beside: another shard of the same data; its files need not be opened and checked again.
+        """
+        self._config, self._tokenizer, self._held_out = config, tokenizer, held_out
+        self._part = (0, 1) if shard is None else (shard, config.shards)
+        self._seed = [seed] if self._part == (0, 1) else [seed, *self._part]
         self._cursors: list[Cursor | HubStream] = []
         self._split: list[bool] = []
+        self._opened: list[Records | HubStream] = []
         for k, source in enumerate(config.sources):
-            opened = read_source(source, held_out, part_bytes=max(8192, 16 * config.row_length))
-            self._cursors.append(Cursor(opened, [seed, k]) if isinstance(opened, Records) else opened)
+            opened = None if beside is None else beside._opened[k]
+            if not isinstance(opened, Records):
+                opened = read_source(source, held_out, max(8192, 16 * config.row_length), self._part)
+            self._opened.append(opened)
+            self._cursors.append(Cursor(opened, [seed, k], self._part) if isinstance(opened, Records) else opened)
             self._split.append(not isinstance(opened, Records) or opened.split_by_hash)
         weights = np.array([source.weight for source in config.sources])
         self._borders = np.cumsum(weights / weights.sum())
@@ -310,7 +338,7 @@ class RowStream:
             if self._taken == len(self._chunk):
                 self._first, self._taken, self._chunk = self._first + self._taken, 0, None
                 self._start = self._peek()[1]
-        return Rows(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Rows)))
+        return Rows.cat(parts)
 
     def state(self) -> dict[str, Any]:
         """Small and JSON-serialisable: what `load_state` needs to give exactly the next rows."""
@@ -347,7 +375,7 @@ class RowStream:
             room[best] -= size
             packed += [[piece] for piece in document[:-1]]  # these fill a row each
             room += [0] * len(document[:-1])
-        order = np.random.default_rng([self._seed, self._first]).permutation(len(packed))
+        order = np.random.default_rng([*self._seed, self._first]).permutation(len(packed))
         pad: Any = self._tokenizer.pad_token_id
         pad = self._tokenizer.eos_token_id if pad is None else pad
         epoch = self._start["sources"][0]["epoch"]
@@ -386,12 +414,14 @@ class RowStream:
 
     def _draw(self) -> Record:
         """The next record on this side of the held-out border."""
-        point = np.random.default_rng([self._seed, self._drawn]).random() if len(self._cursors) > 1 else 0.0
+        point = np.random.default_rng([*self._seed, self._drawn]).random() if len(self._cursors) > 1 else 0.0
         k = int(np.searchsorted(self._borders[:-1], point, side="right"))
         cursor, share = self._cursors[k], self._config.held_out
         self._drawn += 1
         epoch = cursor.epoch
-        while cursor.epoch <= epoch + 1:  # one whole epoch at least
+        shards = self._part[1]
+        # One whole epoch at least; a shard meets few documents of each, so it must look through more.
+        while cursor.epoch <= epoch + (1 if shards == 1 else 20 * shards):
             record = cursor.take()
             if not self._split[k] or is_held_out(record, share) == self._held_out:
                 return record

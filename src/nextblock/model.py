@@ -219,15 +219,34 @@ def weights_folder(path: str | Path, revision: str | None = None) -> Path:
     return Path(found).parent
 
 
-def read_config(path: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """The model's config, refused in one line where the architecture cannot be adapted."""
+def read_config(
+    path: str | Path,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    override: Mapping[str, Any] | None = None,
+) -> PreTrainedConfig:
+    """The model's config with some values replaced, refused in one line where the architecture cannot be adapted."""
     source = resolve(path)
     try:
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises many kinds here; each means the same to the user
         raise UsageError(f"cannot load model {path}: {_first_line(error)}{_suggest(str(path))}") from None
     check_architecture(config)
+    replace_values(config, override or {})
     return config
+
+
+def replace_values(config: PreTrainedConfig, override: Mapping[str, Any]) -> None:
+    """Set values of a config; of a value that is a mapping (rope_parameters), the keys that are given."""
+    known = sorted(name for name in config.to_dict() if not name.startswith("_"))
+    for name, value in override.items():
+        if name not in known:
+            raise UsageError(
+                f"model.override.{name}: the config of architecture '{config.model_type}' has no such value"
+                f"{nearest(name, known)}"
+            )
+        old = getattr(config, name)
+        setattr(config, name, {**old, **value} if isinstance(old, Mapping) and isinstance(value, Mapping) else value)
 
 
 def check_architecture(config: PreTrainedConfig) -> None:
@@ -253,6 +272,7 @@ def load_model(
     device: str | torch.device | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    override: Mapping[str, Any] | None = None,
     quantization: Literal["4bit"] | None = None,
 ) -> PreTrainedModel:
     """Load a causal LM from safetensors and put it in eval mode.
@@ -262,11 +282,12 @@ def load_model(
         dtype: None: float32 on CPU, the checkpoint's own elsewhere.
         attention: "auto", "sdpa", "flex_attention" or "eager".
         device: None: CUDA if there is one.
+        override: values of the model's config to replace.
         quantization: "4bit": linear layers in bitsandbytes' nf4, on CUDA.
     Raises:
         UsageError: what cannot be loaded or adapted.
     """
-    config = read_config(path, revision, trust_remote_code)
+    config = read_config(path, revision, trust_remote_code, override)
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     wanted: Any = dtype or (torch.float32 if target.type == "cpu" else "auto")
     options: dict[str, Any] = {}
@@ -368,10 +389,12 @@ def load_parent(config: ModelConfig, device: torch.device | str | None = None) -
             device=device,
             revision=config.revision,
             trust_remote_code=config.trust_remote_code,
+            override=config.override,
             quantization=config.quantization,
         )
         return Decoder(model)
     shape = scratch_config(config.scratch)
+    replace_values(shape, config.override)
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     attention = choose_attention(shape, config.attention, target)
     model = AutoModelForCausalLM.from_config(shape, dtype=dtype, attn_implementation=attention)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
@@ -22,9 +22,10 @@ LOGIT_ELEMENTS = 2**24
 """Logits alive at once in the chunk loop: 64 MiB in float32. Fewer are as fast on CPU; a GPU wants no fewer."""
 
 
-@dataclass(frozen=True)
-class LossSums:
+class LossSums(NamedTuple):
     """Sums of cross-entropies in nats, and how many tokens each sums over. 0-d tensors.
+
+    A tuple, because FSDP2 looks for the tensors to differentiate in nothing else.
 
     soft: sum of KL(p_AR || p_MDM) in nats over the masked tokens that have a teacher; 0 where not asked for.
     nats: float32 [S], the cross-entropy of each masked token, without gradient; None where not asked for.
@@ -55,7 +56,8 @@ def cross_entropy_sum(decoder: Decoder, hidden: Tensor, target: Tensor) -> Tenso
     LOGIT_ELEMENTS logits exist at a time.
     """
     head = decoder.model.get_output_embeddings()
-    if type(head) is nn.Linear:  # exactly: a wrapped head computes something of its own
+    # Exactly: a wrapped head computes something of its own, and of one that FSDP2 shares out only a part is here.
+    if type(head) is nn.Linear and not isinstance(head.weight, DTensor):
         inputs = (hidden, head.weight, head.bias, target)
         return _LinearCrossEntropy.apply(*inputs, decoder, torch.is_grad_enabled())  # type: ignore[return-value]
 
@@ -190,6 +192,7 @@ class TwoViewLoss(nn.Module):
     def __init__(self, decoder: Decoder) -> None:
         super().__init__()
         self.model = decoder.model
+        self._no_split_modules = decoder.model._no_split_modules  # the layers that FSDP2 gathers one by one
 
     def forward(
         self, view: TwoView, rule: Rule, score_ar: bool = True, soft: bool = False, profile: bool = False
@@ -235,7 +238,7 @@ class DraftLoss(nn.Module):
         decoder = Decoder(self.model, self.adapter)
         n, places = view.noised_length, view.places
         if not n:  # nothing was masked: a loss of 0 with gradient 0
-            nothing = self.adapter.mask_vector.sum() * 0
+            nothing = sum(p.sum() for p in self.adapter.parameters()) * 0  # all of them, or DDP would wait
             return LossSums(nothing, nothing, nothing.long(), nothing.long(), nothing)
         clean, noised = places.part(n), places.part(0, n)
         cache = DynamicCache()

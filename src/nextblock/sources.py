@@ -110,20 +110,23 @@ def source_format(source: Source) -> str:
     return "hub"
 
 
-def read_source(source: Source, held_out: bool = False, part_bytes: int = 2**20) -> Records | HubStream:
+def read_source(
+    source: Source, held_out: bool = False, part_bytes: int = 2**20, shard: tuple[int, int] = (0, 1)
+) -> Records | HubStream:
     """Open a source and check it: local data up to CHECKED_BYTES is read through, larger data when drawn.
 
     Args:
         source: where and what; `source.examples` keeps the first documents only.
         held_out: for a built-in task, take its "test" split.
         part_bytes: longer text files are read in parts of about this size.
+        shard: (s, S): the part of a streamed data set to read; other sources are shared out by `Cursor`.
     Raises:
         UsageError: missing path, nothing there, a file that is not UTF-8 (byte named), a broken line or
             a missing field (file and line named), an unknown task, an unreadable data set.
     """
     kind = source_format(source)
     if kind == "hub":
-        return HubStream(source)
+        return HubStream(source, shard)
     if kind == "task":
         task, split = get_task(source.path.removeprefix("task:")), "test" if held_out else source.split
 
@@ -368,12 +371,15 @@ def is_held_out(record: Record, share: float) -> bool:
 
 
 class Cursor:
-    """Reads a random-access source for ever; a finite one is shuffled anew each epoch by (seed, epoch)."""
+    """Reads a random-access source for ever; a finite one is shuffled anew each epoch by (seed, epoch).
 
-    def __init__(self, records: Records, seed: Sequence[int]) -> None:
+    Of all epochs laid end to end, shard (s, S) takes the records s, s + S, s + 2S, ...
+    """
+
+    def __init__(self, records: Records, seed: Sequence[int], shard: tuple[int, int] = (0, 1)) -> None:
         self._records, self._seed = records, list(seed)
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
-        self.epoch = self.index = 0
+        self.epoch, (self.index, self._stride) = 0, shard
 
     def take(self) -> Record:
         """The next record."""
@@ -381,13 +387,12 @@ class Cursor:
         if count is None:
             which = self.index
         else:
-            if self.index == count:
-                self.epoch, self.index = self.epoch + 1, 0
+            self.epoch, self.index = self.epoch + self.index // count, self.index % count
             if self._order[0] != self.epoch:
                 order = np.random.default_rng([*self._seed, self.epoch]).permutation(count)
                 self._order = (self.epoch, order)
             which = int(self._order[1][self.index])
-        self.index += 1
+        self.index += self._stride
         return self._records.read(which)
 
     def state(self) -> dict[str, Any]:
@@ -400,19 +405,24 @@ class Cursor:
 
 
 class HubStream:
-    """Reads a `datasets` id (`owner/name` or `owner/name:configuration`) as a stream, in its own order."""
+    """Reads a `datasets` id (`owner/name` or `owner/name:configuration`) as a stream, in its own order.
 
-    def __init__(self, source: Source) -> None:
+    Shard (s, S) takes whole files where S divides their number, else every S-th row.
+    """
+
+    def __init__(self, source: Source, shard: tuple[int, int] = (0, 1)) -> None:
         from datasets import IterableDataset, load_dataset
+        from datasets.distributed import split_dataset_by_node
 
-        self._source = source
+        self._source, self._shard = source, shard
         name, _, configuration = os.path.expanduser(source.path).partition(":")
         try:
             stream = load_dataset(name, configuration or None, split=source.split, streaming=True)
         except Exception as error:  # network, access and format errors of many kinds
             raise UsageError(f"data source {source.path} cannot be read: {one_line(error)}") from None
         assert isinstance(stream, IterableDataset)
-        self._stream = stream if source.examples is None else stream.take(source.examples)
+        stream = stream if source.examples is None else stream.take(source.examples)
+        self._stream = split_dataset_by_node(stream, *shard) if shard[1] > 1 else stream
         self._first = self._stream.state_dict()
         self._rows: Iterator[Any] | None = None
         self.epoch = self.index = 0
@@ -432,7 +442,9 @@ class HubStream:
                 raise UsageError(f"data source {self._source.path} stopped: {one_line(error)}") from None
             self.index += 1
             return _record(row, self._source, f"{self._source.path} {self._source.split} row {self.index - 1}")
-        raise UsageError(f"data source {self._source.path} is empty; give at least one document")
+        s, count = self._shard
+        part = "" if count == 1 else f" in shard {s + 1} of {count}; lower data.shards"
+        raise UsageError(f"data source {self._source.path} is empty{part or '; give at least one document'}")
 
     def state(self) -> dict[str, Any]:
         """Where the next record is."""

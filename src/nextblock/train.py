@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,17 +16,35 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
-from torch.nn.utils import clip_grad_norm_
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, ProjectConfiguration, is_bnb_available
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from nextblock import schedules
 from nextblock.adapter import DraftAdapter, save_adapter
 from nextblock.attention_mask import block_diffusion_rule
-from nextblock.checkpoint import export, load_checkpoint, newest_whole_checkpoint, save_checkpoint
-from nextblock.config import AdaptConfig, BlockDiffusionSettings, UsageError, require
+from nextblock.checkpoint import (
+    export,
+    load_checkpoint,
+    load_optimizer,
+    load_weights,
+    newest_whole_checkpoint,
+    save_checkpoint,
+    whole_weights,
+)
+from nextblock.config import (
+    AdaptConfig,
+    BlockDiffusionSettings,
+    DataConfig,
+    OptimizerConfig,
+    UsageError,
+    require,
+    stage_configs,
+)
 from nextblock.corruption import TwoView, corrupt
 from nextblock.data import Rows, RowStream, check_tokens
+from nextblock.feed import Feed, merged
 from nextblock.lora import LoraAdapter
 from nextblock.model import (
     Decoder,
@@ -38,6 +57,7 @@ from nextblock.model import (
     without_dropout,
 )
 from nextblock.objective import DraftLoss, TwoViewLoss
+from nextblock.ranks import gather, is_main, join, together
 from nextblock.tracking import LossProfile, peak_flops, peak_memory_gib, run_log, useful_flops
 
 LOG = "log.jsonl"
@@ -47,6 +67,9 @@ MAY_CHANGE_ON_RESUME = (
     "training.micro_batch_rows",
     "training.checkpoint_every",
     "training.keep_last",
+    "training.keep_every",
+    "training.checkpoint",
+    "training.fsdp",
     "training.evaluate_rows",
     "training.evaluate_every",
     "training.profile_every",
@@ -79,6 +102,7 @@ class StepMetrics:
     """Of the main process since it began: allocated on CUDA, resident elsewhere."""
     mfu: float | None = None
     """Useful floating-point operations per second over the device's bfloat16 peak, where that is known."""
+    stage: str | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -96,11 +120,15 @@ class Run:
     decoder: Decoder
     loss: torch.nn.Module
     optimizer: torch.optim.Optimizer
-    stream: RowStream
+    feed: Feed
     mask_token_id: int | None
+    output: Path
     lora: LoraAdapter | None = None
     step: int = 0
     profile: LossProfile | None = None
+    first_step: int = 0  # steps of the stages before this one
+    stage: str | None = None
+    finished: bool = False
 
     @property
     def trained(self) -> torch.nn.Module:
@@ -108,6 +136,11 @@ class Run:
         if self.lora is not None:
             return self.lora.weights
         return self.decoder.adapter or self.decoder.model
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each rank holds a part of the model only (FSDP2)."""
+        return self.accelerator.distributed_type == DistributedType.FSDP
 
     @property
     def peak_flops(self) -> float | None:
@@ -125,7 +158,7 @@ class Run:
     @property
     def settings(self) -> BlockDiffusionSettings | None:
         """What the checkpoint tells a sampler; None after plain AR training (b = 1 to the end)."""
-        if self.mask_token_id is None:
+        if self.mask_token_id is None or not self.config.masks:
             return None
         return BlockDiffusionSettings(
             block_size=self.config.growth.b_max,
@@ -138,18 +171,16 @@ class Run:
 def train_step(run: Run, step: int) -> StepMetrics:
     """One optimizer step on one global batch   (paper, Eq. 1-5).
 
-    Every rank reads the whole global batch and computes its own share of the rows, so N is known
-    everywhere without communication, and neither micro-batches nor ranks enter the result.
+    Each rank computes its own rows of the global batch; N counts the tokens of all, so neither
+    micro-batches nor ranks enter the result.
     """
     config, recipe, start = run.config, run.config.recipe, time.perf_counter()
     block_size = schedules.block_size(step, config.growth)
     ar_weight = schedules.ar_weight(step, config)
     rule = block_diffusion_rule(recipe.context, schedules.target_share(step, config))
-    rows = run.stream.next(config.training.batch_rows)
-    check_tokens(rows, run.decoder.vocabulary, run.mask_token_id)
-    global_tokens = int((rows.offset >= 0).sum())
+    rows, global_tokens = next_rows(run)
     # For adapters with dropout: it must not depend on what ran before, or a resumed run would differ.
-    torch.manual_seed(config.training.seed + 1_000_003 * step + run.accelerator.process_index)
+    torch.manual_seed(config.training.seed + 1_000_003 * (run.first_step + step) + run.accelerator.process_index)
 
     profiled = (step + 1) % config.training.profile_every == 0
     run.profile = LossProfile(block_size, run.accelerator.device) if profiled else None
@@ -163,7 +194,7 @@ def train_step(run: Run, step: int) -> StepMetrics:
             end_token_id=run.tokenizer.eos_token_id,
             recipe=recipe,
             seed=config.training.seed,
-            step=step,
+            step=run.first_step + step,
         )
         flops += run.flops(view)
         view = view.to(run.accelerator.device)
@@ -184,17 +215,19 @@ def train_step(run: Run, step: int) -> StepMetrics:
     learning_rate = schedules.learning_rate(step, config.optimizer, config.training.steps)
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate
-    grad_norm = float(clip_grad_norm_(run.trained.parameters(), config.optimizer.grad_clip))
+    norm: Any = run.accelerator.clip_grad_norm_(run.trained.parameters(), config.optimizer.grad_clip)
+    grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
     if not math.isfinite(loss) or not math.isfinite(grad_norm):
+        numbers = sorted(number for numbers in gather(rows.number.tolist()) for number in numbers)
         raise UsageError(
-            f"step {step}: loss {loss} and gradient norm {grad_norm} are not finite (rows "
-            f"{rows.number.tolist()}); nothing was updated: lower optimizer.lr, or look at these rows"
+            f"step {step}: loss {loss} and gradient norm {grad_norm} are not finite (rows {numbers}); "
+            "nothing was updated: lower optimizer.lr, or look at these rows"
         )
     run.optimizer.step()
     run.optimizer.zero_grad()
     seconds, device = time.perf_counter() - start, run.accelerator.device
     return StepMetrics(
-        step=step,
+        step=run.first_step + step,
         block_size=block_size,
         diffusion_loss=diffusion / diffusion_tokens if diffusion_tokens else math.nan,
         ar_loss=ar / ar_tokens if ar_tokens else math.nan,
@@ -208,16 +241,27 @@ def train_step(run: Run, step: int) -> StepMetrics:
         device_tokens_per_second=global_tokens / seconds / run.accelerator.num_processes,
         peak_memory_gib=peak_memory_gib(device),
         mfu=None if run.peak_flops is None else flops / seconds / run.peak_flops,
+        stage=run.stage,
     )
 
 
+def next_rows(run: Run) -> tuple[Rows, int]:
+    """This rank's rows of the next global batch, and N: tokens with offset >= 0 in the rows of all ranks.
+
+    Raises:
+        UsageError: on every rank, where the data of one fail.
+    """
+    with together():
+        rows = run.feed.next()
+        check_tokens(rows, run.decoder.vocabulary, run.mask_token_id)
+    return rows, sum(gather(int((rows.offset >= 0).sum())))
+
+
 def micro_batches(run: Run, rows: Rows) -> Iterator[Rows]:
-    """This rank's rows of the global batch, in micro-batches."""
-    ranks, rank = run.accelerator.num_processes, run.accelerator.process_index
-    share = len(rows) // ranks
-    size = run.config.training.micro_batch_rows or share
-    for start in range(rank * share, (rank + 1) * share, size):
-        yield rows.slice(start, min(start + size, (rank + 1) * share))
+    """This rank's rows in micro-batches."""
+    size = run.config.training.micro_batch_rows or len(rows)
+    for start in range(0, len(rows), size):
+        yield rows.slice(start, min(start + size, len(rows)))
 
 
 def train(
@@ -229,60 +273,150 @@ def train(
 ) -> Run:
     """Adapt the parent and leave a Hugging Face folder in `config.output`.
 
+    Stages run one after another, each in a folder of its own in `config.output`; the last one's export is the run's.
+
     Args:
         config: checked configuration.
         resume: go on from the newest whole checkpoint in the output folder, if there is one.
         on_step: called on the main process after each step.
         evaluate: called on every process each `training.evaluate_every` steps; what it returns is logged.
     Returns:
-        The run, with the trained model in memory. `run.step` is below `config.training.steps` when a
+        The run (of the last stage reached), with the trained model in memory. `run.finished` is False when a
         SIGTERM ended it early (a checkpoint was saved).
     Raises:
         UsageError: bad input, before anything is written.
     """
-    output = Path(config.output)
-    check_output(output, resume)
-    run = prepare(config)
-    main = run.accelerator.is_main_process
-    if resume:
-        restore(run, output)
-    if main:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / RESOLVED_CONFIG).write_text(
-            yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8"
-        )
-        trim_log(output / LOG, run.step)
-    flat_config = _flat(config.model_dump(mode="json"))
-    with stop_on_sigterm() as stop, run_log(run.accelerator, output / LOG, flat_config) as write:
-        while run.step < config.training.steps and not stop:
-            metrics = train_step(run, run.step)
-            run.step += 1
-            write(asdict(metrics))
-            if on_step and main:
-                on_step(metrics)
-            if run.profile and (profile := run.profile.record(run.accelerator, metrics.step)):
-                write(profile)
-            due = config.training.evaluate_every
-            if evaluate and due and run.step % due == 0 and (found := evaluate(run)):
-                write({"kind": "evaluation", "step": metrics.step, **found})
-            if run.step % config.training.checkpoint_every == 0 or run.step == config.training.steps or stop:
-                save(run, output)
-    if main and run.step == config.training.steps:
-        export_run(run, output)
+    output, main = Path(config.output), is_main()
+    stages = stage_configs(config)
+    masks = any(stage.masks for stage in stages)
+    with together():
+        check_ranks(config)
+        if main:
+            check_output(output, resume)
+        for stage in stages[1:]:  # days before its turn comes
+            check_stage(stage)
+    first = gather(stage_to_resume(stages) if main and resume else 0)[0]
+    for number in range(first, len(stages)):
+        before = None if number == 0 else Path(stages[number - 1].output)
+        run = prepare(stages[number], before, masks=masks)
+        run.output, run.first_step = output, sum(stage.training.steps for stage in stages[:number])
+        run.stage = config.stages[number].name if config.stages else None
+        if before is not None:
+            carry_over(run, before, fresh=config.stages[number].fresh_optimizer, data=stages[number - 1].data)
+        if resume:
+            restore(run, Path(stages[number].output))
+        if main:
+            for folder, resolved in ((output, config), (Path(stages[number].output), stages[number])):
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / RESOLVED_CONFIG).write_text(
+                    yaml.safe_dump(resolved.model_dump(mode="json"), sort_keys=False), encoding="utf-8"
+                )
+            trim_log(output / LOG, run.first_step + run.step)
+        run_stage(run, on_step, evaluate)
+        if run.step < run.config.training.steps:  # SIGTERM
+            return run
+        run.finished = number == len(stages) - 1
+        export_run(run, output if run.finished else Path(stages[number].output))
+        run.accelerator.free_memory()
     return run
 
 
+def run_stage(
+    run: Run,
+    on_step: Callable[[StepMetrics], None] | None,
+    evaluate: Callable[[Run], Mapping[str, Any] | None] | None,
+) -> None:
+    """All steps of a run without stages, or of one stage, with their log and checkpoints."""
+    config, due = run.config, run.config.training.evaluate_every
+    flat_config = _flat(config.model_dump(mode="json"))
+    with (
+        stop_on_sigterm() as received,
+        closing(run.feed),
+        run_log(run.accelerator, run.output / LOG, flat_config) as write,
+    ):
+        stop = False
+        while run.step < config.training.steps and not stop:
+            metrics = train_step(run, run.step)
+            run.step += 1
+            stop = any(gather(bool(received)))  # a signal to one rank stops all, after the same step
+            write(asdict(metrics))
+            if on_step and is_main():
+                on_step(metrics)
+            if run.profile and (profile := run.profile.record(run.accelerator, metrics.step)):
+                write(profile)
+            if evaluate and due and run.step % due == 0 and (found := evaluate(run)):
+                write({"kind": "evaluation", "step": metrics.step, **found})
+            if run.step % config.training.checkpoint_every == 0 or run.step == config.training.steps or stop:
+                save(run, Path(config.output))
+
+
+def stage_to_resume(stages: list[AdaptConfig]) -> int:
+    """The last stage with a whole checkpoint: all before it are done. Without one, the first."""
+    for number in range(len(stages) - 1, 0, -1):
+        if newest_whole_checkpoint(Path(stages[number].output))[0] is not None:
+            return number
+    return 0
+
+
+def check_stage(config: AdaptConfig) -> None:
+    """UsageError for what is wrong with a later stage's data or row length."""
+    tokenizer = parent_tokenizer(config.model)
+    RowStream(config.data, tokenizer, seed=config.training.seed)
+    if config.model.scratch is None:
+        model = config.model
+        shape = read_config(model.path, model.revision, model.trust_remote_code, model.override)
+        check_length(config, getattr(shape, "max_position_embeddings", None))
+
+
+def check_length(config: AdaptConfig, positions: int | None) -> None:
+    """UsageError for a row that is longer than the model's positions."""
+    if positions is not None and config.data.row_length > positions:
+        raise UsageError(
+            f"data.row_length={config.data.row_length} is over the model's {positions} positions; "
+            f"use at most {positions}, or raise model.override.max_position_embeddings"
+        )
+
+
+def carry_over(run: Run, before: Path, *, fresh: bool, data: DataConfig) -> None:
+    """Take the optimizer's moments (unless `fresh`) and the position in equal `data` from the stage before."""
+    folder = gather(newest_whole_checkpoint(before)[0] if is_main() else None)[0]
+    if folder is None:  # deleted since: this stage has checkpoints of its own
+        return
+    if not fresh:
+        own = [{key: value for key, value in group.items() if key != "params"} for group in run.optimizer.param_groups]
+        load_optimizer(folder, run.trained, run.optimizer)
+        for group, options in zip(run.optimizer.param_groups, own, strict=True):
+            group.update(options)
+    if run.config.data == data:
+        run.feed.load_state(json.loads((folder / "state.json").read_text(encoding="utf-8"))["stream"])
+
+
+def check_ranks(config: AdaptConfig) -> None:
+    """UsageError if another rank was started with another configuration."""
+    ours, *others = gather(_flat(config.model_dump(mode="json")))
+    for rank, theirs in enumerate(others, 1):
+        for key in sorted(ours.keys() | theirs.keys()):
+            if ours.get(key) != theirs.get(key):
+                raise UsageError(
+                    f"{key} is {ours.get(key)!r} on rank 0 and {theirs.get(key)!r} on rank {rank}; "
+                    "start all processes with the same configuration"
+                )
+
+
 def export_run(run: Run, output: Path) -> None:
-    """Write what the run ends with: a Hugging Face folder, or the draft adapter's."""
+    """Write what the run ends with: a Hugging Face folder, or the draft adapter's. All ranks call it together."""
     model = run.config.model
     dtype = getattr(torch, model.export_dtype) if model.export_dtype else None
     adapter, settings = run.decoder.adapter, run.settings
+    weights = whole_weights(run.decoder.model) if run.is_sharded else None
+    if not is_main():
+        return
     if run.lora is not None:
         run.lora.save(output / "adapter")
         export(output, merged_model(run, run.lora), run.tokenizer, settings, dtype)
         return
     if adapter is None:
-        export(output, run.decoder.model, run.tokenizer, settings, dtype)
+        export(output, run.decoder.model, run.tokenizer, settings, dtype, weights)
         return
     assert settings is not None
     parent = weights_folder(model.path, model.revision)
@@ -303,50 +437,17 @@ def merged_model(run: Run, lora: LoraAdapter) -> PreTrainedModel:
     return again.merge()
 
 
-def prepare(config: AdaptConfig) -> Run:
-    """Read data, load and check the parent, and hand both to accelerate. Writes nothing."""
-    for name in config.training.trackers:
-        require(name, "trackers", f"training.trackers={name}")
-    accelerator = Accelerator(
-        mixed_precision=config.training.mixed_precision,
-        log_with=list(config.training.trackers) or None,
-        project_config=ProjectConfiguration(logging_dir=str(Path(config.output) / "trackers")),
-    )
-    rows, ranks = config.training.batch_rows, accelerator.num_processes
-    if rows % ranks:
-        raise UsageError(
-            f"training.batch_rows={rows} does not divide over {ranks} processes; use {max(1, rows // ranks) * ranks}"
-        )
-    torch.manual_seed(config.training.seed)  # for weights that start random
-    if config.lora is not None:
-        require("peft", "lora", "lora")
-    if config.model.scratch is None:  # what can be known without reading data or weights comes first
-        read_config(config.model.path, config.model.revision, config.model.trust_remote_code)
-    tokenizer = parent_tokenizer(config.model)
-    stream = RowStream(config.data, tokenizer, seed=config.training.seed)
-    decoder = load_parent(config.model, accelerator.device)
-    if decoder.attention == "flex_attention" and decoder.device.type == "cpu":
-        raise UsageError("model.attention=flex_attention has no backward pass on CPU; use sdpa, or auto")
-    longest = decoder.max_positions
-    if longest is not None and config.data.row_length > longest:
-        raise UsageError(
-            f"data.row_length={config.data.row_length} is over the model's {longest} positions; use at most {longest}"
-        )
-    probe(decoder)
-    if config.draft_adapter is not None:
-        adapter = DraftAdapter(decoder.model, config.draft_adapter)
-        decoder, mask_token_id = Decoder(decoder.model, adapter), adapter.mask_token_id
-    elif config.growth.b_max > 1 or config.recipe.prediction == "aligned":
-        mask_token_id = choose_mask_token(decoder, tokenizer, config.model.mask_token)
-    else:
-        mask_token_id = None
-    start = stream.state()  # look at the first batch, so that most bad data stops before anything is written
-    check_tokens(stream.next(config.training.batch_rows), decoder.vocabulary, mask_token_id)
-    stream.load_state(start)
-    without_dropout(decoder.model)
-    lora = None
-    if config.lora is not None:
-        lora = LoraAdapter(decoder.model, config.lora, mask_token_id, config.model.path)
+def prepare(config: AdaptConfig, before: Path | None = None, *, masks: bool | None = None) -> Run:
+    """Read data, load and check the parent (or what the stage in the folder `before` has made of it), and hand
+    both to accelerate. Writes nothing.
+
+    Args:
+        masks: give the model a mask token, as this or a later stage needs it; None: as this one does.
+    """
+    accelerator = make_accelerator(config)
+    with together():
+        loaded = load(config, accelerator, before, masks=config.masks if masks is None else masks)
+    tokenizer, feed, decoder, mask_token_id, lora = loaded
     trained = lora.weights if lora is not None else decoder.adapter or decoder.model
     trained.requires_grad_(True)
     if config.training.gradient_checkpointing:
@@ -354,27 +455,131 @@ def prepare(config: AdaptConfig) -> Run:
         decoder.model.train()  # transformers recomputes activations in train mode alone
     if config.training.compile:
         decoder.model.base_model.compile()
-    decay = [p for p in trained.parameters() if p.ndim >= 2]
-    plain = [p for p in trained.parameters() if p.ndim < 2]
-    options = config.optimizer
-    optimizer = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": options.weight_decay}, {"params": plain, "weight_decay": 0.0}],
-        lr=options.lr,
-        betas=(options.beta_1, options.beta_2),
-        fused=True,
-    )
+    optimizer = make_optimizer(config.optimizer, trained)
     objective = TwoViewLoss(decoder) if decoder.adapter is None else DraftLoss(decoder)
     loss, optimizer = accelerator.prepare(objective, optimizer)
-    return Run(config, accelerator, tokenizer, decoder, loss, optimizer, stream, mask_token_id, lora)
+    output = Path(config.output)
+    return Run(config, accelerator, tokenizer, decoder, loss, optimizer, feed, mask_token_id, output, lora)
+
+
+def make_accelerator(config: AdaptConfig) -> Accelerator:
+    """The processes of this run and how they share the work: DDP, FSDP2 if asked for, or what a launcher set."""
+    rows, ranks = config.training.batch_rows, join().num_processes
+    if rows % ranks:
+        raise UsageError(
+            f"training.batch_rows={rows} does not divide over {ranks} processes; use {max(1, rows // ranks) * ranks}"
+        )
+    plugin = None
+    if config.training.fsdp and ranks > 1:
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False
+        )
+    accelerator = Accelerator(
+        mixed_precision=config.training.mixed_precision,
+        fsdp_plugin=plugin,
+        log_with=list(config.training.trackers) or None,
+        project_config=ProjectConfiguration(logging_dir=str(Path(config.output) / "trackers")),
+    )
+    if plugin is not None and accelerator.distributed_type == DistributedType.MULTI_CPU:
+        # accelerate leaves CPU processes to DDP, but FSDP2 runs there as well.
+        join().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = plugin
+    elif accelerator.distributed_type == DistributedType.MULTI_CPU and os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        raise UsageError("accelerate shares out no model on CPU by itself; set training.fsdp=true instead")
+    if accelerator.distributed_type == DistributedType.FSDP:
+        if config.lora is not None or config.draft_adapter is not None:
+            raise UsageError("FSDP has no use for lora or a draft adapter, whose weights are small; start without it")
+        if not accelerator.is_fsdp2:
+            raise UsageError("FSDP 1 is not supported; start with --fsdp_version 2, or set training.fsdp=true")
+        if config.training.mixed_precision == "bf16":
+            # accelerate's own would also round the sums of losses, and so every gradient, to 8 bits.
+            accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+                param_dtype=torch.bfloat16, reduce_dtype=torch.float32
+            )
+    return accelerator
+
+
+def load(
+    config: AdaptConfig, accelerator: Accelerator, before: Path | None, *, masks: bool
+) -> tuple[Any, Feed, Decoder, int | None, LoraAdapter | None]:
+    """Tokenizer, data, parent (with its draft adapter), mask token id and LoRA, all checked. No communication."""
+    for name in config.training.trackers:
+        require(name, "trackers", f"training.trackers={name}")
+    if config.lora is not None:
+        require("peft", "lora", "lora")
+    if config.optimizer.name == "adamw_8bit" and not is_bnb_available():
+        raise UsageError("optimizer.name=adamw_8bit needs bitsandbytes; pip install bitsandbytes, or use adamw")
+    torch.manual_seed(config.training.seed)  # for a parent that starts from random weights
+    model = config.model
+    if before is not None:
+        begin = {"path": str(before), "revision": None, "tokenizer": None, "scratch": None}
+        model = model.model_copy(update=begin)
+    if model.scratch is None:  # what can be known without reading data or weights comes first
+        read_config(model.path, model.revision, model.trust_remote_code, model.override)
+    tokenizer = parent_tokenizer(model)
+    feed = Feed(
+        config.data,
+        tokenizer,
+        seed=config.training.seed,
+        batch_rows=config.training.batch_rows,
+        rank=accelerator.process_index,
+        ranks=accelerator.num_processes,
+    )
+    decoder = load_parent(model, accelerator.device)
+    if before is not None and (saved := newest_whole_checkpoint(before)[0]) is not None:
+        load_weights(saved, decoder.model)  # the export beside it may be rounded
+    if decoder.attention == "flex_attention" and decoder.device.type == "cpu":
+        raise UsageError("model.attention=flex_attention has no backward pass on CPU; use sdpa, or auto")
+    if len(tokenizer) > decoder.vocabulary:  # else a new mask token would make rows for the missing ones, untrained
+        raise UsageError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model's vocabulary {decoder.vocabulary}; "
+            "use the tokenizer that belongs to the model"
+        )
+    check_length(config, decoder.max_positions)
+    probe(decoder)
+    if config.draft_adapter is not None:
+        adapter = DraftAdapter(decoder.model, config.draft_adapter)
+        decoder, mask_token_id = Decoder(decoder.model, adapter), adapter.mask_token_id
+    elif masks:
+        mask_token_id = choose_mask_token(decoder, tokenizer, model.mask_token)
+    else:
+        mask_token_id = None
+    # Look at the first batch, so that most bad data stops before anything is written.
+    check_tokens(feed.peek(), decoder.vocabulary, mask_token_id)
+    without_dropout(decoder.model)
+    lora = None
+    if config.lora is not None:
+        lora = LoraAdapter(decoder.model, config.lora, mask_token_id, config.model.path)
+    return tokenizer, feed, decoder, mask_token_id, lora
+
+
+def make_optimizer(options: OptimizerConfig, trained: torch.nn.Module) -> torch.optim.Optimizer:
+    """AdamW with weight decay on matrices alone, its states in 32 or in 8 bits."""
+    decay = [p for p in trained.parameters() if p.ndim >= 2]
+    plain = [p for p in trained.parameters() if p.ndim < 2]
+    groups = [{"params": decay, "weight_decay": options.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    betas = (options.beta_1, options.beta_2)
+    if options.name == "adamw":
+        return torch.optim.AdamW(groups, lr=options.lr, betas=betas, fused=True)
+    from bitsandbytes.optim import AdamW8bit  # checked by `load`
+
+    return AdamW8bit(groups, lr=options.lr, betas=betas)
 
 
 def save(run: Run, output: Path) -> None:
     """Save a resumable checkpoint at the run's step."""
-    if run.accelerator.is_main_process:
-        state = {"stream": run.stream.state(), "config": run.config.model_dump(mode="json")}
-        keep = run.config.training.keep_last
-        save_checkpoint(output, run.step, run.trained, run.optimizer, state, keep)
-    run.accelerator.wait_for_everyone()
+    state = {"stream": merged(gather(run.feed.state())), "config": run.config.model_dump(mode="json")}
+    options = run.config.training
+    save_checkpoint(
+        output,
+        run.step,
+        run.trained,
+        run.optimizer,
+        state,
+        options.keep_last,
+        keep_every=options.keep_every and options.keep_every * options.checkpoint_every,
+        sharded=options.checkpoint == "sharded",
+    )
 
 
 def restore(run: Run, output: Path) -> None:
@@ -383,7 +588,7 @@ def restore(run: Run, output: Path) -> None:
     Raises:
         UsageError: the checkpoint was made under a configuration that would break the run.
     """
-    folder, damaged = newest_whole_checkpoint(output)
+    folder, damaged = gather(newest_whole_checkpoint(output) if is_main() else (None, []))[0]
     for line in damaged:
         run.accelerator.print(line)
     if folder is None:
@@ -396,16 +601,18 @@ def restore(run: Run, output: Path) -> None:
         named = "; ".join(f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in breaking)
         raise UsageError(f"cannot resume from {folder}: {named}; set them back, or start in a new --output")
     state = load_checkpoint(folder, run.trained, run.optimizer)
-    run.stream.load_state(state["stream"])
+    run.feed.load_state(state["stream"])
     run.step = state["step"]
 
 
 def check_output(output: Path, resume: bool) -> None:
-    """Refuse a folder with something in it, unless a run is to be resumed there."""
+    """Refuse a folder with something in it, unless it is a run that is to be resumed."""
     if output.is_file():
         raise UsageError(f"output {output} is a file; give a folder")
     if output.is_dir() and any(output.iterdir()) and not resume:
         raise UsageError(f"output folder {output} is not empty; choose another --output, or go on with --resume auto")
+    if output.is_dir() and any(output.iterdir()) and not (output / RESOLVED_CONFIG).is_file():
+        raise UsageError(f"output folder {output} is not that of a run ({RESOLVED_CONFIG} is missing); choose another")
 
 
 def trim_log(path: Path, steps: int) -> None:

@@ -182,8 +182,9 @@ class Contest:
             decoder=decoder,
             loss=DraftLoss(decoder) if drafting else TwoViewLoss(decoder),
             optimizer=cast(torch.optim.Optimizer, self.adapter_optimizer if drafting else self.optimizer),
-            stream=cast(Any, SimpleNamespace(next=lambda count: whole_rows(self.tokens))),
+            feed=cast(Any, SimpleNamespace(next=lambda: whole_rows(self.tokens))),
             mask_token_id=mask,
+            output=Path(),
         )
 
 

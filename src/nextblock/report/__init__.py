@@ -9,7 +9,8 @@ then left out::
     environment   {"python", "torch", "transformers", "nextblock", "device", "threads"}
     parent        {"name": str, "parameters": int}
     settings      {"block_size", "mask_token_id", "context", "prediction"}
-    training      {"steps": int, "seconds": float, "tokens": int, "growth": [[step, block_size], ...]}
+    training      {"steps": int, "seconds": float, "tokens": int, "growth": [[step, block_size], ...],
+                   "stages": [[first step, name], ...]}
     log           path of log.jsonl relative to results.json: `train.StepMetrics`, and records of other kinds
     bits_per_byte [{"model": "parent" | "adapted", "measure": "AR (exact)" | "diffusion (bound)",
                     "block_size": int | null, "value": float, "bytes": int}]

@@ -41,7 +41,11 @@ def of_kind(entries: Sequence[Entry], model: str, mode: str) -> list[Entry]:
     return [entry for entry in entries if entry["model"] == model and entry["mode"] == mode]
 
 
-def plot_losses(log: Sequence[Entry], growth: Sequence[Sequence[int]] | None = None) -> Figure:
+def plot_losses(
+    log: Sequence[Entry],
+    growth: Sequence[Sequence[int]] | None = None,
+    stages: Sequence[tuple[int, str]] | None = None,
+) -> Figure:
     """Diffusion and AR loss against the step, in nats per scored token.
 
     Thin: each step. Thick: the mean of the last n steps at the same block size, n stated in the figure; it
@@ -50,6 +54,7 @@ def plot_losses(log: Sequence[Entry], growth: Sequence[Sequence[int]] | None = N
     Args:
         log: steps, as `train.StepMetrics` writes them; a loss may be NaN or null (nothing was scored).
         growth: (step, block size) of each growth; default: as the log has it.
+        stages: (first step, name) of each stage.
     """
     step = np.array([entry["step"] for entry in log], dtype=float)
     sizes = [entry["block_size"] for entry in log]
@@ -74,6 +79,7 @@ def plot_losses(log: Sequence[Entry], growth: Sequence[Sequence[int]] | None = N
     axes[0, 0].set_ylabel("loss (nats per scored token)", fontsize=9, color=MUTED)
     if len(log):
         _mark_growth(axes[0, 0], growth or [(log[i]["step"], sizes[i]) for i in changes[:-1]])
+        _mark_stages(axes[0, 0], stages or ())
     figure.subplots_adjust(left=0.075, right=0.97, top=0.82, bottom=0.14)
     _legend(figure, axes[0, 0].get_legend_handles_labels()[0], left=0.06)
     if window > 1:
@@ -119,6 +125,13 @@ def _legend(figure: Figure, handles: Sequence[Any], left: float, columns: int = 
         handles=handles, loc="upper left", bbox_to_anchor=(left, 1.0), ncols=columns, fontsize=9, frameon=False,
         labelcolor=INK, handletextpad=0.4, columnspacing=1.4, borderaxespad=0.1,
     )  # fmt: skip
+
+
+def _mark_stages(axes: Axes, stages: Sequence[tuple[int, str]]) -> None:
+    """A line where a stage begins, with its name."""
+    for step, name in stages:
+        axes.axvline(step, color=INK, linewidth=1.0)
+        axes.text(step, 0.02, f" {name}", transform=axes.get_xaxis_transform(), fontsize=8.5, color=INK, rotation=90)
 
 
 def _mark_growth(axes: Axes, growth: Sequence[Sequence[int]]) -> None:

@@ -26,7 +26,7 @@ def render(results: Mapping[str, Any], log: Sequence[Entry] = (), profiles: Sequ
     decoding, training = results.get("decoding") or [], results.get("training") or {}
     tiles = "".join(f"<li><b>{escape(head)}</b>{escape(text)}</li>" for head, text in findings(results))
     sections = [
-        _training_section(log, training.get("growth")),
+        _training_section(log, training.get("growth"), training.get("stages")),
         _profile_section(profiles),
         _decoding_section(decoding),
         _bits_per_byte_section(results.get("bits_per_byte") or []),
@@ -195,13 +195,16 @@ def _html_table(columns: Sequence[str], rows: Sequence[Sequence[str]], left: int
 # ------------------------------------------------------------------------------------------- sections
 
 
-def _training_section(log: Sequence[Entry], growth: Sequence[Sequence[int]] | None) -> str:
+def _training_section(
+    log: Sequence[Entry], growth: Sequence[Sequence[int]] | None, stages: Sequence[tuple[int, str]] | None
+) -> str:
     if not log:
         return ""
-    svg = inline_svg(plot_losses(log, growth), "losses", "Diffusion and AR loss against the training step")
+    svg = inline_svg(plot_losses(log, growth, stages), "losses", "Diffusion and AR loss against the training step")
     return (
         f'<h2>Training</h2>\n<figure><div class="scroll">{svg}</div>\n'
-        "<figcaption>Dashed lines: the block grows to b tokens. With b = 1 there is nothing to denoise, so "
+        "<figcaption>Dashed lines: the block grows to b tokens; full lines: a stage begins. "
+        "With b = 1 there is nothing to denoise, so "
         "only the AR loss is trained; a larger block is harder, so the diffusion loss may rise where the "
         "block grows.</figcaption></figure>"
     )

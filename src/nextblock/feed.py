@@ -1,0 +1,111 @@
+"""This rank's rows of each global batch, read ahead in the background, in an order that no rank count changes."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from nextblock.config import DataConfig
+from nextblock.data import CHUNK_ROWS, Rows, RowStream
+
+State = dict[str, Any]
+
+
+class Feed:
+    """Rows of the shards in turn: row i of the run is the next of shard i mod S, whatever the number of ranks.
+
+    Of each global batch, rank r of W takes the rows i with i mod W = r. So it reads the shards that are r modulo
+    gcd(S, W): no document twice where W divides S, every document on every rank where S = 1.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        seed: int,
+        batch_rows: int,
+        rank: int = 0,
+        ranks: int = 1,
+    ) -> None:
+        """Open the sources. UsageError as `RowStream`.
+
+        Args:
+            batch_rows: rows in the global batch; a multiple of `ranks`.
+        """
+        self._count, self._batch_rows, self._rank, self._ranks = config.shards, batch_rows, rank, ranks
+        common = math.gcd(config.shards, ranks)
+        self._shards: dict[int, RowStream] = {}
+        for s in range(rank % common, config.shards, common):
+            beside = next(iter(self._shards.values()), None)
+            self._shards[s] = RowStream(config, tokenizer, seed=seed, shard=s, beside=beside)
+        self._row = 0  # the first of the next batch to be read
+        self._state = self._snapshot()
+        self._reader = ThreadPoolExecutor(1)  # a thread: tokenizers release Python's lock while they work
+        self._ahead: deque[Future[tuple[Rows, State]]] = deque()
+        # Rows come a chunk of each shard at a time: as many must be ready as are used while those are made.
+        self._depth = 1 + CHUNK_ROWS * config.shards // batch_rows
+
+    def peek(self) -> Rows:
+        """This rank's rows of the next global batch, in order. UsageError if its data cannot be read."""
+        while len(self._ahead) < self._depth:
+            self._ahead.append(self._reader.submit(self._read))
+        return self._ahead[0].result()[0]
+
+    def next(self) -> Rows:
+        """As `peek`, and go on to the batch after it."""
+        rows = self.peek()
+        self._state = self._ahead.popleft().result()[1]
+        return rows
+
+    def state(self) -> State:
+        """Where the next batch starts: JSON-serialisable; this rank's shards only (see `merged`)."""
+        return self._state
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on where `merged` was taken, on any number of ranks. UsageError if it belongs to other sources."""
+        self._forget()
+        self._row = state["row"]
+        for s, stream in self._shards.items():
+            stream.load_state(state["shards"][str(s)])
+        self._state = self._snapshot()
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+        self._forget()
+        self._reader.shutdown()
+
+    def _read(self) -> tuple[Rows, State]:
+        """This rank's rows of one batch, and the state after it."""
+        first, self._row = self._row, self._row + self._batch_rows
+        parts = []
+        for s, stream in self._shards.items():
+            if count := len(range(first + (s - first) % self._count, self._row, self._count)):
+                rows = stream.next(count)
+                parts.append(replace(rows, number=rows.number * self._count + s))
+        whole = Rows.cat(parts)
+        order = whole.number.argsort()
+        mine = order[whole.number[order] % self._ranks == self._rank]
+        return whole.take(mine), self._snapshot()
+
+    def _snapshot(self) -> State:
+        return {"row": self._row, "shards": {str(s): stream.state() for s, stream in self._shards.items()}}
+
+    def _forget(self) -> None:
+        """Drop what was read ahead. The streams then stand anywhere."""
+        for future in self._ahead:
+            future.cancel()
+        while self._ahead:
+            if not (future := self._ahead.popleft()).cancelled():
+                future.exception()  # waits
+
+
+def merged(states: list[State]) -> State:
+    """The states of all ranks as one, which a run on any number of ranks can load."""
+    return {"row": states[0]["row"], "shards": {s: place for state in states for s, place in state["shards"].items()}}

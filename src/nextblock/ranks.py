@@ -1,0 +1,52 @@
+"""What the processes of one run (its ranks) must agree on, so that none waits for one that has stopped."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from accelerate import PartialState
+
+from nextblock.config import UsageError
+
+T = TypeVar("T")
+
+
+def join() -> PartialState:
+    """The processes that torchrun or `accelerate launch` started, met on the first call; else this one alone."""
+    # accelerate takes CPU processes for unrelated ones unless it is told.
+    return PartialState(cpu=int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available())
+
+
+def is_main() -> bool:
+    """Whether this is rank 0, which alone writes and prints."""
+    return join().is_main_process
+
+
+def gather(value: T) -> list[T]:
+    """Every rank's value (anything that pickles), in the order of ranks, on every rank."""
+    count = join().num_processes
+    if count == 1:
+        return [value]
+    found: list[Any] = [None] * count
+    torch.distributed.all_gather_object(found, value)
+    return found
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """All ranks leave the block by the same door: a UsageError of one is raised on all.
+
+    Nothing inside may communicate unless it fails on every rank or on none.
+    """
+    said = None
+    try:
+        yield
+    except UsageError as error:
+        said = str(error)
+    first = next((line for line in gather(said) if line is not None), None)
+    if first is not None:
+        raise UsageError(first)

@@ -1,0 +1,217 @@
+"""Runs on two processes: the result of one process, one line for one mistake, nobody left waiting."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nextblock.checkpoint import list_checkpoints
+from nextblock.config import AdaptConfig, load_config
+from test_train import config_of, start
+
+pytestmark = pytest.mark.slow
+LOOSE = {"rtol": 2e-3, "atol": 2e-4}  # Adam enlarges rounding errors of small gradients
+
+
+def as_rank(rank: int, port: int, told: str, body: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    """What torchrun sets, then `body`; standard error goes to a file."""
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in places.items()}, MASTER_ADDR="127.0.0.1")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    sys.stderr = open(told, "w", encoding="utf-8", buffering=1)  # noqa: SIM115
+    body(rank, *arguments)
+
+
+def launch(processes: Any, folder: Path, body: Callable[..., None], *arguments: Any) -> list[Any]:
+    """Start `body(rank, *arguments)` on two ranks."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = []
+    for rank in range(2):
+        options = (rank, port, str(folder / f"stderr-{rank}"), body, arguments)
+        ranks.append(processes.Process(target=as_rank, args=options))
+        ranks[-1].start()
+    return ranks
+
+
+def finish(ranks: list[Any]) -> list[int]:
+    """Exit statuses. A rank that waits for ever is ended, and fails the test."""
+    for process in ranks:
+        process.join(120)
+    hung = [process for process in ranks if process.is_alive()]
+    for process in hung:
+        process.kill()
+    assert not hung
+    return [process.exitcode for process in ranks]
+
+
+def adapt_rank(rank: int, values: dict[str, Any], stop_after: int | None = None) -> None:
+    """Train; end without a word after `stop_after` steps, as a machine that goes away."""
+    from nextblock.train import train, train_step
+
+    if stop_after is not None:
+        import nextblock.train as module
+
+        def doomed(run: Any, step: int) -> Any:
+            if step == stop_after:
+                os._exit(0)
+            return train_step(run, step)
+
+        module.train_step = doomed
+    train(load_config(values), resume=True)
+
+
+def cli_rank(rank: int, each: list[list[str]]) -> None:
+    """`nextblock` with the arguments of this rank."""
+    from nextblock.cli import main
+
+    sys.argv = ["nextblock", *each[rank]]
+    main()
+
+
+def on_two(processes: Any, tmp_path: Path, config: AdaptConfig, stop_after: int | None = None) -> None:
+    assert finish(launch(processes, tmp_path, adapt_rank, config.model_dump(mode="json"), stop_after)) == [0, 0]
+
+
+def on_one(processes: Any, config: AdaptConfig) -> None:
+    process = start(processes, config)
+    process.join()
+    assert process.exitcode == 0
+
+
+def losses(output: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (output / "log.jsonl").read_text().splitlines()]
+
+
+def assert_same_run(ours: Path, theirs: Path) -> None:
+    assert losses(ours) == pytest.approx(losses(theirs), rel=1e-4)
+    mine, wanted = load_file(ours / "model.safetensors"), load_file(theirs / "model.safetensors")
+    assert mine.keys() == wanted.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(mine[name], value, **LOOSE, msg=name)
+
+
+@pytest.fixture(scope="module")
+def alone(place, processes, tmp_path_factory) -> Callable[[int], Path]:
+    """Output folder of the run on one process, for a number of shards."""
+    made: dict[int, Path] = {}
+
+    def run(shards: int) -> Path:
+        if shards not in made:
+            made[shards] = tmp_path_factory.mktemp("alone") / "run"
+            on_one(processes, config_of(place, made[shards], data__shards=shards))
+        return made[shards]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("shards", "overrides"),
+    [
+        (1, {}),
+        (2, {"training__micro_batch_rows": 1}),
+        (2, {"training__fsdp": True}),
+        (2, {"training__fsdp": True, "training__micro_batch_rows": 1, "training__gradient_checkpointing": True}),
+    ],
+)
+def test_two_processes_give_the_losses_and_weights_of_one(place, processes, alone, tmp_path, shards, overrides):
+    on_two(processes, tmp_path, config_of(place, tmp_path / "run", data__shards=shards, **overrides))
+    assert_same_run(tmp_path / "run", alone(shards))
+
+
+@pytest.mark.parametrize("kind", ["full", "sharded"])
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_a_checkpoint_of_two_processes_resumes_on_one_and_back(place, processes, alone, tmp_path, kind, fsdp):
+    options = {"data__shards": 2, "training__checkpoint": kind, "training__fsdp": fsdp}
+    config = config_of(place, tmp_path / "run", **options)
+    on_two(processes, tmp_path, config, stop_after=5)  # the last checkpoint is that of step 4
+    assert len(losses(tmp_path / "run")) == 5
+    ranks = launch(processes, tmp_path, adapt_rank, config.model_dump(mode="json"), 8)
+    assert finish(ranks) == [0, 0]
+    on_one(processes, config)
+    assert_same_run(tmp_path / "run", alone(2))
+    back = config_of(place, tmp_path / "back", **options)
+    process = processes.Process(target=adapt_rank, args=(0, back.model_dump(mode="json"), 7))
+    process.start()
+    process.join()
+    on_two(processes, tmp_path, back)
+    assert_same_run(tmp_path / "back", alone(2))
+
+
+def test_sigterm_to_one_rank_stops_both_after_the_same_step_with_a_checkpoint(place, processes, alone, tmp_path):
+    config = config_of(place, tmp_path / "run", data__shards=2, training__checkpoint_every=1000)
+    ranks = launch(processes, tmp_path, adapt_rank, config.model_dump(mode="json"))
+    while not (tmp_path / "run" / "log.jsonl").exists() or not losses(tmp_path / "run"):
+        assert ranks[0].is_alive()
+        time.sleep(0.002)
+    os.kill(ranks[1].pid, signal.SIGTERM)
+    assert finish(ranks) == [0, 0]
+    (saved,) = list_checkpoints(tmp_path / "run")
+    assert 0 < int(saved.name.removeprefix("step-")) < 12
+    on_one(processes, config)
+    assert_same_run(tmp_path / "run", alone(2))
+
+
+def refusal(processes: Any, folder: Path, first: list[str], second: list[str]) -> str:
+    """What two ranks with these command lines say, both ending with status 2."""
+    ranks = launch(processes, folder, cli_rank, [["adapt", *first], ["adapt", *second]])
+    assert finish(ranks) == [2, 2]
+    said = [(folder / f"stderr-{rank}").read_text() for rank in range(2)]
+    lines = [line for text in said for line in text.splitlines() if line.startswith("error")]
+    assert len(lines) == 1, said
+    return lines[0]
+
+
+def test_what_stops_one_of_two_processes_stops_both_with_one_line(place, processes, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text(json.dumps(config_of(place, tmp_path / "run").model_dump(mode="json")))
+    given = [str(config)]
+    assert "training.seed is 0 on rank 0 and 1 on rank 1" in refusal(
+        processes, tmp_path, given, [*given, "--training.seed", "1"]
+    )
+    assert "no preset 'absent'" in refusal(processes, tmp_path, given, ["absent.yaml"])
+    assert "training.batch_rows=3 does not divide over 2 processes; use 2" in refusal(
+        processes, tmp_path, *[[*given, "--training.batch_rows", "3"]] * 2
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def lose_source(rank: int, each: list[list[str]]) -> None:
+    """`cli_rank`, but the data of rank 1 vanish in the middle of the run."""
+    import nextblock.feed as module
+    from nextblock.config import UsageError
+
+    real = module.Feed._read
+    batches: list[int] = []
+
+    def read(self: Any) -> Any:
+        batches.append(1)
+        if rank == 1 and len(batches) > 3:
+            raise UsageError("data file sums.jsonl cannot be read: No such file or directory; restore it")
+        return real(self)
+
+    module.Feed._read = read
+    cli_rank(rank, each)
+
+
+def test_data_that_vanish_for_one_rank_in_mid_run_stop_both_with_one_line(place, processes, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text(json.dumps(config_of(place, tmp_path / "run").model_dump(mode="json")))
+    ranks = launch(processes, tmp_path, lose_source, [["adapt", str(config)]] * 2)
+    assert finish(ranks) == [2, 2]
+    said = "".join((tmp_path / f"stderr-{rank}").read_text() for rank in range(2))
+    assert said.count("error: data file sums.jsonl cannot be read") == 1
+    assert len(losses(tmp_path / "run")) == 3
