@@ -87,6 +87,7 @@ def test_a_preset_takes_two_steps_at_toy_size(name, tmp_path):
         "growth.delta": 1,
         "training.steps": 2,
         "training.batch_rows": 2,
+        "stages": [],
         "output": str(tmp_path / "run"),
     }
     run = train(load_config(preset(name), small))

@@ -28,8 +28,15 @@ from transformers.pytorch_utils import Conv1D
 
 from nextblock import schedules
 from nextblock.adapter import DraftAdapter
-from nextblock.config import AdaptConfig, DraftAdapterConfig, ModelConfig, UsageError, nearest
-from nextblock.model import Decoder, check_architecture, choose_attention, resolve, scratch_config
+from nextblock.config import AdaptConfig, DraftAdapterConfig, ModelConfig, UsageError, nearest, stage_configs
+from nextblock.model import (
+    Decoder,
+    check_architecture,
+    choose_attention,
+    replace_values,
+    resolve,
+    scratch_config,
+)
 from nextblock.objective import LOGIT_ELEMENTS, cross_entropy_sum
 from nextblock.shapes import DEVICES, HUB_IDS, shape_values
 
@@ -101,7 +108,7 @@ class Plan:
 def plan(
     config: AdaptConfig, *, device: str = "h100", devices: int = 1, parallel: str = "ddp", mfu: float = 0.4
 ) -> Plan:
-    """Say what a run takes, at the largest block size.
+    """Say what a run takes, at the largest block size; of a run in stages, what its first one takes.
 
     Args:
         config: checked configuration; of the model only its shape is read.
@@ -118,6 +125,7 @@ def plan(
         raise UsageError(f"parallel '{parallel}' is unknown{nearest(parallel, PARALLEL)}")
     if not 0 < mfu <= 1:
         raise UsageError(f"mfu={mfu} is a share of the peak; use more than 0 and at most 1")
+    config = stage_configs(config)[0]
     rows = config.training.batch_rows
     if devices < 1 or rows % devices:
         raise UsageError(
@@ -172,6 +180,12 @@ def model_shape(config: ModelConfig) -> PreTrainedConfig:
     Raises:
         UsageError: a model that is none of these.
     """
+    shape = _shape(config)
+    replace_values(shape, config.override)
+    return shape
+
+
+def _shape(config: ModelConfig) -> PreTrainedConfig:
     if config.scratch is not None:
         return scratch_config(config.scratch)
     source = resolve(config.path)
