@@ -314,6 +314,7 @@ def test_bad_adapters_are_refused_in_one_line(tmp_path, llama):
     ("key", "value", "words"),
     [
         ("growth.b_0", 1, "nothing to learn"),
+        ("training.gradient_checkpointing", True, "lower training.micro_batch_rows"),
         ("recipe.context", "block_causal", "changes the clean half"),
         ("model.scratch", {"model_type": "llama"}, "no weights"),
     ],

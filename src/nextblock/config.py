@@ -335,6 +335,11 @@ class AdaptConfig(Section):
         return self
 
     def _check_draft_adapter(self) -> None:
+        if self.training.gradient_checkpointing:  # a layer that is computed again reads no cache
+            raise ValueError(
+                "training.gradient_checkpointing=true does not go with a draft adapter, whose noised views read the "
+                "clean half's cache; lower training.micro_batch_rows instead"
+            )
         if self.training.fsdp:
             raise ValueError("training.fsdp=true has no use for a draft adapter, which is small; leave it out")
         if self.growth.b_0 == 1 and self.recipe.prediction == "shifted":

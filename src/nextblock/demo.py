@@ -74,9 +74,11 @@ def free_folder(wanted: str) -> Path:
 def plan_in_words(config: AdaptConfig) -> str:
     """What the demo is about to do, from its configuration."""
     sizes = " -> ".join(str(size) for _, size in schedules.growth_steps(config.growth, config.training.steps))
+    weight, final = config.recipe.ar_weight, config.recipe.ar_weight_final
+    rising = "" if final is None else f" to {final}"
     return (
         f"Adapting {config.model.path}, a small autoregressive model, into a block-diffusion model: blocks grow "
-        f"{sizes}, AR loss weight {config.recipe.ar_weight}, {config.training.steps} steps."
+        f"{sizes}, AR loss weight {weight}{rising}, {config.training.steps} steps."
     )
 
 

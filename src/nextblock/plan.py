@@ -297,7 +297,7 @@ def step_memory(
     transient = {"mask", "activations", "head", "backward"} if sharding > 1 else None
     live = Live(transient)
     with FakeTensorMode(allow_non_fake_inputs=True), live:
-        decoder, trained, noised = fake_decoder(config, shape, device, dtype)
+        decoder, trained = fake_decoder(config, shape, device, dtype)
         for parameter in trained.parameters():
             parameter.register_post_accumulate_grad_hook(lambda p: live.book(cast(Tensor, p.grad), "gradients"))
         cast_to = torch.autocast("cpu", torch.bfloat16) if autocast and sharding == 1 else nullcontext()
@@ -306,7 +306,7 @@ def step_memory(
                 parameter.grad = torch.zeros_like(parameter)
                 live.book(parameter.grad, "gradients")
         with cast_to:
-            loss, *kept = _fake_losses(config, decoder, noised, rows, length, live)
+            loss, *kept = _fake_losses(config, decoder, rows, length, live)
         live.phase = "backward"
         loss.backward()
         del loss, kept
@@ -329,9 +329,7 @@ def step_memory(
     return kinds
 
 
-def _fake_losses(
-    config: AdaptConfig, decoder: Decoder, noised: bool, rows: int, length: int, live: Live
-) -> list[Tensor]:  # fmt: skip
+def _fake_losses(config: AdaptConfig, decoder: Decoder, rows: int, length: int, live: Live) -> list[Tensor]:
     """The forward pass of a training step with tensors of the right shapes   (see `TwoViewLoss`, `DraftLoss`).
 
     Returns:
@@ -361,7 +359,7 @@ def _fake_losses(
         with torch.no_grad():
             hidden(length, length, cache)
         return head(hidden(count, length + count, cache, gate=True), 0, scored)
-    states = hidden(count + length, count + length, gate=noised)
+    states = hidden(count + length, count + length)
     diffusion = head(states, 0, scored) if scored else [torch.zeros(())]
     if config.recipe.ar_weight == 0:
         return diffusion
@@ -371,8 +369,8 @@ def _fake_losses(
 
 def fake_decoder(
     config: AdaptConfig, shape: PreTrainedConfig, device: str, dtype: torch.dtype
-) -> tuple[Decoder, nn.Module, bool]:
-    """The model in fake tensors; what of it is trained; and whether low-rank updates act at every position."""
+) -> tuple[Decoder, nn.Module]:
+    """The model in fake tensors, and what of it is trained."""
     attention = choose_attention(shape, config.model.attention, torch.device("cpu"))
     if device != "cpu" and config.model.attention != "sdpa" and attention != "eager":
         attention = _SPARSE
@@ -383,10 +381,13 @@ def fake_decoder(
         model.train()
     low_rank = config.draft_adapter or lora
     if low_rank is None:
-        return Decoder(model), model, False
+        return Decoder(model), model
     options = DraftAdapterConfig(rank=low_rank.rank, alpha=low_rank.alpha, target_modules=low_rank.target_modules)
     adapter = DraftAdapter(model, options)
-    return Decoder(model, adapter), adapter, lora is not None
+    if lora is None:
+        return Decoder(model, adapter), adapter
+    adapter.gate = True  # for good: at every position, and when activations are computed again
+    return Decoder(model), adapter
 
 
 def _bare_model(shape: PreTrainedConfig, dtype: torch.dtype, attention: str = "eager") -> Any:
