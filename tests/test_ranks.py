@@ -21,7 +21,7 @@ from nextblock.config import AdaptConfig, load_config
 from test_train import config_of, start
 
 pytestmark = pytest.mark.slow
-LOOSE = {"rtol": 2e-3, "atol": 2e-4}  # Adam enlarges rounding errors of small gradients
+LOOSE: dict[str, Any] = {"rtol": 2e-3, "atol": 2e-4}  # Adam enlarges rounding errors of small gradients
 
 
 def as_rank(rank: int, port: int, told: str, body: Callable[..., None], arguments: tuple[Any, ...]) -> None:

@@ -153,9 +153,9 @@ def load_weights(folder: Path, model: nn.Module) -> None:
     """Read a checkpoint's weights in place. Ranks need not call it together."""
     own = model.state_dict()
     if not (folder / WEIGHTS).exists():
-        from torch.distributed import checkpoint as parts
+        from torch.distributed.checkpoint.state_dict_loader import load
 
-        parts.load({"model": own}, checkpoint_id=folder, no_dist=True)
+        load({"model": own}, checkpoint_id=folder, no_dist=True)
         return
     with safe_open(str(folder / WEIGHTS), framework="pt") as file, torch.no_grad():
         for name in list(file.keys()):
@@ -165,11 +165,11 @@ def load_weights(folder: Path, model: nn.Module) -> None:
 def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Read a checkpoint's optimizer state in place; of sharded checkpoints, all ranks together."""
     if not (folder / OPTIMIZER).exists():
-        from torch.distributed import checkpoint as parts
         from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+        from torch.distributed.checkpoint.state_dict_loader import load
 
         moments = get_optimizer_state_dict(model, optimizer)
-        parts.load({"optimizer": moments}, checkpoint_id=folder)
+        load({"optimizer": moments}, checkpoint_id=folder)
         set_optimizer_state_dict(model, optimizer, optim_state_dict=moments)
         return
     saved = torch.load(folder / OPTIMIZER, weights_only=True, map_location="cpu", mmap=True)
@@ -208,11 +208,11 @@ def _placed(value: Tensor, like: Tensor) -> Tensor:
 
 def save_shards(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Write this rank's part of weights and optimizer."""
-    from torch.distributed import checkpoint as parts
     from torch.distributed.checkpoint.state_dict import get_state_dict
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     weights, moments = get_state_dict(model, optimizer)
-    parts.save({"model": weights, "optimizer": moments}, checkpoint_id=folder)
+    save({"model": weights, "optimizer": moments}, checkpoint_id=folder)
 
 
 def export(
@@ -250,7 +250,7 @@ def export(
         tokenizer.save_pretrained(folder)
     model.generation_config = generation
     if dtype is None or dtype == model.dtype:
-        model.save_pretrained(folder, state_dict=weights)
+        model.save_pretrained(folder, state_dict=None if weights is None else dict(weights))
         return
     cast: dict[tuple[int, torch.Size], torch.Tensor] = {}  # by address: tied weights stay one tensor
     state = {}

@@ -238,7 +238,8 @@ class DraftLoss(nn.Module):
         decoder = Decoder(self.model, self.adapter)
         n, places = view.noised_length, view.places
         if not n:  # nothing was masked: a loss of 0 with gradient 0
-            nothing = sum(p.sum() for p in self.adapter.parameters()) * 0  # all of them, or DDP would wait
+            sums = [p.sum() for p in self.adapter.parameters()]
+            nothing = torch.stack(sums).sum() * 0  # all of them, or DDP would wait
             return LossSums(nothing, nothing, nothing.long(), nothing.long(), nothing)
         clean, noised = places.part(n), places.part(0, n)
         cache = DynamicCache()

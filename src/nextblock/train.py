@@ -296,6 +296,7 @@ def train(
         for stage in stages[1:]:  # days before its turn comes
             check_stage(stage)
     first = gather(stage_to_resume(stages) if main and resume else 0)[0]
+    run: Any = None
     for number in range(first, len(stages)):
         before = None if number == 0 else Path(stages[number - 1].output)
         run = prepare(stages[number], before, masks=masks)
@@ -493,7 +494,8 @@ def make_accelerator(config: AdaptConfig) -> Accelerator:
             raise UsageError("FSDP 1 is not supported; start with --fsdp_version 2, or set training.fsdp=true")
         if config.training.mixed_precision == "bf16":
             # accelerate's own would also round the sums of losses, and so every gradient, to 8 bits.
-            accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            shared: Any = accelerator.state.fsdp_plugin
+            shared.mixed_precision_policy = MixedPrecisionPolicy(
                 param_dtype=torch.bfloat16, reduce_dtype=torch.float32
             )
     return accelerator
@@ -561,7 +563,7 @@ def make_optimizer(options: OptimizerConfig, trained: torch.nn.Module) -> torch.
     betas = (options.beta_1, options.beta_2)
     if options.name == "adamw":
         return torch.optim.AdamW(groups, lr=options.lr, betas=betas, fused=True)
-    from bitsandbytes.optim import AdamW8bit  # checked by `load`
+    from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]  # checked by `load`
 
     return AdamW8bit(groups, lr=options.lr, betas=betas)
 
