@@ -293,7 +293,7 @@ def train(
         check_ranks(config)
         if main:
             check_output(output, resume)
-        for stage in stages[1:]:  # days before its turn comes
+        for stage in stages[1:]:  # bad data must not stop the run days later
             check_stage(stage)
     first = gather(stage_to_resume(stages) if main and resume else 0)[0]
     run: Any = None
