@@ -22,6 +22,7 @@ def run(monkeypatch, capsys):
     def call(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["nextblock", *map(str, arguments)])
         monkeypatch.setattr("warnings.showwarning", lambda *_, **__: None)
+        capsys.readouterr()  # what fixtures wrote is not the command's
         with pytest.raises(SystemExit) as exit:
             cli.main()
         out, err = capsys.readouterr()

@@ -202,7 +202,7 @@ def _decode(data: bytes, file: str, start: int = 0) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UsageError(
-            f"data file {file} is not UTF-8: byte {start + error.start} is 0x{data[error.start]:x}; convert"
+            f"data file {file} is not UTF-8: byte {start + error.start} is 0x{data[error.start]:x}; save it as UTF-8"
         ) from None
 
 
