@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -85,8 +87,13 @@ def test_the_ar_loss_is_the_same_beside_any_noised_half(family_model, block_size
 
 
 @torch.no_grad()
-def block_by_block(model: PreTrainedModel, view: TwoView, rows: Rows, shifted: bool) -> tuple[float, int]:
-    """Eq. 5 as decoding would meet it: each noised block behind its clean prefix, in a pass of its own."""
+def block_by_block(
+    model: PreTrainedModel, view: TwoView, rows: Rows, shifted: bool, counts: Callable[[int], float] = lambda k: 1.0
+) -> tuple[float, int]:
+    """Eq. 5 as decoding would meet it: each noised block behind its clean prefix, in a pass of its own.
+
+    The loss of the token at offset k of a block counts `counts(k)`.
+    """
     total, count, places = 0.0, 0, view.places
     for row in range(len(rows)):
         real = (places.view[row] == 1) & (places.document[row] >= 0)
@@ -103,7 +110,8 @@ def block_by_block(model: PreTrainedModel, view: TwoView, rows: Rows, shifted: b
             for k in range(len(noised)):
                 if noised[k] == MASK_ID:
                     at = start + k - 1 if shifted else start + k
-                    total += float(negative_log_likelihoods(logits[at : at + 1], clean[start + k : start + k + 1]))
+                    nats = float(negative_log_likelihoods(logits[at : at + 1], clean[start + k : start + k + 1]))
+                    total += counts(k) * nats
                     count += 1
     return total, count
 
@@ -117,6 +125,26 @@ def test_the_diffusion_loss_is_that_of_each_block_behind_its_clean_prefix(family
         sums = losses(family_model, view)
     assert count == int(sums.diffusion_tokens) > 0
     assert float(sums.diffusion) == pytest.approx(total, rel=1e-4)
+
+
+@pytest.mark.parametrize("elements", [97 * 3, 97 * 10_000])
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("prediction", ["shifted", "aligned"])
+def test_early_tokens_of_a_block_count_more_with_an_offset_decay(prediction, soft, elements, llama, monkeypatch):
+    monkeypatch.setattr(objective, "LOGIT_ELEMENTS", elements)
+    view = view_of(ROWS, 4, prediction=prediction, offset_decay=2.0)
+    first = 1 if prediction == "shifted" else 0  # the first token of a block that is ever masked
+    mean = sum(math.exp(-(k - first) / 2) for k in range(first, 4)) / (4 - first)
+    wanted, count = block_by_block(
+        llama, view, ROWS, prediction == "shifted", lambda k: math.exp(-(k - first) / 2) / mean
+    )
+    with torch.no_grad():
+        sums = TwoViewLoss(Decoder(llama))(view, block_diffusion_rule(), soft=soft)
+    assert count == int(sums.diffusion_tokens) > 0
+    assert float(sums.diffusion) == pytest.approx(wanted, rel=1e-4)
+    plain = view_of(ROWS, 4, prediction=prediction)
+    assert plain.weight is None
+    assert torch.equal(plain.tokens, view.tokens)
 
 
 def test_at_block_size_one_aligned_prediction_is_masked_next_token_prediction(llama):
@@ -197,7 +225,8 @@ def test_soft_targets_are_the_divergence_from_each_documents_own_causal_predicti
     assert (int(soft.diffusion_tokens), float(hard.soft)) == (int(hard.diffusion_tokens), 0.0)
 
 
-def test_divergence_and_its_gradient_equal_the_plain_computation_and_the_teacher_gets_none(monkeypatch):
+@pytest.mark.parametrize("weight", [None, torch.linspace(0.1, 3, 50)])
+def test_divergence_and_its_gradient_equal_the_plain_computation_and_the_teacher_gets_none(weight, monkeypatch):
     model = tiny_model("llama").double()
     target, taught = torch.randint(0, 97, (50,)), torch.rand(50) < 0.7
     results = []
@@ -207,11 +236,12 @@ def test_divergence_and_its_gradient_equal_the_plain_computation_and_the_teacher
         teacher = torch.randn(50, 32, dtype=torch.float64, generator=generator).requires_grad_(True)
         if elements:
             monkeypatch.setattr(objective, "LOGIT_ELEMENTS", elements)
-            sums = objective.soft_cross_entropy_sums(Decoder(model), hidden, target, teacher, taught)
+            sums = objective.soft_cross_entropy_sums(Decoder(model), hidden, target, teacher, taught, weight)
         else:
             q, p = model.lm_head(hidden).softmax(-1), model.lm_head(teacher).softmax(-1).detach()
-            hard = -q[torch.arange(50), target].log().sum()
-            sums = torch.stack([hard, (p * (p / q).log()).sum(-1)[taught].sum()])
+            counts = torch.ones(50) if weight is None else weight
+            hard = -(q[torch.arange(50), target].log() * counts).sum()
+            sums = torch.stack([hard, ((p * (p / q).log()).sum(-1) * counts)[taught].sum()])
         results.append(
             (sums.detach(), gradients(model, sums @ sums.new_tensor([1.0, 0.3]))["lm_head.weight"], hidden.grad)
         )
@@ -232,7 +262,7 @@ class Wrapped(nn.Module):
         return self.base(hidden) + self.shift
 
 
-HEADS = ("plain", "bias", "scaled", "capped", "wrapped", "frozen")
+HEADS = ("plain", "bias", "scaled", "capped", "wrapped", "frozen", "weighted", "weighted wrapped")
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -246,22 +276,24 @@ def test_the_chunk_loop_equals_plain_cross_entropy_and_its_gradient_in_float64(e
         model.config.logit_scale, model.config.logits_scaling = 0.7, 3.0
     elif head == "capped":
         model.config.final_logit_softcapping = 1.5
-    elif head == "wrapped":
+    elif head.endswith("wrapped"):
         model.lm_head = Wrapped(model.lm_head)
     elif head == "frozen":
         model.lm_head.requires_grad_(False)
     target = torch.randint(0, 97, (50,))
+    weight = torch.rand(50) if head.startswith("weighted") else None
     results = []
     for chunked in (True, False):
         hidden = torch.randn(50, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
         hidden.requires_grad_(True)
         if chunked:
-            loss = cross_entropy_sum(Decoder(model), hidden, target)
+            loss = cross_entropy_sum(Decoder(model), hidden, target, weight)
         else:
             logits = model.lm_head(hidden)
             logits = logits * 0.7 / 3.0 if head == "scaled" else logits
             logits = 1.5 * torch.tanh(logits / 1.5) if head == "capped" else logits
-            loss = functional.cross_entropy(logits, target, reduction="sum")
+            nats = functional.cross_entropy(logits, target, reduction="none")
+            loss = nats.sum() if weight is None else (nats * weight).sum()
         found = gradients(model, loss / 7)  # not 1: what follows the loss has a part in the gradient
         results.append((loss.detach(), hidden.grad, *(found[name] for name in sorted(found))))
     for ours, plain in zip(*results, strict=True):

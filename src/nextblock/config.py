@@ -131,6 +131,11 @@ class RecipeConfig(Section):
     )
     views: int = Field(default=1, ge=1, description="noised views of one clean pass (k)")
     complementary: bool = Field(default=False, description="views in pairs: the second masks what the first left")
+    offset_decay: float | None = Field(
+        default=None,
+        gt=0,
+        description="weight masked tokens by exp(-offset in their block / this), mean 1: early drafts count most",
+    )
     soft_weight: float = Field(
         default=0.0,
         ge=0,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nextblock.attention_mask import Places
-from nextblock.config import Context, RecipeConfig
+from nextblock.config import Context, Prediction, RecipeConfig
 from nextblock.data import Rows
 
 UNSCORED = -1
@@ -33,6 +33,7 @@ class TwoView:
     noise: int64 [B, N], noise level of the slot's block: k where over k and up to k + 1 in NOISE_LEVELS of the
         tokens that may be masked are.
     noised_length: N. The clean half starts there.
+    weight: float32 [B, N], what the loss of the target counts (`recipe.offset_decay`); None: all count 1.
     """
 
     tokens: Tensor
@@ -41,6 +42,7 @@ class TwoView:
     teacher: Tensor
     noise: Tensor
     noised_length: int
+    weight: Tensor | None = None
 
     def to(self, device: torch.device) -> TwoView:
         """The same view on `device`."""
@@ -138,6 +140,10 @@ def corrupt(
         block_start=torch.cat([stack("block_start", -1), block_starts(rows.position, rows.offset, block_size)], dim=1),
         seed=torch.tensor(seeds, dtype=torch.int64).reshape(len(rows), 1),
     )
+    weight = None
+    if recipe.offset_decay is not None:
+        slot = (places.position - places.block_start)[:, :noised_length]
+        weight = offset_weights(block_size, recipe.offset_decay, recipe.prediction)[slot.clamp(0, block_size - 1)]
     return TwoView(
         tokens=torch.cat([stack("tokens", 0), rows.tokens], dim=1),
         places=places,
@@ -145,7 +151,19 @@ def corrupt(
         teacher=teacher,
         noise=stack("noise", 0),
         noised_length=noised_length,
+        weight=weight,
     )
+
+
+def offset_weights(block_size: int, decay: float, prediction: Prediction) -> Tensor:
+    """float32 [b]: what the loss of the target of a block's slot counts, exp(-slot / decay) with mean 1.
+
+    A draft is of use only if all before it are kept, so in speculative decoding early tokens of a block count most.
+    With shifted prediction the last slot has no target, and the mean is over the others.
+    """
+    weights = torch.exp(-torch.arange(block_size) / decay)
+    scored = max(1, block_size - 1) if prediction == "shifted" else block_size
+    return weights / weights[:scored].mean()
 
 
 def next_token_targets(rows: Rows, block_size: int, context: Context) -> Tensor:

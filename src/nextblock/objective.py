@@ -49,8 +49,10 @@ class LossSums(NamedTuple):
         return diffusion + ar_weight * self.ar if ar_weight else diffusion
 
 
-def cross_entropy_sum(decoder: Decoder, hidden: Tensor, target: Tensor) -> Tensor:
+def cross_entropy_sum(decoder: Decoder, hidden: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
     """Sum of cross-entropies of `hidden` [S, D] against `target` int64 [S], in float32 or wider.
+
+    Each counts `weight` float32 [S], if given.
 
     Chunks of scored positions go through head and loss one after another, so that no more than
     LOGIT_ELEMENTS logits exist at a time.
@@ -58,17 +60,24 @@ def cross_entropy_sum(decoder: Decoder, hidden: Tensor, target: Tensor) -> Tenso
     head = decoder.model.get_output_embeddings()
     # Exactly: a wrapped head computes something of its own, and of one that FSDP2 shares out only a part is here.
     if type(head) is nn.Linear and not isinstance(head.weight, DTensor):
-        inputs = (hidden, head.weight, head.bias, target)
+        inputs = (hidden, head.weight, head.bias, target, weight)
         return _LinearCrossEntropy.apply(*inputs, decoder, torch.is_grad_enabled())  # type: ignore[return-value]
 
-    def chunk_sum(chunk: Tensor, wanted: Tensor) -> Tensor:
-        return functional.cross_entropy(_widened(decoder.logits(chunk)), wanted, reduction="sum")
+    def chunk_sum(chunk: Tensor, wanted: Tensor, *counts: Tensor) -> Tensor:
+        nats = functional.cross_entropy(_widened(decoder.logits(chunk)), wanted, reduction="none")
+        return _weighted_sum(nats, *counts)
 
-    return _in_chunks(chunk_sum, LOGIT_ELEMENTS // decoder.vocabulary, hidden, target)
+    counts = () if weight is None else (weight,)
+    return _in_chunks(chunk_sum, LOGIT_ELEMENTS // decoder.vocabulary, hidden, target, *counts)
 
 
 def soft_cross_entropy_sums(
-    decoder: Decoder, hidden: Tensor, target: Tensor, teacher: Tensor, taught: Tensor
+    decoder: Decoder,
+    hidden: Tensor,
+    target: Tensor,
+    teacher: Tensor,
+    taught: Tensor,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """Cross-entropy and KL(p_teacher || p_student), both summed: [2], in float32 or wider.
 
@@ -79,18 +88,24 @@ def soft_cross_entropy_sums(
         target: int64 [S].
         teacher: [S, D], hidden states whose prediction is the soft target; no gradient goes through them.
         taught: bool [S]; where False the token has no teacher and its KL counts as 0.
+        weight: float32 [S], what each token counts in both sums; None: 1.
     """
 
-    def chunk_sums(chunk: Tensor, wanted: Tensor, teaching: Tensor, counts: Tensor) -> Tensor:
+    def chunk_sums(chunk: Tensor, wanted: Tensor, teaching: Tensor, has: Tensor, *counts: Tensor) -> Tensor:
         student = _widened(decoder.logits(chunk)).log_softmax(-1)
         with torch.no_grad():
             soft = _widened(decoder.logits(teaching)).log_softmax(-1)
-        hard = functional.nll_loss(student, wanted, reduction="sum")
+        hard = functional.nll_loss(student, wanted, reduction="none")
         divergence = functional.kl_div(student, soft, reduction="none", log_target=True).sum(-1)
-        return torch.stack([hard, divergence.masked_fill(~counts, 0).sum()])
+        return torch.stack([_weighted_sum(hard, *counts), _weighted_sum(divergence.masked_fill(~has, 0), *counts)])
 
     size = LOGIT_ELEMENTS // (2 * decoder.vocabulary)  # student's and teacher's logits are alive together
-    return _in_chunks(chunk_sums, size, hidden, target, teacher.detach(), taught)
+    counts = () if weight is None else (weight,)
+    return _in_chunks(chunk_sums, size, hidden, target, teacher.detach(), taught, *counts)
+
+
+def _weighted_sum(nats: Tensor, weight: Tensor | None = None) -> Tensor:
+    return nats.sum() if weight is None else torch.dot(nats, weight.to(nats.dtype))
 
 
 def _widened(logits: Tensor) -> Tensor:
@@ -116,9 +131,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, decoder: Decoder, train: bool
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        counts: Tensor | None,
+        decoder: Decoder,
+        train: bool,
     ) -> Tensor:
-        """The sum, 0-d. `train`: whether autograd records."""
+        """The sum, 0-d. `counts`: what each token counts. `train`: whether autograd records."""
         kind, scale, cap = hidden.device.type, decoder.logit_scale, decoder.logit_cap
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
         wide = _wide(dtype)
@@ -144,16 +166,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 slope = 1 - p.div_(cap).tanh_().square()
                 p *= cap
             p -= p.amax(dim=1, keepdim=True)
-            total -= p.gather(1, wanted).sum()
+            chosen = p.gather(1, wanted)
             p.exp_()
             normalizer = p.sum(dim=1, keepdim=True)
-            total += normalizer.log().sum()
+            count = None if counts is None else counts[start : start + size].to(wide)
+            total += _weighted_sum((normalizer.log() - chosen)[:, 0], count)
             if not any(grad is not None for grad in grads):
                 continue
             p /= normalizer
             p.scatter_add_(1, wanted, p.new_full(wanted.shape, -1.0))  # now the gradient of the logits
             if slope is not None:
                 p *= slope
+            if count is not None:
+                p *= count[:, None]
             if scale != 1:
                 p *= scale
             low = p.to(dtype)
@@ -175,7 +200,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         """The chain rule's one factor: the loss enters everything after it as a plain number."""
         pairs = zip(ctx.grads, ctx.dtypes, strict=True)
         del ctx.grads  # scaled in place, so good for one backward pass
-        return *(None if grad is None else grad.mul_(upstream[0]).to(dtype) for grad, dtype in pairs), None, None, None
+        grads = (None if grad is None else grad.mul_(upstream[0]).to(dtype) for grad, dtype in pairs)
+        return *grads, None, None, None, None
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -252,11 +278,20 @@ class DraftLoss(nn.Module):
         return LossSums(diffusion, torch.zeros_like(diffusion), tokens, torch.zeros_like(tokens), divergence, nats)
 
 
-def scored_sum(decoder: Decoder, hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of cross-entropies where there is a target, and how many there are. `hidden` [B, T, D], `target` [B, T]."""
+def scored_sum(
+    decoder: Decoder, hidden: Tensor, target: Tensor, weight: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Sum of cross-entropies where there is a target, and how many there are.
+
+    Args:
+        hidden: [B, T, D].
+        target: int64 [B, T].
+        weight: float32 [B, T], what each counts in the sum; None: 1.
+    """
     hidden = hidden[:, : target.shape[1]]
     scored = target != UNSCORED
-    return cross_entropy_sum(decoder, hidden[scored], target[scored]), scored.sum()
+    counts = None if weight is None else weight[scored]
+    return cross_entropy_sum(decoder, hidden[scored], target[scored], counts), scored.sum()
 
 
 def masked_sums(
@@ -270,13 +305,15 @@ def masked_sums(
         clean: [B, L, D], hidden states of the clean half; None: the KL is not wanted and is 0.
     """
     if clean is None:
-        total, count = scored_sum(decoder, hidden, view.target[:, : view.noised_length])
+        total, count = scored_sum(decoder, hidden, view.target[:, : view.noised_length], view.weight)
         return total, count, torch.zeros_like(total)
     scored = view.target[:, : view.noised_length] != UNSCORED
     row, slot = scored.nonzero(as_tuple=True)
     index = view.teacher[row, slot]
     teacher = clean[row, index.clamp_min(0)]
-    sums = soft_cross_entropy_sums(decoder, hidden[row, slot], view.target[row, slot], teacher, index != UNSCORED)
+    counts = None if view.weight is None else view.weight[row, slot]
+    target = view.target[row, slot]
+    sums = soft_cross_entropy_sums(decoder, hidden[row, slot], target, teacher, index != UNSCORED, counts)
     return sums[0], scored.sum(), sums[1]
 
 
