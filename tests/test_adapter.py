@@ -121,19 +121,23 @@ def test_removing_the_adapter_leaves_the_parents_weights_bit_for_bit(parent, tmp
     assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
 
 
-def test_a_merged_copy_computes_what_base_and_update_compute(parent):
+@pytest.mark.parametrize("rows", [[range(6)] * 2, [range(4, 6)] * 2, [range(2, 4), range(4, 6)], [range(0)] * 2])
+def test_a_merged_copy_computes_what_base_and_update_compute(parent, rows):
     lm = nb.load(parent)
     adapter = DraftAdapter(lm.model, DraftAdapterConfig(rank=3)).eval()
     with torch.no_grad():
         for parameter in adapter.lora_B:
             parameter.normal_(std=0.2)
     decoder = Decoder(lm.model, adapter)
-    tokens, position = torch.arange(6)[None] + 40, torch.arange(6)[None]
+    tokens, position = torch.arange(12).view(2, 6) + 40, torch.arange(6).expand(2, -1)
+    gates: list[Any] = [torch.tensor([[slot in noised for slot in range(6)] for noised in rows])]
+    gates += [True] if gates[0].all() else []
     with torch.no_grad():
-        apart = decoder.hidden(tokens, position, None, noised=True)
+        apart = decoder.hidden(tokens, position, None, noised=gates[0])
         adapter.merge_copies()
-        merged = decoder.hidden(tokens, position, None, noised=True)
-    torch.testing.assert_close(apart, merged, atol=1e-4, rtol=1e-4)
+        for gate in gates:
+            merged = decoder.hidden(tokens, position, None, noised=gate)
+            torch.testing.assert_close(apart, merged, atol=1e-4, rtol=1e-4)
 
 
 def test_the_two_passes_give_the_loss_of_one_gated_pass(parent):

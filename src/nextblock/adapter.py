@@ -55,8 +55,12 @@ class GatedLinear(nn.Module):
         owner = cast(DraftAdapter, self.owner)
         if owner.gate is False:
             return self.base(x)
-        if owner.gate is True and self.merged is not None:
-            return functional.linear(x, self.merged, getattr(self.base, "bias", None))
+        if self.merged is not None and owner.opens_at is not None:
+            bias = getattr(self.base, "bias", None)
+            if owner.opens_at == 0:
+                return functional.linear(x, self.merged, bias)
+            closed, noised = x[:, : owner.opens_at].contiguous(), x[:, owner.opens_at :]
+            return torch.cat([self.base(closed), functional.linear(noised, self.merged, bias)], dim=1)
         low = functional.linear(functional.dropout(x, owner.dropout, owner.training), self.lora_A.to(x.dtype))
         update = functional.linear(low, self.lora_B.to(x.dtype)) * owner.scale
         if isinstance(owner.gate, Tensor):
@@ -68,6 +72,7 @@ class DraftAdapter(nn.Module):
     """The trained part: A and B of every adapted layer, and the vector that embeds the mask token.
 
     gate: where it acts in the pass that is running; set by `open`.
+    opens_at: the position from which on it acts in every row, where merged copies exist and there is one.
     mask_token_id: one past the parent's vocabulary, so no token of it and no row of its head.
     settings: what a sampler needs to know; None until it is loaded.
     """
@@ -87,6 +92,7 @@ class DraftAdapter(nn.Module):
         self.scale = config.alpha / config.rank
         self.dropout = config.dropout
         self.gate: Gate = False
+        self.opens_at: int | None = None
         self.mask_token_id = embedding.num_embeddings
         self.names = target_names(model, config.target_modules)
         self.lora_A = nn.ParameterList()
@@ -137,11 +143,21 @@ class DraftAdapter(nn.Module):
     @contextmanager
     def open(self, gate: Gate) -> Iterator[None]:
         """Let the adapter act at `gate` inside the `with` block."""
-        self.gate = gate
+        self.gate, self.opens_at = gate, self._first_open(gate)
         try:
             yield
         finally:
-            self.gate = False
+            self.gate, self.opens_at = False, None
+
+    def _first_open(self, gate: Gate) -> int | None:
+        """Where a gate opens for the rest of every row, if it does; looked up only where copies are merged."""
+        if gate is False or not self.layers or self.layers[0].merged is None:
+            return None
+        if gate is True:
+            return 0
+        closed = int((~gate[0]).sum())
+        rest = torch.arange(gate.shape[1], device=gate.device) >= closed
+        return closed if torch.equal(gate, rest.expand_as(gate)) else None
 
     def embed(self, model: PreTrainedModel, tokens: Tensor) -> Tensor:
         """Input embeddings [B, T, D] of int64 `tokens` [B, T], with the mask vector at mask tokens."""
