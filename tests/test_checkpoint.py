@@ -16,6 +16,7 @@ from nextblock.checkpoint import (
     list_checkpoints,
     load_checkpoint,
     newest_whole_checkpoint,
+    remove_partial,
     save_checkpoint,
 )
 from nextblock.config import UsageError
@@ -170,3 +171,10 @@ def test_an_output_folder_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(UsageError, match="cannot write checkpoint"):
         write(tmp_path, 1)
     shutil.rmtree(tmp_path)
+
+
+def test_what_a_killed_save_left_is_removed(tmp_path):
+    write(tmp_path, 3)
+    (tmp_path / "checkpoints" / ".partial-step-00000007").mkdir()
+    remove_partial(tmp_path)
+    assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 
 import pytest
+from safetensors.torch import load_file, save_file
 
+import nextblock as nb
 from families import tiny_model
 from nextblock import cli
 from nextblock.adapter import DraftAdapter, save_adapter
@@ -280,3 +283,130 @@ def test_a_draft_adapter_out_of_place_gives_one_line(run, parent, tmp_path):
     ):
         call = ["generate", model, "a", "--mode", "speculative", "--draft-adapter", tmp_path / folder, *options]
         refused(run, call, words, tmp_path / "out")
+
+
+def test_values_that_are_text_by_their_key_or_no_yaml_are_taken_as_they_stand():
+    given = ["--data.sources.0.path", "*.jsonl", "--model.mask_token", "[MASK]", "--model.tokenizer=task:"]
+    given += ["--data.sources.0.text_field", "a: b: c", "--growth.b_max", "["]
+    assert cli.parse_overrides(given) == {
+        "data.sources.0.path": "*.jsonl",
+        "model.mask_token": "[MASK]",
+        "model.tokenizer": "task:",
+        "data.sources.0.text_field": "a: b: c",
+        "growth.b_max": "[",
+    }
+    given = [
+        "--model.mask_token",
+        "7",
+        "--model.override.rope_theta",
+        "1e6",
+        "--output",
+        "2024",
+        "--model.tokenizer",
+        "null",
+    ]
+    assert cli.parse_overrides(given) == {
+        "model.mask_token": 7,
+        "model.override.rope_theta": 1e6,
+        "output": "2024",
+        "model.tokenizer": None,
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--growth.b_max", "["], "growth.b_max"),
+        (["--output", "/proc/none/out"], "cannot be made"),
+        (["--training.seed", str(2**70)], "training.seed"),
+        (["--recipe.random_start_share", "0.5", "--recipe.annealed_mask_steps", "2"], "leave one of them out"),
+        (["--training.trackers", "wandbb"], "training.trackers"),
+    ],
+)
+def test_more_bad_options_give_one_line_and_no_output(run, parent, texts, tmp_path, options, words):
+    refused(run, ["adapt", *small(parent, texts, tmp_path / "out"), *options], words, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--threshold", "x"], "threshold=x is not a number"),
+        (["--examples", "0"], "examples=0 must be at least 1"),
+        (["--batch-size", "0"], "batch_size=0 must be at least 1"),
+        (["--output", "no/such/folder/x.json"], "does not exist"),
+        (["--mode", "foo"], "unknown mode"),
+    ],
+)
+def test_evaluate_refuses_bad_options_in_one_line(run, tmp_path, arguments, words):
+    refused(run, ["evaluate", "tiny-bd", *arguments], words, tmp_path / "out")
+
+
+def test_the_demo_refuses_a_number_of_examples_before_it_trains(run, tmp_path):
+    refused(run, ["demo", "--examples", "0", "--output", tmp_path / "out"], "examples=0", tmp_path / "out")
+
+
+def without_a_weight(folder, target, rename=False):
+    """A copy of a model folder that lacks a weight, or whose weights all have other names."""
+    shutil.copytree(folder, target)
+    weights = load_file(target / "model.safetensors")
+    name = next(name for name in weights if "down_proj" in name)
+    kept = {f"x.{k}" if rename else k: v for k, v in weights.items() if rename or k != name}
+    save_file(kept, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+@pytest.mark.parametrize("rename", [False, True])
+def test_weights_that_are_missing_are_not_made_up(run, parent, texts, tmp_path, rename):
+    broken = without_a_weight(parent, tmp_path / "broken", rename)
+    refused(run, ["adapt", *small(broken, texts, tmp_path / "out")], "lack .* of the weights", tmp_path / "out")
+    refused(run, ["generate", broken, "words", "--mode", "ar"], "lack .* of the weights", tmp_path / "out")
+
+
+def test_a_saved_mask_id_outside_the_vocabulary_is_refused(run, adapted, texts, tmp_path):
+    wild = tmp_path / "wild"
+    shutil.copytree(adapted, wild)
+    config = json.loads((wild / "config.json").read_text())
+    config["block_diffusion"]["mask_token_id"] = 9999
+    (wild / "config.json").write_text(json.dumps(config))
+    words = "mask_token_id of the checkpoint=9999 is outside the vocabulary"
+    refused(run, ["generate", wild, "words"], words, tmp_path / "out")
+    refused(run, ["verify", wild], words, tmp_path / "out")
+    refused(run, ["adapt", *small(wild, texts, tmp_path / "out")], words, tmp_path / "out")
+
+
+def test_a_mask_id_that_is_met_late_in_the_data_leaves_no_output(run, parent, tmp_path):
+    path = tmp_path / "late.jsonl"
+    path.write_text('{"text": "abc abc abc"}\n' * 200 + '{"text": "abc w abc"}\n')
+    options = ["--model.mask_token", byte_tokenizer().convert_tokens_to_ids("w"), "--training.steps", "200"]
+    options += ["--training.checkpoint_every", "500", "--data.held_out", "0"]
+    status, _, err = run("adapt", *small(parent, path, tmp_path / "out"), *options)
+    assert status == 2
+    assert "is used in the data" in err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_chat_shows_and_remembers_what_generate_answers(run, tmp_path, monkeypatch):
+    """Also in diffusion mode, where tokens behind an end token may be decided before it."""
+    folder = tmp_path / "wild"
+    model = tiny_model("llama", vocab_size=264)
+    settings = BlockDiffusionSettings(block_size=8, mask_token_id=263)
+    lm = nb.BlockDiffusionLM(model, byte_tokenizer(), settings)
+    tokens = lm.generate([{"role": "user", "content": "hi"}], threshold=0.01, max_new_tokens=8).answers[0]
+    model.generation_config.eos_token_id = tokens[3]
+    export(folder, model, byte_tokenizer(), settings.model_copy(update={"decoding": {"threshold": 0.01}}))
+    wanted = nb.load(folder).generate([{"role": "user", "content": "hi"}], max_new_tokens=8).texts[0]
+    answers = iter(["hi", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(answers))
+    assert run("chat", folder, "--max-new-tokens", "8")[1] == f"model: {wanted}\n"
+
+
+def test_documents_that_were_cut_at_the_end_of_a_row_are_told(run, parent, tmp_path):
+    rows = [{"prompt": "words " * 3, "completion": "more " * size} for size in (1, 100)]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 40))
+    options = ["--data.row_length", "64", "--training.steps", "80", "--data.held_out", "0"]
+    status, out, _ = run("adapt", *small(parent, tmp_path / "long.jsonl", tmp_path / "out"), *options)
+    assert status == 0
+    told = next(line for line in out.splitlines() if line.startswith("data "))
+    assert int(told.split()[1]) > 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["training"]["truncated"] == int(told.split()[1])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import LogitsProcessor, StoppingCriteria
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria
+from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from families import EOS_ID, MASK_ID, PAD_ID, tiny_model
 from nextblock.checkpoint import CUSTOM_GENERATE_SOURCE
@@ -208,3 +209,63 @@ def test_an_exported_folder_decodes_by_its_own_name(adapted, tmp_path, monkeypat
     assert torch.equal(out, expected)
     assert streamer.tokens == expected[0].tolist()
     assert EOS_ID in expected[0] or expected.shape[1] == 21
+
+
+@pytest.mark.parametrize("mode", ["ar", "speculative"])
+@pytest.mark.parametrize("warper", [TopKLogitsWarper(1), TemperatureLogitsWarper(1e-4), TopPLogitsWarper(1e-6)])
+def test_a_warper_of_the_callers_own_acts_whatever_the_config_says(adapted, mode, warper):
+    """Each of these leaves the likeliest token alone, so that sampling is greedy."""
+    options = {"do_sample": True, "logits_processor": LogitsProcessorList([warper])}
+    greedy = adapted.generate(**left_padded((6,)), max_new_tokens=10, do_sample=False, eos_token_id=EOS_ID)
+    out = adapted.generate(
+        **left_padded((6,)),
+        **options,
+        max_new_tokens=10,
+        eos_token_id=EOS_ID,
+        pad_token_id=PAD_ID,
+        custom_generate=block_diffusion,
+        mode=mode,
+        seed=1,
+    )
+    assert torch.equal(out, greedy)
+
+
+def test_of_sampling_nothing_is_taken_from_the_checkpoint(adapted):
+    """A stored top_k=1 would make all seeds equal."""
+    adapted.config.block_diffusion = {**SECTION, "decoding": {"top_k": 1, "temperature": 0.0}}
+    options = {"do_sample": True, "temperature": 5.0, "top_k": 0, "repetition_penalty": 1.01, "max_new_tokens": 12}
+    answers = [
+        adapted.generate(
+            **left_padded((6,)), **options, custom_generate=block_diffusion, mode="ar", seed=seed, pad_token_id=PAD_ID
+        ).tolist()
+        for seed in (1, 2)
+    ]
+    assert answers[0] != answers[1]
+
+
+@pytest.mark.parametrize(
+    "option", [{"output_scores": True}, {"output_logits": True}, {"prompt_lookup_num_tokens": 3}], ids=str
+)
+def test_what_the_method_does_not_do_is_refused(adapted, option):
+    with pytest.raises(UsageError, match=next(iter(option))):
+        adapted.generate(
+            **left_padded((6,)),
+            **option,
+            return_dict_in_generate=True,
+            max_new_tokens=4,
+            custom_generate=block_diffusion,
+            mode="ar",
+        )
+
+
+def test_behind_padding_on_the_right_the_answer_stands_where_the_input_ends(adapted):
+    left = left_padded((4, 9))
+    right = {"input_ids": left["input_ids"].clone(), "attention_mask": left["attention_mask"].clone()}
+    right["input_ids"][0] = left["input_ids"][0].roll(-5)
+    right["attention_mask"][0] = left["attention_mask"][0].roll(-5)
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": EOS_ID, "pad_token_id": PAD_ID}
+    expected = adapted.generate(**left, **options)[:, 9:]
+    for mode in ("ar", "speculative"):
+        out = adapted.generate(**right, **options, custom_generate=block_diffusion, mode=mode)
+        assert torch.equal(out[:, :9], right["input_ids"])
+        assert torch.equal(out[:, 9:], expected)

@@ -113,6 +113,9 @@ def spans(document: Document) -> list[str]:
 @given(st.text(min_size=1, max_size=50))
 def test_plain_text_is_generated_whole_and_ends_with_the_end_token(text: str) -> None:
     document = encode({"text": text}, TOKENIZER)
+    if not text.strip():
+        assert document.tokens.size == 0
+        return
     assert TOKENIZER.decode(document.tokens[:-1]) == text
     assert document.tokens[-1] == END
     assert document.offset.tolist() == list(range(len(document.tokens)))
@@ -448,3 +451,65 @@ def test_a_token_outside_the_vocabulary_or_a_mask_token_in_the_data_is_refused()
     with pytest.raises(UsageError, match="mask token id 5"):
         check_tokens(rows, 10, 5)
     check_tokens(replace(rows, tokens=rows.tokens.clamp(max=8)), 9, None)
+
+
+# ---------------------------------------------------------------- sources
+
+
+def rows_of(path: Path, **options: object) -> RowStream:
+    source = {"path": str(path), **options}
+    return RowStream(DataConfig(sources=[source], row_length=64, held_out=0.0), TOKENIZER, seed=0)  # type: ignore[list-item]
+
+
+def test_a_folder_is_read_as_what_it_holds(tmp_path: Path) -> None:
+    for number in range(3):
+        (tmp_path / f"{number}.JSONL").write_text('{"prompt": "a", "completion": "bcd"}\n')
+    (tmp_path / "picture.png").write_bytes(b"\0")
+    rows = rows_of(tmp_path).next(1)
+    assert (rows.offset == 0).sum() > 1  # completions behind prompts, not lines of text
+    (tmp_path / "notes.TXT").write_text("words " * 9)
+    assert "words" in str(TOKENIZER.decode(rows_of(tmp_path).next(1).tokens[0]))
+
+
+def test_a_folder_of_two_kinds_of_rows_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "b.parquet").write_bytes(b"")
+    with pytest.raises(UsageError, match="JSONL and Parquet files; give a source for each"):
+        rows_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"text": "\\ud800 abc"}', r"bad\.jsonl:2: half of a surrogate pair"),
+        ('{"messages": [{"role": "assistant", "content": "\\udc00"}]}', r"bad\.jsonl:2: half of a surrogate pair"),
+        ('{"text": ' + "[" * 100_000, r"bad\.jsonl:2: (unreadable|broken) JSON line"),
+        ('{"text": ' + "9" * 5000 + "}", r"bad\.jsonl:2: unreadable JSON line"),
+    ],
+    ids=["text", "chat", "nesting", "digits"],
+)
+def test_hostile_json_is_named_by_file_and_line(tmp_path: Path, line: str, words: str) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"text": "fine \\ud83d\\ude00"}\n' + line + "\n")
+    with pytest.raises(UsageError, match=words):
+        rows_of(tmp_path / "bad.jsonl")
+
+
+def test_nothing_but_white_space_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "blank.txt").write_text("  \n\n\t\n")
+    with pytest.raises(UsageError, match="no document has anything to generate"):
+        rows_of(tmp_path / "blank.txt").next(1)
+
+
+def test_parquet_without_rows_is_empty(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow.parquet").write_table(
+        pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), tmp_path / "none.parquet"
+    )
+    with pytest.raises(UsageError, match="is empty"):
+        rows_of(tmp_path / "none.parquet")
+
+
+def test_a_chat_may_begin_with_the_assistant(tmp_path: Path) -> None:
+    talk = [{"role": "assistant", "content": "Hi!"}, {"role": "user", "content": "one?"}]
+    talk += [{"role": "assistant", "content": "1"}]
+    assert spans(encode({"messages": talk}, TOKENIZER)) == ["Hi!<|end|>", "1<|end|>"]

@@ -167,3 +167,19 @@ def test_every_configuration_shown_is_valid(page):
         load_config(yaml.safe_load(source))
     for source in blocks(page, "json"):
         json.loads(source)
+
+
+def test_the_example_of_the_docs_is_answered_right_by_the_shipped_models():
+    shown = {text for _, call in CALLS for text in call if text.startswith("Q: ")}
+    assert len(shown) == 1
+    prompt = shown.pop().replace("\\n", "\n")
+    calls: list[tuple[dict[str, Any], list[dict[str, Any]]]] = [
+        ({"path": "tiny-ar"}, [{"mode": "ar"}]),
+        ({"path": "tiny-ar", "draft_adapter": "tiny-draft"}, [{"mode": "speculative"}]),
+        ({"path": "tiny-bd"}, [{}, *({"mode": mode} for mode in MODES)]),
+    ]
+    for model, options in calls:
+        lm = nb.load(**model)
+        for option in options:
+            text = lm.generate(prompt, max_new_tokens=96, **option).texts[0]
+            assert text == " 8 * 7 = 56. 56 - 13 = 43. The answer is 43."

@@ -10,7 +10,7 @@ import torch
 from families import EOS_ID, MASK_ID, tiny_model
 from nextblock.config import BlockDiffusionSettings, UsageError
 from nextblock.events import BlockFinished, Committed, Prefilled, Rejected, RowFinished
-from nextblock.generate import BlockDiffusionLM, load
+from nextblock.generate import BlockDiffusionLM, load, look_at
 from test_text import byte_level
 
 MODES = ["ar", "diffusion", "speculative"]
@@ -260,3 +260,44 @@ def test_bad_input_ends_in_one_line(lm, prompts, options, message):
 def test_flex_attention_is_not_a_decoding_backend(tmp_path):
     with pytest.raises(UsageError, match="attention='flex_attention' cannot decode"):
         load(tmp_path, attention="flex_attention")
+
+
+def test_an_end_token_that_completes_a_stop_string_is_cut_off_with_it(lm):
+    """In `texts` as in `stream_text`."""
+    text = lm.generate("one two", mode="ar", max_new_tokens=12, eos_token_id=[]).answers[0]
+    last = text[3]
+    letter = str(TOKENIZER.decode([last]))
+    for mode in MODES:
+        options = {"mode": mode, "max_new_tokens": 12, "eos_token_id": [last], "stop": [letter]}
+        streamed = "".join(piece for _, piece in lm.stream_text("one two", **options))
+        assert lm.generate("one two", **options).texts == [streamed]
+
+
+def test_masks_are_taken_as_lists_and_for_one_row_and_refused_for_texts(lm):
+    ids = torch.tensor([0, 0, 65, 66, 67])
+    expected = lm.generate(ids[2:], mode="ar", max_new_tokens=4).answers
+    for mask in ([0, 0, 1, 1, 1], torch.tensor([0, 0, 1, 1, 1]), torch.tensor([[0, 0, 1, 1, 1]])):
+        assert lm.generate(ids, attention_mask=mask, mode="ar", max_new_tokens=4).answers == expected
+    with pytest.raises(UsageError, match="goes with token ids"):
+        lm.generate("words", attention_mask=torch.ones(1, 5), mode="ar")
+
+
+def test_an_option_of_the_call_puts_aside_those_of_the_checkpoint_that_must_fit_it():
+    stored = {"mode": "speculative", "draft_ahead": 2}
+    lm = ids_only(decoding=stored)
+    prompt = torch.tensor([[5, 6, 7]])
+    expected = lm.generate(prompt, max_new_tokens=8, draft_ahead=0).answers
+    assert lm.generate(prompt, max_new_tokens=8, draft_paths=2).answers == expected
+    lm = ids_only(decoding={"mode": "diffusion", "sub_blocks": 2, "steps": 4})
+    assert lm.generate(prompt, max_new_tokens=5, block_size=5).answers
+
+
+def test_a_model_that_ignores_positions_decodes_one_prompt_in_ar_mode_and_no_batch():
+    lm = BlockDiffusionLM(tiny_model("llama"), None, None)
+    blind = lm.model.model.forward
+    lm.model.model.forward = lambda *args, position_ids=None, **rest: blind(*args, **rest)  # type: ignore[method-assign]
+    look_at(lm.model)
+    tokens = torch.tensor([[5, 6, 7, 8]])
+    assert lm.generate(tokens, mode="ar", max_new_tokens=2).answers
+    with pytest.raises(UsageError, match="ignores the attention mask or the position"):
+        lm.generate(tokens.expand(2, -1), mode="ar", max_new_tokens=2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,7 @@ def test_a_preset_is_found_by_the_name_of_its_model():
 
 
 REAL = ("qwen3_0_6b", "qwen3_0_6b_lora", "qwen3_4b", "qwen3_8b", "openpangu_7b", "llama_3_2_1b")
+BASELINES = tuple(name for name in NAMES if name.startswith("baseline_"))
 TINY: dict[str, Any] = {
     "vocab_size": 300,
     "hidden_size": 32,
@@ -68,12 +71,13 @@ def _fresh_accelerator():
 
 
 @pytest.mark.usefixtures("_fresh_accelerator")
-@pytest.mark.parametrize("name", [*REAL, "smoke"])
+@pytest.mark.parametrize("name", [*REAL, "smoke", *BASELINES])
 def test_a_preset_takes_two_steps_at_toy_size(name, tmp_path):
     (tmp_path / "texts.jsonl").write_text('{"text": "one two three four five six seven eight nine ten"}\n' * 40)
     shape = plan.model_shape(load_config(preset(name)).model)
     parent = AutoModelForCausalLM.from_config(AutoConfig.for_model(shape.model_type, **TINY))
     export(tmp_path / "parent", parent, byte_tokenizer(), None)
+    first, largest = {"baseline_full_sequence": (64, 64), "baseline_annealed_mask": (8, 8)}.get(name, (4, 8))
     small = {
         "model.path": str(tmp_path / "parent"),
         "model.scratch": None,
@@ -82,8 +86,8 @@ def test_a_preset_takes_two_steps_at_toy_size(name, tmp_path):
         "data.sources": [{"path": str(tmp_path / "texts.jsonl")}],
         "data.row_length": 64,
         "data.held_out": 0.0,
-        "growth.b_0": 4,
-        "growth.b_max": 8,
+        "growth.b_0": first,
+        "growth.b_max": largest,
         "growth.delta": 1,
         "training.steps": 2,
         "training.batch_rows": 2,
@@ -92,4 +96,6 @@ def test_a_preset_takes_two_steps_at_toy_size(name, tmp_path):
     }
     run = train(load_config(preset(name), small))
     assert run.step == 2
+    written = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert all(math.isfinite(step["diffusion_loss"]) for step in written if "diffusion_loss" in step)
     assert (tmp_path / "run" / "model.safetensors").is_file()

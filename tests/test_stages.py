@@ -170,3 +170,18 @@ def killed_after(values: dict[str, Any], steps: int) -> None:
 
     torch.set_num_threads(1)
     train(load_config(values), on_step=stop)
+
+
+def test_a_finished_stage_that_is_changed_is_named_on_resume(place, tmp_path):
+    """Else the steps of later stages would be counted from elsewhere, and their noise be another."""
+    output = tmp_path / "run"
+
+    def stop(metrics: StepMetrics) -> None:
+        if metrics.step == 14:
+            os.kill(os.getpid(), 15)
+
+    run = train(staged(place, output), on_step=stop)
+    assert not run.finished
+    with pytest.raises(UsageError, match=r"stage-1-base is finished: optimizer\.lr was 0\.003, is 0\.5"):
+        train(staged(place, output, **{"stages.0.optimizer.lr": 0.5}), resume=True)
+    assert train(staged(place, output), resume=True).finished

@@ -431,3 +431,40 @@ def test_a_resume_may_change_what_does_not_touch_the_result(place, tmp_path, und
 def test_the_exported_dtype_is_the_one_asked_for(place, tmp_path):
     train(config_of(place, tmp_path, training__steps=9, model__export_dtype="bfloat16"))
     assert {value.dtype for value in load_file(tmp_path / "model.safetensors").values()} == {torch.bfloat16}
+
+
+def test_gradient_accumulation_of_a_launcher_changes_nothing(place, tmp_path, monkeypatch):
+    """Micro-batches are ours; accelerate would divide the loss by its own number once more."""
+    expected = train(config_of(place, tmp_path / "a", training__steps=9))
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    found = train(config_of(place, tmp_path / "b", training__steps=9))
+    norms = [
+        [json.loads(line)["grad_norm"] for line in (run.output / "log.jsonl").open()] for run in (expected, found)
+    ]
+    assert norms[0] == norms[1]
+
+
+def test_the_log_is_json_that_strict_readers_take(place, tmp_path):
+    train(config_of(place, tmp_path / "run", training__steps=9))
+    assert "NaN" not in (tmp_path / "run" / "log.jsonl").read_text()
+
+
+def test_a_disk_that_is_full_ends_in_one_line_wherever_the_run_writes(place, tmp_path):
+    run = train(config_of(place, tmp_path / "run", training__steps=9), on_step=lambda m: signal_at(m, 2))
+    assert not run.finished
+    log = tmp_path / "run" / "log.jsonl"
+    log.unlink()
+    log.symlink_to("/dev/full")
+    with pytest.raises(UsageError, match=r"cannot write .*: No space left on device"):
+        train(config_of(place, tmp_path / "run", training__steps=9), resume=True)
+
+
+def signal_at(metrics, step):
+    if metrics.step == step:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_what_may_change_on_resume_is_said(place, tmp_path, capsys):
+    train(config_of(place, tmp_path / "run", training__steps=9), on_step=lambda m: signal_at(m, 1))
+    train(config_of(place, tmp_path / "run", training__steps=9, training__micro_batch_rows=2), resume=True)
+    assert "resuming: training.micro_batch_rows was None, is 2" in capsys.readouterr().out

@@ -4,7 +4,7 @@ import nextblock as nb
 
 nb.adapt("presets/demo.yaml")
 lm = nb.load("tiny-bd")
-print(lm.generate("Q: Tom has 12 apples. He buys 5 more. How many apples does Tom have?\\nA:").texts[0])
+print(lm.generate("Q: Leo has 8 bags with 7 coins in each. He loses 13. How many coins does Leo have?\\nA:").texts[0])
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from nextblock.corruption import corrupt
 from nextblock.data import Rows, RowStream
 from nextblock.evaluate import BitsPerByte, bits_per_byte
 from nextblock.generate import BlockDiffusionLM
-from nextblock.model import Decoder, load_model
+from nextblock.model import Decoder, load_model, load_parent
 from nextblock.ranks import gather, is_main
 from nextblock.report import read_log, write_report
 from nextblock.request import GenerateOptions
@@ -123,9 +123,16 @@ def describe(run: Run, config: AdaptConfig) -> dict[str, Any]:
             "tokens": sum(step["tokens"] for step in steps),
             "growth": growth,
             "stages": borders,
+            **cut_documents(run),
         },
         "log": LOG,
     }
+
+
+def cut_documents(run: Run) -> dict[str, int]:
+    """Documents of this process that were cut at the end of a row, or left out because nothing of them fitted."""
+    starts = [shard["start"] for shard in run.feed.state()["shards"].values()]
+    return {name: sum(start[name] for start in starts) for name in ("truncated", "skipped")}
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -219,13 +226,14 @@ def held_out_bits(run: Run) -> list[dict[str, Any]]:
         run.accelerator.print("no document is held out, so bits per byte are not measured; raise data.held_out")
         return []
     found: list[tuple[str, BitsPerByte]] = []
-    if run.config.model.scratch is None:
-        parent = Decoder(load_model(run.config.model.path, dtype=run.decoder.model.dtype, attention="auto"))
-        if parent.device == run.decoder.device:
-            found += [("parent", measure) for measure in bits_per_byte(parent, run.tokenizer, rows)]
+    model = run.config.model
+    if model.scratch is None:
+        parent = load_parent(model.model_copy(update={"quantization": None}), run.decoder.device)
+        found += [("parent", measure) for measure in bits_per_byte(parent, run.tokenizer, rows)]
     run.loss.eval()
     decoder = run.decoder
     if run.is_sharded:  # only this rank measures, and it holds a part of the weights
-        decoder = Decoder(load_model(run.output, dtype=decoder.model.dtype, attention="auto"))
+        code = model.trust_remote_code
+        decoder = Decoder(load_model(run.output, dtype=decoder.model.dtype, trust_remote_code=code))
     found += [("adapted", measure) for measure in bits_per_byte(decoder, run.tokenizer, rows, run.settings)]
     return [{"model": model, **asdict(measure)} for model, measure in found]

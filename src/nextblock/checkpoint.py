@@ -24,7 +24,7 @@ from nextblock.config import BlockDiffusionSettings, UsageError
 from nextblock.ranks import is_main, together
 
 MANIFEST, WEIGHTS, OPTIMIZER = "manifest.json", "model.safetensors", "optimizer.pt"
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, PARTIAL = "checkpoints", ".partial-"
 
 CUSTOM_GENERATE_SOURCE = '''"""Block-diffusion decoding of this checkpoint, where the nextblock package is installed.
 
@@ -39,6 +39,12 @@ def generate(model, **arguments):
     return model.generate(custom_generate=nextblock.block_diffusion, **arguments)
 '''
 """Content of `custom_generate/generate.py` in an exported folder."""
+
+
+def remove_partial(output: Path) -> None:
+    """Remove checkpoints that a killed run left half written."""
+    for folder in (output / CHECKPOINTS).glob(f"{PARTIAL}*"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def save_checkpoint(
@@ -67,7 +73,7 @@ def save_checkpoint(
         UsageError: the disk is full or cannot be written; earlier checkpoints are left as they are.
     """
     folder = output / CHECKPOINTS / f"step-{step:08d}"
-    partial = folder.with_name(f".partial-{folder.name}")
+    partial = folder.with_name(f"{PARTIAL}{folder.name}")
     main = is_main()
     whole = None if sharded else (whole_weights(model), gathered(optimizer.state_dict()))
     try:

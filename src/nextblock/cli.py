@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import sys
 import warnings
 from contextlib import nullcontext
@@ -61,6 +62,7 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # what it raises is told in one line
     try:
         app()
     except UsageError as error:
@@ -139,6 +141,9 @@ def adapt(
         return
     for measure in result.results.get("bits_per_byte", []):
         print(f"{measure['model']:8s} {measure['measure']:18s} {measure['value']:.3f} bits per byte")
+    lost = result.results["training"]
+    if lost["truncated"] or lost["skipped"]:
+        print(f"data        {lost['truncated']} documents were cut at data.row_length, {lost['skipped']} left out")
     print(f"checkpoint  {result.output}\nreport      {result.output / 'report.html'}")
 
 
@@ -155,8 +160,22 @@ def parse_overrides(arguments: list[str]) -> dict[str, Any]:
             if not rest:
                 raise UsageError(f"option --{key} needs a value")
             value = rest.pop(0)
-        overrides[key] = yaml.safe_load(value)
+        overrides[key] = read_value(key, value)
     return overrides
+
+
+def read_value(key: str, text: str) -> Any:
+    """An option's value, read as YAML; what is text by its key, or is no YAML, is taken as it stands."""
+    is_text = key.rpartition(".")[2] in ("path", "tokenizer", "text_field", "output", "revision", "mask_token")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    if is_text and value is not None and not (isinstance(value, int) and key.endswith("mask_token")):
+        return value if isinstance(value, str) else text
+    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?e[-+]?\d+", value):  # YAML wants 1.0e+3
+        return float(value)
+    return value
 
 
 @app.command()
@@ -277,6 +296,13 @@ def number(text: str, name: str) -> float | None:
         raise UsageError(f"{name}={text} is not a number; use 0 to 1, or none") from None
 
 
+def at_least_one(**counts: int) -> None:
+    """UsageError for a count below 1."""
+    for name, count in counts.items():
+        if count < 1:
+            raise UsageError(f"{name}={count} must be at least 1")
+
+
 def torch_dtype(name: str | None) -> Any:
     """A torch dtype by name, None for none."""
     import torch
@@ -316,9 +342,6 @@ def chat(
     """Talk to a model; an empty line or end of input leaves."""
     options = {"max_new_tokens": max_new_tokens, **decoding_options(locals())}
 
-    from nextblock.events import Committed
-    from nextblock.text import TextStream
-
     lm = load_lm(model, dtype, draft_adapter)
     if lm.settings is None:
         options.setdefault("mode", "ar")
@@ -331,18 +354,13 @@ def chat(
         if not said.strip():
             return
         messages.append({"role": "user", "content": said})
-        shown, decided, count, stream = "", {}, 0, TextStream(lm.tokenizer)
+        said = ""
         print("model: ", end="", flush=True)
-        for event in lm.stream(messages, **options):
-            if isinstance(event, Committed):
-                decided[event.offset] = event.token
-                while (token := decided.pop(count, None)) is not None:  # only the decided prefix is shown
-                    piece = stream.put(token)
-                    shown, count = shown + piece, count + 1
-                    print(piece, end="", flush=True)
-        rest = stream.end()
-        print(rest)
-        messages.append({"role": "assistant", "content": shown + rest})
+        for _, piece in lm.stream_text(messages, **options):
+            said += piece
+            print(piece, end="", flush=True)
+        print()
+        messages.append({"role": "assistant", "content": said})
 
 
 @app.command()
@@ -355,6 +373,7 @@ def evaluate(
     ] = None,
     block_size: BlockSize = None,
     examples: Annotated[int, typer.Option(help="held-out prompts")] = 200,
+    first: Annotated[int, typer.Option(help="number of the first; choose settings on others than you report")] = 0,
     batch_size: Annotated[int, typer.Option(help="prompts decoded together")] = 25,
     output: Annotated[Path | None, typer.Option(help="write the figures as JSON")] = None,
     draft_adapter: DraftAdapterFolder = None,
@@ -364,25 +383,30 @@ def evaluate(
     from rich.console import Console
     from rich.progress import Progress
 
+    from nextblock.bench.command import check_output
     from nextblock.evaluate import score_task
     from nextblock.report import decoding_table
     from nextblock.tasks import get_task
 
     chosen = get_task(task)
+    at_least_one(examples=examples, batch_size=batch_size)
+    thresholds = [number(value, "threshold") for value in threshold or ("none", "0.9")]
+    check_output(output)
     lm = load_lm(model, dtype, draft_adapter)
     modes = mode or (["ar", "speculative", "diffusion"] if lm.settings else ["ar"])
-    thresholds = [None if value == "none" else float(value) for value in threshold or ["none", "0.9"]]
     settings: list[dict[str, Any]] = []
     for name in modes:
         settings += [{"mode": name, "threshold": t} for t in thresholds] if name == "diffusion" else [{"mode": name}]
     rows, reference = [], None
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("scoring", total=examples * len(settings))
         for options in settings:
             score, answers = score_task(
                 lm,
                 chosen,
                 examples=examples,
+                first=first,
                 batch_size=batch_size,
                 block_size=block_size,
                 reference=reference,
@@ -646,6 +670,7 @@ def demo(
     examples: Annotated[int, typer.Option(help="held-out problems scored in each mode")] = 200,
 ) -> None:
     """Adapt the shipped AR model in front of your eyes, then decode with it in every mode (about 8 minutes)."""
+    at_least_one(examples=examples)
     from nextblock.demo import demo as run
 
     run(output, examples=examples)

@@ -10,14 +10,18 @@ import difflib
 import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 
 class UsageError(ValueError):
     """Bad input from the user: one line with the value, the rule and the cure. The CLI exits 2."""
+
+
+class TrainingStopped(UsageError):
+    """A run that cannot go on, after steps that were well: what it has written is worth a look."""
 
 
 def nearest(word: str, choices: Sequence[str]) -> str:
@@ -176,7 +180,7 @@ class TrainingConfig(Section):
     micro_batch_rows: int | None = Field(
         default=None, ge=1, description="rows in one forward pass; default: all of a rank's"
     )
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     checkpoint_every: int = Field(default=200, ge=1, description="steps between resumable checkpoints")
     keep_last: int = Field(default=2, ge=1, description="checkpoints kept")
     keep_every: int | None = Field(default=None, ge=1, description="of so many checkpoints, one is kept for good")
@@ -197,9 +201,10 @@ class TrainingConfig(Section):
     profile_every: int = Field(
         default=50, ge=1, description="steps between log records of the loss by noise level and by offset in the block"
     )
-    trackers: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = Field(
-        default=(), description="send the log to these too, through accelerate"
-    )
+    trackers: Annotated[
+        tuple[Literal["tensorboard", "trackio", "wandb"], ...],
+        BeforeValidator(lambda value: (value,) if isinstance(value, str) else value),
+    ] = Field(default=(), description="send the log to these too, through accelerate")
     gradient_checkpointing: bool = Field(default=False, description="recompute activations in the backward pass")
     compile: bool = Field(default=False, description="torch.compile the model")
     mixed_precision: Literal["no", "bf16"] = Field(default="no", description="autocast of the forward pass")
@@ -325,6 +330,12 @@ class AdaptConfig(Section):
             raise ValueError(
                 f"recipe.random_start_share={self.recipe.random_start_share} needs recipe.context=context_causal; "
                 "set it, or leave the random starts out"
+            )
+        if self.recipe.random_start_share and self.recipe.annealed_mask_steps:
+            # One coin decides over a pair of one block, in both halves: their blocks must be the same.
+            raise ValueError(
+                f"recipe.random_start_share={self.recipe.random_start_share} does not go with "
+                "recipe.annealed_mask_steps; leave one of them out"
             )
         if self.recipe.annealed_mask_steps and growth.b_0 != b_max:
             raise ValueError(

@@ -26,11 +26,11 @@ from nextblock.adapter import attached_adapter
 from nextblock.batch import Row
 from nextblock.config import UsageError
 from nextblock.events import Finish
-from nextblock.generate import BlockDiffusionLM, Stream, sequences
+from nextblock.generate import BlockDiffusionLM, Stream, look_at
 from nextblock.model import read_settings
 from nextblock.request import make_request, resolve_config
 
-_OWN_WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
+_OWN_WARPERS = {TemperatureLogitsWarper: "temperature", TopKLogitsWarper: "top_k", TopPLogitsWarper: "top_p"}
 _OWN_CRITERIA = (MaxLengthCriteria, EosTokenCriteria)
 _UNSET: Any = object()
 
@@ -85,21 +85,21 @@ def block_diffusion(
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not _UNSET}
     adapter = attached_adapter(model)
     settings = read_settings(model.config) if adapter is None else adapter.settings
+    look_at(model)
     lm = BlockDiffusionLM(model, None, settings, adapter)
-    if (generation_config.num_beams or 1) > 1:
-        raise UsageError(f"num_beams={generation_config.num_beams}: block_diffusion has no beam search; leave it out")
+    _check_generation_config(generation_config)
     diffusion = resolve_config(lm.settings, options).mode == "diffusion"
-    foreign = [p for p in logits_processor or () if not _is_own(p, lm)]
+    foreign = [p for p in logits_processor or () if not _is_own(p, lm, generation_config)]
     if diffusion and foreign:
         raise UsageError(
             f"logits processor {type(foreign[0]).__name__} has no meaning in diffusion mode, where tokens are not "
             "decided from left to right; use mode='ar' or 'speculative'"
         )
-    options["temperature"] = float(generation_config.temperature or 1.0) if generation_config.do_sample else 0.0
-    if generation_config.do_sample and not foreign:
+    # Of sampling nothing is the checkpoint's: the generation config says it all.
+    options |= {"temperature": 1.0 if generation_config.do_sample else 0.0, "top_k": None, "top_p": None}
+    if generation_config.do_sample and not foreign:  # else they act in their place among the processors
+        options["temperature"] = float(generation_config.temperature or 1.0)
         options |= {"top_k": generation_config.top_k or None, "top_p": generation_config.top_p}
-    if foreign:  # then temperature, top-k and top-p act in their place among the processors
-        options["temperature"] = 1.0 if generation_config.do_sample else 0.0
     criteria: list[Any] = list(stopping_criteria or ())
     lengths = [c.max_length for c in criteria if isinstance(c, MaxLengthCriteria)]
     ends = {int(i) for c in criteria if isinstance(c, EosTokenCriteria) for i in c.eos_token_id.tolist()}
@@ -116,17 +116,41 @@ def block_diffusion(
             row.stop = _stop_by(others, row, model.device)
     _drain(lm.run(request, time.perf_counter(), logits_processor if foreign else None), streamer)
     padding = generation_config.pad_token_id
-    result = sequences(request.rows, padding if padding is not None else min(ends, default=0)).to(input_ids.device)
+    result = _whole(input_ids, request.rows, padding if padding is not None else min(ends, default=0))
     if generation_config.return_dict_in_generate:
         return GenerateDecoderOnlyOutput(sequences=result)  # type: ignore[arg-type]
     return result
 
 
-def _is_own(processor: Any, lm: BlockDiffusionLM) -> bool:
-    """Whether decoding does by itself what the processor does: temperature, top-k, top-p, no mask token."""
+def _check_generation_config(config: Any) -> None:
+    """UsageError for what `generate` would do by itself and this method does not."""
+    if (config.num_beams or 1) > 1:
+        raise UsageError(f"num_beams={config.num_beams}: block_diffusion has no beam search; leave it out")
+    for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
+        if getattr(config, name, None):
+            raise UsageError(f"{name}=True: block_diffusion returns sequences alone; leave it out")
+    if getattr(config, "prompt_lookup_num_tokens", None):
+        raise UsageError("prompt_lookup_num_tokens: block_diffusion drafts by itself; leave it out")
+
+
+def _is_own(processor: Any, lm: BlockDiffusionLM, config: Any) -> bool:
+    """Whether decoding does by itself what the processor does: the config's temperature, top-k, top-p; no mask token.
+
+    A warper of the caller's own, whose value is not the config's, is a processor like any other.
+    """
     if isinstance(processor, SuppressTokensLogitsProcessor) and lm.settings is not None:
         return set(processor.suppress_tokens.tolist()) <= {lm.settings.mask_token_id}
-    return isinstance(processor, _OWN_WARPERS)
+    for kind, name in _OWN_WARPERS.items():
+        if isinstance(processor, kind):
+            return config.do_sample and getattr(processor, name) == getattr(config, name)
+    return False
+
+
+def _whole(input_ids: Tensor, rows: list[Row], padding: int) -> Tensor:
+    """int64 [B, T]: the input as it was given, wherever its padding stands, then the answers, then `padding`."""
+    longest = max(len(row.answer) for row in rows)
+    answers = [row.answer + [padding] * (longest - len(row.answer)) for row in rows]
+    return torch.cat([input_ids, torch.tensor(answers, dtype=input_ids.dtype, device=input_ids.device)], dim=1)
 
 
 def _drain(stream: Stream, streamer: Any) -> None:

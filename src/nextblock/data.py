@@ -84,7 +84,7 @@ def encode_batch(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) 
     {"messages"}: the tokenizer's chat template; each assistant turn with its end-of-turn token is a span
         with offset 0.., all else is context.
     A record that is not `ended` has no end token; of messages, the last turn then has no end-of-turn token.
-    An empty text gives an empty document.
+    A text that is empty, or nothing but white space, gives an empty document.
 
     Raises:
         UsageError: the tokenizer has no end token, or its chat template fails (file and line named).
@@ -121,7 +121,7 @@ def _segments(record: Record, tokenizer: PreTrainedTokenizerBase) -> list[tuple[
     """The record as consecutive (text, generated?) segments."""
     value = record.value
     if "text" in value:
-        return [(value["text"], True)]
+        return [(value["text"] if value["text"].strip() else "", True)]
     if "prompt" in value:
         return [(value["prompt"], False), (value["completion"], True)]
     return _chat_segments(value.get("messages"), value.get("tools"), record, tokenizer)
@@ -151,7 +151,7 @@ def _chat_segments(
     for turn, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = render(messages[:turn], prompt=True)
+        before = render(messages[:turn], prompt=True) if turn else _first_prompt(render, messages, where)
         stop = _turn_end(whole, len(before), render, messages, turn)
         if not whole.startswith(before) or len(before) < done or stop is None:
             raise UsageError(
@@ -167,6 +167,19 @@ def _chat_segments(
         closing, text = _closing(render, messages, len(messages) - 1), segments[-1][0]
         return [*segments[:-1], (text.rstrip().removesuffix(closing) if closing else text, True)]
     return [*segments, (whole[done:], False)]
+
+
+def _first_prompt(render: Callable[..., str], messages: list[Any], where: str) -> str:
+    """What the template writes before an assistant turn that opens a chat: templates refuse an empty conversation."""
+    user = [{"role": "user", "content": "-"}]
+    opening = render(user, prompt=True).removeprefix(render(user))
+    whole = render(messages)
+    at = whole.find(opening) if opening else 0
+    if at < 0:
+        raise UsageError(
+            f"{where}: the chat template does not open a conversation with the assistant; put another turn first"
+        )
+    return whole[: at + len(opening)]
 
 
 def _turn_end(

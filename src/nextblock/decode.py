@@ -146,7 +146,7 @@ def _decide(
     score: list[float],
 ) -> Iterator[Event]:
     """Commit what the rule chooses, and hand on to the answer what is decided without a gap."""
-    config = batch.config
+    config, events = batch.config, list[Event]()
     steps_left = None if config.steps is None else config.steps // config.sub_blocks - block.steps
     block.steps += 1
     for choice in commit(
@@ -156,9 +156,10 @@ def _decide(
         block.tokens[position], block.decided[position] = tokens[choice], True
         offset = block.start + position
         if offset < row.limit:
-            yield Committed(row.number, offset, tokens[choice], probabilities[choice], row.passes)
+            events.append(Committed(row.number, offset, tokens[choice], probabilities[choice], row.passes))
+    # The answer grows before its events are told, so that whoever reads it at an event sees this pass.
     while (position := len(row.answer) - block.start) < len(block.tokens) and block.decided[position]:
         if row.push(block.tokens[position]):
-            yield BlockFinished(row.number, block.start, len(row.answer))
-            yield finished(row)
-            return
+            events += [BlockFinished(row.number, block.start, len(row.answer)), finished(row)]
+            break
+    yield from events

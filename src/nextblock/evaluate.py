@@ -74,6 +74,9 @@ def bits_per_byte(
 ) -> list[BitsPerByte]:
     """Bits per UTF-8 byte of the generated tokens in `rows`; the first token of a plain document is given.
 
+    Only the diffusion bound of a model with aligned prediction pays for that token as well, and counts its bytes:
+    such a model can predict it.
+
     AR: exact, from the clean half. Diffusion, where `settings` names a block size: the order-agnostic bound
     -log p(block) <= E_m[n / m * sum over m masked of -log p(x_i | rest)], m ~ Uniform{1..n}, with the first
     token of each block from the AR head as in decoding (when prediction is shifted).
@@ -123,11 +126,11 @@ def bits_per_byte(
             view = view_of(size, draw, mask_by_count)
             nats = _nats(decoder, view, settings.context)[:, : view.noised_length]
             bound_nats += float((nats * _bound_weights(view, shifted).to(nats.device)).sum()) / draws
-    to_bits = 1 / (math.log(2) * scored_bytes)
-    results = [BitsPerByte("AR (exact)", None, ar_nats * to_bits, scored_bytes)]
+    results = [BitsPerByte("AR (exact)", None, ar_nats / (math.log(2) * scored_bytes), scored_bytes)]
     if settings is not None:
-        total = (first_nats + bound_nats) * to_bits
-        results.append(BitsPerByte("diffusion (bound)", size, total, scored_bytes))
+        paid_bytes = scored_bytes if shifted else _scored_bytes(rows, tokenizer, first=True)
+        total = (first_nats + bound_nats) / (math.log(2) * paid_bytes)
+        results.append(BitsPerByte("diffusion (bound)", size, total, paid_bytes))
     return results
 
 
@@ -165,14 +168,14 @@ def _bound_weights(view: TwoView, shifted: bool) -> torch.Tensor:
     return weights
 
 
-def _scored_bytes(rows: Rows, tokenizer: Any) -> int:
-    """UTF-8 bytes of all tokens that the AR loss scores, end tokens counting none."""
+def _scored_bytes(rows: Rows, tokenizer: Any, first: bool = False) -> int:
+    """UTF-8 bytes of all tokens that the AR loss scores, with `first` of all generated ones; of end tokens none."""
     total = 0
     for row in range(len(rows)):
         document, offset, tokens = rows.document[row], rows.offset[row], rows.tokens[row]
         for index in range(int(document.max()) + 1):
             scored = (document == index) & (offset >= 0)
-            scored &= ~((offset == 0) & (rows.position[row] == 0))
+            scored &= first | ~((offset == 0) & (rows.position[row] == 0))
             text = tokenizer.decode(tokens[scored].tolist(), skip_special_tokens=True)
             total += len(text.encode("utf-8"))
     return total
@@ -190,6 +193,7 @@ def score_task(
     timed: int = 16,
     max_new_tokens: int = 160,
     split: str = "test",
+    first: int = 0,
     reference: Sequence[str] | None = None,
     on_example: Callable[[int], None] | None = None,
 ) -> tuple[TaskScore, list[str]]:
@@ -200,6 +204,7 @@ def score_task(
         task: a built-in task.
         mode: "ar", "diffusion" or "speculative".
         examples: held-out prompts, decoded in batches of `batch_size`.
+        first: number of the first problem; settings are best chosen on others than those that are reported.
         timed: of these, so many are decoded again one at a time, for the speed at batch 1.
         reference: AR mode's answers to the same prompts, to compare with.
         on_example: called with the number of prompts just done.
@@ -210,7 +215,7 @@ def score_task(
     """
     if lm.tokenizer is None:
         raise UsageError("this model folder has no tokenizer; scoring a task reads and writes text")
-    cases = [task.example(split, index) for index in range(examples)]
+    cases = [task.example(split, index) for index in range(first, first + examples)]
     options: dict[str, Any] = {"mode": mode, "max_new_tokens": max_new_tokens}
     if mode != "ar" and block_size is not None:
         options["block_size"] = block_size

@@ -23,9 +23,11 @@ from nextblock.decode import decode
 from nextblock.events import Committed, Event, Finish, RowFinished, Stats
 from nextblock.model import (
     Decoder,
+    check_mask_token,
     choose_attention,
     load_model,
     load_tokenizer,
+    probe,
     read_config,
     read_settings,
     resolve_adapter,
@@ -33,6 +35,9 @@ from nextblock.model import (
 )
 from nextblock.request import GenerateOptions, Prompts, Request, make_request
 from nextblock.text import TextStream
+
+REFUSAL = "_nextblock_refusal"
+"""Attribute of a model that was looked at: what keeps it from decoding blocks and batches, "" if nothing does."""
 
 
 @dataclass
@@ -136,7 +141,12 @@ class BlockDiffusionLM:
         Args:
             began: `time.perf_counter()` when the clock started.
             processor: logits processors, for ar and speculative mode.
+        Raises:
+            UsageError: a model that ignores the mask or the positions which blocks and batches need.
         """
+        refusal = getattr(self.model, REFUSAL, "")
+        if refusal and (request.config.mode != "ar" or len(request.rows) > 1):
+            raise UsageError(refusal)
         stats = Stats(rows=len(request.rows))
         return Stream(request, stats, self._events(request, stats, began, processor))
 
@@ -164,15 +174,25 @@ class BlockDiffusionLM:
 
     def _text(self, row: Row, stop: tuple[str, ...]) -> str:
         text = self.tokenizer.decode(row.answer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        if row.finish == "stop_string":
-            text = text[: min((at for s in stop if (at := text.find(s)) >= 0), default=len(text))]
-        return text
+        # Whatever ended the row: what only its last bytes made whole may hold a stop string, too.
+        return text[: min((at for s in stop if (at := text.find(s)) >= 0), default=len(text))]
 
     def _padding_id(self, rows: list[Row]) -> int:
         for source in (self.tokenizer, self.model.config):
             if (found := getattr(source, "pad_token_id", None)) is not None:
                 return int(found)
         return min(rows[0].end_tokens, default=0)
+
+
+def look_at(model: PreTrainedModel) -> None:
+    """Find out, once for a model, whether it obeys masks and positions; `BlockDiffusionLM.run` acts on it."""
+    if not hasattr(model, REFUSAL):
+        try:
+            probe(Decoder(model))
+            refusal = ""
+        except UsageError as error:
+            refusal = str(error)
+        setattr(model, REFUSAL, refusal)
 
 
 @contextmanager
@@ -232,7 +252,11 @@ def load(
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
+    look_at(model)
     tokenizer, adapter = load_tokenizer(path, revision, trust_remote_code), None
+    if settings is not None:
+        name = "block_diffusion.mask_token_id of the checkpoint"
+        check_mask_token(settings.mask_token_id, Decoder(model).vocabulary, name)
     if adapter_folder is not None:
         adapter, settings = load_adapter(adapter_folder, model, weights_folder(path, revision))
     return BlockDiffusionLM(model, tokenizer, settings, adapter)

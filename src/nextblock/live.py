@@ -22,7 +22,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from nextblock.events import Committed, Event, Rejected, RowFinished
+from nextblock.events import Committed, Event, RowFinished
+from nextblock.text import TextStream
 from nextblock.train import StepMetrics
 
 MASK_CELL = "░"
@@ -91,8 +92,8 @@ class DenoisingView:
         self.confidence: list[list[float | None]] = []
         self.step, self.end = 0, None
 
-    def feed(self, event: Event) -> bool:
-        """Take in an event of row 0; True when what is shown has changed."""
+    def feed(self, event: Event) -> None:
+        """Take in an event of row 0."""
         if isinstance(event, Committed):
             if event.step != self.step:
                 self._keep()
@@ -101,12 +102,11 @@ class DenoisingView:
         elif isinstance(event, RowFinished):
             self.end = event.tokens
             self._keep()
-        return isinstance(event, Committed | Rejected | RowFinished)
 
     def _keep(self) -> None:
         if self.tokens:
+            self.steps.append(self.pieces())
             offsets = range(self.width())
-            self.steps.append([self._piece(self.tokens[i][0]) if i in self.tokens else None for i in offsets])
             self.confidence.append([self.tokens[i][1] if i in self.tokens else None for i in offsets])
 
     def width(self) -> int:
@@ -115,19 +115,28 @@ class DenoisingView:
             return self.end
         return (max(self.tokens) // self.block_size + 1) * self.block_size if self.tokens else self.block_size
 
-    def _piece(self, token: int) -> str:
-        return str(self.tokenizer.decode([token]))
+    def pieces(self) -> list[str | None]:
+        """The text of each slot, None where nothing is decided; a character of several tokens stands at its last."""
+        found: list[str | None] = [None] * self.width()
+        stream, last = TextStream(self.tokenizer, skip_special_tokens=False), -1
+        for offset in range(len(found) + 1):
+            if offset < len(found) and offset in self.tokens:
+                found[offset], last = stream.put(self.tokens[offset][0]), offset
+            elif last == offset - 1 and last >= 0:  # a run of decided tokens ends
+                found[last] = (found[last] or "") + stream.end()
+                stream = TextStream(self.tokenizer, skip_special_tokens=False)
+        return found
 
     def render(self, prompt: str) -> Group:
         """Prompt and answer; masks as shaded cells, the newest tokens bright, sure ones green."""
         text = Text(prompt, style="dim")
-        for offset in range(self.width()):
-            if offset not in self.tokens:
+        for offset, piece in enumerate(self.pieces()):
+            if piece is None:
                 text.append(MASK_CELL, style="grey50")
                 continue
-            token, confidence, step = self.tokens[offset]
+            _, confidence, step = self.tokens[offset]
             colour = "green" if confidence > 0.9 else "yellow" if confidence > 0.5 else "red"
-            text.append(self._piece(token), style=f"bold {colour}" if step == self.step else colour)
+            text.append(piece, style=f"bold {colour}" if step == self.step else colour)
         return Group(Panel(text, title=f"forward {self.step}", title_align="left"))
 
 
@@ -148,10 +157,11 @@ def show_denoising(
         console.print(view.render(prompt))
         return view
     with Live(console=console, refresh_per_second=30, transient=False) as live:
-        shown = 0
         for event in events:
-            if view.feed(event) and (view.step != shown or isinstance(event, RowFinished)):
-                shown = view.step
+            next_pass = isinstance(event, Committed) and event.step != view.step  # so the last one is whole
+            if next_pass and view.tokens:
                 live.update(view.render(prompt), refresh=True)
                 time.sleep(seconds)
+            view.feed(event)
+        live.update(view.render(prompt), refresh=True)
     return view

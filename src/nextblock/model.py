@@ -297,7 +297,7 @@ def load_model(
         nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
         options = {"quantization_config": nf4, "device_map": {"": target}}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             resolve(path),
             config=config,
             dtype=wanted,
@@ -305,20 +305,36 @@ def load_model(
             use_safetensors=True,
             revision=revision,
             trust_remote_code=trust_remote_code,
+            output_loading_info=True,
             **options,
         )
     except Exception as error:
-        raise UsageError(f"cannot load model {path}: {_first_line(error)}") from None
+        reason = _first_line(error)
+        if "does not support an attention implementation" in reason:  # transformers' advice is no option here
+            reason = f"architecture '{config.model_type}' has no attention with a block mask; it is not supported"
+        raise UsageError(f"cannot load model {path}: {reason}") from None
+    model, found = loaded
+    if missing := sorted(found["missing_keys"]):  # transformers would make them up
+        raise UsageError(
+            f"cannot load model {path}: its files lack {len(missing)} of the weights that architecture "
+            f"'{config.model_type}' needs, the first {missing[0]}; restore them, or repair config.json"
+        )
     return model.eval() if quantization else cast(Any, model).to(target).eval()
 
 
 def choose_attention(config: PreTrainedConfig, wanted: str, device: torch.device) -> str:
-    """`auto`: FlexAttention on CUDA, SDPA elsewhere, eager where scores are soft-capped (SDPA cannot)."""
+    """`auto`: FlexAttention on CUDA, SDPA elsewhere, eager where scores are soft-capped (SDPA cannot).
+
+    And the next best where the architecture says that it has no such implementation.
+    """
     if wanted != "auto":
         return wanted
-    if device.type == "cuda":
+    mapping: Any = AutoModelForCausalLM._model_mapping
+    kind = mapping.get(type(config), None)  # None: a class of the model's own code
+    if device.type == "cuda" and getattr(kind, "_supports_flex_attn", True):
         return "flex_attention"
-    return "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
+    sdpa = getattr(kind, "_supports_sdpa", True) and not getattr(config, "attn_logit_softcapping", None)
+    return "sdpa" if sdpa else "eager"
 
 
 def load_tokenizer(
@@ -421,8 +437,10 @@ def choose_mask_token(decoder: Decoder, tokenizer: Any, wanted: int | str | None
         mask_id = _wanted_mask(decoder, tokenizer, wanted)
     elif settings is not None:
         mask_id = settings.mask_token_id
+        check_mask_token(mask_id, decoder.vocabulary, "block_diffusion.mask_token_id of the checkpoint")
     elif tokenizer is not None and tokenizer.mask_token_id is not None:
         mask_id = int(tokenizer.mask_token_id)
+        check_mask_token(mask_id, decoder.vocabulary, "the tokenizer's mask token")
     else:
         return _add_mask_token(decoder, tokenizer)
     if tokenizer is not None and mask_id == tokenizer.eos_token_id:
@@ -438,11 +456,14 @@ def _wanted_mask(decoder: Decoder, tokenizer: Any, wanted: int | str) -> int:
                 "to have one added"
             )
         wanted = int(tokenizer.convert_tokens_to_ids(wanted))
-    if not 0 <= wanted < decoder.vocabulary:
-        raise UsageError(
-            f"model.mask_token={wanted} is outside the vocabulary; ids run from 0 to {decoder.vocabulary - 1}"
-        )
+    check_mask_token(wanted, decoder.vocabulary, "model.mask_token")
     return wanted
+
+
+def check_mask_token(mask_id: int, vocabulary: int, name: str) -> None:
+    """UsageError for a mask token id, called `name`, that is no row of the embedding."""
+    if not 0 <= mask_id < vocabulary:
+        raise UsageError(f"{name}={mask_id} is outside the vocabulary; ids run from 0 to {vocabulary - 1}")
 
 
 def _add_mask_token(decoder: Decoder, tokenizer: Any) -> int:

@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -39,6 +40,7 @@ from nextblock.model import (
 )
 from nextblock.objective import LOGIT_ELEMENTS, cross_entropy_sum
 from nextblock.shapes import DEVICES, HUB_IDS, shape_values
+from nextblock.sources import one_line
 
 GIB = 2**30
 USABLE = 0.92
@@ -190,8 +192,13 @@ def _shape(config: ModelConfig) -> PreTrainedConfig:
         return scratch_config(config.scratch)
     source = resolve(config.path)
     try:
-        shape = AutoConfig.from_pretrained(source, revision=config.revision, local_files_only=True)
-    except Exception:  # transformers raises many kinds here; each means that there is no config to read
+        code = config.trust_remote_code
+        shape = AutoConfig.from_pretrained(
+            source, revision=config.revision, local_files_only=True, trust_remote_code=code
+        )
+    except Exception as error:  # transformers raises many kinds here; each means that there is no config to read
+        if Path(source).is_dir():
+            raise UsageError(f"cannot read the config of model {config.path}: {one_line(error)}") from None
         if config.path not in HUB_IDS:
             raise UsageError(
                 f"model {config.path} is not on this machine and its shape is not among those known "

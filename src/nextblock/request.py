@@ -21,6 +21,10 @@ from nextblock.text import TextStream
 Prompts = str | Sequence[str] | Sequence[Mapping[str, str]] | Sequence[Sequence[Mapping[str, str]]] | Tensor
 
 
+DEPENDENT = (("draft_steps", "draft_ahead", "draft_paths"), ("block_size", "sub_blocks", "steps"))
+"""Options whose values must fit each other."""
+
+
 class GenerateOptions(TypedDict, total=False):
     """Keyword arguments of `generate` and `stream`. Those that `DecodingConfig` does not explain:
 
@@ -71,7 +75,11 @@ def resolve_config(
     Raises:
         UsageError: unknown or contradictory options, or a mode or a block that the checkpoint cannot do.
     """
-    config = validate(DecodingConfig, {**(settings.decoding if settings is not None else {}), **options})
+    stored = dict(settings.decoding) if settings is not None else {}
+    for together in DEPENDENT:  # such options are all of the call, or all of the checkpoint
+        if any(name in options for name in together):
+            stored = {name: value for name, value in stored.items() if name not in together}
+    config = validate(DecodingConfig, {**stored, **options})
     if settings is None:
         if config.mode != "ar":
             raise UsageError(
@@ -159,7 +167,9 @@ def end_tokens(decoder: Decoder, tokenizer: Any) -> list[int]:
 def _encode(tokenizer: Any, prompts: Any, attention_mask: Tensor | None) -> list[tuple[list[int], list[int]]]:
     """(left padding, prompt ids) of every row."""
     if isinstance(prompts, Tensor):
-        return _from_tensor(prompts, attention_mask)
+        return _from_tensor(prompts, None if attention_mask is None else torch.as_tensor(attention_mask))
+    if attention_mask is not None:
+        raise UsageError("attention_mask goes with token ids alone; texts and chats need none")
     if tokenizer is None:
         raise UsageError("this model has no tokenizer; give token ids as a LongTensor [B, T]")
     items = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -190,6 +200,7 @@ def _from_tensor(tokens: Tensor, attention_mask: Tensor | None) -> list[tuple[li
         raise UsageError(f"prompts is a {tokens.dtype} tensor of shape {tuple(tokens.shape)}; give int64 [B, T]")
     if attention_mask is None:
         return [([], ids) for ids in tokens.tolist()]
+    attention_mask = attention_mask[None] if attention_mask.ndim == 1 else attention_mask
     if attention_mask.shape != tokens.shape:
         raise UsageError(
             f"attention_mask has shape {tuple(attention_mask.shape)}, the prompts {tuple(tokens.shape)}; "

@@ -57,6 +57,13 @@ class DecodingConfig(Section):
             raise ValueError(f"unknown {name}{nearest(str(value), known)}")
         return value
 
+    @field_validator("draft_length", mode="before")
+    @classmethod
+    def _length(cls, value: object) -> object:
+        if value in (None, "auto") or (isinstance(value, int) and not isinstance(value, bool)):
+            return value
+        raise ValueError("is not a number of tokens; use 1 or more, or auto")
+
     @model_validator(mode="after")
     def _limits(self) -> Self:
         rules = (
@@ -122,7 +129,7 @@ def filter_logits(
     if mask_token_id is not None:  # a draft adapter's lies outside the vocabulary: an empty slice
         logits[:, mask_token_id : mask_token_id + 1] = -math.inf
     if temperature not in (0.0, 1.0):
-        logits = logits / temperature
+        logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # or a small one would overflow
     if top_k is not None and top_k < logits.shape[-1]:
         kth = logits.topk(top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -math.inf)

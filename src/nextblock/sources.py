@@ -8,7 +8,7 @@ import json
 import os
 import re
 import sysconfig
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -64,8 +64,15 @@ TEXT_SUFFIXES = frozenset(
         ".ml",
         ".lean",
         ".org",
+        ".cs",
+        ".dart",
+        ".f90",
+        ".m",
+        ".vue",
+        ".zig",
     ]
 )
+ROW_SUFFIXES = frozenset([".jsonl", ".json", ".parquet"])
 
 
 @dataclass(frozen=True)
@@ -102,12 +109,32 @@ def source_format(source: Source) -> str:
     suffix = Path(path).suffix
     if path == "python-stdlib" or os.path.exists(path) or glob.has_magic(path):
         if os.path.isdir(path):
-            return "text"
-        return {".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet"}.get(suffix, "text")
+            return _folder_format(source.path, path)
+        return _format_of(suffix)
     local = path.startswith((".", "/", "~")) or re.fullmatch(r"\.[A-Za-z]\w*", suffix)
     if local or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", path):
         raise UsageError(f"data source {source.path} does not exist; give a file, a folder, a glob or a Hub id")
     return "hub"
+
+
+def _format_of(suffix: str) -> str:
+    return {".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet"}.get(suffix.lower(), "text")
+
+
+def _folder_format(name: str, folder: str) -> str:
+    """What a folder holds: text unless there are rows and no text. UsageError for rows of both kinds and no text."""
+    suffixes = {Path(file).suffix.lower() for _, _, files in _walk(folder) for file in files}
+    kinds = sorted({_format_of(suffix) for suffix in suffixes if suffix in {*TEXT_SUFFIXES, *ROW_SUFFIXES}})
+    if kinds == ["jsonl", "parquet"]:
+        raise UsageError(f"data source {name} holds JSONL and Parquet files; give a source for each, with its format")
+    return kinds[0] if len(kinds) == 1 else "text"
+
+
+def _walk(folder: str, skipped: Set[str] = frozenset()) -> Iterator[tuple[str, list[str], list[str]]]:
+    """`os.walk` in order of name, without hidden folders and those of a `skipped` name."""
+    for here, inner, names in os.walk(folder):
+        inner[:] = sorted(name for name in inner if name not in skipped and not name.startswith("."))
+        yield here, inner, sorted(names)
 
 
 def read_source(
@@ -169,9 +196,8 @@ def _files(source: Source, kind: str) -> list[str]:
         elif not os.path.exists(top):
             raise UsageError(f"data source {source.path} does not exist; give a file, a folder or a glob")
         elif top is path:  # a folder; folders that a glob meets are left alone
-            for folder, inner, names in os.walk(top):
-                inner[:] = sorted(name for name in inner if name not in skipped and not name.startswith("."))
-                found = [os.path.join(folder, name) for name in sorted(names) if Path(name).suffix in suffixes]
+            for folder, _, names in _walk(top, skipped):
+                found = [os.path.join(folder, name) for name in names if Path(name).suffix.lower() in suffixes]
                 files += [file for file in found if kind != "text" or not _is_binary(file)]
     if not files:
         raise UsageError(f"data source {source.path} holds no {kind} files; set its path or its format")
@@ -258,6 +284,13 @@ def _jsonl(files: Sequence[str], pick: Callable[[Any, str], Record]) -> Records:
             row = json.loads(text)
         except json.JSONDecodeError as error:
             raise UsageError(f"{where}: broken JSON line: {error.msg} at column {error.colno}; repair it") from None
+        except (ValueError, RecursionError) as error:  # numbers of thousands of digits, endless nesting
+            raise UsageError(f"{where}: unreadable JSON line: {one_line(error)}; repair it") from None
+        if "\\u" in text:
+            try:
+                json.dumps(row, ensure_ascii=False).encode()
+            except UnicodeEncodeError:
+                raise UsageError(f"{where}: half of a surrogate pair, which is no character; repair it") from None
         return pick(row, where)
 
     return Records(read, len(index))
@@ -265,10 +298,16 @@ def _jsonl(files: Sequence[str], pick: Callable[[Any, str], Record]) -> Records:
 
 def _parquet(source: Source, files: Sequence[str]) -> Records:
     """Memory-mapped Parquet rows."""
-    from datasets import Dataset  # slow to import, so only where it is needed
+    import pyarrow.parquet
+    from datasets import Dataset, disable_progress_bars  # slow to import, so only where it is needed
 
+    disable_progress_bars()
     try:
+        if not sum(pyarrow.parquet.ParquetFile(file).metadata.num_rows for file in files):
+            raise UsageError(f"data source {source.path} is empty; give at least one document")
         table = Dataset.from_parquet(list(files))
+    except UsageError:
+        raise
     except Exception as error:  # the readers below raise many kinds
         raise UsageError(f"data source {source.path}: not readable as Parquet: {one_line(error)}") from None
     assert isinstance(table, Dataset)

@@ -128,7 +128,7 @@ def run_log(
     with (path if accelerator.is_main_process else Path("/dev/null")).open("a", encoding="utf-8") as log:
 
         def write(record: Mapping[str, Any]) -> None:
-            log.write(json.dumps(record) + "\n")
+            log.write(json.dumps(_finite(record)) + "\n")
             log.flush()
             if accelerator.log_with:
                 accelerator.log(scalars(record), step=record["step"])
@@ -139,6 +139,15 @@ def run_log(
             if accelerator.is_main_process:
                 for tracker in accelerator.trackers:
                     tracker.finish()
+
+
+def _finite(value: Any) -> Any:
+    """The same with null for numbers that JSON does not know: there is no loss where nothing is masked."""
+    if isinstance(value, Mapping):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def scalars(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +18,13 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, ProjectConfiguration, is_bnb_available
+from accelerate.utils import (
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    GradientAccumulationPlugin,
+    ProjectConfiguration,
+    is_bnb_available,
+)
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
@@ -30,6 +38,7 @@ from nextblock.checkpoint import (
     load_optimizer,
     load_weights,
     newest_whole_checkpoint,
+    remove_partial,
     save_checkpoint,
     whole_weights,
 )
@@ -38,6 +47,7 @@ from nextblock.config import (
     BlockDiffusionSettings,
     DataConfig,
     OptimizerConfig,
+    TrainingStopped,
     UsageError,
     require,
     stage_configs,
@@ -219,7 +229,7 @@ def train_step(run: Run, step: int) -> StepMetrics:
     grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
     if not math.isfinite(loss) or not math.isfinite(grad_norm):
         numbers = sorted(number for numbers in gather(rows.number.tolist()) for number in numbers)
-        raise UsageError(
+        raise TrainingStopped(
             f"step {step}: loss {loss} and gradient norm {grad_norm} are not finite (rows {numbers}); "
             "nothing was updated: lower optimizer.lr, or look at these rows"
         )
@@ -295,7 +305,29 @@ def train(
             check_output(output, resume)
         for stage in stages[1:]:  # bad data must not stop the run days later
             check_stage(stage)
+    with stop_on_sigterm() as received, writing(output), nothing_left(output, stages) if main else nullcontext():
+        return run_stages(config, stages, masks, resume, received, on_step, evaluate)
+
+
+def run_stages(
+    config: AdaptConfig,
+    stages: list[AdaptConfig],
+    masks: bool,
+    resume: bool,
+    received: list[int],
+    on_step: Callable[[StepMetrics], None] | None,
+    evaluate: Callable[[Run], Mapping[str, Any] | None] | None,
+) -> Run:
+    """`train`, with the configuration of each stage.
+
+    Args:
+        masks: whether any of them needs the mask token.
+        received: from `stop_on_sigterm`.
+    """
+    output, main = Path(config.output), is_main()
     first = gather(stage_to_resume(stages) if main and resume else 0)[0]
+    if main:
+        check_finished_stages(stages[:first])
     run: Any = None
     for number in range(first, len(stages)):
         before = None if number == 0 else Path(stages[number - 1].output)
@@ -308,13 +340,14 @@ def train(
             restore(run, Path(stages[number].output))
         if main:
             for folder, resolved in ((output, config), (Path(stages[number].output), stages[number])):
-                folder.mkdir(parents=True, exist_ok=True)
+                make_folder(folder)
                 (folder / RESOLVED_CONFIG).write_text(
                     yaml.safe_dump(resolved.model_dump(mode="json"), sort_keys=False), encoding="utf-8"
                 )
             trim_log(output / LOG, run.first_step + run.step)
-        run_stage(run, on_step, evaluate)
-        if run.step < run.config.training.steps:  # SIGTERM
+            remove_partial(Path(stages[number].output))
+        run_stage(run, received, on_step, evaluate)
+        if any(gather(bool(received))):
             return run
         run.finished = number == len(stages) - 1
         export_run(run, output if run.finished else Path(stages[number].output))
@@ -322,8 +355,50 @@ def train(
     return run
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it. UsageError where that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"output folder {folder} cannot be made: {error.strerror}; choose another") from None
+
+
+@contextmanager
+def writing(output: Path) -> Iterator[None]:
+    """One line for a disk that is full or cannot be written, wherever the run meets it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        raise TrainingStopped(
+            f"cannot write {error.filename or output}: {error.strerror}; make room, then go on with --resume auto"
+        ) from None
+
+
+@contextmanager
+def nothing_left(output: Path, stages: list[AdaptConfig]) -> Iterator[None]:
+    """Where bad input ends a run before its first checkpoint, leave the output folder as it was: empty, or none.
+
+    The log of a run whose loss is no longer finite stays: it shows how that came about.
+    """
+    existed = output.is_dir()
+    used = existed and any(output.iterdir())
+    try:
+        yield
+    except UsageError as error:
+        begun = any(newest_whole_checkpoint(Path(stage.output))[0] for stage in stages)
+        if not (used or begun or isinstance(error, TrainingStopped)):
+            for part in list(output.iterdir()) if existed else ():
+                shutil.rmtree(part) if part.is_dir() else part.unlink()
+            if not existed:
+                shutil.rmtree(output, ignore_errors=True)
+        raise
+
+
 def run_stage(
     run: Run,
+    received: list[int],
     on_step: Callable[[StepMetrics], None] | None,
     evaluate: Callable[[Run], Mapping[str, Any] | None] | None,
 ) -> None:
@@ -331,11 +406,10 @@ def run_stage(
     config, due = run.config, run.config.training.evaluate_every
     flat_config = _flat(config.model_dump(mode="json"))
     with (
-        stop_on_sigterm() as received,
         closing(run.feed),
         run_log(run.accelerator, run.output / LOG, flat_config) as write,
     ):
-        stop = False
+        stop = any(gather(bool(received)))
         while run.step < config.training.steps and not stop:
             metrics = train_step(run, run.step)
             run.step += 1
@@ -360,7 +434,8 @@ def stage_to_resume(stages: list[AdaptConfig]) -> int:
 
 
 def check_stage(config: AdaptConfig) -> None:
-    """UsageError for what is wrong with a later stage's data or row length."""
+    """UsageError for what is wrong with a later stage's data, row length or batch."""
+    check_batch(config)
     tokenizer = parent_tokenizer(config.model)
     RowStream(config.data, tokenizer, seed=config.training.seed)
     if config.model.scratch is None:
@@ -463,20 +538,27 @@ def prepare(config: AdaptConfig, before: Path | None = None, *, masks: bool | No
     return Run(config, accelerator, tokenizer, decoder, loss, optimizer, feed, mask_token_id, output, lora)
 
 
-def make_accelerator(config: AdaptConfig) -> Accelerator:
-    """The processes of this run and how they share the work: DDP, FSDP2 if asked for, or what a launcher set."""
+def check_batch(config: AdaptConfig) -> None:
+    """UsageError for rows that do not divide over the processes."""
     rows, ranks = config.training.batch_rows, join().num_processes
     if rows % ranks:
         raise UsageError(
             f"training.batch_rows={rows} does not divide over {ranks} processes; use {max(1, rows // ranks) * ranks}"
         )
+
+
+def make_accelerator(config: AdaptConfig) -> Accelerator:
+    """The processes of this run and how they share the work: DDP, FSDP2 if asked for, or what a launcher set."""
+    check_batch(config)
     plugin = None
-    if config.training.fsdp and ranks > 1:
+    if config.training.fsdp and join().num_processes > 1:
         plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False
         )
     accelerator = Accelerator(
         mixed_precision=config.training.mixed_precision,
+        # Micro-batches are ours: what a launcher sets would divide the loss once more.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         fsdp_plugin=plugin,
         log_with=list(config.training.trackers) or None,
         project_config=ProjectConfiguration(logging_dir=str(Path(config.output) / "trackers")),
@@ -596,21 +678,43 @@ def restore(run: Run, output: Path) -> None:
     if folder is None:
         return
     saved = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    before, now = _flat(saved["config"]), _flat(run.config.model_dump(mode="json"))
-    differing = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
-    breaking = [k for k in differing if k not in MAY_CHANGE_ON_RESUME]
-    if breaking:
-        named = "; ".join(f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in breaking)
-        raise UsageError(f"cannot resume from {folder}: {named}; set them back, or start in a new --output")
+    for change in check_differences(saved["config"], run.config, f"cannot resume from {folder}"):
+        run.accelerator.print(f"resuming: {change}")
     state = load_checkpoint(folder, run.trained, run.optimizer)
     run.feed.load_state(state["stream"])
     run.step = state["step"]
 
 
+def check_differences(saved: Mapping[str, Any], config: AdaptConfig, failure: str) -> list[str]:
+    """In words, what differs from the configuration that a run was started with and may differ.
+
+    Raises:
+        UsageError: what may not.
+    """
+    before, now = _flat(saved), _flat(config.model_dump(mode="json"))
+    differing = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k) and k != "output"]
+    named = {k: f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in differing}
+    if breaking := [named[k] for k in differing if k not in MAY_CHANGE_ON_RESUME]:
+        raise UsageError(f"{failure}: {'; '.join(breaking)}; set them back, or start in a new --output")
+    return list(named.values())
+
+
+def check_finished_stages(stages: list[AdaptConfig]) -> None:
+    """UsageError where a stage that is done was run under another configuration than it has now."""
+    for stage in stages:
+        resolved = Path(stage.output) / RESOLVED_CONFIG
+        saved = yaml.safe_load(resolved.read_text(encoding="utf-8")) if resolved.is_file() else None
+        if saved:
+            check_differences(saved, stage, f"cannot resume: {stage.output} is finished")
+
+
 def check_output(output: Path, resume: bool) -> None:
-    """Refuse a folder with something in it, unless it is a run that is to be resumed."""
+    """Refuse a folder with something in it, unless it is a run that is to be resumed, and one that cannot be made."""
     if output.is_file():
         raise UsageError(f"output {output} is a file; give a folder")
+    above = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise UsageError(f"output folder {output} cannot be made: {above} cannot be written; choose another")
     if output.is_dir() and any(output.iterdir()) and not resume:
         raise UsageError(f"output folder {output} is not empty; choose another --output, or go on with --resume auto")
     if output.is_dir() and any(output.iterdir()) and not (output / RESOLVED_CONFIG).is_file():

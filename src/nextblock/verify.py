@@ -87,10 +87,12 @@ def verify(
         dtype: of the computation; float32 shows errors that bfloat16 hides.
         device: None: CUDA if there is one.
     Raises:
-        UsageError: the model cannot be loaded, or the mask token is not in its vocabulary.
+        UsageError: the model cannot be loaded or ignores the mask or the positions that it is given, or the mask
+            token is not in its vocabulary.
     """
     model = load_model(path, dtype=dtype, attention=attention, device=device)
     decoder, tokenizer, settings = Decoder(model), load_tokenizer(path), read_settings(model.config)
+    probe(decoder)
     if mask_token is not None or settings is not None or getattr(tokenizer, "mask_token_id", None) is not None:
         mask_id = choose_mask_token(decoder, tokenizer, mask_token)
     else:

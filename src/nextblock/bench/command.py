@@ -135,5 +135,9 @@ def write_results(results: Mapping[str, Any], figure: Figure, output: Path) -> t
 
 def check_output(output: Path | None) -> None:
     """Refuse, before anything is measured, an output that is no JSON file."""
-    if output is not None and (output.suffix != ".json" or output.is_dir()):
+    if output is None:
+        return
+    if not output.absolute().parent.is_dir():
+        raise UsageError(f"--output {output}: the folder {output.parent} does not exist; make it, or name another")
+    if output.suffix != ".json" or output.is_dir():
         raise UsageError(f"--output {output} is not the name of a .json file; the plot is written beside it as .png")

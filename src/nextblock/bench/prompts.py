@@ -66,10 +66,10 @@ def file_prompts(path: Path | str, count: int) -> Prompts:
     _check_count(count)
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_bytes().decode("utf-8").split("\n")  # not what else Unicode calls a line
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read the prompts {path}: {error}; give a text file or a .jsonl file") from None
-    numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()][:count]
+    numbered = [(number, line.removesuffix("\r")) for number, line in enumerate(lines, 1) if line.strip()][:count]
     if not numbered:
         raise UsageError(f"{path} holds no prompts; write one a line")
     if path.suffix != ".jsonl":

@@ -1,0 +1,140 @@
+"""Bits per byte against plain sums of log-probabilities, and task scores against answers graded one by one."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+import nextblock as nb
+from families import EOS_ID, MASK_ID, tiny_model
+from layouts import CHAT, PLAIN, PROMPTED, make_rows
+from nextblock.config import BlockDiffusionSettings
+from nextblock.data import Rows
+from nextblock.evaluate import bits_per_byte, score_task
+from nextblock.model import Decoder
+from nextblock.tasks import get_task
+
+ROWS = make_rows([PLAIN, PROMPTED, CHAT], 28)
+
+
+class TwoBytes:
+    """A tokenizer whose every token is one character of two bytes."""
+
+    eos_token_id = EOS_ID
+
+    def decode(self, ids: list[int], **_: Any) -> str:
+        return "é" * len(ids)
+
+
+def documents(rows: Rows) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(tokens, offset) of each document."""
+    found = []
+    for row in range(len(rows)):
+        for number in range(int(rows.document[row].max()) + 1):
+            own = rows.document[row] == number
+            found.append((rows.tokens[row][own], rows.offset[row][own]))
+    return found
+
+
+def nats(model: PreTrainedModel, tokens: torch.Tensor, at: int, target: int, seen_from: int) -> float:
+    """-log p(target) at position `at`; positions from `seen_from` on see each other, those before are causal."""
+    length = len(tokens)
+    mask = torch.ones(length, length, dtype=torch.bool).tril()
+    mask[seen_from:, seen_from:] = True
+    logits = model(input_ids=tokens[None], attention_mask=mask[None, None], use_cache=False).logits[0]
+    return -float(logits[at].log_softmax(-1)[target])
+
+
+@torch.no_grad()
+def ar_nats(model: PreTrainedModel, only_first_of: int = 1) -> tuple[float, int]:
+    """Sum over generated tokens with a token before them, at offsets that are multiples of `only_first_of`; count."""
+    total, count = 0.0, 0
+    for tokens, offset in documents(ROWS):
+        for i in range(1, len(tokens)):
+            if offset[i] >= 0 and offset[i] % only_first_of == 0:
+                total, count = total + nats(model, tokens[: i + 1], i - 1, int(tokens[i]), i + 1), count + 1
+    return total, count
+
+
+@torch.no_grad()
+def test_the_ar_measure_is_exact_and_of_the_tokens_that_have_one_before_them():
+    model = tiny_model("qwen3")
+    total, count = ar_nats(model)
+    (found,) = bits_per_byte(Decoder(model), TwoBytes(), ROWS)
+    assert (found.measure, found.bytes) == ("AR (exact)", 2 * count)
+    assert found.value == pytest.approx(total / math.log(2) / (2 * count), rel=1e-4)
+
+
+@torch.no_grad()
+def test_at_two_tokens_a_block_the_bound_is_the_ar_head_and_one_masked_token_in_turns():
+    """Shifted prediction masks all but a block's first token: at b = 2 nothing is left to chance."""
+    model = tiny_model("qwen3")
+    total, _ = ar_nats(model, only_first_of=2)
+    count = ar_nats(model)[1]
+    for tokens, offset in documents(ROWS):
+        for i in range(len(tokens)):
+            if offset[i] >= 0 and offset[i] % 2 == 1:
+                noised = torch.cat([tokens[:i], torch.tensor([MASK_ID])])
+                total += nats(model, noised, i - 1, int(tokens[i]), i - 1)
+    settings = BlockDiffusionSettings(block_size=2, mask_token_id=MASK_ID)
+    found = bits_per_byte(Decoder(model), TwoBytes(), ROWS, settings, draws=2)[1]
+    assert (found.measure, found.block_size, found.bytes) == ("diffusion (bound)", 2, 2 * count)
+    assert found.value == pytest.approx(total / math.log(2) / (2 * count), rel=1e-4)
+
+
+@torch.no_grad()
+def test_aligned_prediction_pays_for_the_first_token_of_a_text_as_well_and_counts_its_bytes():
+    model = tiny_model("qwen3")
+    total, count = 0.0, 0
+    for tokens, offset in documents(ROWS):
+        for i in range(len(tokens)):
+            if offset[i] >= 0:
+                noised = torch.cat([tokens[:i], torch.tensor([MASK_ID])])
+                total, count = total + nats(model, noised, i, int(tokens[i]), i), count + 1
+    settings = BlockDiffusionSettings(block_size=1, mask_token_id=MASK_ID, prediction="aligned")
+    found = bits_per_byte(Decoder(model), TwoBytes(), ROWS, settings, draws=1)
+    assert found[1].bytes == 2 * count > found[0].bytes
+    assert found[1].value == pytest.approx(total / math.log(2) / (2 * count), rel=1e-4)
+
+
+@torch.no_grad()
+def test_the_bound_averages_over_how_many_tokens_of_a_block_are_masked():
+    """b = 3, shifted, one block: m = 1 or 2 of two tokens, weighed 2 / m; the mean over many draws."""
+    model, tokens = tiny_model("qwen3"), torch.tensor([40, 41, 42, 43])
+    rows = make_rows([[[-1, 3]]], 4)
+    rows.tokens[0, :4] = tokens
+
+    def noised_nats(masked: tuple[int, ...]) -> float:
+        noised = tokens.clone()
+        noised[list(masked)] = MASK_ID
+        return sum(nats(model, noised, i - 1, int(tokens[i]), 1) for i in masked)
+
+    one = (noised_nats((2,)) + noised_nats((3,))) / 2
+    expected = nats(model, tokens[:2], 0, 41, 2) + (2 * one + noised_nats((2, 3))) / 2
+    settings = BlockDiffusionSettings(block_size=3, mask_token_id=MASK_ID)
+    found = bits_per_byte(Decoder(model), TwoBytes(), rows, settings, draws=3000)[1].value * math.log(2) * 6
+    spread = max(abs(2 * noised_nats((i,)) - expected) for i in (2, 3)) + abs(noised_nats((2, 3)) - expected)
+    assert found == pytest.approx(expected, abs=5 * spread / math.sqrt(3000) + 1e-3)
+
+
+def test_a_task_score_is_that_of_the_answers_graded_one_by_one():
+    lm, task = nb.load("tiny-bd"), get_task("word_problems")
+    cases = [task.example("test", index) for index in range(5)]
+    done: list[int] = []
+    ar, answers = score_task(lm, task, mode="ar", examples=5, batch_size=2, timed=1, on_example=done.append)
+    alone = [lm.generate(case.prompt, mode="ar", max_new_tokens=160).texts[0] for case in cases]
+    assert answers == alone
+    assert ar.accuracy == sum(task.grade(text, case) for text, case in zip(alone, cases, strict=True)) / 5
+    assert (ar.tokens_per_forward, ar.equal_to_ar, ar.block_size, done) == (1.0, None, 1, [2, 2, 1])
+    fast, same = score_task(lm, task, mode="speculative", examples=5, timed=1, reference=answers)
+    assert (same, fast.equal_to_ar, fast.accuracy) == (answers, 1.0, ar.accuracy)
+    stats = lm.generate([case.prompt for case in cases], mode="speculative", max_new_tokens=160).stats
+    assert fast.tokens_per_forward == pytest.approx(stats.tokens_per_forward)
+    later = score_task(lm, task, mode="ar", examples=2, first=3, timed=1)[1]
+    assert later == answers[3:]
+    changed = [answers[0] + "!", *answers[1:]]
+    assert score_task(lm, task, mode="speculative", examples=5, timed=1, reference=changed)[0].equal_to_ar == 0.8

@@ -1,0 +1,78 @@
+"""What a person watches: frames of a denoising, and the lines of a training where there is no terminal."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from nextblock.events import BlockFinished, Committed, Event, Prefilled, Rejected, RowFinished
+from nextblock.live import DenoisingView, TrainingBar, show_denoising
+from nextblock.train import StepMetrics
+
+
+class Letters:
+    """A tokenizer whose token is the code of its letter."""
+
+    def decode(self, ids: list[int], **_: Any) -> str:
+        return "".join(map(chr, ids))
+
+
+EVENTS: list[Event] = [
+    Prefilled(0, 3),
+    Committed(0, 0, ord("a"), 0.99, 1),
+    Committed(0, 2, ord("c"), 0.4, 2),
+    Committed(0, 1, ord("b"), 0.7, 3),
+    Committed(0, 3, ord("d"), 0.95, 3),
+    BlockFinished(0, 0, 4),
+    Committed(0, 4, ord("e"), 1.0, 4),
+    RowFinished(0, 5, "end_token"),
+]
+
+
+def test_each_pass_is_a_frame_of_whole_blocks_and_the_last_one_the_answer():
+    view = show_denoising(EVENTS, Letters(), "Q:", 4, console=Console(file=io.StringIO(), width=60))
+    assert view.steps == [
+        ["a", None, None, None],
+        ["a", None, "c", None],
+        ["a", "b", "c", "d"],
+        ["a", "b", "c", "d", "e"],
+    ]
+    assert view.confidence[1] == [0.99, None, 0.4, None]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_text_that_stays_on_the_screen_is_prompt_and_answer(terminal):
+    screen = io.StringIO()
+    console = Console(file=screen, width=60, force_terminal=terminal, no_color=True)
+    show_denoising(EVENTS, Letters(), "Q:", 4, console=console)
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
+    assert "Q:abcde" in shown
+    assert [text in shown for text in ("Q:a░░░ ", "Q:a░c░ ", "Q:abcd ")] == [terminal] * 3
+
+
+def test_a_rejected_draft_was_never_part_of_what_is_shown():
+    view = DenoisingView(Letters(), 4)
+    for event in (Committed(0, 0, ord("a"), 1.0, 1), Rejected(0, 1, ord("x"), 2), RowFinished(0, 1, "length")):
+        view.feed(event)
+    assert view.steps[-1] == ["a"]
+
+
+def metrics(step: int, **values: float) -> StepMetrics:
+    common = {"loss": 1.0, "ar_weight": 0.5, "learning_rate": 1e-3, "grad_norm": 1.0, "soft_loss": math.nan}
+    return StepMetrics(step=step, block_size=4, tokens=100, step_seconds=0.5, **{**common, **values})  # type: ignore[arg-type]
+
+
+def test_without_a_terminal_a_line_comes_now_and_then_and_at_the_end():
+    screen = io.StringIO()
+    with TrainingBar(5, console=Console(file=screen, width=200), every=3) as bar:
+        for step in range(5):
+            bar.update(metrics(step, diffusion_loss=math.nan if step == 0 else 0.25, ar_loss=0.125))
+    lines = screen.getvalue().splitlines()
+    assert [line.split()[1] for line in lines] == ["1/5", "4/5", "5/5"]
+    assert "diffusion loss -  AR loss 0.125  200 tokens/s" in lines[0]
+    assert "block 4   diffusion loss 0.250" in lines[1]
