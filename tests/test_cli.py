@@ -150,6 +150,11 @@ def test_bad_data_gives_one_line_and_no_output(run, parent, tmp_path, name):
         (["--stepz", "4"], "unknown key 'stepz'"),
         (["--growth.b_max"], "needs a value"),
         (["--resume", "now"], "the one value is auto"),
+        (["--growth.b_max", "["], "growth.b_max"),
+        (["--output", "/proc/none/out"], "cannot be made"),
+        (["--training.seed", str(2**70)], "training.seed"),
+        (["--recipe.random_start_share", "0.5", "--recipe.annealed_mask_steps", "2"], "leave one of them out"),
+        (["--training.trackers", "wandbb"], "training.trackers"),
     ],
 )
 def test_bad_options_give_one_line_and_no_output(run, parent, texts, tmp_path, options, words):
@@ -311,20 +316,6 @@ def test_values_that_are_text_by_their_key_or_no_yaml_are_taken_as_they_stand():
         "output": "2024",
         "model.tokenizer": None,
     }
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (["--growth.b_max", "["], "growth.b_max"),
-        (["--output", "/proc/none/out"], "cannot be made"),
-        (["--training.seed", str(2**70)], "training.seed"),
-        (["--recipe.random_start_share", "0.5", "--recipe.annealed_mask_steps", "2"], "leave one of them out"),
-        (["--training.trackers", "wandbb"], "training.trackers"),
-    ],
-)
-def test_more_bad_options_give_one_line_and_no_output(run, parent, texts, tmp_path, options, words):
-    refused(run, ["adapt", *small(parent, texts, tmp_path / "out"), *options], words, tmp_path / "out")
 
 
 @pytest.mark.parametrize(
