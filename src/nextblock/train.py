@@ -326,8 +326,9 @@ def run_stages(
     """
     output, main = Path(config.output), is_main()
     first = gather(stage_to_resume(stages) if main and resume else 0)[0]
-    if main:
-        check_finished_stages(stages[:first])
+    with together():  # or the other ranks would wait for ever
+        if main:
+            check_finished_stages(stages[:first])
     run: Any = None
     for number in range(first, len(stages)):
         before = None if number == 0 else Path(stages[number - 1].output)
