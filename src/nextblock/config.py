@@ -66,7 +66,7 @@ class ModelConfig(Section):
         default=None, description="4bit: the frozen parent of an adapter or lora in 4 bits (bitsandbytes, CUDA)"
     )
     attention: Literal["auto", "sdpa", "flex_attention"] = Field(
-        default="auto", description="auto: FlexAttention on CUDA, SDPA with a dense mask elsewhere"
+        default="auto", description="auto: FlexAttention on CUDA, elsewhere SDPA, in parts while training"
     )
     mask_token: int | str | None = Field(
         default=None,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -31,8 +31,9 @@ from transformers import (
 from transformers.utils.hub import cached_file
 
 from nextblock.adapter import DraftAdapter, Gate
-from nextblock.attention_mask import Places, Rule, to_block_mask, to_dense, within_window
+from nextblock.attention_mask import Places, Rule, block_diffusion_rule, to_block_mask, to_dense, within_window
 from nextblock.config import BlockDiffusionSettings, ModelConfig, UsageError, nearest, validate
+from nextblock.split_attention import SPLIT, split_mask
 
 SHIPPED = ("tiny-ar", "tiny-bd")
 SHIPPED_ADAPTERS = ("tiny-draft",)
@@ -122,13 +123,32 @@ class Decoder:
 
     def masks(self, rule: Rule, query: Places, key: Places | None = None) -> AttentionMask:
         """The rule in the form this model's layers read: dense or BlockMask, one for each kind of layer."""
-        longest = int((query if key is None else key).position.max()) + 1
         build = to_block_mask if self.attention == "flex_attention" else to_dense
+        longest = int((query if key is None else key).position.max()) + 1
+        return self._of_each_kind(rule, longest, lambda rule: self.prepare_dense(build(rule, query, key)))
+
+    def two_view_masks(self, rule: Rule, noised: Places, clean: Places, cached: bool = False) -> AttentionMask:
+        """The rule over [noised ; clean]; in parts where the model runs `split_attention`.
+
+        Args:
+            noised: [B, N], clean: [B, L].
+            cached: only noised queries pass, and the clean keys, which lie in front of theirs, are cached.
+        """
+        if self.attention == SPLIT and noised.view.shape[1]:
+            longest = max(int(places.position.max()) for places in (noised, clean)) + 1
+            dtype = self.model.dtype
+            return self._of_each_kind(rule, longest, lambda rule: split_mask(rule, noised, clean, dtype, cached))
+        if cached:
+            return self.masks(rule, noised, clean.followed_by(noised))
+        return self.masks(rule, noised.followed_by(clean))
+
+    def _of_each_kind(self, rule: Rule, longest: int, build: Callable[[Rule], Any]) -> AttentionMask:
+        """What `build` makes of the rule within each kind of layer's window; positions are below `longest`."""
         built: dict[int | None, Any] = {}
         for window in self.windows.values():
             window = None if window is None or window >= longest else window
             if window not in built:
-                built[window] = self.prepare_dense(build(within_window(rule, window), query, key))
+                built[window] = build(within_window(rule, window))
         return self.by_kind({k: built.get(w, built.get(None)) for k, w in self.windows.items()})
 
     def prepare_dense(self, mask: Tensor | BlockMask) -> Tensor | BlockMask:
@@ -531,10 +551,6 @@ def probe(decoder: Decoder) -> None:
     def both_ways(query: Places, key: Places) -> Tensor:
         return query.document == key.document
 
-    def differs(a: Tensor, b: Tensor) -> bool:
-        scale = float(b.float().abs().max()) + 1e-6
-        return float((a.float() - b.float()).abs().max()) > scale * (1e-3 if a.dtype == torch.float32 else 5e-2)
-
     def logits(rule: Rule) -> Tensor:
         mixed = decoder.logits(decoder.hidden(tokens, position, decoder.masks(rule, places)))
         return mixed[:, back]
@@ -545,20 +561,61 @@ def probe(decoder: Decoder) -> None:
         apart = [decoder.logits(decoder.hidden(*pair, None)) for pair in zip(alone, steps, strict=True)]
     except Exception as error:
         raise UsageError(f"architecture '{kind}' cannot run with a block mask: {_first_line(error)}") from None
-    if any(differs(a, b) for a, b in zip(apart, own, strict=True)):
+    if any(_differs(a, b) for a, b in zip(apart, own, strict=True)):
         raise UsageError(
             f"architecture '{kind}': hidden states and head apart do not give the model's logits; it is not supported"
         )
-    if differs(packed, torch.cat(own, dim=1)):
+    if _differs(packed, torch.cat(own, dim=1)):
         raise UsageError(
             f"architecture '{kind}' ignores the attention mask or the position ids it is given "
             f"(attention: {decoder.attention}); it is not supported"
         )
-    if not differs(seen_both_ways[:, 0], packed[:, 0]):
+    if not _differs(seen_both_ways[:, 0], packed[:, 0]):
         raise UsageError(
             f"architecture '{kind}' stays causal whatever mask it is given "
             f"(attention: {decoder.attention}); it is not supported"
         )
+
+
+@torch.no_grad()
+def run_in_parts(decoder: Decoder) -> None:
+    """On CPU, let two-view passes run `split_attention` instead of SDPA with one dense mask, where a trial agrees.
+
+    Layers with an attention of their own, sinks or soft caps stay as they are.
+    """
+    model = decoder.model
+    if decoder.attention != "sdpa" or decoder.device.type != "cpu" or not model._can_set_attn_implementation():
+        return
+    position = torch.arange(4)[None]
+    noised, clean = (
+        Places(
+            view=torch.full_like(position, view),
+            document=torch.zeros_like(position),
+            position=position,
+            block_start=position // 2 * 2,
+            seed=torch.zeros(1, 1, dtype=torch.int64),
+        )
+        for view in (1, 0)
+    )
+    tokens = torch.arange(8)[None] % decoder.vocabulary
+
+    def hidden() -> Tensor:
+        mask = decoder.two_view_masks(block_diffusion_rule(), noised, clean)
+        return decoder.hidden(tokens, torch.cat([position, position], dim=1), mask)
+
+    dense = hidden()
+    try:
+        model.set_attn_implementation(SPLIT)
+        agrees = not _differs(hidden(), dense)
+    except Exception:  # of whatever kind a model raises at what it does not know
+        agrees = False
+    if not agrees:
+        model.set_attn_implementation("sdpa")
+
+
+def _differs(a: Tensor, b: Tensor) -> bool:
+    scale = float(b.float().abs().max()) + 1e-6
+    return float((a.float() - b.float()).abs().max()) > scale * (1e-3 if a.dtype == torch.float32 else 5e-2)
 
 
 def _first_line(error: BaseException) -> str:

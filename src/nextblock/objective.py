@@ -233,8 +233,9 @@ class TwoViewLoss(nn.Module):
             profile: also give each masked token's loss, for one more pass through the head.
         """
         decoder = Decoder(self.model)
-        hidden = decoder.hidden(view.tokens, view.places.position, decoder.masks(rule, view.places))
-        n = view.noised_length
+        n, places = view.noised_length, view.places
+        mask = decoder.two_view_masks(rule, places.part(0, n), places.part(n))
+        hidden = decoder.hidden(view.tokens, places.position, mask)
         diffusion = masked_sums(decoder, hidden[:, :n], view, hidden[:, n:] if soft else None)
         ar = scored_sum(decoder, hidden[:, n:], view.target[:, n:] if score_ar else view.target[:, n:n])
         nats = token_nats(decoder, hidden[:, :n], view.target[:, :n]) if profile else None
@@ -271,7 +272,7 @@ class DraftLoss(nn.Module):
         cache = DynamicCache()
         with torch.no_grad():
             parent = decoder.hidden(view.tokens[:, n:], clean.position, decoder.masks(rule, clean), cache)
-        mask = decoder.masks(rule, noised, clean.followed_by(noised))
+        mask = decoder.two_view_masks(rule, noised, clean, cached=True)
         hidden = decoder.hidden(view.tokens[:, :n], noised.position, mask, cache, noised=True)
         diffusion, tokens, divergence = masked_sums(decoder, hidden, view, parent if soft else None)
         nats = token_nats(decoder, hidden, view.target[:, :n]) if profile else None

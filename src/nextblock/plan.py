@@ -41,6 +41,7 @@ from nextblock.model import (
 from nextblock.objective import LOGIT_ELEMENTS, cross_entropy_sum
 from nextblock.shapes import DEVICES, HUB_IDS, shape_values
 from nextblock.sources import one_line
+from nextblock.split_attention import PIECE, SPLIT, TILE, Piece, SplitMask, Tiles
 
 GIB = 2**30
 USABLE = 0.92
@@ -114,7 +115,7 @@ def plan(
 
     Args:
         config: checked configuration; of the model only its shape is read.
-        device: a name in `DEVICES`; "cpu": a step with SDPA and a dense mask, no time.
+        device: a name in `DEVICES`; "cpu": a step with attention in parts, no time.
         devices: how many there are.
         parallel: with more than one device: "ddp" copies everything, "fsdp2" shards weights, gradients and optimizer.
         mfu: share of the device's peak that useful FLOPs reach.
@@ -348,7 +349,8 @@ def _fake_losses(config: AdaptConfig, decoder: Decoder, rows: int, length: int, 
 
     def hidden(tokens: int, keys: int, cache: Any = None, gate: bool = False) -> Tensor:
         live.phase = "mask"
-        mask = _fake_mask(decoder, rows, tokens, keys)
+        noised = count if tokens != length or gate else 0
+        mask = _fake_mask(decoder, rows, tokens, keys, noised)
         live.phase = "activations"
         ids = torch.zeros(rows, tokens, dtype=torch.int64)
         return decoder.hidden(ids, torch.zeros_like(ids), mask, cache, gate)
@@ -381,6 +383,8 @@ def fake_decoder(
     attention = choose_attention(shape, config.model.attention, torch.device("cpu"))
     if device != "cpu" and config.model.attention != "sdpa" and attention != "eager":
         attention = _SPARSE
+    elif device == "cpu" and attention == "sdpa" and not config.training.compile:
+        attention = SPLIT
     model = _bare_model(shape, dtype, attention)
     lora = config.lora
     if config.training.gradient_checkpointing:
@@ -405,17 +409,36 @@ def _bare_model(shape: PreTrainedConfig, dtype: torch.dtype, attention: str = "e
     return model.eval()
 
 
-def _fake_mask(decoder: Decoder, rows: int, queries: int, keys: int) -> Any:
-    """A dense mask for each kind of layer; of a BlockMask its index tables."""
+def _fake_mask(decoder: Decoder, rows: int, queries: int, keys: int, noised: int) -> Any:
+    """A dense mask for each kind of layer, in parts where the model computes in parts; of a BlockMask its tables."""
     if decoder.attention == _SPARSE:
         _SparseAttention.tables = torch.zeros(4, rows, -(-queries // 128), -(-keys // 128), dtype=torch.int32)
         return None
-    masks = {
-        window: torch.zeros(rows, 1, queries, keys, dtype=decoder.model.dtype)
-        for window in {None if w is None or w >= keys else w for w in decoder.windows.values()}
-    }
+
+    def mask() -> Tensor:
+        if decoder.attention == SPLIT and noised:
+            return _fake_split_mask(rows, queries, keys, noised, decoder.model.dtype)
+        return torch.zeros(rows, 1, queries, keys, dtype=decoder.model.dtype)
+
+    masks = {window: mask() for window in {None if w is None or w >= keys else w for w in decoder.windows.values()}}
     first = next(iter(masks.values()))
     return decoder.by_kind({kind: masks.get(window, first) for kind, window in decoder.windows.items()})
+
+
+def _fake_split_mask(rows: int, queries: int, keys: int, noised: int, dtype: torch.dtype) -> SplitMask:
+    """As large as can be: every query sees every clean key, and no piece of a row is plain causal."""
+    clean, width = keys - noised, -(-noised // TILE) * TILE
+    pieces = []
+    for start in range(0, queries, PIECE):
+        part = slice(start, min(queries, start + PIECE))
+        pieces.append(Piece(part, slice(0, clean), torch.zeros(rows, 1, part.stop - start, clean, dtype=dtype)))
+    tiles = Tiles(
+        slot=torch.zeros(rows * width, dtype=torch.int64),
+        place=torch.zeros(rows * noised, dtype=torch.int64),
+        present=torch.ones(rows, 1, noised, dtype=torch.bool),
+        mask=torch.zeros(rows * width // TILE, 1, TILE, TILE, dtype=dtype),
+    )
+    return SplitMask(pieces, tiles, clean)
 
 
 class _SparseAttention(torch.autograd.Function):

@@ -63,6 +63,7 @@ from nextblock.model import (
     parent_tokenizer,
     probe,
     read_config,
+    run_in_parts,
     weights_folder,
     without_dropout,
 )
@@ -632,6 +633,8 @@ def load(
     # Look at the first batch, so that most bad data stops before anything is written.
     check_tokens(feed.peek(), decoder.vocabulary, mask_token_id)
     without_dropout(decoder.model)
+    if not config.training.compile:  # which would not see through it
+        run_in_parts(decoder)
     lora = None
     if config.lora is not None:
         lora = LoraAdapter(decoder.model, config.lora, mask_token_id, config.model.path)

@@ -33,7 +33,7 @@ from nextblock.bench.contest import GIB, high_water_mark_gib, synchronize
 from nextblock.bench.forwards import random_model
 from nextblock.config import AdaptConfig, DraftAdapterConfig, UsageError, load_config
 from nextblock.data import Rows
-from nextblock.model import Decoder, load_model, read_settings, without_dropout
+from nextblock.model import Decoder, load_model, read_settings, run_in_parts, without_dropout
 from nextblock.objective import DraftLoss, TwoViewLoss
 from nextblock.train import Run, train_step
 
@@ -121,6 +121,8 @@ class Contest:
         without_dropout(self.decoder.model)
         if work.compile:
             self.decoder.model.base_model.compile()
+        else:
+            run_in_parts(self.decoder)
         kinds = {way.kind for way in ways}
         self.optimizer = None
         if kinds - {"draft adapter"}:

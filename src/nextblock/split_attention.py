@@ -1,0 +1,274 @@
+"""Attention of the two-view pass in parts: what a CPU computes where a GPU runs FlexAttention.
+
+SDPA with one dense mask pays for every pair of [noised ; clean]. Here queries see clean keys in pieces, each of which
+spans only the keys that some query of it may see, and noised queries see, apart from these, their own block.
+Partial softmaxes are joined by their log-sum-exps, and each part's backward pass gets the joint output and
+log-sum-exp, which makes its gradients exact (as in ring attention, arXiv 2310.01889).
+
+Letters: B rows, N noised slots, L clean tokens, T queries (N + L, or N), H heads, D head size, W tiles of S slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from nextblock.attention_mask import Places, Rule, to_dense
+
+SPLIT = "nextblock_sdpa_split"
+"""Name of the attention implementation; with masks other than a `SplitMask` it is transformers' `sdpa`."""
+
+PIECE = 256
+"""Most queries of a piece in a row; below 192 the kernel takes narrower steps, which cost more than is saved."""
+TILE = 16
+"""Fewest slots of a tile: blocks smaller than this share one."""
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+class Piece(NamedTuple):
+    """Some queries of all rows, and the clean keys from the first to the last that any of them sees.
+
+    mask: additive [B, 1, queries, keys]; None: query i sees the keys up to i, for which the kernel skips the others.
+    """
+
+    queries: slice
+    keys: slice
+    mask: Tensor | None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """How the kernel is told."""
+        return {"dropout_p": 0.0, "is_causal": self.mask is None, "attn_mask": self.mask}
+
+
+class Tiles(NamedTuple):
+    """Noised blocks, each padded to the longest, side by side in tiles.
+
+    slot: int64 [B * W * S], the noised slot (counted through all rows) in each place of the tiles; 0 where void.
+    place: int64 [B * N], the place of each noised slot; 0 for padding.
+    present: bool [B, 1, N], False for padding, which is in no tile.
+    mask: additive [B * W, 1, S, S].
+    """
+
+    slot: Tensor
+    place: Tensor
+    present: Tensor
+    mask: Tensor
+
+    def cut(self, x: Tensor) -> Tensor:
+        """[B, H, N, ...] of noised slots -> [B * W, H, S, ...]."""
+        flat = x.transpose(1, 2).flatten(0, 1).index_select(0, self.slot)
+        return flat.unflatten(0, (-1, self.mask.shape[-1])).transpose(1, 2)
+
+    def join(self, x: Tensor) -> Tensor:
+        """[B * W, H, S, ...] of tiles -> [B, H, N, ...]; arbitrary at padding."""
+        flat = x.transpose(1, 2).flatten(0, 1).index_select(0, self.place)
+        return flat.unflatten(0, (len(self.present), -1)).transpose(1, 2)
+
+
+class SplitMask(Tensor):
+    """The rule of a two-view pass in parts. A tensor, bool [1, 1, 1, 1], so that models hand it on as it is.
+
+    clean: L.
+    """
+
+    pieces: list[Piece]
+    tiles: Tiles
+    clean: int
+
+    @staticmethod
+    def __new__(cls: type[SplitMask], pieces: list[Piece], tiles: Tiles, clean: int) -> SplitMask:  # noqa: D102
+        mask = torch.Tensor._make_wrapper_subclass(cls, (1, 1, 1, 1), dtype=torch.bool)
+        mask.pieces, mask.tiles, mask.clean = pieces, tiles, clean
+        return mask
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Refused: no operation on it means anything."""
+        raise TypeError(f"{func} on a SplitMask: only split_attention reads it")
+
+
+def split_mask(rule: Rule, noised: Places, clean: Places, dtype: torch.dtype, cached: bool = False) -> SplitMask:
+    """The rule in parts, for queries [noised ; clean].
+
+    Args:
+        noised: [B, N] with N > 0; the slots of a block lie side by side.
+        clean: [B, L].
+        dtype: of the scores.
+        cached: for noised queries alone, behind cached clean keys.
+    """
+    length, count = noised.view.shape[1], clean.view.shape[1]
+    pieces = list(_pieces(rule, noised, clean, dtype))
+    if not cached:
+        causal = torch.ones(count, count, dtype=torch.bool).tril()
+        if torch.equal(to_dense(rule, clean), causal.expand(len(clean.view), 1, -1, -1)):
+            pieces.append(Piece(slice(length, None), slice(None), None))
+        else:
+            pieces += _pieces(rule, clean, clean, dtype, length)
+    return SplitMask(pieces, _tiles(rule, noised, dtype), count)
+
+
+def _pieces(rule: Rule, query: Places, key: Places, dtype: torch.dtype, shift: int = 0) -> Iterator[Piece]:
+    """`query` in pieces, the first of which begins at query `shift` of the pass; those who see no key are in none."""
+    for start in range(0, query.view.shape[1], PIECE):
+        allowed = to_dense(rule, query.part(start, start + PIECE), key)
+        seen = allowed.any(dim=(0, 1, 2)).nonzero()
+        if len(seen):
+            keys = slice(int(seen[0]), int(seen[-1]) + 1)
+            queries = slice(shift + start, shift + start + allowed.shape[2])
+            yield Piece(queries, keys, _additive(allowed[..., keys], dtype))
+
+
+def _never(dtype: torch.dtype) -> float:
+    """Half of the lowest number: no weight after exp, and narrower dtypes do not round it to -inf."""
+    return torch.finfo(dtype).min / 2
+
+
+def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, _never(dtype))
+
+
+def _tiles(rule: Rule, noised: Places, dtype: torch.dtype) -> Tiles:
+    rows, length = noised.view.shape
+    slots = torch.arange(length).expand(rows, -1)
+    present = noised.document >= 0
+    fields = torch.stack([noised.view, noised.document, noised.block_start])
+    begins = torch.ones_like(present)
+    begins[:, 1:] = (fields[:, :, 1:] != fields[:, :, :-1]).any(0)
+    offset = slots - torch.where(begins, slots, 0).cummax(1).values
+    number = begins.cumsum(1) - 1
+    longest, blocks = (int(x.masked_fill(~present, 0).max()) + 1 for x in (offset, number))
+    size = longest * max(1, TILE // longest)
+    width = -(-blocks * longest // size) * size
+    row = torch.arange(rows)[:, None]
+    place = row * width + number * longest + offset
+    slot = torch.zeros(rows, width // size, size, dtype=torch.int64)
+    valid = torch.zeros_like(slot, dtype=torch.bool)
+    slot.view(-1)[place[present]] = slots[present]
+    valid.view(-1)[place[present]] = True
+    inside = noised.at(row[:, :, None], slot)
+    # A void place holds a copy of the row's first slot; as a query it must not act on that one's keys.
+    mask = rule(inside.along(3), inside.along(2)) & valid[:, :, None] & valid[:, :, :, None]
+    slot = (slot + row[:, :, None] * length).flatten()
+    place = place.masked_fill(~present, 0).flatten()
+    return Tiles(slot, place, present.unsqueeze(1), _additive(mask.flatten(0, 1).unsqueeze(1), dtype))
+
+
+class _TwoViewAttention(torch.autograd.Function):
+    """One softmax over clean keys and, for noised queries, over their own block."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        clean_key: Tensor,
+        clean_value: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: SplitMask,
+        scale: float,
+    ) -> Tensor:
+        """[B, H, T, D] of queries [B, H, T, D], clean keys and values [B, H, L, D], noised ones [B, H, N, D]."""
+        noised, tiles, dtype = key.shape[2], mask.tiles, query.dtype
+        rows, heads, length, size = query.shape
+        wide = torch.promote_types(dtype, torch.float32)
+        # With the heads innermost, as the kernel has it.
+        out = query.new_zeros(rows, length, heads, size).transpose(1, 2)
+        total = query.new_full((rows, length, heads), _never(wide), dtype=wide).transpose(1, 2)
+        for piece in mask.pieces:
+            queries, keys = piece.queries, piece.keys
+            inputs = query[:, :, queries], clean_key[:, :, keys], clean_value[:, :, keys]
+            out[:, :, queries], total[:, :, queries] = _flash(*inputs, **piece.options, scale=scale)
+        cut = [tiles.cut(x) for x in (query[:, :, :noised], key, value)]
+        own, own_total = (tiles.join(x) for x in _flash(*cut, attn_mask=tiles.mask, scale=scale))
+        own_total = own_total.masked_fill(~tiles.present, _never(wide))
+        seen, seen_total = out[:, :, :noised], total[:, :, :noised]
+        joint = torch.logaddexp(seen_total, own_total)
+        share_seen, share_own = ((x - joint).exp_().unsqueeze(-1) for x in (seen_total, own_total))
+        seen.copy_(seen * share_seen + own * share_own)
+        seen_total.copy_(joint)
+        ctx.save_for_backward(query, clean_key, clean_value, key, value, out, total)
+        ctx.mask, ctx.scale = mask, scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *upstream: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        """Each part's own backward pass, with the joint output and log-sum-exp."""
+        query, clean_key, clean_value, key, value, out, total = ctx.saved_tensors
+        mask, scale, (grad,) = ctx.mask, ctx.scale, upstream
+        noised, tiles, wide = key.shape[2], mask.tiles, total.dtype
+        grad_query, grad_clean_key, grad_clean_value = (
+            torch.zeros_like(x, dtype=wide) for x in (query, clean_key, clean_value)
+        )
+        for piece in mask.pieces:
+            queries, keys = piece.queries, piece.keys
+            own = [x[:, :, queries] for x in (grad, query)]
+            seen = [x[:, :, keys] for x in (clean_key, clean_value)]
+            joint = [x[:, :, queries] for x in (out, total)]
+            parts = _flash_backward(*own, *seen, *joint, **piece.options, scale=scale)
+            grad_query[:, :, queries] = parts[0]
+            grad_clean_key[:, :, keys] += parts[1]
+            grad_clean_value[:, :, keys] += parts[2]
+        own = [tiles.cut(x[:, :, :noised]) for x in (grad, query, key, value, out, total)]
+        parts = _flash_backward(*own, 0.0, False, attn_mask=tiles.mask, scale=scale)
+        padding = ~tiles.present.unsqueeze(-1)
+        own_query, grad_key, grad_value = (tiles.join(x).masked_fill(padding, 0) for x in parts)
+        grad_query[:, :, :noised] += own_query
+        grads = (x.to(query.dtype) for x in (grad_query, grad_clean_key, grad_clean_value))
+        return *grads, grad_key, grad_value, None, None
+
+
+def split_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: [B, T, H, D] of queries [B, H, T, D].
+
+    Keys and values [B, H', N + L, D]: in the order of the queries or, where only noised queries pass, clean before
+    noised.
+
+    Raises:
+        ValueError: what the parts cannot do: dropout, a soft cap, sinks, biases of positions.
+    """
+    if not isinstance(attention_mask, SplitMask):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **options)
+    if dropout or any(options.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
+        raise ValueError("attention in parts takes no dropout, soft cap, sinks or position bias")
+    groups = query.shape[1] // key.shape[1]
+    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    kind = query.device.type
+    if torch.is_autocast_enabled(kind):
+        query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    clean = attention_mask.clean
+    noised = key.shape[2] - clean
+    if query.shape[2] == noised:
+        clean_key, key = key.split([clean, noised], dim=2)
+        clean_value, value = value.split([clean, noised], dim=2)
+    else:
+        key, clean_key = key.split([noised, clean], dim=2)
+        value, clean_value = value.split([noised, clean], dim=2)
+    out: Any = _TwoViewAttention.apply(query, clean_key, clean_value, key, value, attention_mask, scale)
+    return out.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(SPLIT, split_attention)
+AttentionMaskInterface.register(SPLIT, sdpa_mask)
