@@ -1,8 +1,9 @@
 """Rows of unequal length that are decoded together: their cache and the one forward pass they share.
 
-Every pass is one call of `Batch.forward`, compiled where the batch is given `StaticPasses`: the same number Q of tokens for each row, at the row's own position,
+Every pass is one call of `Batch.forward`: the same number Q of tokens for each row, at the row's own position,
 either causal (it reads and extends the context) or with the whole block visible (denoising: what it writes to
-the cache is overwritten by the next pass). Rows of one batch may be in different phases.
+the cache is overwritten by the next pass). Rows of one batch may be in different phases. A batch that is given
+`StaticPasses` runs compiled passes, all but the one that reads the prompts.
 
 Letters: B rows, Q tokens of a pass, D hidden size, V vocabulary, N positions whose logits are read.
 """

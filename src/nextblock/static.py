@@ -12,6 +12,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -23,7 +24,7 @@ from nextblock.attention_mask import decode_mask
 from nextblock.cache import SlotCache
 from nextblock.model import Decoder
 
-SHAPES_AT_MOST = 256
+LIMITS = {"recompile_limit": 256, "accumulated_recompile_limit": 256}
 """Shapes that may be compiled; torch stops at 8."""
 
 cuda_graphs = partial(torch.compile, mode="reduce-overhead", fullgraph=True, dynamic=False)
@@ -41,7 +42,7 @@ def rounded_width(width: int) -> int:
 
 def rounded_capacity(slots: int) -> int:
     """A multiple of 256 slots; of more than 2048, at most a quarter too many."""
-    step = max(256, 1 << (slots.bit_length() - 3))
+    step = 1 << max(8, slots.bit_length() - 3)
     return -(-slots // step) * step
 
 
@@ -57,6 +58,7 @@ class StaticPasses:
         self._user: weakref.ref[StaticCache] | None = None
         self._memory: dict[tuple[int, str], Tensor] = {}
         self._slots: dict[tuple[int, str, int, int], Tensor] = {}
+        self._compiled: set[tuple[Any, ...]] = set()
 
     def cache(self, rows: int, capacity: int, widest: int) -> SlotCache:
         """A cache of at least `capacity` slots for a new batch whose passes have at most `widest` tokens.
@@ -77,11 +79,12 @@ class StaticPasses:
         if memory is None or len(memory) < count or (memory.dtype, memory.device) != (states.dtype, states.device):
             self._slots = {k: slots for k, slots in self._slots.items() if k[:2] != key}
             self._memory.pop(key, None)
+            self._compiled.clear()
             with torch.inference_mode(False):  # so that it can be written in any mode
                 self._memory[key] = torch.empty(count, dtype=states.dtype, device=states.device)
         return self.slots(layer, part, rows, (heads, capacity, size)).zero_()
 
-    def slots(self, layer: int, part: str, rows: int, shape: tuple[int, int, int]) -> Tensor:
+    def slots(self, layer: int, part: str, rows: int, shape: Sequence[int]) -> Tensor:
         """The memory as [rows, *shape]: for equal arguments the same tensor, which compiled passes know again.
 
         Fewer rows are the first ones of more, so a batch that shrinks finds its rows where they were.
@@ -136,12 +139,15 @@ class StaticPasses:
             noised = _filled_up(noised, shape)
         cache.aim_static(shape[0], max(starts) + width)
         arguments = (_filled_up(tokens, shape), lines, position, seen, noised, dict(windows), max_positions)
+        gate = "by token" if isinstance(noised, Tensor) else noised
+        key = (*shape, cache.capacity, *windows.values(), max_positions, gate, seen is None)
         try:
             if device.type == "cuda":
                 torch.compiler.cudagraph_mark_step_begin()
-            limits = {"recompile_limit": SHAPES_AT_MOST, "accumulated_recompile_limit": SHAPES_AT_MOST}
-            with torch._dynamo.config.patch(limits):
+            # Where nothing is to be compiled, the limits need not be looked at: setting them takes 0.1 ms.
+            with nullcontext() if key in self._compiled else torch._dynamo.config.patch(LIMITS):
                 hidden = self._pass(decoder, cache, *arguments)
+            self._compiled.add(key)
         except Exception as error:  # of many kinds; what is no fault of the compiler comes again in the ordinary pass
             self.failed, cache.target = True, None
             kind, reason = decoder.model.config.model_type, str(error).strip().splitlines() or [type(error).__name__]
@@ -157,7 +163,8 @@ class StaticCache(SlotCache):
         super().__init__(rows, capacity)
         self.passes = passes
         self.target: Tensor | None = None
-        self._layers: list[tuple[Tensor, Tensor]] = []
+        self._rounded = 0
+        self._layers: list[tuple[Tensor, ...]] = []
 
     def allocate(self, layer: int, part: str, states: Tensor) -> Tensor:
         """As in `SlotCache`."""
@@ -166,13 +173,12 @@ class StaticCache(SlotCache):
     def aim_static(self, rows: int, end: int) -> None:
         """Set the rounded number of rows of the next static pass, and the end of what it writes."""
         self._end = end
-        self._layers = [
-            (
-                self.passes.slots(layer, "keys", rows, tuple(keys.shape[1:])),
-                self.passes.slots(layer, "values", rows, tuple(values.shape[1:])),
-            )
-            for layer, (keys, values) in enumerate(zip(self.keys, self.values, strict=True))
-        ]
+        if rows != self._rounded:
+            self._rounded, parts = rows, {"keys": self.keys, "values": self.values}
+            found = [
+                [self.passes.slots(n, part, rows, s.shape[1:]) for n, s in enumerate(of)] for part, of in parts.items()
+            ]
+            self._layers = list(zip(*found, strict=True))
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
