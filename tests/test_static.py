@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 
 from families import MASK_ID, tiny_model
 from nextblock.adapter import DraftAdapter
@@ -197,6 +199,27 @@ def test_compiled_passes_give_the_same_tokens_and_their_number_does_not_grow_wit
     for _ in range(2):
         assert_same(ordinary, static, prompts(5, 3, 8), mode="ar", **rows)
         assert len(graphs) == 4  # of 1 token for 4 rows and for 2; the one for 1 row is there
+
+
+def test_a_replay_copies_tokens_and_row_numbers_and_never_the_cache():
+    """What torch takes for inputs at fixed addresses: weights and the cache, which alone is written to."""
+    passes = []
+
+    def look(graph, inputs):
+        context: Any = torch._guards.TracingContext.get()
+        fixed = context.fw_metadata.static_input_indices
+        written = [i for i, info in enumerate(context.fw_metadata.input_info) if info.mutates_data]
+        copied = [tuple(part.shape) for i, part in enumerate(inputs) if i not in fixed]
+        passes.append((len(written), set(written) <= set(fixed), copied))
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    backend = aot_autograd(fw_compiler=look, inference_compiler=look, keep_inference_input_mutations=True)
+    compiled = StaticPasses(lambda f: torch.compile(f, backend=backend, fullgraph=True, dynamic=False))
+    assert_same(*pair(tiny_model("llama"), compiled), prompts(5, 7), mode="diffusion", max_new_tokens=12)
+    keys_and_values = 2 * 2  # of two layers
+    assert passes[0] == (keys_and_values, True, [(2, 2), (2, 8)])
+    assert all(written == keys_and_values and fixed for written, fixed, _ in passes)
 
 
 @pytest.mark.slow
