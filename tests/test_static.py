@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
+from torch._functorch._aot_autograd.utils import make_boxed_func
+from torch._guards import TracingContext
 
 from families import MASK_ID, tiny_model
 from nextblock.adapter import DraftAdapter
@@ -206,7 +207,7 @@ def test_a_replay_copies_tokens_and_row_numbers_and_never_the_cache():
     passes = []
 
     def look(graph, inputs):
-        context: Any = torch._guards.TracingContext.get()
+        context: Any = TracingContext.get()
         fixed = context.fw_metadata.static_input_indices
         written = [i for i, info in enumerate(context.fw_metadata.input_info) if info.mutates_data]
         copied = [tuple(part.shape) for i, part in enumerate(inputs) if i not in fixed]
@@ -255,6 +256,7 @@ def test_a_model_that_cannot_be_compiled_is_decoded_without_and_says_so_once(lla
             again = static.generate(**prompts(*LENGTHS), max_new_tokens=LIMITS, **options)
         assert again.answers == expected.answers
         assert len(calls) == 3
+        assert not static.passes._memory
 
 
 def test_decoding_is_compiled_on_cuda_alone_unless_it_is_asked_for(llama):

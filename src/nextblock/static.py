@@ -150,6 +150,8 @@ class StaticPasses:
             self._compiled.add(key)
         except Exception as error:  # of many kinds; what is no fault of the compiler comes again in the ordinary pass
             self.failed, cache.target = True, None
+            self._memory.clear()  # this batch keeps its own until it ends
+            self._slots.clear()
             kind, reason = decoder.model.config.model_type, str(error).strip().splitlines() or [type(error).__name__]
             warnings.warn(f"decoding of '{kind}' goes on without torch.compile: {reason[0]}", stacklevel=2)
             return None
