@@ -33,6 +33,7 @@ from nextblock.generate import BlockDiffusionLM
 from nextblock.model import Decoder, byte_tokenizer
 from nextblock.objective import TwoViewLoss
 from nextblock.shapes import SHAPES
+from nextblock.static import StaticPasses
 from nextblock.tasks import get_task
 
 VOCABULARY, MASK, END = 264, 263, 256
@@ -87,6 +88,13 @@ def test_every_forward_is_counted(lm, options):
         assert call.forwards == count
         assert count <= call.row_forwards <= count * len(batch)  # rows may finish before the last one
         assert 0 < call.first_token_seconds < call.seconds
+
+
+def test_a_compiled_contestant_counts_its_forwards_without_a_hook(lm):
+    plain, static = transformers_generate(lm, 9, []), transformers_generate(lm, 9, [], static_length=18)
+    call, count = passes(lm, static, PROMPTS)
+    assert call.forwards == count == plain.run(PROMPTS).forwards
+    assert not lm.model.base_model._forward_pre_hooks  # else it would be compiled into every pass
 
 
 def test_answers_end_with_their_first_end_token_for_all_contestants(lm):
@@ -174,6 +182,35 @@ def test_forward_times_name_their_positions_and_one_position_is_the_unit(lm):
     assert all(time.milliseconds > 0 for time in times)
     with pytest.raises(UsageError, match=r"use a cache_length of at most 504"):
         time_forwards(lm, cache_length=510, positions=(8,))
+
+
+def test_what_is_compiled_is_what_is_timed_after_it_was_compiled(lm):
+    sizes = []
+
+    def compiler(function):
+        def run(decoder, cache, tokens, *arguments):
+            sizes.append((*tokens.shape, cache.capacity))
+            return function(decoder, cache, tokens, *arguments)
+
+        return run
+
+    lm.passes = StaticPasses(compiler)
+    time_forwards(lm, cache_length=16, positions=(1, 32), batch=2, rounds=2)
+    assert set(sizes) == {(2, 1, 256), (2, 32, 256)}
+    sizes.clear()
+    known = []
+    bench_decode(
+        lm,
+        [PROMPTS[0] * 90, PROMPTS[0]],  # of two capacities
+        [{"mode": "ar"}],
+        batch=1,
+        ends=[],
+        rounds=2,
+        max_new_tokens=6,
+        on_call=lambda: known.append(set(sizes)),
+    )
+    assert known[0] == set()  # transformers' warm-up; then ours, over all prompts; then the rounds
+    assert known[1] == known[-1] == {(1, 1, 256), (1, 1, 512)}
 
 
 @pytest.mark.parametrize(

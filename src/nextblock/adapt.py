@@ -187,7 +187,7 @@ def evaluate_midway(run: Run, rows: Rows) -> dict[str, Any]:
     diffusion, diffusion_tokens, ar, ar_tokens = sums.tolist()
 
     settings = run.settings and run.settings.model_copy(update={"block_size": block_size})
-    lm = BlockDiffusionLM(run.decoder.model, run.tokenizer, settings, run.decoder.adapter)
+    lm = BlockDiffusionLM(run.decoder.model, run.tokenizer, settings, run.decoder.adapter, compile=False)
     prompt = first_prompt(rows)
     options: GenerateOptions = {"max_new_tokens": max(1, min(SAMPLE_TOKENS, config.data.row_length - len(prompt)))}
     if block_size == 1:

@@ -33,6 +33,7 @@ def write_answers(
     *,
     draft_adapter: str | Path | None = None,
     dtype: torch.dtype | None = None,
+    compile: bool | None = None,
     examples: int | None = None,
     batch_size: int = 8,
     seed: int = 0,
@@ -50,7 +51,7 @@ def write_answers(
     the last whole row, and ends with the same file; a finished file is left as it is.
 
     Args:
-        model, draft_adapter, dtype: as of `load`.
+        model, draft_adapter, dtype, compile: as of `load`.
         source, examples: as of `sources.read_prompts`.
         output: a .jsonl file.
         batch_size: prompts decoded together; no row depends on it.
@@ -87,7 +88,7 @@ def write_answers(
     if done >= len(records):
         return 0
 
-    lm = load(model, draft_adapter=draft_adapter, dtype=dtype)
+    lm = load(model, draft_adapter=draft_adapter, dtype=dtype, compile=compile)
     if lm.tokenizer is None:
         raise UsageError(f"model {model} has no tokenizer; answers are written as text")
     with warnings.catch_warnings(action="ignore"):  # decoding gives them once more

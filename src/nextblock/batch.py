@@ -2,7 +2,8 @@
 
 Every pass is one call of `Batch.forward`: the same number Q of tokens for each row, at the row's own position,
 either causal (it reads and extends the context) or with the whole block visible (denoising: what it writes to
-the cache is overwritten by the next pass). Rows of one batch may be in different phases.
+the cache is overwritten by the next pass). Rows of one batch may be in different phases. A batch that is given
+`StaticPasses` runs compiled passes, all but the one that reads the prompts.
 
 Letters: B rows, Q tokens of a pass, D hidden size, V vocabulary, N positions whose logits are read.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +23,7 @@ from nextblock.config import BlockDiffusionSettings
 from nextblock.events import Committed, Event, Finish, Prefilled, RowFinished, Stats
 from nextblock.model import AttentionMask, Decoder
 from nextblock.sampling import DecodingConfig, choose_tokens, filter_logits, uniforms
+from nextblock.static import StaticCache, StaticPasses
 
 Processor = Callable[[Tensor, Tensor], Tensor]
 """processor(prefixes int64 [B, T], logits [B, V]) -> logits [B, V], as transformers' logits processors."""
@@ -80,6 +83,7 @@ class Batch:
         rows: Sequence[Row],
         stats: Stats,
         processor: Processor | None = None,
+        passes: StaticPasses | None = None,
     ) -> None:
         self.decoder = decoder
         self.mask_token_id = None if settings is None else settings.mask_token_id
@@ -93,9 +97,10 @@ class Batch:
         self.device = decoder.device
         scratch = 1 if config.mode == "ar" else self.block_size * (config.draft_paths + config.draft_ahead)
         capacity = max(len(row.prompt) + row.limit for row in rows) + scratch
+        self.cache = SlotCache(len(rows), capacity) if passes is None else passes.cache(len(rows), capacity, scratch)
+        capacity = self.cache.capacity
         self.max_positions = decoder.max_positions or capacity
         self.windows = {k: w if w is not None and w < capacity else None for k, w in decoder.windows.items()}
-        self.cache = SlotCache(len(rows), capacity)
         self.masks = Masks(capacity, decoder.model.dtype, self.device)
         self.span = torch.arange(capacity, device=self.device)
 
@@ -109,8 +114,25 @@ class Batch:
         Returns:
             Final hidden states [B, Q, D].
         """
-        width = tokens.shape[1]
         self._count_pass()
+        whole = tokens.shape[1] - 1
+        last = [-1 if c else start + whole for start, c in zip(starts, causal, strict=True)]
+        noised = None if any(causal) and not all(causal) else not all(causal)
+        hidden = self._static(tokens, starts, last, noised)
+        return self._forward(tokens, starts, causal) if hidden is None else hidden
+
+    def _static(
+        self, tokens: Tensor, starts: list[int], last: list[int], noised: Gate | None, **places: Any
+    ) -> Tensor | None:
+        """The same pass in fixed shapes, if this batch has them; arguments as in `StaticPasses.run`."""
+        if not isinstance(self.cache, StaticCache) or self.cache.passes.failed:
+            return None
+        known = {"windows": self.windows, "max_positions": self.max_positions, "noised": noised}
+        return self.cache.passes.run(self.decoder, self.cache, tokens, starts, last, **known, **places)
+
+    def _forward(self, tokens: Tensor, starts: list[int], causal: list[bool]) -> Tensor:
+        """`forward` in the shapes that the pass has."""
+        width = tokens.shape[1]
         start, end = starts[0], max(starts) + width
         inside = end <= self.max_positions
         if inside and all(s == start for s in starts) and all(c == causal[0] for c in causal):
@@ -148,8 +170,12 @@ class Batch:
         """
         self._count_pass()
         width = tokens.shape[1]
+        seen = {window: visible(window) for window in set(self.windows.values())}
+        hidden = self._static(tokens, starts, [-1] * len(starts), noised, position=position, seen=seen)
+        if hidden is not None:
+            return hidden
         self.cache.aim(starts, width, torch.tensor(starts, device=self.device)[:, None] + self.span[:width])
-        mask = self._by_kind(lambda window: self.masks.additive(visible(window).unsqueeze(1)))
+        mask = self._by_kind(lambda window: self.masks.additive(seen[window].unsqueeze(1)))
         return self.decoder.hidden(tokens, position.clamp_max(self.max_positions - 1), mask, self.cache, noised)
 
     def _count_pass(self) -> None:
@@ -174,7 +200,8 @@ class Batch:
         longest = max(lengths)
         tokens = torch.tensor([row.prompt + [0] * (longest - len(row.prompt)) for row in self.rows])
         # Padding stands behind the prompt, where no token of it looks, and is overwritten by the answer.
-        hidden = self.forward(tokens.to(self.device), [0] * len(self.rows), [True] * len(self.rows))
+        self._count_pass()
+        hidden = self._forward(tokens.to(self.device), [0] * len(self.rows), [True] * len(self.rows))
         self.stats.count("prefill", len(self.rows))
         last = torch.tensor(lengths, device=self.device) - 1
         return hidden[torch.arange(len(lengths), device=self.device), last]

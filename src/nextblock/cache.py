@@ -57,14 +57,18 @@ class SlotCache(Cache):
         """Slots that the next pass sees: up to the last one written by any row."""
         return self._end
 
+    def allocate(self, layer: int, part: str, states: Tensor) -> Tensor:
+        """Zeros [B, H, C, D] for a layer's "keys" or "values" that are like `states` [B, H, _, D]."""
+        rows, heads, _, size = states.shape
+        return states.new_zeros(rows, heads, self.capacity, size)
+
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Write [B, H, Q, D] keys and values of one layer; return those of slots 0 .. `end` - 1."""
         while len(self.keys) <= layer_idx:
-            for store, states in ((self.keys, key_states), (self.values, value_states)):
-                rows, heads, _, size = states.shape
-                store.append(states.new_zeros(rows, heads, self.capacity, size))
+            self.keys.append(self.allocate(len(self.keys), "keys", key_states))
+            self.values.append(self.allocate(len(self.values), "values", value_states))
         views = []
         for store, states in ((self.keys, key_states), (self.values, value_states)):
             slots = store[layer_idx]

@@ -55,6 +55,10 @@ DraftAdapterFolder = Annotated[
     str | None, typer.Option("--draft-adapter", help="folder of a draft adapter for this model, or tiny-draft")
 ]
 Dtype = Annotated[str | None, typer.Option(help="float32 or bfloat16; default: float32 on CPU, else as saved")]
+Compile = Annotated[
+    bool | None,
+    typer.Option("--compile/--no-compile", help="torch.compile and a static cache; default: on CUDA alone"),
+]
 
 
 def main() -> None:
@@ -200,6 +204,7 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="text that ends an answer; may be given again")] = None,
     draft_adapter: DraftAdapterFolder = None,
     dtype: Dtype = None,
+    compile: Compile = None,
     live: Annotated[bool, typer.Option("--live", help="watch the first answer being denoised")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="print forwards and speed to standard error")] = False,
     source: Annotated[
@@ -238,6 +243,7 @@ def generate(
                 output,
                 draft_adapter=draft_adapter,
                 dtype=torch_dtype(dtype),
+                compile=compile,
                 examples=examples,
                 batch_size=batch_size,
                 seed=seed or 0,
@@ -248,7 +254,7 @@ def generate(
             )
         print(f"wrote {written} answers to {output}" if written else f"{output} is finished; nothing was left to do")
         return
-    lm = load_lm(model, dtype, draft_adapter)
+    lm = load_lm(model, dtype, draft_adapter, compile)
     if lm.settings is None:
         options.setdefault("mode", "ar")
     texts = [prompt.replace("\\n", "\n") for prompt in prompts] if prompts else [sys.stdin.read()]
@@ -312,14 +318,16 @@ def torch_dtype(name: str | None) -> Any:
     return getattr(torch, name) if name else None
 
 
-def load_lm(model: str, dtype: str | None = None, draft_adapter: str | None = None) -> Any:
+def load_lm(
+    model: str, dtype: str | None = None, draft_adapter: str | None = None, compile: bool | None = None
+) -> Any:
     """`nextblock.load` with a dtype by name, and without transformers' own progress bars."""
     from transformers.utils.logging import disable_progress_bar
 
     from nextblock.generate import load
 
     disable_progress_bar()
-    lm = load(model, dtype=torch_dtype(dtype), draft_adapter=draft_adapter)
+    lm = load(model, dtype=torch_dtype(dtype), draft_adapter=draft_adapter, compile=compile)
     if lm.tokenizer is None:
         raise UsageError(f"model {model} has no tokenizer; use it from Python with token ids")
     return lm
@@ -459,6 +467,7 @@ def bench_decode(
     output: Results = None,
     draft_adapter: DraftAdapterFolder = None,
     dtype: Dtype = None,
+    compile: Compile = None,
 ) -> None:
     """Time transformers' own `generate` and the three modes in turns, on the same model and prompts.
 
@@ -475,7 +484,10 @@ def bench_decode(
     extra = [parse_variant(text) for text in variant or ()]
     thresholds = [number(text, "threshold") for text in threshold or ()]
     given = None if shape else read_prompts(task, prompts, examples, "test")
-    lm = random_model(shape, dtype=torch_dtype(dtype)) if shape else load_lm(str(model), dtype, draft_adapter)
+    if shape:
+        lm = random_model(shape, dtype=torch_dtype(dtype), compile=compile)
+    else:
+        lm = load_lm(str(model), dtype, draft_adapter, compile)
     assisted: list[tuple[str, dict[str, Any]]] = []
     if prompt_lookup:
         assisted.append(("prompt lookup", {"prompt_lookup_num_tokens": 10}))

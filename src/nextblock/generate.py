@@ -34,8 +34,11 @@ from nextblock.model import (
     weights_folder,
 )
 from nextblock.request import GenerateOptions, Prompts, Request, make_request
+from nextblock.static import StaticPasses
 from nextblock.text import TextStream
 
+PASSES = "_nextblock_passes"
+"""Attribute of a model that was decoded: its compiled passes."""
 REFUSAL = "_nextblock_refusal"
 """Attribute of a model that was looked at: what keeps it from decoding blocks and batches, "" if nothing does."""
 
@@ -76,16 +79,21 @@ class BlockDiffusionLM:
     """A model, its tokenizer (None: token ids only) and its block-diffusion settings (None: ar mode only).
 
     adapter: a draft adapter that acts on noised positions; the settings are then its own.
+    compile: decode with `torch.compile` and a static cache; None: on CUDA alone.
     """
 
     model: PreTrainedModel
     tokenizer: Any
     settings: BlockDiffusionSettings | None = None
     adapter: DraftAdapter | None = None
+    compile: bool | None = None
     decoder: Decoder = field(init=False, repr=False)
+    passes: StaticPasses | None = field(init=False, repr=False, default=None)
 
     def __post_init__(self) -> None:
         self.decoder = Decoder(self.model, self.adapter)
+        if self.decoder.device.type == "cuda" if self.compile is None else self.compile:
+            self.passes = compiled_passes(self.model)
 
     def generate(self, prompts: Prompts, **options: Unpack[GenerateOptions]) -> Generation:
         """Answer every prompt.
@@ -159,7 +167,8 @@ class BlockDiffusionLM:
                 # Entered anew for each event: an iterator must not leave a global switch on between two.
                 with torch.inference_mode():
                     if events is None:
-                        events = decode(Batch(self.decoder, self.settings, config, rows, stats, processor))
+                        batch = Batch(self.decoder, self.settings, config, rows, stats, processor, self.passes)
+                        events = decode(batch)
                     event = next(events, None)
                 stats.seconds = time.perf_counter() - began
                 if event is None:
@@ -182,6 +191,13 @@ class BlockDiffusionLM:
             if (found := getattr(source, "pad_token_id", None)) is not None:
                 return int(found)
         return min(rows[0].end_tokens, default=0)
+
+
+def compiled_passes(model: PreTrainedModel) -> StaticPasses:
+    """The compiled passes of a model, one set for all who decode it."""
+    if not hasattr(model, PASSES):
+        setattr(model, PASSES, StaticPasses())
+    return getattr(model, PASSES)
 
 
 def look_at(model: PreTrainedModel) -> None:
@@ -224,6 +240,7 @@ def load(
     attention: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    compile: bool | None = None,
 ) -> BlockDiffusionLM:
     """Load a checkpoint with its tokenizer and settings; a plain AR model loads too, for ar mode.
 
@@ -233,6 +250,7 @@ def load(
         dtype: None: float32 on CPU, the checkpoint's own elsewhere.
         device: None: CUDA if there is one.
         attention: "auto" (SDPA, or eager where scores are soft-capped), "sdpa" or "eager".
+        compile: decode with `torch.compile` and a static cache; None: on CUDA alone. The first calls compile.
     Raises:
         UsageError: what cannot be loaded.
     """
@@ -259,4 +277,4 @@ def load(
         check_mask_token(settings.mask_token_id, Decoder(model).vocabulary, name)
     if adapter_folder is not None:
         adapter, settings = load_adapter(adapter_folder, model, weights_folder(path, revision))
-    return BlockDiffusionLM(model, tokenizer, settings, adapter)
+    return BlockDiffusionLM(model, tokenizer, settings, adapter, compile)

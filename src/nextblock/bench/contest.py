@@ -196,7 +196,6 @@ def transformers_generate(
         assisted: (name, arguments of `generate`) of an assisted decoding, such as prompt lookup; batch 1 only.
     """
     model: Any = lm.model
-    passes = _count_forwards(model)
     device = lm.decoder.device
     plain = GenerationConfig(
         do_sample=False,
@@ -212,7 +211,7 @@ def transformers_generate(
         first = _FirstToken()
         # generate fills what is unset from the model's own generation config: penalties, say, or sampling.
         own, model.generation_config = model.generation_config, plain
-        passes[0] = 0
+        passes, hook = _count_forwards(model) if cache is None else ([0], None)
         synchronize(device)
         began = time.perf_counter()
         try:
@@ -225,8 +224,11 @@ def transformers_generate(
             synchronize(device)
         finally:
             model.generation_config = own
+            if hook is not None:
+                hook.remove()
         seconds = time.perf_counter() - began
-        forwards = passes[0]
+        forwards = passes[0] if cache is None else first.puts - 1
+        # (A hook's counter in a compiled pass would have it compiled again at each count.)
         answers = [_cut(answer, ends) for answer in out[:, tokens.shape[1] :].tolist()]
         # Rows that have finished are computed on until the last one has: their passes count.
         return Call(answers, seconds, first.at - began, forwards, forwards * len(answers))
@@ -236,15 +238,14 @@ def transformers_generate(
     return Contestant(name, {}, run)
 
 
-def _count_forwards(model: Any) -> list[int]:
-    """A counter of the model's forward passes, kept by a hook."""
+def _count_forwards(model: Any) -> tuple[list[int], Any]:
+    """A counter of the model's forward passes, and the hook that keeps it until it is removed."""
     passes = [0]
 
     def count(module: Any, inputs: Any) -> None:
         passes[0] += 1
 
-    model.base_model.register_forward_pre_hook(count)
-    return passes
+    return passes, model.base_model.register_forward_pre_hook(count)
 
 
 def _cut(answer: list[int], ends: Sequence[int]) -> list[int]:

@@ -21,7 +21,7 @@ from nextblock.bench.prompts import Options
 from nextblock.config import UsageError
 from nextblock.generate import BlockDiffusionLM
 
-WARM_UP_CALLS = {"cuda": 3, "cpu": 1}  # CUDA graphs are recorded in the second call
+WARM_UP_ROUNDS = 2  # where passes are compiled: in the first call of a shape, and recorded in the second
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,8 @@ def bench_decode(
         contestants[1:1] = [transformers_generate(lm, max_new_tokens, ends, assisted=extra) for extra in assisted]
     memory = []
     for contestant in contestants:
-        for _ in range(WARM_UP_CALLS.get(device.type, 1)):
-            contestant.run(longest)
+        for prompt_lists in batches * WARM_UP_ROUNDS if device.type == "cuda" or lm.passes else [longest]:
+            contestant.run(prompt_lists)
         memory.append(peak_memory_gib(device, lambda run=contestant.run: run(longest)))
         on_call()
     results = alternate(contestants, [batches] * rounds, on_call)

@@ -33,6 +33,7 @@ def random_model(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     attention: str = "sdpa",
+    compile: bool | None = None,
 ) -> BlockDiffusionLM:
     """A model with random weights, made on the device itself; no tokenizer, blocks of 32, the last id as mask.
 
@@ -41,6 +42,7 @@ def random_model(
         device: None: CUDA if there is one. "meta": shapes without weights.
         dtype: None: float32 on CPU, bfloat16 elsewhere.
         attention: as in `load_model`.
+        compile: as in `generate.load`.
     Raises:
         UsageError: unknown shape.
     """
@@ -52,7 +54,7 @@ def random_model(
         implementation = choose_attention(config, attention, target)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=implementation)
     settings = BlockDiffusionSettings(block_size=32, mask_token_id=config.vocab_size - 1)
-    return BlockDiffusionLM(model.eval(), None, settings)
+    return BlockDiffusionLM(model.eval(), None, settings, compile=compile)
 
 
 def random_prompts(vocabulary: int, length: int, count: int) -> list[list[int]]:
@@ -113,7 +115,7 @@ def time_forwards(
     config = validate(DecodingConfig, {"mode": "diffusion", "block_size": widths[-1]})
     milliseconds: dict[int, list[float]] = {width: [] for width in widths}
     with torch.inference_mode():
-        runner = Batch(lm.decoder, lm.settings, config, rows, Stats(rows=batch))
+        runner = Batch(lm.decoder, lm.settings, config, rows, Stats(rows=batch), passes=lm.passes)
         runner.prefill()
         inputs = {w: torch.tensor(random_prompts(vocabulary, w, batch), device=device) for w in widths}
         for number in range(rounds + 1):  # the first one warms up

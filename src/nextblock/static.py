@@ -1,0 +1,233 @@
+"""Passes whose shapes do not change: compiled, and on CUDA replayed as CUDA graphs.
+
+A recorded graph reads and writes the same addresses in the same shapes each time. So here a pass sees all
+allocated slots under a mask; rows, tokens and slots are rounded up to a few sizes, each compiled once; and the
+cache's memory outlives the batch. Prompts, which come in every length, are read by ordinary passes.
+
+Letters: B rows, Q tokens of a pass, H key-value heads, C slots, D hidden or head size; B and Q rounded up.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nextblock.adapter import Gate
+from nextblock.attention_mask import decode_mask
+from nextblock.cache import SlotCache
+from nextblock.model import Decoder
+
+LIMITS = {"recompile_limit": 256, "accumulated_recompile_limit": 256}
+"""Shapes that may be compiled; torch stops at 8."""
+
+cuda_graphs = partial(torch.compile, mode="reduce-overhead", fullgraph=True, dynamic=False)
+
+
+def rounded_rows(rows: int) -> int:
+    """The next power of two: a batch that shrinks row by row meets few sizes."""
+    return 1 << (rows - 1).bit_length()
+
+
+def rounded_width(width: int) -> int:
+    """1, 8, 16, or a multiple of 32 tokens."""
+    return next((size for size in (1, 8, 16) if width <= size), -(-width // 32) * 32)
+
+
+def rounded_capacity(slots: int) -> int:
+    """A multiple of 256 slots; of more than 2048, at most a quarter too many."""
+    step = 1 << max(8, slots.bit_length() - 3)
+    return -(-slots // step) * step
+
+
+class StaticPasses:
+    """Compiled passes of one model, and the memory of the cache that they are compiled for.
+
+    failed: a pass could not be compiled; from then on all are ordinary ones.
+    """
+
+    def __init__(self, compiler: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] = cuda_graphs) -> None:
+        self.failed = False
+        self._pass = compiler(_pass)
+        self._user: weakref.ref[StaticCache] | None = None
+        self._memory: dict[tuple[int, str], Tensor] = {}
+        self._slots: dict[tuple[int, str, int, int], Tensor] = {}
+        self._compiled: set[tuple[Any, ...]] = set()
+
+    def cache(self, rows: int, capacity: int, widest: int) -> SlotCache:
+        """A cache of at least `capacity` slots for a new batch whose passes have at most `widest` tokens.
+
+        An ordinary one while another batch has the memory, as when two streams are read in turns.
+        """
+        user = self._user and self._user()
+        if self.failed or (user is not None and user.rows):
+            return SlotCache(rows, capacity)
+        cache = StaticCache(self, rows, rounded_capacity(capacity + rounded_width(widest)))
+        self._user = weakref.ref(cache)
+        return cache
+
+    def allocate(self, layer: int, part: str, rows: int, capacity: int, states: Tensor) -> Tensor:
+        """Zeros [rows, H, capacity, D] for what is like `states` [..., H, _, D], in memory that is used again."""
+        key, (_, heads, _, size) = (layer, part), states.shape
+        count, memory = rows * heads * capacity * size, self._memory.get(key)
+        if memory is None or len(memory) < count or (memory.dtype, memory.device) != (states.dtype, states.device):
+            self._slots = {k: slots for k, slots in self._slots.items() if k[:2] != key}
+            self._memory.pop(key, None)
+            self._compiled.clear()
+            with torch.inference_mode(False):  # so that it can be written in any mode
+                self._memory[key] = torch.empty(count, dtype=states.dtype, device=states.device)
+        return self.slots(layer, part, rows, (heads, capacity, size)).zero_()
+
+    def slots(self, layer: int, part: str, rows: int, shape: Sequence[int]) -> Tensor:
+        """The memory as [rows, *shape]: for equal arguments the same tensor, which compiled passes know again.
+
+        Fewer rows are the first ones of more, so a batch that shrinks finds its rows where they were.
+        """
+        heads, capacity, size = shape
+        key = (layer, part, rows, capacity)
+        if key not in self._slots:
+            with torch.inference_mode(False):
+                slots = self._memory[layer, part][: rows * heads * capacity * size].view(rows, *shape)
+            torch._dynamo.mark_static_address(slots)  # else CUDA graphs would copy it, or not be made at all
+            self._slots[key] = slots
+        return self._slots[key]
+
+    def run(
+        self,
+        decoder: Decoder,
+        cache: StaticCache,
+        tokens: Tensor,
+        starts: Sequence[int],
+        last: Sequence[int],
+        *,
+        windows: Mapping[str, int | None],
+        max_positions: int,
+        noised: Gate | None,
+        position: Tensor | None = None,
+        seen: Mapping[int | None, Tensor] | None = None,
+    ) -> Tensor | None:
+        """One pass, as `Batch.forward` and `Batch.forward_places` describe it.
+
+        Args:
+            tokens: int64 [rows, width].
+            starts: first slot of each row.
+            last: the last slot that all tokens of a row see; -1: each sees up to itself.
+            windows: kind of layer -> sliding window.
+            noised: where a draft adapter acts; None: in the rows that have a `last`.
+            position: int64 [rows, width] of the tokens; None: their slots.
+            seen: window -> bool [rows, width, slots up to the end], instead of `last`; needs `position`.
+        Returns:
+            Final hidden states [rows, width, D], or None if the pass could not be compiled.
+        """
+        (rows, width), device = tokens.shape, tokens.device
+        shape = (rounded_rows(rows), rounded_width(width))
+        lines = [*zip(starts, last, strict=True), *[(0, -1)] * (shape[0] - rows)]
+        lines = torch.tensor(lines).to(device, non_blocking=True)
+        if seen is not None:
+            assert position is not None
+            position = _filled_up(position, shape)
+            seen = {window: _filled_up(part, (*shape, cache.capacity)) for window, part in seen.items()}
+        if decoder.adapter is None:
+            noised = False
+        elif isinstance(noised, Tensor):
+            noised = _filled_up(noised, shape)
+        cache.aim_static(shape[0], max(starts) + width)
+        arguments = (_filled_up(tokens, shape), lines, position, seen, noised, dict(windows), max_positions)
+        gate = "by token" if isinstance(noised, Tensor) else noised
+        key = (*shape, cache.capacity, *windows.values(), max_positions, gate, seen is None)
+        try:
+            if device.type == "cuda":
+                torch.compiler.cudagraph_mark_step_begin()
+            # Where nothing is to be compiled, the limits need not be looked at: setting them takes 0.1 ms.
+            with nullcontext() if key in self._compiled else torch._dynamo.config.patch(LIMITS):
+                hidden = self._pass(decoder, cache, *arguments)
+            self._compiled.add(key)
+        except Exception as error:  # of many kinds; what is no fault of the compiler comes again in the ordinary pass
+            self.failed, cache.target = True, None
+            self._memory.clear()  # this batch keeps its own until it ends
+            self._slots.clear()
+            kind, reason = decoder.model.config.model_type, str(error).strip().splitlines() or [type(error).__name__]
+            warnings.warn(f"decoding of '{kind}' goes on without torch.compile: {reason[0]}", stacklevel=2)
+            return None
+        return hidden[:rows, :width].clone()  # the next replay writes where `hidden` is
+
+
+class StaticCache(SlotCache):
+    """A `SlotCache` in the memory of `StaticPasses`; a static pass writes to `target` and sees every slot."""
+
+    def __init__(self, passes: StaticPasses, rows: int, capacity: int) -> None:
+        super().__init__(rows, capacity)
+        self.passes = passes
+        self.target: Tensor | None = None
+        self._rounded = 0
+        self._layers: list[tuple[Tensor, ...]] = []
+
+    def allocate(self, layer: int, part: str, states: Tensor) -> Tensor:
+        """As in `SlotCache`."""
+        return self.passes.allocate(layer, part, rounded_rows(self.rows), self.capacity, states)[: self.rows]
+
+    def aim_static(self, rows: int, end: int) -> None:
+        """Set the rounded number of rows of the next static pass, and the end of what it writes."""
+        self._end = end
+        if rows != self._rounded:
+            self._rounded, parts = rows, {"keys": self.keys, "values": self.values}
+            found = [
+                [self.passes.slots(n, part, rows, s.shape[1:]) for n, s in enumerate(of)] for part, of in parts.items()
+            ]
+            self._layers = list(zip(*found, strict=True))
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write [B, H, Q, D] keys and values of one layer; return those of all slots in a static pass."""
+        if self.target is None:
+            return super().update(key_states, value_states, layer_idx)
+        keys, values = self._layers[layer_idx]
+        row = torch.arange(keys.shape[0], device=keys.device)[:, None]
+        keys[row, :, self.target] = key_states.transpose(1, 2)
+        values[row, :, self.target] = value_states.transpose(1, 2)
+        return keys, values
+
+
+def _pass(
+    decoder: Decoder,
+    cache: StaticCache,
+    tokens: Tensor,
+    lines: Tensor,
+    position: Tensor | None,
+    seen: dict[int | None, Tensor] | None,
+    noised: Gate | None,
+    windows: dict[str, int | None],
+    max_positions: int,
+) -> Tensor:
+    """What is compiled: hidden states [B, Q, D]; `lines` int64 [B, 2] holds each row's `start` and `last`."""
+    start, last = lines[:, :1], lines[:, 1:]
+    slots = start + torch.arange(tokens.shape[1], device=tokens.device)
+    if seen is None or position is None:
+        position = slots
+        # Slots beyond the model's positions are scratch: nobody looks there.
+        visible = torch.where(last < 0, slots, last).clamp_max(max_positions - 1)
+        masks = {w: decode_mask(slots, visible, cache.capacity, w) for w in windows.values()}
+    else:
+        masks = {w: part.unsqueeze(1) for w, part in seen.items()}
+    if noised is None:
+        noised = (last >= 0).expand_as(tokens)
+    masks = {w: decoder.prepare_dense(mask) for w, mask in masks.items()}
+    mask = decoder.by_kind({kind: masks[w] for kind, w in windows.items()})
+    cache.target = slots
+    hidden = decoder.hidden(tokens, position.clamp_max(max_positions - 1), mask, cache, noised)
+    cache.target = None  # what a compiled function leaves behind is one more output
+    return hidden
+
+
+def _filled_up(part: Tensor, shape: Sequence[int]) -> Tensor:
+    """A copy with zeros behind the end of each dimension, always of the same strides."""
+    whole = part.new_zeros(shape)
+    whole[tuple(slice(size) for size in part.shape)] = part
+    return whole

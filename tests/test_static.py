@@ -1,0 +1,300 @@
+"""Passes of fixed shapes give what passes in the shapes that they have give, and few of them are compiled."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch._aot_autograd.utils import make_boxed_func
+from torch._guards import TracingContext
+
+from families import MASK_ID, tiny_model
+from nextblock.adapter import DraftAdapter
+from nextblock.config import BlockDiffusionSettings, DraftAdapterConfig
+from nextblock.generate import BlockDiffusionLM, compiled_passes
+from nextblock.static import StaticCache, StaticPasses, rounded_capacity, rounded_rows, rounded_width
+
+LENGTHS, LIMITS = (5, 11, 1, 7, 9), [30, 7, 18, 25, 12]
+MODES: list[dict[str, Any]] = [
+    {"mode": "ar"},
+    {"mode": "diffusion", "threshold": 0.3},
+    {"mode": "speculative"},
+    {"mode": "speculative", "draft_length": "auto"},
+    {"mode": "speculative", "draft_ahead": 2},
+    {"mode": "speculative", "draft_paths": 3},
+]
+
+
+def prompts(*lengths, seed=0) -> dict[str, Any]:
+    tokens = torch.randint(3, 96, (len(lengths), max(lengths)), generator=torch.Generator().manual_seed(seed))
+    return {"prompts": tokens, "attention_mask": (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()}
+
+
+def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return function
+
+
+def pair(model, passes=None, adapter=None, **section) -> tuple[BlockDiffusionLM, Any]:
+    """The same model decoded as ever, and in fixed shapes."""
+    settings = BlockDiffusionSettings(**{"block_size": 8, "mask_token_id": MASK_ID, **section})
+    ordinary, static = (BlockDiffusionLM(model, None, settings, adapter, compile=False) for _ in range(2))
+    static.passes = passes or StaticPasses(uncompiled)
+    return ordinary, static
+
+
+def assert_same(ordinary, static, batch=None, **options):
+    batch = batch or prompts(*LENGTHS)
+    options = {"max_new_tokens": LIMITS[: len(batch["prompts"])], "seed": 3, **options}
+    expected, found = (lm.generate(**batch, **options) for lm in (ordinary, static))
+    assert found.answers == expected.answers
+    assert found.finish == expected.finish
+    assert found.stats.row_forwards == expected.stats.row_forwards
+    assert static.passes._compiled
+    assert not static.passes.failed
+    return found
+
+
+# ------------------------------------------------------------------------------------------ same tokens
+
+
+@pytest.mark.parametrize("options", MODES, ids=str)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_every_mode_gives_the_tokens_of_ordinary_passes(family_model, options, temperature):
+    assert_same(*pair(family_model), temperature=temperature, **options)
+
+
+@pytest.mark.parametrize("options", MODES, ids=str)
+@pytest.mark.parametrize("family", ["mistral", "gemma3", "phi3"])
+def test_a_sliding_window_is_kept(family, options):
+    assert_same(*pair(tiny_model(family, sliding_window=4)), **options)
+
+
+@pytest.mark.parametrize("section", [{"context": "block_causal"}, {"prediction": "aligned"}], ids=str)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_other_recipes_decode_the_same(llama, section, temperature):
+    assert_same(*pair(llama, **section), mode="diffusion", threshold=0.3, temperature=temperature)
+
+
+@pytest.mark.parametrize("merged", [False, True])  # on CUDA copies are not merged
+@pytest.mark.parametrize("options", MODES[1:], ids=str)
+def test_a_draft_adapter_acts_where_it_acts_in_ordinary_passes(llama, options, merged):
+    adapter = DraftAdapter(llama, DraftAdapterConfig(rank=3)).eval()
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.normal_(0.0, 0.3)
+    if merged:
+        adapter.merge_copies()
+    ordinary, static = pair(llama, adapter=adapter, mask_token_id=adapter.mask_token_id)
+    assert_same(ordinary, static, **options)
+    assert_same(ordinary, static, temperature=1.0, **options)
+
+
+@pytest.mark.parametrize("options", MODES, ids=str)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_answers_end_at_the_models_last_position(family, options):
+    sizes = {"n_positions": 24} if family == "gpt2" else {"max_position_embeddings": 24}
+    ordinary, static = pair(tiny_model(family, **sizes))
+    assert_same(ordinary, static, prompts(19, 2), max_new_tokens=50, eos_token_id=[], **options)
+
+
+def test_each_row_gets_what_it_gets_alone(llama):
+    _, static = pair(llama)
+    batch = prompts(*LENGTHS)
+    for options in MODES:
+        together = static.generate(**batch, max_new_tokens=LIMITS, seed=5, temperature=1.0, **options)
+        for i, length in enumerate(LENGTHS):
+            own = batch["prompts"][i : i + 1, :length]
+            alone = static.generate(own, max_new_tokens=LIMITS[i], seed=5 + i, temperature=1.0, **options)
+            assert together.answers[i] == alone.answers[0]
+
+
+# ------------------------------------------------------------------------------------------ shapes, memory
+
+
+def test_few_sizes_each_holding_what_is_rounded_up_to_it():
+    for number in range(1, 5000):
+        for rounded, excess in ((rounded_rows, 2), (rounded_width, 8), (rounded_capacity, 256)):
+            assert number <= rounded(number) <= excess * number
+        assert rounded_capacity(number) - number < max(256, number / 4)
+    assert {rounded_rows(n) for n in range(1, 65)} == {1, 2, 4, 8, 16, 32, 64}
+    assert {rounded_width(n) for n in range(1, 97)} == {1, 8, 16, 32, 64, 96}
+    assert len({rounded_capacity(n) for n in range(1, 8193)}) == 16
+
+
+def addresses(passes):
+    return {key: slots.data_ptr() for key, slots in passes._slots.items()}
+
+
+def test_the_memory_outlives_the_batch_and_grows_only_for_a_larger_one(llama):
+    ordinary, static = pair(llama)
+    assert_same(ordinary, static, prompts(5, 3), mode="ar")
+    first, tensors = addresses(static.passes), dict(static.passes._slots)
+    assert {key[2] for key in first} == {1, 2}  # one row finishes sooner
+    assert_same(ordinary, static, prompts(9, 4, seed=1), mode="diffusion")
+    assert_same(ordinary, static, prompts(9), mode="speculative")
+    assert all(static.passes._slots[key] is slots for key, slots in tensors.items())
+    assert_same(ordinary, static, prompts(*[6] * 7), max_new_tokens=9, mode="speculative")
+    assert {key[2] for key in addresses(static.passes)} >= {8}
+    assert len(static.passes._memory) == 2 * llama.config.num_hidden_layers
+    count = 8 * 2 * 256 * 8  # rows, heads, slots, head size
+    assert {len(memory) for memory in static.passes._memory.values()} == {count}
+
+
+def test_what_an_earlier_batch_left_is_nowhere_to_be_seen(llama):
+    ordinary, static = pair(llama)
+    assert_same(ordinary, static, prompts(5, 3), mode="ar")
+    for memory in static.passes._memory.values():
+        memory.fill_(torch.nan)
+    for options in MODES:
+        assert_same(ordinary, static, prompts(4, 6, 2), **options)
+
+
+def test_two_streams_read_in_turns_do_not_write_over_each_other(llama):
+    ordinary, static = pair(llama)
+    batches = [prompts(5, 3), prompts(4, 7, seed=1)]
+    streams = [static.stream(**batch, mode="speculative", max_new_tokens=20) for batch in batches]
+    for _ in range(400):
+        for stream in streams:
+            next(stream, None)
+    for batch, stream in zip(batches, streams, strict=True):
+        expected = ordinary.generate(**batch, mode="speculative", max_new_tokens=20).answers
+        assert [row.answer for row in stream.rows] == expected
+
+
+def test_a_stream_that_is_given_up_gives_the_memory_back(llama):
+    _, static = pair(llama)
+    stream = static.stream(**prompts(5, 3), mode="ar", max_new_tokens=20)
+    next(stream)
+    assert not isinstance(static.passes.cache(1, 10, 1), StaticCache)
+    del stream
+    gc.collect()
+    assert isinstance(static.passes.cache(1, 10, 1), StaticCache)
+
+
+# ------------------------------------------------------------------------------------------ compilation
+
+
+def test_compiled_passes_give_the_same_tokens_and_their_number_does_not_grow_with_the_tokens():
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    passes = StaticPasses(lambda f: torch.compile(f, backend=count, fullgraph=True, dynamic=False))
+    ordinary, static = pair(tiny_model("llama", num_hidden_layers=1), passes)
+    for mode in ("ar", "diffusion", "speculative"):
+        assert_same(ordinary, static, prompts(9), mode=mode, max_new_tokens=12, eos_token_id=[])
+    assert len(graphs) == 2  # of 1 token, and of 8
+    for mode, tokens in (("ar", 40), ("diffusion", 50), ("speculative", 60)):
+        assert_same(ordinary, static, prompts(7, seed=1), mode=mode, max_new_tokens=tokens, eos_token_id=[])
+        assert_same(ordinary, static, prompts(3), mode=mode, max_new_tokens=tokens, temperature=1.0)
+    assert len(graphs) == 2
+    rows = {"eos_token_id": [], "max_new_tokens": [30, 22, 9]}
+    for _ in range(2):
+        assert_same(ordinary, static, prompts(5, 3, 8), mode="ar", **rows)
+        assert len(graphs) == 4  # of 1 token for 4 rows and for 2; the one for 1 row is there
+
+
+def test_a_replay_copies_tokens_and_row_numbers_and_never_the_cache():
+    """What torch takes for inputs at fixed addresses: weights and the cache, which alone is written to."""
+    passes = []
+
+    def look(graph, inputs):
+        context: Any = TracingContext.get()
+        fixed = context.fw_metadata.static_input_indices
+        written = [i for i, info in enumerate(context.fw_metadata.input_info) if info.mutates_data]
+        copied = [tuple(part.shape) for i, part in enumerate(inputs) if i not in fixed]
+        passes.append((len(written), set(written) <= set(fixed), copied))
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    backend = aot_autograd(fw_compiler=look, inference_compiler=look, keep_inference_input_mutations=True)
+    compiled = StaticPasses(lambda f: torch.compile(f, backend=backend, fullgraph=True, dynamic=False))
+    assert_same(*pair(tiny_model("llama"), compiled), prompts(5, 7), mode="diffusion", max_new_tokens=12)
+    keys_and_values = 2 * 2  # of two layers
+    assert passes[0] == (keys_and_values, True, [(2, 2), (2, 8)])
+    assert all(written == keys_and_values and fixed for written, fixed, _ in passes)
+
+
+@pytest.mark.slow
+def test_torch_compile_on_this_device_gives_the_same_tokens():
+    torch._dynamo.reset()
+    ordinary, _ = pair(tiny_model("llama", num_hidden_layers=1))
+    static = BlockDiffusionLM(ordinary.model, None, ordinary.settings, compile=True)
+    assert static.passes is compiled_passes(ordinary.model)
+    assert_same(ordinary, static, prompts(9), mode="ar", max_new_tokens=12)
+
+
+def test_a_model_that_cannot_be_compiled_is_decoded_without_and_says_so_once(llama):
+    calls = []
+
+    def third_fails(function):
+        def run(*arguments):
+            calls.append(function)
+            if len(calls) == 3:
+                raise RuntimeError("no such kernel\nand more")
+            return function(*arguments)
+
+        return run
+
+    for options in MODES:
+        calls.clear()
+        ordinary, static = pair(llama, StaticPasses(third_fails))
+        expected = ordinary.generate(**prompts(*LENGTHS), max_new_tokens=LIMITS, **options)
+        with pytest.warns(UserWarning, match="decoding of 'llama' goes on without torch.compile: no such kernel$"):
+            found = static.generate(**prompts(*LENGTHS), max_new_tokens=LIMITS, **options)
+        assert found.answers == expected.answers
+        assert found.stats.row_forwards == expected.stats.row_forwards
+        with warnings.catch_warnings(action="error"):
+            again = static.generate(**prompts(*LENGTHS), max_new_tokens=LIMITS, **options)
+        assert again.answers == expected.answers
+        assert len(calls) == 3
+        assert not static.passes._memory
+
+
+def test_decoding_is_compiled_on_cuda_alone_unless_it_is_asked_for(llama):
+    on_cuda = llama.device.type == "cuda"
+    assert (BlockDiffusionLM(llama, None).passes is not None) == on_cuda
+    assert BlockDiffusionLM(llama, None, compile=False).passes is None
+    once, again = (BlockDiffusionLM(llama, None, compile=True).passes for _ in range(2))
+    assert once is not None
+    assert once is again  # what is compiled serves whoever decodes the model
+
+
+# ------------------------------------------------------------------------------------------ on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", MODES, ids=str)
+def test_cuda_graphs_give_the_tokens_of_ordinary_passes(options):
+    torch._dynamo.reset()
+    model: Any = tiny_model("llama")
+    ordinary, _ = pair(model.cuda())
+    static = BlockDiffusionLM(ordinary.model, None, ordinary.settings)
+    skips = torch._dynamo.utils.counters["inductor"]
+    skips.clear()
+    for _ in range(3):  # compiled, recorded, replayed
+        assert_same(ordinary, static, prompts(5, 11), max_new_tokens=[30, 20], eos_token_id=[], **options)
+    assert_same(ordinary, static, prompts(5, 11), max_new_tokens=[30, 20], temperature=1.0, **options)
+    assert skips["cudagraph_skips"] == 0
+
+
+@pytest.mark.gpu
+def test_cuda_graphs_run_a_draft_adapter():
+    torch._dynamo.reset()
+    model: Any = tiny_model("llama")
+    adapter = DraftAdapter(model.cuda(), DraftAdapterConfig(rank=3)).eval()
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.normal_(0.0, 0.3)
+    ordinary, _ = pair(model, adapter=adapter, mask_token_id=adapter.mask_token_id)
+    static = BlockDiffusionLM(model, None, ordinary.settings, adapter)
+    for options in MODES[1:]:
+        assert_same(ordinary, static, prompts(5, 11), max_new_tokens=[30, 20], **options)
