@@ -158,7 +158,7 @@ def test_bench_decode_reports_transformers_first_and_every_variant_after_it(lm):
         lm, PROMPTS, variants, batch=2, ends=[END], rounds=2, max_new_tokens=6, on_call=lambda: calls.append(1)
     )
     assert [speed.name for speed in speeds] == ["transformers", "ar", "diffusion", "speculative"]
-    assert len(calls) == count_calls("cpu", len(PROMPTS), len(variants), 2, 2)
+    assert len(calls) == count_calls(False, len(PROMPTS), len(variants), 2, 2)
     first, ar, _, speculative = speeds
     assert (first.speedup, first.equal_to_ar, ar.equal_to_ar, speculative.equal_to_ar) == (1, 1, 1, 1)
     for speed in speeds:

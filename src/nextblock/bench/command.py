@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from nextblock.adapt import environment
 from nextblock.bench.contest import MEMORY_MEANING
-from nextblock.bench.decoding import bench_decode, count_calls
+from nextblock.bench.decoding import bench_decode, compares_compiled, count_calls
 from nextblock.bench.forwards import POSITIONS, random_prompts, time_forwards
 from nextblock.bench.prompts import Options, Prompts, file_prompts, task_prompts
 from nextblock.config import UsageError
@@ -75,7 +75,10 @@ def run_bench(
         encoded, ends = prompts.encode(lm), end_tokens(lm.decoder, lm.tokenizer)
     if any(size < 1 for size in batches):
         raise UsageError(f"batch={min(batches)} must be at least 1")
-    calls = sum(count_calls(device.type, len(encoded), len(variants), size, rounds, len(assisted)) for size in batches)
+    calls = sum(
+        count_calls(compares_compiled(lm), len(encoded), len(variants), size, rounds, len(assisted))
+        for size in batches
+    )
     total = (calls if variants else 0) + (len(POSITIONS) * rounds * len(batches) if forwards else 0)
     done = 0
     decode: list[dict[str, Any]] = []

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, StaticCache
+from transformers import CompileConfig, GenerationConfig, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
 from nextblock.bench.prompts import Options, variant_name
@@ -191,8 +191,7 @@ def transformers_generate(
     Args:
         ends: end tokens, none if empty.
         static_length: slots of the static cache, made once and reset for each batch, so that shapes stay the
-            same and nothing is compiled twice; all batches must then have one size. transformers compiles
-            the decode step by itself on CUDA. None: the default dynamic cache.
+            same and nothing is compiled twice; all batches must then have one size. None: the default dynamic cache.
         assisted: (name, arguments of `generate`) of an assisted decoding, such as prompt lookup; batch 1 only.
     """
     model: Any = lm.model
@@ -204,7 +203,11 @@ def transformers_generate(
         pad_token_id=ends[0] if ends else 0,
         use_cache=True,
     )
-    cache = None if static_length is None else StaticCache(config=model.config, max_cache_len=static_length)
+    cache = None
+    if static_length is not None:
+        cache = StaticCache(config=model.config, max_cache_len=static_length)
+        plain.compile_config = CompileConfig()
+        plain.compile_config._compile_all_devices = True  # by itself it compiles on accelerators alone
 
     def run(prompts: TokenLists) -> Call:
         tokens, mask = left_padded(prompts, device)

@@ -95,7 +95,7 @@ def bench_decode(
         contestants[1:1] = [transformers_generate(lm, max_new_tokens, ends, assisted=extra) for extra in assisted]
     memory = []
     for contestant in contestants:
-        for prompt_lists in batches * WARM_UP_ROUNDS if device.type == "cuda" or lm.passes else [longest]:
+        for prompt_lists in batches * WARM_UP_ROUNDS if compares_compiled(lm) else [longest]:
             contestant.run(prompt_lists)
         memory.append(peak_memory_gib(device, lambda run=contestant.run: run(longest)))
         on_call()
@@ -110,14 +110,19 @@ def _contestants(
     lm: BlockDiffusionLM, prompts: TokenLists, variants: Sequence[Options], limit: int, ends: Sequence[int]
 ) -> list[Contestant]:
     contestants = [transformers_generate(lm, limit, ends)]
-    if lm.decoder.device.type == "cuda":
+    if compares_compiled(lm):
         contestants.append(transformers_generate(lm, limit, ends, max(map(len, prompts)) + limit))
     return contestants + [our_mode(lm, options, limit, ends) for options in variants]
 
 
-def count_calls(device_type: str, prompts: int, variants: int, batch: int, rounds: int, assisted: int = 0) -> int:
-    """How often `bench_decode` calls `on_call`."""
-    contestants = variants + (2 if device_type == "cuda" else 1) + (assisted if batch == 1 else 0)
+def compares_compiled(lm: BlockDiffusionLM) -> bool:
+    """Whether transformers' compiled decoding takes part too: where ours is compiled, and on CUDA in any case."""
+    return lm.passes is not None or lm.decoder.device.type == "cuda"
+
+
+def count_calls(compiled: bool, prompts: int, variants: int, batch: int, rounds: int, assisted: int = 0) -> int:
+    """How often `bench_decode` calls `on_call`; `compiled` as of `compares_compiled`."""
+    contestants = variants + 1 + compiled + (assisted if batch == 1 else 0)
     return contestants * (1 + rounds * (prompts // batch))
 
 
