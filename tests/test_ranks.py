@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -130,6 +131,43 @@ def alone(place, processes, tmp_path_factory) -> Callable[[int], Path]:
 def test_two_processes_give_the_losses_and_weights_of_one(place, processes, alone, tmp_path, shards, overrides):
     on_two(processes, tmp_path, config_of(place, tmp_path / "run", data__shards=shards, **overrides))
     assert_same_run(tmp_path / "run", alone(shards))
+
+
+def launched_rank(rank: int, environment: dict[str, str], values: dict[str, Any]) -> None:
+    """Train as `accelerate launch` would have it, in shards."""
+    from nextblock.train import train
+
+    os.environ.update(environment)
+    assert train(load_config(values)).is_sharded
+
+
+def test_fsdp_of_the_launcher_is_ours_whatever_it_says_of_wrapping_and_loading(place, processes, alone, tmp_path):
+    said = {
+        "ACCELERATE_USE_FSDP": "true",
+        "ACCELERATE_MIXED_PRECISION": "no",
+        "ACCELERATE_DYNAMO_BACKEND": "NO",
+        "FSDP_VERSION": "2",
+        "FSDP_AUTO_WRAP_POLICY": "NO_WRAP",
+        "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
+        "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+        "FSDP_OFFLOAD_PARAMS": "false",
+    }
+    config = config_of(place, tmp_path / "run", data__shards=2)
+    assert finish(launch(processes, tmp_path, launched_rank, said, config.model_dump(mode="json"))) == [0, 0]
+    assert_same_run(tmp_path / "run", alone(2))
+
+
+def test_accelerate_launch_with_fsdp_is_that_run_on_two_cpu_processes_too(place, alone, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text(json.dumps(config_of(place, tmp_path / "run", data__shards=2).model_dump(mode="json")))
+    launcher = ["--use_fsdp", "--fsdp_version", "2", "--num_processes", "2", "--main_process_port", "0"]
+    subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", *launcher, "-m", "nextblock", "adapt", str(config)],
+        check=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert_same_run(tmp_path / "run", alone(2))
 
 
 @pytest.mark.parametrize("kind", ["full", "sharded"])
