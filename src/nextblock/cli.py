@@ -576,15 +576,21 @@ def plan(
     from nextblock.bench.command import wide_console
     from nextblock.config import load_config
     from nextblock.plan import plan as run
-    from nextblock.plan import plan_table
+    from nextblock.plan import plan_stages, plan_table, stages_table
     from nextblock.presets import find_config
 
     checked = load_config(find_config(config), parse_overrides(context.args))
-    found = run(checked, device=gpu, devices=gpus, parallel=parallel, mfu=mfu)
+    machine: Any = {"device": gpu, "devices": gpus, "parallel": parallel, "mfu": mfu}
+    if checked.stages:
+        staged = plan_stages(checked, **machine)
+        found, table = staged, stages_table(staged)
+    else:
+        one = run(checked, **machine)
+        found, table = one, plan_table(one)
     if json_:
         print(json.dumps(found.as_dict(), indent=1))
     else:
-        wide_console().print(plan_table(found))
+        wide_console().print(table)
 
 
 @app.command()
