@@ -520,6 +520,9 @@ def bench_train(
     draft_adapter: Annotated[
         bool, typer.Option("--draft-adapter", help="also time a draft adapter's step, at the same numbers of views")
     ] = False,
+    packer: Annotated[
+        bool, typer.Option("--packer", help="also time reading and packing, which must stay ahead of the step")
+    ] = False,
     rounds: Annotated[int, typer.Option(help="steps of each; medians are taken over them")] = 5,
     compile: Annotated[bool, typer.Option("--compile", help="torch.compile the model for all of them")] = False,
     output: Results = None,
@@ -528,7 +531,7 @@ def bench_train(
     """Time a training step against the plain way and an ordinary AR step, in turns, on the same rows."""
     from nextblock.bench import training
     from nextblock.bench.command import check_output, progress, wide_console, write_results
-    from nextblock.bench.figures import plot_train, train_table
+    from nextblock.bench.figures import packer_lines, plot_train, train_table
 
     check_output(output)
     work = training.Work(
@@ -541,7 +544,7 @@ def bench_train(
         compile=compile,
     )
     numbers, done = views or [1], 0
-    total = training.count_steps(numbers, draft_adapter, rounds)
+    total = training.count_steps(numbers, draft_adapter, rounds, packer)
     with progress("timing") as update:
 
         def advance() -> None:
@@ -549,8 +552,12 @@ def bench_train(
             done += 1
             update(done, total)
 
-        results = training.bench_train(work, numbers, draft_adapter=draft_adapter, rounds=rounds, on_step=advance)
+        results = training.bench_train(
+            work, numbers, draft_adapter=draft_adapter, packer=packer, rounds=rounds, on_step=advance
+        )
     wide_console().print(train_table(results))
+    for line in packer_lines(results):
+        print(line)
     if output is not None:
         print(*write_results(results, plot_train(results), output))
 
