@@ -10,7 +10,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,7 @@ from nextblock.model import (
 )
 from nextblock.objective import DraftLoss, TwoViewLoss
 from nextblock.ranks import gather, is_main, join, together
-from nextblock.tracking import LossProfile, peak_flops, peak_memory_gib, run_log, useful_flops
+from nextblock.tracking import TRACKERS, LossProfile, peak_flops, peak_memory_gib, run_log, useful_flops
 
 LOG = "log.jsonl"
 RESOLVED_CONFIG = "nextblock.yaml"
@@ -125,6 +125,8 @@ class StepMetrics:
     mfu: float | None = None
     """Useful floating-point operations per second over the device's bfloat16 peak, where that is known."""
     stage: str | None = None
+    stage_number: int | None = None
+    """From 1; None in a run without stages."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -150,6 +152,7 @@ class Run:
     profile: LossProfile | None = None
     first_step: int = 0  # steps of the stages before this one
     stage: str | None = None
+    stage_number: int | None = None
     finished: bool = False
 
     @property
@@ -264,6 +267,7 @@ def train_step(run: Run, step: int) -> StepMetrics:
         peak_memory_gib=peak_memory_gib(device),
         mfu=None if run.peak_flops is None else flops / seconds / run.peak_flops,
         stage=run.stage,
+        stage_number=run.stage_number,
     )
 
 
@@ -342,29 +346,36 @@ def run_stages(
         if main:
             check_finished_stages(stages[:first])
     run: Any = None
-    for number in range(first, len(stages)):
-        before = None if number == 0 else Path(stages[number - 1].output)
-        run = prepare(stages[number], before, masks=masks)
-        run.output, run.first_step = output, sum(stage.training.steps for stage in stages[:number])
-        run.stage = config.stages[number].name if config.stages else None
-        if before is not None:
-            carry_over(run, before, fresh=config.stages[number].fresh_optimizer, data=stages[number - 1].data)
-        if resume:
-            restore(run, Path(stages[number].output))
-        if main:
-            for folder, resolved in ((output, config), (Path(stages[number].output), stages[number])):
-                make_folder(folder)
-                (folder / RESOLVED_CONFIG).write_text(
-                    yaml.safe_dump(resolved.model_dump(mode="json"), sort_keys=False), encoding="utf-8"
-                )
-            trim_log(output / LOG, run.first_step + run.step)
-            remove_partial(Path(stages[number].output))
-        run_stage(run, received, on_step, evaluate)
-        if any(gather(bool(received))):
-            return run
-        run.finished = number == len(stages) - 1
-        export_run(run, output if run.finished else Path(stages[number].output))
-        run.accelerator.free_memory()
+    write: Any = None
+    with ExitStack() as until_the_end:
+        for number in range(first, len(stages)):
+            before = None if number == 0 else Path(stages[number - 1].output)
+            run = prepare(stages[number], before, masks=masks)
+            run.output, run.first_step = output, sum(stage.training.steps for stage in stages[:number])
+            if config.stages:
+                run.stage, run.stage_number = config.stages[number].name, number + 1
+            if before is not None:
+                carry_over(run, before, fresh=config.stages[number].fresh_optimizer, data=stages[number - 1].data)
+            if resume:
+                restore(run, Path(stages[number].output))
+            if main:
+                for folder, resolved in ((output, config), (Path(stages[number].output), stages[number])):
+                    make_folder(folder)
+                    (folder / RESOLVED_CONFIG).write_text(
+                        yaml.safe_dump(resolved.model_dump(mode="json"), sort_keys=False), encoding="utf-8"
+                    )
+                remove_partial(Path(stages[number].output))
+            if write is None:  # one log and one run of the trackers for all stages
+                if main:
+                    trim_log(output / LOG, run.first_step + run.step)
+                flat_config = _flat(config.model_dump(mode="json"))
+                write = until_the_end.enter_context(run_log(run.accelerator, output / LOG, flat_config))
+            run_stage(run, write, received, on_step, evaluate)
+            if any(gather(bool(received))):
+                return run
+            run.finished = number == len(stages) - 1
+            export_run(run, output if run.finished else Path(stages[number].output))
+            run.accelerator.free_memory()
     return run
 
 
@@ -411,17 +422,14 @@ def nothing_left(output: Path, stages: list[AdaptConfig]) -> Iterator[None]:
 
 def run_stage(
     run: Run,
+    write: Callable[[Mapping[str, Any]], None],
     received: list[int],
     on_step: Callable[[StepMetrics], None] | None,
     evaluate: Callable[[Run], Mapping[str, Any] | None] | None,
 ) -> None:
-    """All steps of a run without stages, or of one stage, with their log and checkpoints."""
+    """All steps of a run without stages, or of one stage, with their log (`write`, of `run_log`) and checkpoints."""
     config, due = run.config, run.config.training.evaluate_every
-    flat_config = _flat(config.model_dump(mode="json"))
-    with (
-        closing(run.feed),
-        run_log(run.accelerator, run.output / LOG, flat_config) as write,
-    ):
+    with closing(run.feed):
         stop = any(gather(bool(received)))
         while run.step < config.training.steps and not stop:
             metrics = train_step(run, run.step)
@@ -609,7 +617,7 @@ def make_accelerator(config: AdaptConfig) -> Accelerator:
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         fsdp_plugin=plugin,
         log_with=list(config.training.trackers) or None,
-        project_config=ProjectConfiguration(logging_dir=str(Path(config.output) / "trackers")),
+        project_config=ProjectConfiguration(logging_dir=str(Path(config.output) / TRACKERS)),
     )
     if plugin is not None and accelerator.distributed_type == DistributedType.MULTI_CPU:
         # accelerate leaves CPU processes to DDP, but FSDP2 runs there as well.
