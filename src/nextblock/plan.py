@@ -34,6 +34,7 @@ from nextblock.model import (
     Decoder,
     check_architecture,
     choose_attention,
+    recompute_activations,
     replace_values,
     resolve,
     scratch_config,
@@ -475,8 +476,7 @@ def fake_decoder(
     model = _bare_model(shape, dtype, attention)
     lora = config.lora
     if config.training.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-        model.train()
+        recompute_activations(model, preserve_rng_state=False)
     low_rank = config.draft_adapter or lora
     if low_rank is None:
         return Decoder(model), model

@@ -63,6 +63,7 @@ from nextblock.model import (
     parent_tokenizer,
     probe,
     read_config,
+    recompute_activations,
     weights_folder,
     without_dropout,
 )
@@ -548,8 +549,7 @@ def prepare(config: AdaptConfig, before: Path | None = None, *, masks: bool | No
     trained = lora.weights if lora is not None else decoder.adapter or decoder.model
     trained.requires_grad_(True)
     if config.training.gradient_checkpointing:
-        decoder.model.gradient_checkpointing_enable({"use_reentrant": False})
-        decoder.model.train()  # transformers recomputes activations in train mode alone
+        recompute_activations(decoder.model)
     if config.training.compile:
         decoder.model.base_model.compile()
     optimizer = make_optimizer(config.optimizer, trained)
