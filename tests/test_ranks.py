@@ -67,7 +67,7 @@ def adapt_rank(rank: int, values: dict[str, Any], stop_after: int | None = None)
         import nextblock.train as module
 
         def doomed(run: Any, step: int) -> Any:
-            if step == stop_after:
+            if run.first_step + step == stop_after:
                 os._exit(0)
             return train_step(run, step)
 
@@ -225,6 +225,20 @@ def test_what_stops_one_of_two_processes_stops_both_with_one_line(place, process
         processes, tmp_path, *[[*given, "--training.batch_rows", "3"]] * 2
     )
     assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_stage_that_is_changed_ends_both_processes_with_one_line(place, processes, tmp_path):
+    stages = [{"name": "a", "training": {"steps": 9}}, {"name": "b", "training": {"steps": 5}}]
+    run = config_of(place, tmp_path / "run", stages=stages)
+    on_two(processes, tmp_path, run, stop_after=11)  # stage b has a checkpoint of its second step
+    config = tmp_path / "run.yaml"
+    config.write_text(json.dumps(run.model_dump(mode="json")))
+    changed = [str(config), "--stages.0.optimizer.lr", "0.5", "--resume", "auto"]
+    said = refusal(processes, tmp_path, changed, changed)
+    assert "stage-1-a is finished: optimizer.lr was 0.003, is 0.5; set them back" in said
+    ranks = launch(processes, tmp_path, cli_rank, [["adapt", str(config), "--resume", "auto"]] * 2)
+    assert finish(ranks) == [0, 0]
+    assert len(losses(tmp_path / "run")) == 14
 
 
 def lose_source(rank: int, each: list[list[str]]) -> None:

@@ -74,7 +74,6 @@ from nextblock.tracking import TRACKERS, LossProfile, peak_flops, peak_memory_gi
 LOG = "log.jsonl"
 RESOLVED_CONFIG = "nextblock.yaml"
 MAY_CHANGE_ON_RESUME = (
-    "output",
     "training.micro_batch_rows",
     "training.checkpoint_every",
     "training.keep_last",
@@ -297,6 +296,7 @@ def train(
     resume: bool = False,
     on_step: Callable[[StepMetrics], None] | None = None,
     evaluate: Callable[[Run], Mapping[str, Any] | None] | None = None,
+    received: list[int] | None = None,
 ) -> Run:
     """Adapt the parent and leave a Hugging Face folder in `config.output`.
 
@@ -307,6 +307,7 @@ def train(
         resume: go on from the newest whole checkpoint in the output folder, if there is one.
         on_step: called on the main process after each step.
         evaluate: called on every process each `training.evaluate_every` steps; what it returns is logged.
+        received: of the caller's `stop_on_sigterm`, where that outlasts the training.
     Returns:
         The run (of the last stage reached), with the trained model in memory. `run.finished` is False when a
         SIGTERM ended it early (a checkpoint was saved).
@@ -322,8 +323,9 @@ def train(
             check_output(output, resume)
         for stage in stages[1:]:  # bad data must not stop the run days later
             check_stage(stage)
-    with stop_on_sigterm() as received, writing(output), nothing_left(output, stages) if main else nullcontext():
-        return run_stages(config, stages, masks, resume, received, on_step, evaluate)
+    catching = stop_on_sigterm() if received is None else nullcontext(received)
+    with catching as signals, writing(output), nothing_left(output, stages) if main else nullcontext():
+        return run_stages(config, stages, masks, resume, signals, on_step, evaluate)
 
 
 def run_stages(
