@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ from typer.testing import CliRunner
 
 from families import tiny_model
 from nextblock.attention_mask import block_diffusion_rule
-from nextblock.bench import training
+from nextblock.bench import packing, training
 from nextblock.bench.command import run_bench, write_results
 from nextblock.bench.contest import (
     Call,
@@ -23,15 +26,18 @@ from nextblock.bench.contest import (
     transformers_generate,
 )
 from nextblock.bench.decoding import bench_decode, count_calls, speedups
-from nextblock.bench.figures import plot_bench, plot_train, train_table
+from nextblock.bench.figures import packer_lines, plot_bench, plot_train, train_table
 from nextblock.bench.forwards import random_model, random_prompts, time_forwards
 from nextblock.bench.prompts import file_prompts, make_variants, parse_variant, task_prompts, variant_name
 from nextblock.cli import app
-from nextblock.config import BlockDiffusionSettings, RecipeConfig, UsageError
+from nextblock.config import BlockDiffusionSettings, RecipeConfig, UsageError, load_config
 from nextblock.corruption import corrupt
+from nextblock.data import Rows
+from nextblock.feed import Feed
 from nextblock.generate import BlockDiffusionLM
 from nextblock.model import Decoder, byte_tokenizer
 from nextblock.objective import TwoViewLoss
+from nextblock.presets import preset
 from nextblock.shapes import SHAPES
 from nextblock.static import StaticPasses
 from nextblock.tasks import get_task
@@ -423,6 +429,51 @@ def test_bench_train_times_every_way_and_leaves_their_ratios(parent, tmp_path, m
     assert train_table(results).row_count == 6
 
 
+def test_the_packers_tokens_are_those_of_the_rows_and_mixed_lengths_fill_98_percent_of_them(monkeypatch):
+    taken, real, clock = [], Feed.next, itertools.count(0, 0.25)  # every look at the clock finds a quarter of a second
+
+    def next_rows(self):
+        taken.append(real(self))
+        return taken[-1]
+
+    monkeypatch.setattr(Feed, "next", next_rows)
+    monkeypatch.setattr(packing, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    for name, least in (("the demo's documents", 0.9), ("mixed lengths", 0.98)):
+        taken.clear()
+        speed = packing.time_packer(name, byte_tokenizer(), batch_rows=3, row_length=320, step_seconds=0.5, rounds=2)
+        rows = Rows.cat(taken)
+        batches = (len(taken) - 22) // 2  # 22 warm up: one chunk of 64 rows
+        assert batches * 3 * 320 >= packing.ROUND_TOKENS
+        assert rows.number.tolist() == list(range(len(rows)))
+        own = (rows.document[66:] >= 0).view(2, -1).sum(1).tolist()
+        assert speed.density == sum(own) / (2 * batches * 3 * 320)
+        assert speed.density >= least
+        assert speed.tokens_per_second == sum(own) / 2 / 0.25
+        assert speed.batches_per_step == batches * 0.5 / 0.25
+
+
+def test_the_demos_documents_are_those_of_its_preset():
+    sources = load_config(preset("demo")).data.sources
+    assert tuple(source.path for source in sources) == packing.PACKER_DATA["the demo's documents"]
+
+
+def test_bench_train_prints_the_packer_beside_its_first_step(parent, monkeypatch):
+    monkeypatch.setattr(training, "fresh_process_peak_gib", lambda work, way: None)
+    monkeypatch.setattr(packing, "ROUND_TOKENS", 1)
+    byte_tokenizer().save_pretrained(parent)
+    steps = []
+    work = training.Work(str(parent), row_length=256, rows=2, block_size=8)
+    results = training.bench_train(work, (2, 1), packer=True, rounds=2, on_step=lambda: steps.append(1))
+    assert len(steps) == training.count_steps((2, 1), False, 2, packer=True)
+    assert [entry["data"] for entry in results["packer"]] == list(packing.PACKER_DATA)
+    seconds = results["train"][0]["seconds"]
+    for line, entry in zip(packer_lines(results), results["packer"], strict=True):
+        rows_a_second = entry["tokens_per_second"] / entry["density"] / 256
+        assert entry["batches_per_step"] == pytest.approx(rows_a_second / 2 * seconds, rel=0.2)
+        said = r"[\d,]+ tokens per second, [\d.]+ × what this step, 2 views takes, rows [\d.]+ % full"
+        assert re.fullmatch(f"packer, {entry['data']}: {said}", line)
+
+
 def test_a_drafts_step_changes_the_adapter_alone_and_the_others_the_model_alone(parent):
     ways = training.make_ways([1], True)
     contest = training.Contest(training.Work(str(parent), row_length=32, rows=2, block_size=8), ways)
@@ -451,6 +502,7 @@ def test_a_steps_memory_is_above_that_of_its_logits(parent):
         (["--row-length", "4096"], "row_length=4096 is over the model's 2048 positions"),
         (["--views", "0"], "give numbers of at least 1"),
         (["--rounds", "0"], "rounds=0 must be at least 1"),
+        (["--shape", "qwen3-0.6b", "--packer"], "--packer needs a tokenizer; give a MODEL"),
         (["--output", "results"], "is not the name of a .json file"),
     ],
 )

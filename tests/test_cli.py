@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
 import shutil
+import signal
 import sys
 
 import pytest
@@ -111,6 +114,36 @@ def test_a_finished_run_is_not_written_over_but_can_be_resumed(run, parent, text
     assert (status, err.count("\n")) == (2, 1)
     assert "is not empty" in err
     assert run("adapt", *small(parent, texts, tmp_path / "out"), "--resume", "auto")[0] == 0
+
+
+@pytest.mark.parametrize(
+    "where", ["nextblock.evaluate._nats", "nextblock.train.export", "nextblock.adapt.load_parent"]
+)
+def test_sigterm_after_the_last_step_leaves_the_model_and_a_resume_measures_it(
+    run, parent, texts, tmp_path, monkeypatch, where
+):
+    module, name = where.rsplit(".", 1)
+    owner = importlib.import_module(module)
+    real, calls = getattr(owner, name), []
+
+    def interrupted(*arguments, **options):
+        calls.append(name)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments, **options)
+
+    output = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, name, interrupted)
+        status, _, err = run("adapt", *small(parent, texts, output))
+    assert (status, calls) == (0, [name])
+    assert "stopped at step 4; go on with --resume auto" in err
+    trained = (output / "model.safetensors").read_bytes()
+    assert not (output / "results.json").exists()
+    status, out, _ = run("adapt", *small(parent, texts, output), "--resume", "auto")
+    assert status == 0
+    assert out.count("bits per byte") == 3
+    assert (output / "model.safetensors").read_bytes() == trained
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def broken_data(folder, name):

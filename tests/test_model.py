@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, MambaConfig, PreTrainedModel
 
 from families import EOS_ID, FAMILIES, MASK_ID, VOCABULARY, tiny_model
@@ -33,6 +36,7 @@ from nextblock.model import (
     probe,
     read_config,
     read_settings,
+    recompute_activations,
 )
 
 ROWS = make_rows([PLAIN, PROMPTED, CHAT], 28)
@@ -391,3 +395,21 @@ def test_a_scratch_parent_has_the_given_shape_and_an_unknown_kind_is_refused():
 
 def test_the_vocabulary_of_the_tests_leaves_the_mask_token_alone():
     assert int(ROWS.tokens.max()) < MASK_ID == VOCABULARY - 1
+
+
+@pytest.mark.parametrize("transformers_version", ["new", "before 5.23"])
+def test_activations_are_computed_again_under_either_name_of_transformers(llama, monkeypatch, transformers_version):
+    if transformers_version != "new":
+        monkeypatch.setattr(llama, "activation_checkpointing_enable", None, raising=False)
+        monkeypatch.setattr(
+            llama,
+            "gradient_checkpointing_enable",
+            lambda options: llama._set_gradient_checkpointing(True, partial(checkpoint, **options)),
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        recompute_activations(llama)
+    passes: list[int] = []
+    llama.model.layers[0].mlp.register_forward_pre_hook(lambda *_: passes.append(1))
+    llama(torch.zeros(1, 3, dtype=torch.int64)).logits.sum().backward()
+    assert len(passes) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +16,26 @@ from layouts import make_rows
 from nextblock.adapter import DraftAdapter
 from nextblock.attention_mask import block_diffusion_rule, to_dense
 from nextblock.cli import app
-from nextblock.config import AdaptConfig, DraftAdapterConfig, UsageError, load_config
+from nextblock.config import AdaptConfig, DraftAdapterConfig, UsageError, load_config, stage_configs
 from nextblock.corruption import UNSCORED, corrupt
 from nextblock.model import load_parent
 from nextblock.plan import (
     GIB,
     USABLE,
+    StagedPlan,
     attention_pairs,
     count_parameters,
     largest_row,
     model_shape,
     noised_tokens,
     plan,
+    plan_stages,
     run_flops,
     scored_tokens,
     step_flops,
     step_memory,
 )
-from nextblock.shapes import shape_values
+from nextblock.shapes import DEVICES, shape_values
 from nextblock.train import prepare, train_step
 
 LLAMA: dict[str, Any] = {
@@ -221,6 +224,87 @@ def test_the_command_refuses_bad_input(options, message):
     result = CliRunner().invoke(app, ["plan", "smoke", *options])
     assert isinstance(result.exception, UsageError)
     assert message in str(result.exception)
+
+
+# ----------------------------------------------------------------------------------------- stages
+
+
+@pytest.fixture
+def staged(tmp_path) -> AdaptConfig:
+    """Growth, longer rows of another batch under more positions, then other steps."""
+    stages = [
+        {"name": "base", "training": {"steps": 9}, "growth": {"b_0": 1, "delta": 1}},
+        {
+            "name": "long",
+            "model": {"override": {"max_position_embeddings": 4096}},
+            "data": {"row_length": 512},
+            "training": {"batch_rows": 2},
+        },
+        {"name": "sft", "training": {"steps": 5, "micro_batch_rows": 1}},
+    ]
+    return config_of(LLAMA, tmp_path, stages=stages)
+
+
+def test_each_stage_is_planned_as_its_configuration_alone(staged):
+    machine: dict[str, Any] = {"device": "l4", "devices": 2, "parallel": "fsdp2", "mfu": 0.3}
+    found = plan_stages(staged, **machine)
+    assert [(stage.name, stage.steps) for stage in found.stages] == [("base", 9), ("long", 3), ("sft", 5)]
+    for stage, config in zip(found.stages, stage_configs(staged), strict=True):
+        alone = load_config(config.model_dump(mode="json"))  # as from a file of its own
+        assert stage.plan == plan(alone, **machine)
+        shape = model_shape(alone.model)
+        assert stage.run_flops == run_flops(alone, shape, count_parameters(alone, shape))
+    assert [stage.plan.row_length for stage in found.stages] == [256, 512, 256]
+    assert [stage.plan.largest_row for stage in found.stages] == [2048, 4096, 4096]
+
+
+def test_a_run_in_stages_takes_the_sum_of_its_stages_and_the_memory_of_the_largest(staged):
+    found = plan_stages(staged, device="l4", devices=2)
+    plans = [stage.plan for stage in found.stages]
+    assert found.steps == 17
+    assert found.run_flops == sum(stage.run_flops for stage in found.stages)
+    assert found.seconds is not None
+    assert found.seconds == sum(one.seconds or 0 for one in plans)
+    assert found.seconds == pytest.approx(found.run_flops / (2 * 0.4 * (DEVICES["l4"].tflops or 0) * 1e12))
+    assert found.device_hours == pytest.approx(found.seconds * 2 / 3600)
+    assert found.peak_bytes == max(one.peak_bytes for one in plans)
+    assert found.fits
+    on_cpu = plan_stages(staged, device="cpu")
+    assert (on_cpu.seconds, on_cpu.device_hours, on_cpu.fits) == (None, None, None)
+    assert on_cpu.run_flops == found.run_flops
+
+
+def test_one_stage_that_does_not_fit_is_enough_for_the_run_not_to(staged):
+    found = plan_stages(staged, device="l4")
+    small = replace(found.stages[1].plan, fits=False)
+    assert not StagedPlan((found.stages[0], replace(found.stages[1], plan=small))).fits
+
+
+def test_a_stage_that_cannot_be_planned_is_named(staged):
+    config = load_config(staged.model_dump(mode="json"), {"stages.1.training.batch_rows": 3})
+    with pytest.raises(UsageError, match=r"stages\.1 \(long\): training\.batch_rows=3 does not divide over 2 devices"):
+        plan_stages(config, device="l4", devices=2)
+    with pytest.raises(UsageError, match=r"^gpu 'h10' is unknown"):
+        plan_stages(staged, device="h10")
+
+
+def test_the_command_prints_all_stages_as_a_table_and_as_json(staged, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text(json.dumps(staged.model_dump(mode="json")))
+    command = ["plan", str(config), "--gpu", "l4"]
+    found = json.loads(CliRunner().invoke(app, [*command, "--json"], catch_exceptions=False).stdout)
+    assert [(stage["name"], stage["row_length"]) for stage in found["stages"]] == [
+        ("base", 256),
+        ("long", 512),
+        ("sft", 256),
+    ]
+    assert found["device_hours"] == sum(stage["device_hours"] for stage in found["stages"])
+    assert found["fits"]
+    table = CliRunner().invoke(app, command, catch_exceptions=False).stdout
+    rows = {line[:38].strip(): line[38:].split() for line in table.splitlines()}
+    assert rows["steps"] == ["9", "3", "5", "17"]
+    assert rows["longest row that fits"] == ["2048", "4096", "4096"]
+    assert len(rows["GPU-hours"]) == 4
 
 
 def test_the_command_prints_the_plan_as_json():

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -66,7 +67,7 @@ def adapt_rank(rank: int, values: dict[str, Any], stop_after: int | None = None)
         import nextblock.train as module
 
         def doomed(run: Any, step: int) -> Any:
-            if step == stop_after:
+            if run.first_step + step == stop_after:
                 os._exit(0)
             return train_step(run, step)
 
@@ -132,6 +133,43 @@ def test_two_processes_give_the_losses_and_weights_of_one(place, processes, alon
     assert_same_run(tmp_path / "run", alone(shards))
 
 
+def launched_rank(rank: int, environment: dict[str, str], values: dict[str, Any]) -> None:
+    """Train as `accelerate launch` would have it, in shards."""
+    from nextblock.train import train
+
+    os.environ.update(environment)
+    assert train(load_config(values)).is_sharded
+
+
+def test_fsdp_of_the_launcher_is_ours_whatever_it_says_of_wrapping_and_loading(place, processes, alone, tmp_path):
+    said = {
+        "ACCELERATE_USE_FSDP": "true",
+        "ACCELERATE_MIXED_PRECISION": "no",
+        "ACCELERATE_DYNAMO_BACKEND": "NO",
+        "FSDP_VERSION": "2",
+        "FSDP_AUTO_WRAP_POLICY": "NO_WRAP",
+        "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
+        "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+        "FSDP_OFFLOAD_PARAMS": "false",
+    }
+    config = config_of(place, tmp_path / "run", data__shards=2)
+    assert finish(launch(processes, tmp_path, launched_rank, said, config.model_dump(mode="json"))) == [0, 0]
+    assert_same_run(tmp_path / "run", alone(2))
+
+
+def test_accelerate_launch_with_fsdp_is_that_run_on_two_cpu_processes_too(place, alone, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text(json.dumps(config_of(place, tmp_path / "run", data__shards=2).model_dump(mode="json")))
+    launcher = ["--use_fsdp", "--fsdp_version", "2", "--num_processes", "2", "--main_process_port", "0"]
+    subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", *launcher, "-m", "nextblock", "adapt", str(config)],
+        check=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert_same_run(tmp_path / "run", alone(2))
+
+
 @pytest.mark.parametrize("kind", ["full", "sharded"])
 @pytest.mark.parametrize("fsdp", [False, True])
 def test_a_checkpoint_of_two_processes_resumes_on_one_and_back(place, processes, alone, tmp_path, kind, fsdp):
@@ -187,6 +225,20 @@ def test_what_stops_one_of_two_processes_stops_both_with_one_line(place, process
         processes, tmp_path, *[[*given, "--training.batch_rows", "3"]] * 2
     )
     assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_stage_that_is_changed_ends_both_processes_with_one_line(place, processes, tmp_path):
+    stages = [{"name": "a", "training": {"steps": 9}}, {"name": "b", "training": {"steps": 5}}]
+    run = config_of(place, tmp_path / "run", stages=stages)
+    on_two(processes, tmp_path, run, stop_after=11)  # stage b has a checkpoint of its second step
+    config = tmp_path / "run.yaml"
+    config.write_text(json.dumps(run.model_dump(mode="json")))
+    changed = [str(config), "--stages.0.optimizer.lr", "0.5", "--resume", "auto"]
+    said = refusal(processes, tmp_path, changed, changed)
+    assert "stage-1-a is finished: optimizer.lr was 0.003, is 0.5; set them back" in said
+    ranks = launch(processes, tmp_path, cli_rank, [["adapt", str(config), "--resume", "auto"]] * 2)
+    assert finish(ranks) == [0, 0]
+    assert len(losses(tmp_path / "run")) == 14
 
 
 def lose_source(rank: int, each: list[list[str]]) -> None:

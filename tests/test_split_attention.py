@@ -13,7 +13,7 @@ from nextblock.adapter import DraftAdapter
 from nextblock.attention_mask import Places, block_diffusion_rule, to_dense, within_window
 from nextblock.config import DraftAdapterConfig, RecipeConfig
 from nextblock.corruption import TwoView, corrupt
-from nextblock.model import Decoder, run_in_parts
+from nextblock.model import Decoder, recompute_activations, run_in_parts
 from nextblock.objective import DraftLoss, TwoViewLoss
 
 LENGTH = 28
@@ -132,8 +132,7 @@ def test_recomputed_activations_and_low_precision_passes(llama):
     view = view_of(4)
     _, plain = losses_of(llama, view)
     run_in_parts(Decoder(llama))
-    llama.gradient_checkpointing_enable({"use_reentrant": False})
-    llama.train()
+    recompute_activations(llama)
     _, again = losses_of(llama, view)
     for name, grad in plain.items():
         torch.testing.assert_close(again[name], grad, rtol=1e-4, atol=1e-4)

@@ -63,6 +63,10 @@ REFUSED = {
     ),
     "a contradiction": ({"stages.1.data.row_length": 66}, "stages.1 (long): data.row_length=66 is not a multiple"),
     "a key of the run": ({"stages.2.training.seed": 1}, "stages.2 (sft): training.seed holds for the whole run"),
+    "a tracker of its own": (
+        {"stages.1.training.trackers": ["wandb"]},
+        "stages.1 (long): training.trackers holds for the whole run",
+    ),
     "another parent": ({"stages.1.model.path": "x"}, "stages.1 (long): model.path holds for the whole run"),
     "a name that is no folder": ({"stages.0.name": "a/b"}, "stages.0.name='a/b'"),
     "an adapter": ({"draft_adapter": {}, "growth.b_0": 2}, "draft_adapter is trained in one stage"),

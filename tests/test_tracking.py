@@ -7,7 +7,7 @@ import io
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import accelerate.tracking
 import pytest
@@ -201,13 +201,13 @@ class FakeTracker(GeneralTracker):
 
     name = "tensorboard"
     requires_logging_directory = True
-    last: Any = None
+    made: ClassVar[list[Any]] = []
 
     def __init__(self, run_name: str, logging_dir: str, **options: Any) -> None:
         super().__init__()
         self.where, self.finished = (run_name, logging_dir), False
         self.logged: dict[int, dict[str, Any]] = {}
-        FakeTracker.last = self
+        FakeTracker.made.append(self)
 
     @property
     def tracker(self) -> Any:
@@ -231,13 +231,34 @@ def test_a_tracker_gets_every_number_of_the_log_and_is_closed(parent, tmp_path, 
     monkeypatch.setattr(accelerate.tracking, "_available_trackers", [LoggerType.TENSORBOARD])
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     train(config_of(parent, tmp_path, trackers=["tensorboard"], profile_every=2))
-    fake = FakeTracker.last
+    fake = FakeTracker.made[-1]
     assert fake.finished
     assert fake.where == ("nextblock", str(tmp_path / "trackers"))
     assert fake.config["growth.b_max"] == 4
     for record in [*read_log(tmp_path / "log.jsonl"), *read_log(tmp_path / "log.jsonl", "profile")]:
         assert scalars(record).items() <= fake.logged[record["step"]].items()
     assert {"loss", "device_tokens_per_second", "profile/loss_by_offset/1"} <= fake.logged[3].keys()
+
+
+def test_a_run_in_stages_is_one_run_of_a_tracker_whose_steps_go_on(parent, tmp_path, monkeypatch):
+    monkeypatch.setitem(accelerate.tracking.LOGGER_TYPE_TO_CLASS, "tensorboard", FakeTracker)
+    monkeypatch.setattr(accelerate.tracking, "_available_trackers", [LoggerType.TENSORBOARD])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    stages = [
+        {"name": "base"},
+        {"name": "more", "training": {"steps": 2}},
+        {"name": "last", "training": {"steps": 3}},
+    ]
+    plain = config_of(parent, tmp_path, trackers=["tensorboard"]).model_dump(mode="json")
+    FakeTracker.made.clear()
+    train(load_config(plain | {"stages": stages}))
+    (fake,) = FakeTracker.made
+    assert fake.finished
+    assert fake.where == ("nextblock", str(tmp_path / "trackers"))
+    assert fake.config["training.steps"] == 6
+    assert [fake.logged[step]["stage_number"] for step in range(11)] == [1] * 6 + [2] * 2 + [3] * 3
+    assert [line["stage_number"] for line in read_log(tmp_path / "log.jsonl")] == [1] * 6 + [2] * 2 + [3] * 3
+    assert not list(tmp_path.glob("stage-*/trackers"))
 
 
 def test_what_is_not_known_is_not_sent_to_trackers():

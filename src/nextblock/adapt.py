@@ -25,7 +25,7 @@ from nextblock.model import Decoder, load_model, load_parent
 from nextblock.ranks import gather, is_main
 from nextblock.report import read_log, write_report
 from nextblock.request import GenerateOptions
-from nextblock.train import LOG, Run, StepMetrics, train
+from nextblock.train import LOG, Run, StepMetrics, stop_on_sigterm, train
 
 STEPS_PER_BLOCK, SAMPLE_TOKENS, PROMPT_TOKENS = 4, 64, 32
 """Of the sample decoded while training."""
@@ -36,7 +36,8 @@ class RunResult:
     """What `adapt` leaves.
 
     output: folder of the checkpoint, `report.html`, `results.json`, the log and the resolved configuration.
-    finished: False when a SIGTERM ended the run early; `resume=True` goes on.
+    finished: False when a SIGTERM ended the run early; `resume=True` goes on. One that came after the last step has
+        left the trained model and its last checkpoint, but no figures.
     steps: optimizer steps done.
     results: the figures of `results.json`; empty when the run did not finish.
     """
@@ -85,17 +86,25 @@ def adapt(
             on_evaluation(record)
         return record
 
-    run = train(config, resume=resume, on_step=on_step, evaluate=evaluate)
-    output = Path(config.output)
-    steps = run.first_step + run.step
-    if not run.finished or not run.accelerator.is_main_process:
-        return RunResult(output, run.finished, steps, {})
-    results = describe(run, config)
-    if config.training.evaluate_rows:
-        say("measuring held-out bits per byte")
-        results["bits_per_byte"] = held_out_bits(run)
-    write_report(results, output)
-    return RunResult(output, True, steps, results)
+    with stop_on_sigterm() as received:
+        run = train(config, resume=resume, on_step=on_step, evaluate=evaluate, received=received)
+        output = Path(config.output)
+        steps = run.first_step + run.step
+        if not run.finished or not run.accelerator.is_main_process:
+            return RunResult(output, run.finished, steps, {})
+        results = describe(run, config)
+        if config.training.evaluate_rows:
+            say("measuring held-out bits per byte")
+            try:
+                results["bits_per_byte"] = held_out_bits(run, received)
+            except SigtermReceived:
+                return RunResult(output, False, steps, {})
+        write_report(results, output)
+        return RunResult(output, True, steps, results)
+
+
+class SigtermReceived(Exception):
+    """A measurement was left, as its process is to end."""
 
 
 def describe(run: Run, config: AdaptConfig) -> dict[str, Any]:
@@ -219,8 +228,17 @@ def first_prompt(rows: Rows) -> Tensor:
     return tokens[: context or max(1, min(PROMPT_TOKENS, len(tokens) // 2))]
 
 
-def held_out_bits(run: Run) -> list[dict[str, Any]]:
-    """Bits per byte of the parent (AR) and of the adapted model (AR and the diffusion bound)."""
+def held_out_bits(run: Run, received: list[int]) -> list[dict[str, Any]]:
+    """Bits per byte of the parent (AR) and of the adapted model (AR and the diffusion bound).
+
+    Raises:
+        SigtermReceived: a signal came, before or meanwhile (`received`, of `stop_on_sigterm`).
+    """
+
+    def leave_on_signal() -> None:
+        if received:
+            raise SigtermReceived
+
     rows = held_out_rows(run)
     if rows is None:
         run.accelerator.print("no document is held out, so bits per byte are not measured; raise data.held_out")
@@ -229,11 +247,14 @@ def held_out_bits(run: Run) -> list[dict[str, Any]]:
     model = run.config.model
     if model.scratch is None:
         parent = load_parent(model.model_copy(update={"quantization": None}), run.decoder.device)
-        found += [("parent", measure) for measure in bits_per_byte(parent, run.tokenizer, rows)]
+        found += [
+            ("parent", measure) for measure in bits_per_byte(parent, run.tokenizer, rows, on_pass=leave_on_signal)
+        ]
     run.loss.eval()
     decoder = run.decoder
     if run.is_sharded:  # only this rank measures, and it holds a part of the weights
         code = model.trust_remote_code
         decoder = Decoder(load_model(run.output, dtype=decoder.model.dtype, trust_remote_code=code))
-    found += [("adapted", measure) for measure in bits_per_byte(decoder, run.tokenizer, rows, run.settings)]
+    measures = bits_per_byte(decoder, run.tokenizer, rows, run.settings, on_pass=leave_on_signal)
+    found += [("adapted", measure) for measure in measures]
     return [{"model": model, **asdict(measure)} for model, measure in found]

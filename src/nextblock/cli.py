@@ -532,6 +532,9 @@ def bench_train(
     draft_adapter: Annotated[
         bool, typer.Option("--draft-adapter", help="also time a draft adapter's step, at the same numbers of views")
     ] = False,
+    packer: Annotated[
+        bool, typer.Option("--packer", help="also time reading and packing, which must stay ahead of the step")
+    ] = False,
     rounds: Annotated[int, typer.Option(help="steps of each; medians are taken over them")] = 5,
     compile: Annotated[bool, typer.Option("--compile", help="torch.compile the model for all of them")] = False,
     output: Results = None,
@@ -540,7 +543,7 @@ def bench_train(
     """Time a training step against the plain way and an ordinary AR step, in turns, on the same rows."""
     from nextblock.bench import training
     from nextblock.bench.command import check_output, progress, wide_console, write_results
-    from nextblock.bench.figures import plot_train, train_table
+    from nextblock.bench.figures import packer_lines, plot_train, train_table
 
     check_output(output)
     work = training.Work(
@@ -553,7 +556,7 @@ def bench_train(
         compile=compile,
     )
     numbers, done = views or [1], 0
-    total = training.count_steps(numbers, draft_adapter, rounds)
+    total = training.count_steps(numbers, draft_adapter, rounds, packer)
     with progress("timing") as update:
 
         def advance() -> None:
@@ -561,8 +564,12 @@ def bench_train(
             done += 1
             update(done, total)
 
-        results = training.bench_train(work, numbers, draft_adapter=draft_adapter, rounds=rounds, on_step=advance)
+        results = training.bench_train(
+            work, numbers, draft_adapter=draft_adapter, packer=packer, rounds=rounds, on_step=advance
+        )
     wide_console().print(train_table(results))
+    for line in packer_lines(results):
+        print(line)
     if output is not None:
         print(*write_results(results, plot_train(results), output))
 
@@ -588,15 +595,21 @@ def plan(
     from nextblock.bench.command import wide_console
     from nextblock.config import load_config
     from nextblock.plan import plan as run
-    from nextblock.plan import plan_table
+    from nextblock.plan import plan_stages, plan_table, stages_table
     from nextblock.presets import find_config
 
     checked = load_config(find_config(config), parse_overrides(context.args))
-    found = run(checked, device=gpu, devices=gpus, parallel=parallel, mfu=mfu)
+    machine: Any = {"device": gpu, "devices": gpus, "parallel": parallel, "mfu": mfu}
+    if checked.stages:
+        staged = plan_stages(checked, **machine)
+        found, table = staged, stages_table(staged)
+    else:
+        one = run(checked, **machine)
+        found, table = one, plan_table(one)
     if json_:
         print(json.dumps(found.as_dict(), indent=1))
     else:
-        wide_console().print(plan_table(found))
+        wide_console().print(table)
 
 
 @app.command()

@@ -71,6 +71,7 @@ def bits_per_byte(
     *,
     draws: int = 8,
     batch_rows: int = 4,
+    on_pass: Callable[[], None] = lambda: None,
 ) -> list[BitsPerByte]:
     """Bits per UTF-8 byte of the generated tokens in `rows`; the first token of a plain document is given.
 
@@ -87,6 +88,7 @@ def bits_per_byte(
         settings: block size, mask token, context and prediction of the diffusion bound.
         draws: noise draws averaged over.
         batch_rows: rows in one forward pass.
+        on_pass: called before each forward pass; what it raises ends the measuring.
     """
     size = settings.block_size if settings else 1
     shifted = settings is None or settings.prediction == "shifted"
@@ -99,6 +101,7 @@ def bits_per_byte(
         batch = rows.slice(start, start + batch_rows)
 
         def view_of(block_size: int, draw: int, draw_masks: MaskDraw, batch: Rows = batch) -> TwoView:
+            on_pass()
             view = corrupt(
                 batch,
                 block_size,

@@ -506,6 +506,14 @@ def _add_mask_token(decoder: Decoder, tokenizer: Any) -> int:
     return mask_id
 
 
+def recompute_activations(model: PreTrainedModel, **options: Any) -> None:
+    """Compute the layers' activations again in the backward pass, in train mode; `options` of torch's checkpoint."""
+    # Its old name, which transformers 5.23 deprecates, is all that 5.22 and older have.
+    enable: Any = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False, **options})
+    model.train()
+
+
 def without_dropout(model: nn.Module) -> None:
     """Set every dropout to zero: clean-half logits must be the causal model's own (identity 1)."""
     for module in model.modules():

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,6 +34,7 @@ from nextblock.model import (
     Decoder,
     check_architecture,
     choose_attention,
+    recompute_activations,
     replace_values,
     resolve,
     scratch_config,
@@ -105,30 +106,90 @@ class Plan:
         return asdict(self) | {"useful_flops": self.flops.useful}
 
 
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage of a run: the plan of its configuration, its optimizer steps, and the useful FLOPs of all of them."""
+
+    name: str
+    steps: int
+    run_flops: float
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class StagedPlan:
+    """What a run in stages takes. A device needs the memory of the largest stage; all else adds up."""
+
+    stages: tuple[StagePlan, ...]
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of all stages."""
+        return sum(stage.steps for stage in self.stages)
+
+    @property
+    def run_flops(self) -> float:
+        """Useful FLOPs of the whole run."""
+        return sum(stage.run_flops for stage in self.stages)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Bytes on one device at the peak of the stage that takes most."""
+        return max(stage.plan.peak_bytes for stage in self.stages)
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether every stage fits; None where memory is not known."""
+        fits = [stage.plan.fits for stage in self.stages]
+        return None if None in fits else all(fits)
+
+    @property
+    def seconds(self) -> float | None:
+        """Of the whole run; None where the device's speed is not known."""
+        return _sum(stage.plan.seconds for stage in self.stages)
+
+    @property
+    def device_hours(self) -> float | None:
+        """Of the whole run; None where the device's speed is not known."""
+        return _sum(stage.plan.device_hours for stage in self.stages)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON: each stage's as its plan's, and the totals."""
+        totals = ("steps", "run_flops", "peak_bytes", "fits", "seconds", "device_hours")
+        own = [
+            {"name": stage.name, "steps": stage.steps, "run_flops": stage.run_flops} | stage.plan.as_dict()
+            for stage in self.stages
+        ]
+        return {"stages": own} | {name: getattr(self, name) for name in totals}
+
+
+def _sum(values: Iterable[float | None]) -> float | None:
+    """None where one is not known."""
+    found = list(values)
+    return None if None in found else sum(cast(list[float], found))
+
+
 # ----------------------------------------------------------------------------------------------- entry
 
 
 def plan(
     config: AdaptConfig, *, device: str = "h100", devices: int = 1, parallel: str = "ddp", mfu: float = 0.4
 ) -> Plan:
-    """Say what a run takes, at the largest block size; of a run in stages, what its first one takes.
+    """Say what a run without stages, or one stage of another, takes, at the largest block size.
 
     Args:
-        config: checked configuration; of the model only its shape is read.
+        config: checked configuration, without stages; of the model only its shape is read.
         device: a name in `DEVICES`; "cpu": a step with attention in parts, no time.
         devices: how many there are.
         parallel: with more than one device: "ddp" copies everything, "fsdp2" shards weights, gradients and optimizer.
         mfu: share of the device's peak that useful FLOPs reach.
     Raises:
         UsageError: unknown device, a batch that does not divide, or a model whose shape is not known.
+        ValueError: a configuration with stages, which are for `plan_stages`.
     """
-    if device not in DEVICES:
-        raise UsageError(f"gpu '{device}' is unknown{nearest(device, list(DEVICES))}")
-    if parallel not in PARALLEL:
-        raise UsageError(f"parallel '{parallel}' is unknown{nearest(parallel, PARALLEL)}")
-    if not 0 < mfu <= 1:
-        raise UsageError(f"mfu={mfu} is a share of the peak; use more than 0 and at most 1")
-    config = stage_configs(config)[0]
+    if config.stages:
+        raise ValueError("this run has stages, which plan_stages plans")
+    check_machine(device, parallel, mfu)
     rows = config.training.batch_rows
     if devices < 1 or rows % devices:
         raise UsageError(
@@ -175,6 +236,37 @@ def plan(
         seconds=seconds,
         device_hours=None if seconds is None else seconds * devices / 3600,
     )
+
+
+def plan_stages(
+    config: AdaptConfig, *, device: str = "h100", devices: int = 1, parallel: str = "ddp", mfu: float = 0.4
+) -> StagedPlan:
+    """Say what each stage of a run takes, and all of them. Arguments as of `plan`.
+
+    Raises:
+        UsageError: as `plan`, with the stage's name.
+    """
+    check_machine(device, parallel, mfu)
+    found = []
+    for number, (stage, own) in enumerate(zip(config.stages, stage_configs(config), strict=True)):
+        try:
+            one = plan(own, device=device, devices=devices, parallel=parallel, mfu=mfu)
+        except UsageError as error:
+            raise UsageError(f"stages.{number} ({stage.name}): {error}") from None
+        shape = model_shape(own.model)
+        flops = run_flops(own, shape, count_parameters(own, shape))
+        found.append(StagePlan(stage.name, own.training.steps, flops, one))
+    return StagedPlan(tuple(found))
+
+
+def check_machine(device: str, parallel: str, mfu: float) -> None:
+    """UsageError for an unknown device or way of sharing, or a share of the peak that is none."""
+    if device not in DEVICES:
+        raise UsageError(f"gpu '{device}' is unknown{nearest(device, list(DEVICES))}")
+    if parallel not in PARALLEL:
+        raise UsageError(f"parallel '{parallel}' is unknown{nearest(parallel, PARALLEL)}")
+    if not 0 < mfu <= 1:
+        raise UsageError(f"mfu={mfu} is a share of the peak; use more than 0 and at most 1")
 
 
 def model_shape(config: ModelConfig) -> PreTrainedConfig:
@@ -388,8 +480,7 @@ def fake_decoder(
     model = _bare_model(shape, dtype, attention)
     lora = config.lora
     if config.training.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-        model.train()
+        recompute_activations(model, preserve_rng_state=False)
     low_rank = config.draft_adapter or lora
     if low_rank is None:
         return Decoder(model), model
@@ -630,6 +721,47 @@ def plan_table(found: Plan) -> Table:
     table.add_row("a step", f"{found.step_seconds:,.2f} s", f"{found.batch_rows} rows")
     table.add_row("the run", f"{found.seconds / 86400:,.2f} days", "with block growth")
     table.add_row("", f"{found.device_hours:,.1f} h", "GPU-hours")
+    return table
+
+
+def stages_table(found: StagedPlan) -> Table:
+    """What `nextblock plan` prints of a run in stages: a column for each, and one for the whole."""
+    plans = [stage.plan for stage in found.stages]
+    first, room = plans[0], DEVICES[plans[0].device].memory_gib
+    where = f"{first.devices} x {first.device}" + (f", {first.parallel}" if first.parallel else "")
+    table = Table(box=SIMPLE_HEAD, caption=f"{first.model}, {_count(first.parameters)} parameters; {where}")
+    table.add_column("", no_wrap=True)
+    for name in (*(stage.name for stage in found.stages), "all"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_row("steps", *(f"{stage.steps:,}" for stage in found.stages), f"{found.steps:,}")
+    table.add_row("tokens a row", *(str(one.row_length) for one in plans))
+    table.add_row("rows a step", *(str(one.batch_rows) for one in plans))
+    table.add_row("rows a pass on one device", *(str(one.micro_batch_rows) for one in plans))
+    table.add_row("block size", *(str(one.block_size) for one in plans), end_section=True)
+    kinds = sorted(
+        {kind for one in plans for kind in one.memory}, key=lambda k: -max(p.memory.get(k, 0) for p in plans)
+    )
+    for kind in kinds:
+        table.add_row(kind, *(_gib(one.memory[kind]) if one.memory.get(kind) else "" for one in plans))
+    table.add_row("memory at the peak", *(_gib(one.peak_bytes) for one in plans), _gib(found.peak_bytes), style="bold")
+    if room is not None:
+        verdicts = ("yes" if fits else "no" for fits in (*(one.fits for one in plans), found.fits))
+        table.add_row(f"fits {USABLE:.0%} of {room:.0f} GiB", *verdicts)
+        longest = ("none" if one.largest_row is None else str(one.largest_row) for one in plans)
+        table.add_row("longest row that fits", *longest)
+    table.add_section()
+    table.add_row("useful FLOPs a step", *(f"{one.flops.useful:.3g}" for one in plans))
+    flops = [stage.run_flops for stage in found.stages]
+    table.add_row("useful FLOPs", *(f"{n:.3g}" for n in (*flops, found.run_flops)), style="bold")
+    if found.seconds is None:
+        return table
+    table.add_section()
+    table.add_row(
+        f"tokens per second at {first.mfu:.0%} MFU, assumed", *(f"{one.tokens_per_second:,.0f}" for one in plans)
+    )
+    table.add_row("seconds a step", *(f"{one.step_seconds:,.2f}" for one in plans))
+    table.add_row("days", *(f"{cast(float, of.seconds) / 86400:,.2f}" for of in (*plans, found)))
+    table.add_row("GPU-hours", *(f"{of.device_hours:,.1f}" for of in (*plans, found)), style="bold")
     return table
 
 

@@ -22,7 +22,7 @@ from nextblock.corruption import NOISE_LEVELS, UNSCORED, TwoView
 from nextblock.model import Decoder
 from nextblock.shapes import device_named
 
-PROJECT = "nextblock"
+PROJECT, TRACKERS = "nextblock", "trackers"
 OFFSETS = 64
 """Most places of a block that the loss is told apart by; those of a larger block are pooled."""
 
@@ -119,11 +119,12 @@ def run_log(
 
     Args:
         accelerator: with the trackers asked for; they are opened and closed here. Only its main process writes.
-        path: a JSONL file.
+        path: a JSONL file; trackers that write files have the folder `trackers` beside it.
         config: the resolved configuration as dotted keys, for the trackers.
     """
     if accelerator.log_with:
         plain = {k: v if isinstance(v, int | float | str) else str(v) for k, v in config.items()}
+        accelerator.project_configuration.logging_dir = str(path.parent / TRACKERS)  # not that of the first stage
         accelerator.init_trackers(PROJECT, config=plain)
     with (path if accelerator.is_main_process else Path("/dev/null")).open("a", encoding="utf-8") as log:
 

@@ -10,7 +10,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -63,18 +63,18 @@ from nextblock.model import (
     parent_tokenizer,
     probe,
     read_config,
+    recompute_activations,
     run_in_parts,
     weights_folder,
     without_dropout,
 )
 from nextblock.objective import DraftLoss, TwoViewLoss
 from nextblock.ranks import gather, is_main, join, together
-from nextblock.tracking import LossProfile, peak_flops, peak_memory_gib, run_log, useful_flops
+from nextblock.tracking import TRACKERS, LossProfile, peak_flops, peak_memory_gib, run_log, useful_flops
 
 LOG = "log.jsonl"
 RESOLVED_CONFIG = "nextblock.yaml"
 MAY_CHANGE_ON_RESUME = (
-    "output",
     "training.micro_batch_rows",
     "training.checkpoint_every",
     "training.keep_last",
@@ -90,6 +90,18 @@ MAY_CHANGE_ON_RESUME = (
     "model.export_dtype",
     "model.attention",
 )
+
+OF_A_LAUNCHER: dict[str, tuple[str | None, str]] = {
+    "ACCELERATE_MIXED_PRECISION": ("no", "leave it out, or set training.mixed_precision instead"),
+    "ACCELERATE_DYNAMO_BACKEND": ("no", "leave it out, or set training.compile=true instead"),
+    "ACCELERATE_USE_MEGATRON_LM": ("false", "leave Megatron-LM out"),
+    "ACCELERATE_USE_PARALLELISM_CONFIG": ("false", "leave parallelism_config out"),
+    "FSDP_VERSION": ("2", "start with --fsdp_version 2"),
+    "FSDP_OFFLOAD_PARAMS": ("false", "leave it out"),
+    "FSDP_ACTIVATION_CHECKPOINTING": ("false", "leave it out, or set training.gradient_checkpointing=true instead"),
+    "FSDP_IGNORED_MODULES": (None, "leave it out"),
+}
+"""Variables of `accelerate launch` that a run does not follow: the value that asks for nothing, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +126,8 @@ class StepMetrics:
     mfu: float | None = None
     """Useful floating-point operations per second over the device's bfloat16 peak, where that is known."""
     stage: str | None = None
+    stage_number: int | None = None
+    """From 1; None in a run without stages."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -139,6 +153,7 @@ class Run:
     profile: LossProfile | None = None
     first_step: int = 0  # steps of the stages before this one
     stage: str | None = None
+    stage_number: int | None = None
     finished: bool = False
 
     @property
@@ -253,6 +268,7 @@ def train_step(run: Run, step: int) -> StepMetrics:
         peak_memory_gib=peak_memory_gib(device),
         mfu=None if run.peak_flops is None else flops / seconds / run.peak_flops,
         stage=run.stage,
+        stage_number=run.stage_number,
     )
 
 
@@ -281,6 +297,7 @@ def train(
     resume: bool = False,
     on_step: Callable[[StepMetrics], None] | None = None,
     evaluate: Callable[[Run], Mapping[str, Any] | None] | None = None,
+    received: list[int] | None = None,
 ) -> Run:
     """Adapt the parent and leave a Hugging Face folder in `config.output`.
 
@@ -291,6 +308,7 @@ def train(
         resume: go on from the newest whole checkpoint in the output folder, if there is one.
         on_step: called on the main process after each step.
         evaluate: called on every process each `training.evaluate_every` steps; what it returns is logged.
+        received: of the caller's `stop_on_sigterm`, where that outlasts the training.
     Returns:
         The run (of the last stage reached), with the trained model in memory. `run.finished` is False when a
         SIGTERM ended it early (a checkpoint was saved).
@@ -306,8 +324,9 @@ def train(
             check_output(output, resume)
         for stage in stages[1:]:  # bad data must not stop the run days later
             check_stage(stage)
-    with stop_on_sigterm() as received, writing(output), nothing_left(output, stages) if main else nullcontext():
-        return run_stages(config, stages, masks, resume, received, on_step, evaluate)
+    catching = stop_on_sigterm() if received is None else nullcontext(received)
+    with catching as signals, writing(output), nothing_left(output, stages) if main else nullcontext():
+        return run_stages(config, stages, masks, resume, signals, on_step, evaluate)
 
 
 def run_stages(
@@ -331,29 +350,36 @@ def run_stages(
         if main:
             check_finished_stages(stages[:first])
     run: Any = None
-    for number in range(first, len(stages)):
-        before = None if number == 0 else Path(stages[number - 1].output)
-        run = prepare(stages[number], before, masks=masks)
-        run.output, run.first_step = output, sum(stage.training.steps for stage in stages[:number])
-        run.stage = config.stages[number].name if config.stages else None
-        if before is not None:
-            carry_over(run, before, fresh=config.stages[number].fresh_optimizer, data=stages[number - 1].data)
-        if resume:
-            restore(run, Path(stages[number].output))
-        if main:
-            for folder, resolved in ((output, config), (Path(stages[number].output), stages[number])):
-                make_folder(folder)
-                (folder / RESOLVED_CONFIG).write_text(
-                    yaml.safe_dump(resolved.model_dump(mode="json"), sort_keys=False), encoding="utf-8"
-                )
-            trim_log(output / LOG, run.first_step + run.step)
-            remove_partial(Path(stages[number].output))
-        run_stage(run, received, on_step, evaluate)
-        if any(gather(bool(received))):
-            return run
-        run.finished = number == len(stages) - 1
-        export_run(run, output if run.finished else Path(stages[number].output))
-        run.accelerator.free_memory()
+    write: Any = None
+    with ExitStack() as until_the_end:
+        for number in range(first, len(stages)):
+            before = None if number == 0 else Path(stages[number - 1].output)
+            run = prepare(stages[number], before, masks=masks)
+            run.output, run.first_step = output, sum(stage.training.steps for stage in stages[:number])
+            if config.stages:
+                run.stage, run.stage_number = config.stages[number].name, number + 1
+            if before is not None:
+                carry_over(run, before, fresh=config.stages[number].fresh_optimizer, data=stages[number - 1].data)
+            if resume:
+                restore(run, Path(stages[number].output))
+            if main:
+                for folder, resolved in ((output, config), (Path(stages[number].output), stages[number])):
+                    make_folder(folder)
+                    (folder / RESOLVED_CONFIG).write_text(
+                        yaml.safe_dump(resolved.model_dump(mode="json"), sort_keys=False), encoding="utf-8"
+                    )
+                remove_partial(Path(stages[number].output))
+            if write is None:  # one log and one run of the trackers for all stages
+                if main:
+                    trim_log(output / LOG, run.first_step + run.step)
+                flat_config = _flat(config.model_dump(mode="json"))
+                write = until_the_end.enter_context(run_log(run.accelerator, output / LOG, flat_config))
+            run_stage(run, write, received, on_step, evaluate)
+            if any(gather(bool(received))):
+                return run
+            run.finished = number == len(stages) - 1
+            export_run(run, output if run.finished else Path(stages[number].output))
+            run.accelerator.free_memory()
     return run
 
 
@@ -400,17 +426,14 @@ def nothing_left(output: Path, stages: list[AdaptConfig]) -> Iterator[None]:
 
 def run_stage(
     run: Run,
+    write: Callable[[Mapping[str, Any]], None],
     received: list[int],
     on_step: Callable[[StepMetrics], None] | None,
     evaluate: Callable[[Run], Mapping[str, Any] | None] | None,
 ) -> None:
-    """All steps of a run without stages, or of one stage, with their log and checkpoints."""
+    """All steps of a run without stages, or of one stage, with their log (`write`, of `run_log`) and checkpoints."""
     config, due = run.config, run.config.training.evaluate_every
-    flat_config = _flat(config.model_dump(mode="json"))
-    with (
-        closing(run.feed),
-        run_log(run.accelerator, run.output / LOG, flat_config) as write,
-    ):
+    with closing(run.feed):
         stop = any(gather(bool(received)))
         while run.step < config.training.steps and not stop:
             metrics = train_step(run, run.step)
@@ -529,8 +552,7 @@ def prepare(config: AdaptConfig, before: Path | None = None, *, masks: bool | No
     trained = lora.weights if lora is not None else decoder.adapter or decoder.model
     trained.requires_grad_(True)
     if config.training.gradient_checkpointing:
-        decoder.model.gradient_checkpointing_enable({"use_reentrant": False})
-        decoder.model.train()  # transformers recomputes activations in train mode alone
+        recompute_activations(decoder.model)
     if config.training.compile:
         decoder.model.base_model.compile()
     optimizer = make_optimizer(config.optimizer, trained)
@@ -549,13 +571,48 @@ def check_batch(config: AdaptConfig) -> None:
         )
 
 
+def check_launcher(config: AdaptConfig) -> None:
+    """UsageError for what `accelerate launch` was asked for and a run would leave undone without a word."""
+    sharded = config.training.fsdp or fsdp_of_launcher()
+    for name, (nothing, cure) in OF_A_LAUNCHER.items():
+        value = os.environ.get(name)
+        if value is None or value.lower() == nothing or (name.startswith("FSDP_") and not sharded):
+            continue
+        if name == "ACCELERATE_MIXED_PRECISION" and value == config.training.mixed_precision:
+            continue
+        raise UsageError(f"the launcher has set {name}={value}, which a run of nextblock does not follow; {cure}")
+
+
+def fsdp_of_launcher() -> bool:
+    """Whether `accelerate launch --use_fsdp`, or a configuration of accelerate with FSDP, has started this process."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
 def make_accelerator(config: AdaptConfig) -> Accelerator:
-    """The processes of this run and how they share the work: DDP, FSDP2 if asked for, or what a launcher set."""
+    """The processes of this run and how they share the work: DDP, or FSDP2 if the run or its launcher asks for it.
+
+    Raises:
+        UsageError: rows that do not divide over the processes, or a launcher that asks for something else.
+    """
     check_batch(config)
+    check_launcher(config)
     plugin = None
-    if config.training.fsdp and join().num_processes > 1:
+    if join().num_processes == 1:
+        os.environ.pop("ACCELERATE_USE_FSDP", None)  # nothing to share out
+    elif config.training.fsdp or fsdp_of_launcher():
+        if config.lora is not None or config.draft_adapter is not None:
+            raise UsageError("FSDP has no use for lora or a draft adapter, whose weights are small; start without it")
+        if config.optimizer.name == "adamw_8bit":
+            raise UsageError("optimizer.name=adamw_8bit cannot share out its states; use adamw, or start without FSDP")
+        policy = None
+        if config.training.mixed_precision == "bf16":
+            # accelerate's own would also round the sums of losses, and so every gradient, to 8 bits.
+            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         plugin = FullyShardedDataParallelPlugin(
-            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            cpu_ram_efficient_loading=False,  # a launcher's default, which leaves ranks without weights to check
+            mixed_precision_policy=policy,
         )
     accelerator = Accelerator(
         mixed_precision=config.training.mixed_precision,
@@ -563,25 +620,12 @@ def make_accelerator(config: AdaptConfig) -> Accelerator:
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         fsdp_plugin=plugin,
         log_with=list(config.training.trackers) or None,
-        project_config=ProjectConfiguration(logging_dir=str(Path(config.output) / "trackers")),
+        project_config=ProjectConfiguration(logging_dir=str(Path(config.output) / TRACKERS)),
     )
     if plugin is not None and accelerator.distributed_type == DistributedType.MULTI_CPU:
         # accelerate leaves CPU processes to DDP, but FSDP2 runs there as well.
         join().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = plugin
-    elif accelerator.distributed_type == DistributedType.MULTI_CPU and os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        raise UsageError("accelerate shares out no model on CPU by itself; set training.fsdp=true instead")
-    if accelerator.distributed_type == DistributedType.FSDP:
-        if config.lora is not None or config.draft_adapter is not None:
-            raise UsageError("FSDP has no use for lora or a draft adapter, whose weights are small; start without it")
-        if not accelerator.is_fsdp2:
-            raise UsageError("FSDP 1 is not supported; start with --fsdp_version 2, or set training.fsdp=true")
-        if config.training.mixed_precision == "bf16":
-            # accelerate's own would also round the sums of losses, and so every gradient, to 8 bits.
-            shared: Any = accelerator.state.fsdp_plugin
-            shared.mixed_precision_policy = MixedPrecisionPolicy(
-                param_dtype=torch.bfloat16, reduce_dtype=torch.float32
-            )
     return accelerator
 
 

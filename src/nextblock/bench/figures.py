@@ -152,6 +152,16 @@ def train_table(results: Mapping[str, Any]) -> Table:
     return table
 
 
+def packer_lines(results: Mapping[str, Any]) -> list[str]:
+    """What `bench train --packer` prints of each data set; `results` as for `train_table`."""
+    step = results["train"][0]["name"]
+    return [
+        f"packer, {entry['data']}: {entry['tokens_per_second']:,.0f} tokens per second, "
+        f"{entry['batches_per_step']:.1f} × what {step} takes, rows {100 * entry['density']:.1f} % full"
+        for entry in results["packer"]
+    ]
+
+
 def plot_train(results: Mapping[str, Any]) -> Figure:
     """Tokens per second and peak memory of each way to train; `results` as for `train_table`."""
     entries = [{**entry, "mib": 1024 * (entry["peak_memory_gib"] or 0.0)} for entry in results["train"]]

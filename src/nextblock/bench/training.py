@@ -31,9 +31,10 @@ from nextblock.adapt import environment
 from nextblock.adapter import DraftAdapter
 from nextblock.bench.contest import GIB, high_water_mark_gib, synchronize
 from nextblock.bench.forwards import random_model
+from nextblock.bench.packing import PACKER_DATA, time_packer
 from nextblock.config import AdaptConfig, DraftAdapterConfig, UsageError, load_config
 from nextblock.data import Rows
-from nextblock.model import Decoder, load_model, read_settings, run_in_parts, without_dropout
+from nextblock.model import Decoder, load_model, load_tokenizer, read_settings, run_in_parts, without_dropout
 from nextblock.objective import DraftLoss, TwoViewLoss
 from nextblock.train import Run, train_step
 
@@ -303,7 +304,7 @@ def plain_loss(
 
 
 def bench_train(
-    work: Work, views: Sequence[int] = (1,), *, draft_adapter: bool = False, rounds: int = 5,
+    work: Work, views: Sequence[int] = (1,), *, draft_adapter: bool = False, packer: bool = False, rounds: int = 5,
     on_step: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Let all ways take turns, one step each in a round, and measure the memory of each.
@@ -311,15 +312,20 @@ def bench_train(
     Args:
         views: numbers of noised views (k) of this project's step, and of the draft adapter's.
         draft_adapter: also time the step of a draft adapter, rank 32 on all linear layers.
+        packer: also time reading and packing, with the model's tokenizer.
         rounds: after one that warms up.
-        on_step: called after each step and each measurement of memory, `count_steps` times.
+        on_step: called after each step, measurement of memory and round of the packer, `count_steps` times.
     Returns:
-        What is written as JSON: `train` holds a `StepTime` for each way as plain values.
+        What is written as JSON: `train` holds a `StepTime` for each way as plain values, `packer` a `PackerSpeed`
+        for each data set.
     """
     if rounds < 1:
         raise UsageError(f"rounds={rounds} must be at least 1")
     if min(views, default=0) < 1:
         raise UsageError(f"views={list(views)}: give numbers of at least 1")
+    tokenizer = load_tokenizer(work.model) if packer and not work.random_weights else None
+    if packer and tokenizer is None:
+        raise UsageError("--packer needs a tokenizer; give a MODEL that has one, or leave it out")
     ways = make_ways(views, draft_adapter)
     contest = Contest(work, ways)
     seconds: dict[Way, list[float]] = {way: [] for way in ways}
@@ -349,6 +355,22 @@ def bench_train(
         for way in ways:
             memory[way] = fresh_process_peak_gib(work, way)
             on_step()
+    packers = (
+        []
+        if tokenizer is None
+        else [
+            time_packer(
+                name,
+                tokenizer,
+                batch_rows=work.rows,
+                row_length=work.row_length,
+                step_seconds=median(seconds[ways[0]]),
+                rounds=rounds,
+                on_round=on_step,
+            )
+            for name in PACKER_DATA
+        ]
+    )
     plain, ar = ways[1], ways[2]
     tokens = work.rows * work.row_length
     return found | {
@@ -366,7 +388,8 @@ def bench_train(
                 )
             )
             for way, own in seconds.items()
-        ]
+        ],
+        "packer": [asdict(speed) for speed in packers],
     }
 
 
@@ -377,9 +400,9 @@ def make_ways(views: Sequence[int], draft_adapter: bool) -> list[Way]:
     return [first, Way("plain"), Way("ar"), *others, *drafts]
 
 
-def count_steps(views: Sequence[int], draft_adapter: bool, rounds: int) -> int:
+def count_steps(views: Sequence[int], draft_adapter: bool, rounds: int, packer: bool = False) -> int:
     """How often `bench_train` calls `on_step` on CPU."""
-    return len(make_ways(views, draft_adapter)) * (rounds + 2)
+    return len(make_ways(views, draft_adapter)) * (rounds + 2) + (len(PACKER_DATA) * rounds if packer else 0)
 
 
 def _ratio(own: float | None, other: float | None) -> float | None:
