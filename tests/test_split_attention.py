@@ -39,7 +39,8 @@ def softmax_over(allowed: Tensor, query: Tensor, key: Tensor, value: Tensor) -> 
 def assert_same(allowed: Tensor, mask: parts.SplitMask, real: Tensor, tensors: list[Tensor]) -> None:
     """Outputs and gradients at real positions (bool [B, T]) equal those of the plain softmax."""
     wanted = softmax_over(allowed | ~real[:, None, :, None], *tensors)
-    found = parts.split_attention(nn.Module(), *tensors, mask)[0].transpose(1, 2)
+    query, key, value = tensors
+    found = parts.split_attention(nn.Module(), query, key, value, mask)[0].transpose(1, 2)
     upstream = torch.randn_like(wanted) * real[:, None, :, None]
     keep = real[:, None, :, None]
     torch.testing.assert_close(found * keep, wanted * keep, rtol=1e-12, atol=1e-12)
@@ -181,9 +182,12 @@ def test_ordinary_masks_are_those_of_sdpa(llama):
     plain = llama(input_ids=tokens).logits
     run_in_parts(Decoder(llama))
     torch.testing.assert_close(llama(input_ids=tokens).logits, plain)
+    position = torch.arange(2)[None]
+    noised, clean = (
+        Places(torch.full((1, 2), view), position * 0, position, position * 0, position[:, :1]) for view in (1, 0)
+    )
+    mask = parts.split_mask(block_diffusion_rule(), noised, clean, torch.float64)
+    query, key, value = inputs(1, 4)
     for bad in ({"dropout": 0.1}, {"softcap": 3.0}):
-        position = torch.arange(2)[None]
-        places = [Places(torch.full((1, 2), v), position * 0, position, position * 0, position[:, :1]) for v in (1, 0)]
-        mask = parts.split_mask(block_diffusion_rule(), *places, torch.float64)
         with pytest.raises(ValueError, match="no dropout, soft cap"):
-            parts.split_attention(nn.Module(), *inputs(1, 4), mask, **bad)
+            parts.split_attention(nn.Module(), query, key, value, mask, **bad)

@@ -206,8 +206,9 @@ def transformers_generate(
     cache = None
     if static_length is not None:
         cache = StaticCache(config=model.config, max_cache_len=static_length)
-        plain.compile_config = CompileConfig()
-        plain.compile_config._compile_all_devices = True  # by itself it compiles on accelerators alone
+        compiling: Any = CompileConfig()
+        compiling._compile_all_devices = True  # by itself it compiles on accelerators alone
+        plain.compile_config = compiling
 
     def run(prompts: TokenLists) -> Call:
         tokens, mask = left_padded(prompts, device)
