@@ -122,6 +122,12 @@ def to_dense(rule: Rule, query: Places, key: Places | None = None) -> Tensor:
     return rule(query.along(2), (query if key is None else key).along(1)).unsqueeze(1)
 
 
+def additive(allowed: Tensor, dtype: torch.dtype, elsewhere: float | None = None) -> Tensor:
+    """bool of any shape, True where a query may look -> 0 there; else `elsewhere`, by default the lowest number."""
+    elsewhere = torch.finfo(dtype).min if elsewhere is None else elsewhere
+    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, elsewhere)
+
+
 def to_block_mask(rule: Rule, query: Places, key: Places | None = None, block: int = 128) -> BlockMask:
     """The rule as a FlexAttention BlockMask: memory (T / `block`)**2, entries read from the places."""
     keys = query if key is None else key

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from nextblock.attention_mask import decode_mask
+from nextblock.attention_mask import additive, decode_mask
 
 
 class SlotCache(Cache):
@@ -155,5 +155,4 @@ class Masks:
 
     def additive(self, allowed: Tensor) -> Tensor:
         """bool of any shape, True where a query may look -> additive mask."""
-        lowest = torch.finfo(self.dtype).min
-        return torch.zeros(allowed.shape, dtype=self.dtype, device=self.device).masked_fill_(~allowed, lowest)
+        return additive(allowed, self.dtype)

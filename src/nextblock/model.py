@@ -31,7 +31,15 @@ from transformers import (
 from transformers.utils.hub import cached_file
 
 from nextblock.adapter import DraftAdapter, Gate
-from nextblock.attention_mask import Places, Rule, block_diffusion_rule, to_block_mask, to_dense, within_window
+from nextblock.attention_mask import (
+    Places,
+    Rule,
+    additive,
+    block_diffusion_rule,
+    to_block_mask,
+    to_dense,
+    within_window,
+)
 from nextblock.config import BlockDiffusionSettings, ModelConfig, UsageError, nearest, validate
 from nextblock.split_attention import SPLIT, split_mask
 
@@ -155,8 +163,7 @@ class Decoder:
         """A dense mask as numbers to add to the scores: of a bool one, SDPA would keep such a copy for every layer."""
         if isinstance(mask, BlockMask):
             return mask
-        lowest = torch.finfo(self.model.dtype).min
-        return torch.zeros(mask.shape, dtype=self.model.dtype, device=mask.device).masked_fill_(~mask, lowest)
+        return additive(mask, self.model.dtype)
 
     def by_kind(self, masks: dict[str, Any]) -> AttentionMask:
         """One mask for a model with one kind of layer, a dict by kind for the others."""

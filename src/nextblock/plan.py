@@ -441,8 +441,7 @@ def _fake_losses(config: AdaptConfig, decoder: Decoder, rows: int, length: int, 
 
     def hidden(tokens: int, keys: int, cache: Any = None, gate: bool = False) -> Tensor:
         live.phase = "mask"
-        noised = count if tokens != length or gate else 0
-        mask = _fake_mask(decoder, rows, tokens, keys, noised)
+        mask = _fake_mask(decoder, rows, tokens, keys, noised=keys - length)
         live.phase = "activations"
         ids = torch.zeros(rows, tokens, dtype=torch.int64)
         return decoder.hidden(ids, torch.zeros_like(ids), mask, cache, gate)

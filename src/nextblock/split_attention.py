@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from nextblock.attention_mask import Places, Rule, to_dense
+from nextblock.attention_mask import Places, Rule, additive, to_dense
 
 SPLIT = "nextblock_sdpa_split"
 """Name of the attention implementation; with masks other than a `SplitMask` it is transformers' `sdpa`."""
@@ -125,16 +125,12 @@ def _pieces(rule: Rule, query: Places, key: Places, dtype: torch.dtype, shift: i
         if len(seen):
             keys = slice(int(seen[0]), int(seen[-1]) + 1)
             queries = slice(shift + start, shift + start + allowed.shape[2])
-            yield Piece(queries, keys, _additive(allowed[..., keys], dtype))
+            yield Piece(queries, keys, additive(allowed[..., keys], dtype, never(dtype)))
 
 
-def _never(dtype: torch.dtype) -> float:
-    """Half of the lowest number: no weight after exp, and narrower dtypes do not round it to -inf."""
+def never(dtype: torch.dtype) -> float:
+    """Half of the lowest number: no weight after a softmax, and narrower dtypes do not round it to -inf."""
     return torch.finfo(dtype).min / 2
-
-
-def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, _never(dtype))
 
 
 def _tiles(rule: Rule, noised: Places, dtype: torch.dtype) -> Tiles:
@@ -160,7 +156,7 @@ def _tiles(rule: Rule, noised: Places, dtype: torch.dtype) -> Tiles:
     mask = rule(inside.along(3), inside.along(2)) & valid[:, :, None] & valid[:, :, :, None]
     slot = (slot + row[:, :, None] * length).flatten()
     place = place.masked_fill(~present, 0).flatten()
-    return Tiles(slot, place, present.unsqueeze(1), _additive(mask.flatten(0, 1).unsqueeze(1), dtype))
+    return Tiles(slot, place, present.unsqueeze(1), additive(mask.flatten(0, 1).unsqueeze(1), dtype, never(dtype)))
 
 
 class _TwoViewAttention(torch.autograd.Function):
@@ -183,14 +179,14 @@ class _TwoViewAttention(torch.autograd.Function):
         wide = torch.promote_types(dtype, torch.float32)
         # With the heads innermost, as the kernel has it.
         out = query.new_zeros(rows, length, heads, size).transpose(1, 2)
-        total = query.new_full((rows, length, heads), _never(wide), dtype=wide).transpose(1, 2)
+        total = query.new_full((rows, length, heads), never(wide), dtype=wide).transpose(1, 2)
         for piece in mask.pieces:
             queries, keys = piece.queries, piece.keys
             inputs = query[:, :, queries], clean_key[:, :, keys], clean_value[:, :, keys]
             out[:, :, queries], total[:, :, queries] = _flash(*inputs, **piece.options, scale=scale)
         cut = [tiles.cut(x) for x in (query[:, :, :noised], key, value)]
         own, own_total = (tiles.join(x) for x in _flash(*cut, attn_mask=tiles.mask, scale=scale))
-        own_total = own_total.masked_fill(~tiles.present, _never(wide))
+        own_total = own_total.masked_fill(~tiles.present, never(wide))
         seen, seen_total = out[:, :, :noised], total[:, :, :noised]
         joint = torch.logaddexp(seen_total, own_total)
         share_seen, share_own = ((x - joint).exp_().unsqueeze(-1) for x in (seen_total, own_total))

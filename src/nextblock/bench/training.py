@@ -355,22 +355,19 @@ def bench_train(
         for way in ways:
             memory[way] = fresh_process_peak_gib(work, way)
             on_step()
-    packers = (
-        []
-        if tokenizer is None
-        else [
-            time_packer(
-                name,
-                tokenizer,
-                batch_rows=work.rows,
-                row_length=work.row_length,
-                step_seconds=median(seconds[ways[0]]),
-                rounds=rounds,
-                on_round=on_step,
-            )
-            for name in PACKER_DATA
-        ]
-    )
+    packers = [
+        time_packer(
+            name,
+            tokenizer,
+            batch_rows=work.rows,
+            row_length=work.row_length,
+            step_seconds=median(seconds[ways[0]]),
+            rounds=rounds,
+            on_round=on_step,
+        )
+        for name in PACKER_DATA
+        if tokenizer is not None
+    ]
     plain, ar = ways[1], ways[2]
     tokens = work.rows * work.row_length
     return found | {
