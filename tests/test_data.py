@@ -266,12 +266,13 @@ def test_a_document_shorter_than_a_block_alone_fills_rows(tmp_path: Path) -> Non
     assert set(documents_of(rows)) == {"x<|end|>"}
 
 
-def test_sources_are_drawn_by_weight(tmp_path: Path) -> None:
-    a = jsonl(tmp_path / "a.jsonl", [{"text": f"a{i:03d}"} for i in range(300)])
+@pytest.mark.parametrize("times", [1, 40])
+def test_weights_are_shares_of_the_text_however_long_the_documents_are(times: int, tmp_path: Path) -> None:
+    a = jsonl(tmp_path / "a.jsonl", [{"text": f"a{i:03d}" * times} for i in range(300)])
     b = jsonl(tmp_path / "b.jsonl", [{"text": f"b{i:03d}"} for i in range(300)])
-    rows = stream({"path": a, "weight": 3}, {"path": b, "weight": 1}, row_length=64).next(256)
-    found = Counter(text[0] for text in documents_of(rows))
-    assert found["a"] / found.total() == pytest.approx(0.75, abs=0.03)
+    rows = stream({"path": a, "weight": 3}, {"path": b, "weight": 1}, row_length=512).next(512)
+    text = "".join(documents_of(rows))
+    assert text.count("a") / (text.count("a") + text.count("b")) == pytest.approx(0.75, abs=0.03)
 
 
 def test_held_out_and_training_documents_share_out_the_data(tmp_path: Path) -> None:

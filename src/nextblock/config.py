@@ -86,7 +86,7 @@ class Source(Section):
     format: Literal["auto", "text", "jsonl", "parquet", "hub", "task"] = "auto"
     text_field: str = Field(default="text", description="field of JSONL, Parquet and Hub rows that holds the document")
     split: str = Field(default="train", description="split of a Hub data set or of a built-in task")
-    weight: float = Field(default=1.0, gt=0, description="share of documents drawn from this source")
+    weight: float = Field(default=1.0, gt=0, description="share of the text that comes from this source")
     examples: int | None = Field(default=None, gt=0, description="read at most this many documents")
 
 

@@ -19,7 +19,8 @@ from nextblock.config import DataConfig, UsageError
 from nextblock.sources import Cursor, HubStream, Record, Records, is_held_out, one_line, read_source
 
 CHUNK_ROWS = 64  # rows packed together: enough for density, little to make again after a resume
-BATCH_DOCUMENTS, BATCH_CHARACTERS = 256, 2**20  # one call of the tokenizer ends at either
+BATCH_DOCUMENTS, BATCH_BYTES = 256, 2**20  # one call of the tokenizer ends at either
+USUAL_BYTES = 1000  # of a document of a source that has not been read yet
 IDLE_BATCHES = 8  # batches without one usable document after which the data counts as empty
 
 
@@ -292,9 +293,9 @@ class RowStream:
     """Endless rows of one shard of the data, in an order that depends on (config, seed, shard) only.
 
     Shard s of S reads the documents s, s + S, s + 2S, ... of every source, all epochs laid end to end.
-    Documents are drawn from the sources with probability proportional to weight (document n's source
-    depends on (seed, n) only) and packed a chunk of about CHUNK_ROWS rows at a time. `state` names the
-    start of the chunk and how many of its rows are used; resuming makes the chunk again.
+    Documents are drawn from the sources so that weights are shares of the text (`_choose`), and packed a
+    chunk of about CHUNK_ROWS rows at a time. `state` names the start of the chunk and how many of its rows
+    are used; resuming makes the chunk again.
 
     Attributes:
         truncated: documents cut short at the end of a row so far (prompt or chat documents only).
@@ -330,10 +331,11 @@ class RowStream:
             self._opened.append(opened)
             self._cursors.append(Cursor(opened, [seed, k], self._part) if isinstance(opened, Records) else opened)
             self._split.append(not isinstance(opened, Records) or opened.split_by_hash)
-        weights = np.array([source.weight for source in config.sources])
-        self._borders = np.cumsum(weights / weights.sum())
+        self._weights = np.array([source.weight for source in config.sources])
+        self._drawn = [0] * len(config.sources)  # documents of each source so far
+        self._bytes = [0] * len(config.sources)  # and how long they were together
         self._queue: deque[tuple[list[Document], dict[str, Any]]] = deque()  # pieces, position before them
-        self._drawn = self.truncated = self.skipped = 0
+        self.truncated = self.skipped = 0
         self._first = self._taken = 0  # number of the chunk's first row; its rows used so far
         self._chunk: Rows | None = None
         self._fill()
@@ -367,7 +369,8 @@ class RowStream:
             )
         for cursor, place in zip(self._cursors, start["sources"], strict=True):
             cursor.load_state(place)
-        self._drawn, self.truncated, self.skipped = start["drawn"], start["truncated"], start["skipped"]
+        self._drawn, self._bytes = list(start["drawn"]), list(start["bytes"])
+        self.truncated, self.skipped = start["truncated"], start["skipped"]
         self._queue.clear()
         self._start, self._first, self._taken, self._chunk = start, state["first"], state["taken"], None
 
@@ -406,11 +409,11 @@ class RowStream:
         for _ in range(IDLE_BATCHES):
             records: list[Record] = []
             places: list[dict[str, Any]] = []
-            characters = 0
-            while len(records) < BATCH_DOCUMENTS and characters < BATCH_CHARACTERS:
-                places.append({"drawn": self._drawn, "sources": [c.state() for c in self._cursors]})
+            end = sum(self._bytes) + BATCH_BYTES
+            while len(records) < BATCH_DOCUMENTS and sum(self._bytes) < end:
+                sources = [cursor.state() for cursor in self._cursors]
+                places.append({"drawn": list(self._drawn), "bytes": list(self._bytes), "sources": sources})
                 records.append(self._draw())
-                characters += sum(len(str(value)) for value in records[-1].value.values())
             for document, place in zip(encode_batch(records, self._tokenizer), places, strict=True):
                 place.update(truncated=self.truncated, skipped=self.skipped)
                 pieces = cut(document, length)
@@ -427,19 +430,32 @@ class RowStream:
 
     def _draw(self) -> Record:
         """The next record on this side of the held-out border."""
-        point = np.random.default_rng([*self._seed, self._drawn]).random() if len(self._cursors) > 1 else 0.0
-        k = int(np.searchsorted(self._borders[:-1], point, side="right"))
-        cursor, share = self._cursors[k], self._config.held_out
-        self._drawn += 1
-        epoch = cursor.epoch
+        k = self._choose()
+        cursor, share, epoch = self._cursors[k], self._config.held_out, self._cursors[k].epoch
         shards = self._part[1]
         # One whole epoch at least; a shard meets few documents of each, so it must look through more.
         while cursor.epoch <= epoch + (1 if shards == 1 else 20 * shards):
             record = cursor.take()
             if not self._split[k] or is_held_out(record, share) == self._held_out:
+                self._drawn[k] += 1
+                self._bytes[k] += sum(len(str(value).encode()) for value in record.value.values())
                 return record
         side = "is held out" if self._held_out else "is left for training"
         raise UsageError(
             f"data source {self._config.sources[k].path}: no document {side} with data.held_out={share}; "
             "change data.held_out or give more documents"
         )
+
+    def _choose(self) -> int:
+        """The source of the next document: a function of (seed, shard) and the documents before it.
+
+        Its odds are its weight over the mean length of its documents so far, so that weights are shares of the
+        text: else a source of long documents would take far more of the training than its weight says.
+        """
+        if len(self._cursors) == 1:
+            return 0
+        # As if one document of USUAL_BYTES had come before: the first ones say little about the others.
+        length = (np.array(self._bytes) + USUAL_BYTES) / (np.array(self._drawn) + 1)
+        borders = np.cumsum(self._weights / length)
+        point = np.random.default_rng([*self._seed, sum(self._drawn)]).random() * borders[-1]
+        return int(np.searchsorted(borders[:-1], point, side="right"))
