@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import warnings
+from itertools import product
 
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from layouts import LAYOUTS, Slot, make_rows, may_look, places_of, slots_of_row
+from nextblock import attention_mask
 from nextblock.attention_mask import (
     block_diffusion_rule,
     decode_mask,
@@ -92,6 +95,24 @@ def test_flex_attention_with_the_block_mask_equals_plain_attention_with_the_dens
         flex = flex_attention(query, key, value, block_mask=to_block_mask(rule, places, block=FLEX_BLOCK))
     scores = (query @ key.transpose(-1, -2) / 16**0.5).masked_fill(~to_dense(rule, places), -torch.inf)
     torch.testing.assert_close(flex, scores.softmax(-1) @ value, rtol=1e-5, atol=1e-5)
+
+
+def test_neither_growth_nor_packing_nor_a_new_batch_compiles_mask_or_attention_again(monkeypatch: pytest.MonkeyPatch):
+    compiler = CompileCounterWithBackend("eager")
+    attend = torch.compile(flex_attention, backend=compiler)
+    monkeypatch.setattr(attention_mask, "create_block_mask", torch.compile(create_block_mask, backend=compiler))
+    lengths, graphs = [], []
+    for number, (block_size, layout) in enumerate(product((2, 1, 4, 28), LAYOUTS.values())):
+        rows = make_rows([layout], LENGTH)
+        places = places_of(slots_of_row(rows, 0, block_size, noised=(1, 2) if number % 3 else (1,)))
+        query, key, value = torch.randn(3, 1, 2, places.position.shape[1], 16).unbind(0)
+        mask = to_block_mask(block_diffusion_rule(), places, block=FLEX_BLOCK)
+        attend(query, key, value, block_mask=mask)
+        lengths.append(query.shape[2])
+        graphs.append(compiler.frame_count)
+    two_lengths = next(i for i, length in enumerate(lengths) if length != lengths[0])
+    assert len(set(lengths)) > 2
+    assert 0 < graphs[two_lengths] == graphs[-1]
 
 
 # ------------------------------------------------------------------------- baseline: annealed mask

@@ -5,6 +5,7 @@ Letters: B rows, T positions of [noised ; clean], Q queries, K keys.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Self
@@ -137,16 +138,15 @@ def to_block_mask(rule: Rule, query: Places, key: Places | None = None, block: i
 
     rows, length = query.position.shape
     device = query.position.device
-    return create_block_mask(
-        mask_mod,
-        rows,
-        None,
-        length,
-        keys.position.shape[1],
-        device=device,
-        BLOCK_SIZE=block,
-        _compile=device.type == "cuda",
-    )
+    # Compiled it never holds the (2L)**2 entries. All that changes from batch to batch is in the places' tensors,
+    # so that nothing is compiled again once it has seen two lengths.
+    build = _compiled_create_block_mask() if device.type == "cuda" else create_block_mask
+    return build(mask_mod, rows, None, length, keys.position.shape[1], device=device, BLOCK_SIZE=block)
+
+
+@functools.cache
+def _compiled_create_block_mask() -> Callable[..., BlockMask]:
+    return torch.compile(create_block_mask)
 
 
 def decode_mask(position: Tensor, last_visible: Tensor, slots: int, window: int | None = None) -> Tensor:

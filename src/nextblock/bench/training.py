@@ -9,6 +9,7 @@ Letters: B rows, L clean tokens of a row, V vocabulary.
 from __future__ import annotations
 
 import ctypes
+import gc
 import multiprocessing
 import time
 from collections.abc import Callable, Sequence
@@ -350,7 +351,8 @@ def bench_train(
     if contest.device.type == "cuda":
         memory = {way: _cuda_peak_gib(contest, way) for way in ways}
     else:
-        del contest  # the fresh processes need the room
+        del contest  # the fresh processes need the room,
+        gc.collect()  # and the steps hold the contest that holds them
         memory = {}
         for way in ways:
             memory[way] = fresh_process_peak_gib(work, way)
