@@ -21,7 +21,7 @@ PACKER_DATA = {
     "the demo's documents": ("task:word_problems",),
     "mixed lengths": ("task:word_problems", "task:algebra", "task:functions", "python-stdlib"),
 }
-"""Name -> sources, in equal shares of documents."""
+"""Name -> sources, in equal shares of the text."""
 ROUND_TOKENS = 2**18
 """A round drains at least so many, in whole chunks of the packer."""
 
