@@ -443,7 +443,9 @@ def test_the_packers_tokens_are_those_of_the_rows_and_mixed_lengths_fill_98_perc
     monkeypatch.setattr(packing, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     for name, length, least in (("the demo's documents", 320, 0.9), ("mixed lengths", 512, 0.98)):
         taken.clear()
-        speed = packing.time_packer(name, byte_tokenizer(), batch_rows=3, row_length=length, step_seconds=0.5, rounds=2)
+        speed = packing.time_packer(
+            name, byte_tokenizer(), batch_rows=3, row_length=length, step_seconds=0.5, rounds=2
+        )
         rows = Rows.cat(taken)
         batches = (len(taken) - 22) // 2  # 22 warm up: one chunk of 64 rows
         assert batches * 3 * length >= packing.ROUND_TOKENS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -298,6 +299,32 @@ def test_the_chunk_loop_equals_plain_cross_entropy_and_its_gradient_in_float64(e
         results.append((loss.detach(), hidden.grad, *(found[name] for name in sorted(found))))
     for ours, plain in zip(*results, strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("head", ["plain", "bias", "capped", "frozen"])
+def test_ligers_loss_and_gradient_are_those_of_our_loop(head, monkeypatch):
+    """On a CPU this needs Triton's interpreter: TRITON_INTERPRET=1."""
+    pytest.importorskip("liger_kernel", reason="needs liger-kernel")
+    if not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"):
+        pytest.skip("Liger's kernel needs CUDA, or TRITON_INTERPRET=1")
+    if head == "capped" and not torch.cuda.is_available():
+        pytest.skip("Triton's interpreter cannot run Liger's soft cap")
+    model = tiny_model("llama").to("cuda" if torch.cuda.is_available() else "cpu")
+    if head == "bias":
+        model.lm_head.bias = nn.Parameter(torch.linspace(-1, 1, 97, device=model.device))
+    elif head == "capped":
+        model.config.final_logit_softcapping = 1.5
+    elif head == "frozen":
+        model.lm_head.requires_grad_(False)
+    target, results = torch.randint(0, 97, (50,), device=model.device), []
+    for liger in (True, False):
+        monkeypatch.setattr(objective, "takes_liger", lambda decoder, hidden, liger=liger: liger)
+        hidden = torch.randn(50, 32, generator=torch.Generator().manual_seed(3)).to(model.device).requires_grad_(True)
+        loss = cross_entropy_sum(Decoder(model), hidden, target)
+        found = gradients(model, loss / 7)
+        results.append((loss.detach(), hidden.grad, *(found[name] for name in sorted(found))))
+    for theirs, ours in zip(*results, strict=True):
+        torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-6)
 
 
 def test_no_chunk_holds_more_logits_than_the_limit_and_none_is_computed_twice(monkeypatch):

@@ -13,13 +13,16 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
+from transformers.utils import is_liger_kernel_available
 
 from nextblock.attention_mask import Rule
 from nextblock.corruption import UNSCORED, TwoView
 from nextblock.model import Decoder
 
 LOGIT_ELEMENTS = 2**24
-"""Logits alive at once in the chunk loop: 64 MiB in float32. Fewer are as fast on CPU; a GPU wants no fewer."""
+"""Logits alive at once in the chunk loop on CPU: 64 MiB in float32. Fewer are as fast there."""
+GPU_CHUNKS = 4
+"""As many times larger are chunks elsewhere: each reads all of the head, and adds to all of its gradient."""
 
 
 class LossSums(NamedTuple):
@@ -49,26 +52,54 @@ class LossSums(NamedTuple):
         return diffusion + ar_weight * self.ar if ar_weight else diffusion
 
 
-def cross_entropy_sum(decoder: Decoder, hidden: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+def cross_entropy_sum(
+    decoder: Decoder, hidden: Tensor, target: Tensor, weight: Tensor | None = None, *, rows: int | None = None
+) -> Tensor:
     """Sum of cross-entropies of `hidden` [S, D] against `target` int64 [S], in float32 or wider.
 
-    Each counts `weight` float32 [S], if given.
+    Each counts `weight` float32 [S], if given. `rows`: how many go through the head at a time; None: `chunk_rows`.
 
     Chunks of scored positions go through head and loss one after another, so that no more than
-    LOGIT_ELEMENTS logits exist at a time.
+    LOGIT_ELEMENTS logits (GPU_CHUNKS times as many on a GPU) exist at a time: by Liger's kernel on CUDA where it
+    is installed, else by a loop of ours.
     """
     head = decoder.model.get_output_embeddings()
     # Exactly: a wrapped head computes something of its own, and of one that FSDP2 shares out only a part is here.
     if type(head) is nn.Linear and not isinstance(head.weight, DTensor):
+        if weight is None and takes_liger(decoder, hidden):
+            return _liger_cross_entropy(decoder.logit_cap)(head.weight, hidden, target, head.bias)
         inputs = (hidden, head.weight, head.bias, target, weight)
-        return _LinearCrossEntropy.apply(*inputs, decoder, torch.is_grad_enabled())  # type: ignore[return-value]
+        return _LinearCrossEntropy.apply(*inputs, decoder, rows, torch.is_grad_enabled())  # type: ignore[return-value]
 
     def chunk_sum(chunk: Tensor, wanted: Tensor, *counts: Tensor) -> Tensor:
         nats = functional.cross_entropy(_widened(decoder.logits(chunk)), wanted, reduction="none")
         return _weighted_sum(nats, *counts)
 
     counts = () if weight is None else (weight,)
-    return _in_chunks(chunk_sum, LOGIT_ELEMENTS // decoder.vocabulary, hidden, target, *counts)
+    return _in_chunks(chunk_sum, rows or chunk_rows(decoder), hidden, target, *counts)
+
+
+def chunk_rows(decoder: Decoder, device: str | None = None) -> int:
+    """How many positions go through head and loss at a time, on a kind of device; None: the model's."""
+    elements = LOGIT_ELEMENTS * (1 if (device or decoder.device.type) == "cpu" else GPU_CHUNKS)
+    return max(1, elements // decoder.vocabulary)
+
+
+def takes_liger(decoder: Decoder, hidden: Tensor) -> bool:
+    """Whether Liger's fused head and cross-entropy takes these states: on CUDA, where liger-kernel is installed."""
+    if not hidden.is_cuda or not len(hidden) or hidden.dtype == torch.float64 or decoder.logit_scale != 1:
+        return False
+    return is_liger_kernel_available()
+
+
+@functools.cache
+def _liger_cross_entropy(cap: float | None) -> Callable[..., Tensor]:
+    from liger_kernel.transformers.fused_linear_cross_entropy import (  # pyright: ignore[reportMissingImports]
+        LigerFusedLinearCrossEntropyLoss,
+    )
+
+    # The head's gradient is a sum over many chunks: in float32, as in our own loop.
+    return LigerFusedLinearCrossEntropyLoss(reduction="sum", softcap=cap, accum_dtype=torch.float32)
 
 
 def soft_cross_entropy_sums(
@@ -99,7 +130,7 @@ def soft_cross_entropy_sums(
         divergence = functional.kl_div(student, soft, reduction="none", log_target=True).sum(-1)
         return torch.stack([_weighted_sum(hard, *counts), _weighted_sum(divergence.masked_fill(~has, 0), *counts)])
 
-    size = LOGIT_ELEMENTS // (2 * decoder.vocabulary)  # student's and teacher's logits are alive together
+    size = chunk_rows(decoder) // 2  # student's and teacher's logits are alive together
     counts = () if weight is None else (weight,)
     return _in_chunks(chunk_sums, size, hidden, target, teacher.detach(), taught, *counts)
 
@@ -138,6 +169,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         target: Tensor,
         counts: Tensor | None,
         decoder: Decoder,
+        rows: int | None,
         train: bool,
     ) -> Tensor:
         """The sum, 0-d. `counts`: what each token counts. `train`: whether autograd records."""
@@ -152,7 +184,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ]
         grad_hidden, grad_weight, grad_bias = grads
         head, total = weight.to(dtype), torch.zeros((), dtype=wide, device=hidden.device)
-        size = max(1, LOGIT_ELEMENTS // len(weight))
+        size = rows or chunk_rows(decoder)
         buffer = head.new_empty(min(size, len(target)), len(weight))
         for start in range(0, len(target), size):
             chunk, wanted = hidden[start : start + size].to(dtype), target[start : start + size, None]
@@ -201,7 +233,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         pairs = zip(ctx.grads, ctx.dtypes, strict=True)
         del ctx.grads  # scaled in place, so good for one backward pass
         grads = (None if grad is None else grad.mul_(upstream[0]).to(dtype) for grad, dtype in pairs)
-        return *grads, None, None, None, None
+        return *grads, *(None,) * 5
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -322,7 +354,7 @@ def masked_sums(
 def token_nats(decoder: Decoder, hidden: Tensor, target: Tensor) -> Tensor:
     """-log p of every target there is, float32 [S] in row order, no gradient. `hidden` [B, T, D], `target` [B, T]."""
     scored = target != UNSCORED
-    size = max(1, LOGIT_ELEMENTS // decoder.vocabulary)
+    size = chunk_rows(decoder)
     pairs = zip(hidden[scored].split(size), target[scored].split(size), strict=True)
     parts = [functional.cross_entropy(decoder.logits(h).float(), wanted, reduction="none") for h, wanted in pairs]
     return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)

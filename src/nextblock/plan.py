@@ -39,7 +39,7 @@ from nextblock.model import (
     resolve,
     scratch_config,
 )
-from nextblock.objective import LOGIT_ELEMENTS, cross_entropy_sum
+from nextblock.objective import chunk_rows, cross_entropy_sum
 from nextblock.shapes import DEVICES, HUB_IDS, shape_values
 from nextblock.sources import one_line
 from nextblock.split_attention import PIECE, SPLIT, TILE, Piece, SplitMask, Tiles
@@ -406,7 +406,7 @@ def step_memory(
                 parameter.grad = torch.zeros_like(parameter)
                 live.book(parameter.grad, "gradients")
         with cast_to:
-            loss, *kept = _fake_losses(config, decoder, rows, length, live)
+            loss, *kept = _fake_losses(config, decoder, rows, length, live, device)
         live.phase = "backward"
         loss.backward()
         del loss, kept
@@ -429,7 +429,9 @@ def step_memory(
     return kinds
 
 
-def _fake_losses(config: AdaptConfig, decoder: Decoder, rows: int, length: int, live: Live) -> list[Tensor]:
+def _fake_losses(
+    config: AdaptConfig, decoder: Decoder, rows: int, length: int, live: Live, device: str
+) -> list[Tensor]:
     """The forward pass of a training step with tensors of the right shapes   (see `TwoViewLoss`, `DraftLoss`).
 
     Returns:
@@ -448,11 +450,12 @@ def _fake_losses(config: AdaptConfig, decoder: Decoder, rows: int, length: int, 
 
     def head(states: Tensor, first: int, targets: int) -> list[Tensor]:
         live.phase = "head"
-        some = min(targets, 2 * max(1, LOGIT_ELEMENTS // decoder.vocabulary))  # further chunks take no more
+        chunk = chunk_rows(decoder, device)
+        some = min(targets, 2 * chunk)  # further chunks take no more
         flat = states[:, first:].reshape(-1, states.shape[-1])
         chosen, wanted = flat[torch.zeros(some, dtype=torch.int64)], torch.zeros(some, dtype=torch.int64)
         rest = torch.zeros(2, targets - some, states.shape[-1], dtype=states.dtype)  # other states and gradients
-        return [cross_entropy_sum(decoder, chosen, wanted), rest]
+        return [cross_entropy_sum(decoder, chosen, wanted, rows=chunk), rest]
 
     if drafting:
         cache = DynamicCache()
