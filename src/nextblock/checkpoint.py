@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from nextblock import zero
 from nextblock.config import BlockDiffusionSettings, UsageError
 from nextblock.ranks import is_main, together
 
@@ -75,7 +76,7 @@ def save_checkpoint(
     folder = output / CHECKPOINTS / f"step-{step:08d}"
     partial = folder.with_name(f"{PARTIAL}{folder.name}")
     main = is_main()
-    whole = None if sharded else (whole_weights(model), gathered(optimizer.state_dict()))
+    whole = None if sharded else (whole_weights(model), whole_moments(model, optimizer))
     try:
         with together(), _named_failure(folder):
             if main:
@@ -166,6 +167,8 @@ def load_weights(folder: Path, model: nn.Module) -> None:
     with safe_open(str(folder / WEIGHTS), framework="pt") as file, torch.no_grad():
         for name in list(file.keys()):
             own[name].copy_(_placed(file.get_tensor(name), own[name]))
+        if zero.holds(model):
+            zero.set_weights(model, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
 
 
 def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -179,6 +182,9 @@ def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimi
         set_optimizer_state_dict(model, optimizer, optim_state_dict=moments)
         return
     saved = torch.load(folder / OPTIMIZER, weights_only=True, map_location="cpu", mmap=True)
+    if zero.holds(model):
+        zero.set_moments(optimizer, saved)
+        return
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for number, values in saved["state"].items():
         for name, value in values.items():
@@ -190,8 +196,15 @@ def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimi
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and saved buffers on the CPU of rank 0, tied ones once; all ranks call it together."""
     once = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
-    found = gathered({name: value for name, value in model.state_dict().items() if name in once})
+    own = model.state_dict()
+    values = zero.weights(model) if zero.holds(model) else own
+    found = gathered({name: value for name, value in values.items() if name in once and name in own})
     return {name: value.contiguous() for name, value in found.items() if value is not None}
+
+
+def whole_moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The optimizer's state on the CPU of rank 0; all ranks call it together."""
+    return gathered(zero.moments(optimizer) if zero.holds(model) else optimizer.state_dict())
 
 
 def gathered(values: Any) -> Any:

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
-from transformers.utils import is_liger_kernel_available
+from transformers.utils.import_utils import is_liger_kernel_available
 
 from nextblock.attention_mask import Rule
 from nextblock.corruption import UNSCORED, TwoView
@@ -249,7 +249,7 @@ class TwoViewLoss(nn.Module):
 
     def __init__(self, decoder: Decoder) -> None:
         super().__init__()
-        self.model = decoder.model
+        self.model, self.config = decoder.model, decoder.model.config  # DeepSpeed looks for the hidden size
         self._no_split_modules = decoder.model._no_split_modules  # the layers that FSDP2 gathers one by one
 
     def forward(
@@ -284,7 +284,7 @@ class DraftLoss(nn.Module):
     def __init__(self, decoder: Decoder) -> None:
         super().__init__()
         assert decoder.adapter is not None
-        self.model = decoder.model
+        self.model, self.config = decoder.model, decoder.model.config
         self.adapter = decoder.adapter
 
     def forward(

@@ -10,13 +10,16 @@ from typing import Any, TypeVar
 import torch
 from accelerate import PartialState
 
-from nextblock.config import UsageError
+from nextblock import zero
+from nextblock.config import UsageError, require
 
 T = TypeVar("T")
 
 
 def join() -> PartialState:
     """The processes that torchrun or `accelerate launch` started, met on the first call; else this one alone."""
+    if zero.asked_for():
+        require("deepspeed", "deepspeed", "accelerate launch --use_deepspeed")
     # accelerate takes CPU processes for unrelated ones unless it is told.
     return PartialState(cpu=int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available())
 

@@ -29,7 +29,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from nextblock import schedules
+from nextblock import schedules, zero
 from nextblock.adapter import DraftAdapter, save_adapter
 from nextblock.attention_mask import block_diffusion_rule
 from nextblock.checkpoint import (
@@ -169,6 +169,11 @@ class Run:
         return self.accelerator.distributed_type == DistributedType.FSDP
 
     @property
+    def is_zero(self) -> bool:
+        """Whether DeepSpeed's engine wraps the model and makes the optimizer's steps."""
+        return self.accelerator.distributed_type == DistributedType.DEEPSPEED
+
+    @property
     def peak_flops(self) -> float | None:
         """The bfloat16 peak that MFU is measured against; None where it is not known or another dtype computes."""
         low = self.config.training.mixed_precision == "bf16" or self.config.model.dtype == "bfloat16"
@@ -224,12 +229,11 @@ def train_step(run: Run, step: int) -> StepMetrics:
         )
         flops += run.flops(view)
         view = view.to(run.accelerator.device)
-        last = number == len(batches) - 1
-        with nullcontext() if last else run.accelerator.no_sync(run.loss):
+        with accumulation(run, last=number == len(batches) - 1) as backward:
             losses = run.loss(view, rule, score_ar=ar_weight > 0, soft=recipe.soft_weight > 0, profile=profiled)
             # Data parallelism averages gradients over ranks; the loss is a sum over them.
             total = losses.total(ar_weight, recipe.views, recipe.soft_weight)
-            run.accelerator.backward(total / global_tokens * run.accelerator.num_processes)
+            backward(total / global_tokens * run.accelerator.num_processes)
         if run.profile is not None and losses.nats is not None:
             run.profile.add(view, losses.nats, recipe.prediction == "shifted")
         parts = (losses.diffusion, losses.ar, losses.diffusion_tokens, losses.ar_tokens, losses.soft)
@@ -241,16 +245,7 @@ def train_step(run: Run, step: int) -> StepMetrics:
     learning_rate = schedules.learning_rate(step, config.optimizer, config.training.steps)
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate
-    norm: Any = run.accelerator.clip_grad_norm_(run.trained.parameters(), config.optimizer.grad_clip)
-    grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-    if not math.isfinite(loss) or not math.isfinite(grad_norm):
-        numbers = sorted(number for numbers in gather(rows.number.tolist()) for number in numbers)
-        raise TrainingStopped(
-            f"step {step}: loss {loss} and gradient norm {grad_norm} are not finite (rows {numbers}); "
-            "nothing was updated: lower optimizer.lr, or look at these rows"
-        )
-    run.optimizer.step()
-    run.optimizer.zero_grad()
+    grad_norm = update(run, step, loss, rows)
     seconds, device = time.perf_counter() - start, run.accelerator.device
     return StepMetrics(
         step=run.first_step + step,
@@ -270,6 +265,46 @@ def train_step(run: Run, step: int) -> StepMetrics:
         stage=run.stage,
         stage_number=run.stage_number,
     )
+
+
+@contextmanager
+def accumulation(run: Run, *, last: bool) -> Iterator[Callable[[torch.Tensor], None]]:
+    """Forward and backward pass of one micro-batch; gives the latter. Ranks add up gradients with the last alone."""
+    if run.is_zero:
+        engine: Any = run.loss
+        engine.set_gradient_accumulation_boundary(last)
+        yield engine.backward  # accelerate's would go on to the optimizer's step
+        return
+    with nullcontext() if last else run.accelerator.no_sync(run.loss):
+        yield run.accelerator.backward
+
+
+def update(run: Run, step: int, loss: float, rows: Rows) -> float:
+    """The optimizer's step on clipped gradients; their norm before that.
+
+    Raises:
+        TrainingStopped: loss or gradient is not finite; nothing was updated, but for ZeRO with a finite loss, which
+            knows the norm only after its step.
+    """
+
+    def check(norm: float) -> None:
+        if math.isfinite(loss) and math.isfinite(norm):
+            return
+        numbers = sorted(number for numbers in gather(rows.number.tolist()) for number in numbers)
+        raise TrainingStopped(
+            f"step {step}: loss {loss} and gradient norm {norm} are not finite (rows {numbers}); "
+            "nothing was saved: lower optimizer.lr, or look at these rows"
+        )
+
+    if run.is_zero:
+        check(0.0)
+        check(norm := zero.update(run.loss))
+        return norm
+    clipped: Any = run.accelerator.clip_grad_norm_(run.trained.parameters(), run.config.optimizer.grad_clip)
+    check(norm := float(clipped.full_tensor() if isinstance(clipped, DTensor) else clipped))
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    return norm
 
 
 def next_rows(run: Run) -> tuple[Rows, int]:
@@ -509,7 +544,7 @@ def export_run(run: Run, output: Path) -> None:
     model = run.config.model
     dtype = getattr(torch, model.export_dtype) if model.export_dtype else None
     adapter, settings = run.decoder.adapter, run.settings
-    weights = whole_weights(run.decoder.model) if run.is_sharded else None
+    weights = whole_weights(run.decoder.model) if run.is_sharded or run.is_zero else None
     if not is_main():
         return
     if run.lora is not None:
@@ -622,6 +657,10 @@ def make_accelerator(config: AdaptConfig) -> Accelerator:
         log_with=list(config.training.trackers) or None,
         project_config=ProjectConfiguration(logging_dir=str(Path(config.output) / TRACKERS)),
     )
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        rows = config.training.batch_rows // accelerator.num_processes
+        plugin_of_launcher: Any = accelerator.state.deepspeed_plugin
+        zero.configure(plugin_of_launcher.deepspeed_config, config, rows)
     if plugin is not None and accelerator.distributed_type == DistributedType.MULTI_CPU:
         # accelerate leaves CPU processes to DDP, but FSDP2 runs there as well.
         join().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
@@ -690,6 +729,7 @@ def make_optimizer(options: OptimizerConfig, trained: torch.nn.Module) -> torch.
     decay = [p for p in trained.parameters() if p.ndim >= 2]
     plain = [p for p in trained.parameters() if p.ndim < 2]
     groups = [{"params": decay, "weight_decay": options.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
     betas = (options.beta_1, options.beta_2)
     if options.name == "adamw":
         return torch.optim.AdamW(groups, lr=options.lr, betas=betas, fused=True)
