@@ -76,20 +76,20 @@ def test_rows_of_unequal_layout_windows_and_the_annealed_mask(monkeypatch, piece
     assert_same(to_dense(rule, places), mask, places.document >= 0, inputs(len(ROWS), view.tokens.shape[1]))
 
 
-def test_rows_of_one_document_let_the_kernel_skip_what_lies_ahead():
-    view = corrupt(
-        make_rows([[[LENGTH]]] * 2, LENGTH),
-        4,
-        mask_token_id=MASK_ID,
-        end_token_id=2,
-        recipe=RecipeConfig(),
-        seed=1,
-        step=0,
-    )
-    places, n, rule = view.places, view.noised_length, block_diffusion_rule()
+@pytest.mark.parametrize("block_size", [8, 16])
+def test_rows_of_one_document_let_the_kernel_skip_what_lies_ahead_and_whole_blocks_lie_in_their_places(block_size):
+    rows = make_rows([[[64]]] * 3, 64)
+    options = {"mask_token_id": MASK_ID, "end_token_id": 2, "recipe": RecipeConfig(), "seed": 1}
+    for step in range(50):  # until nothing was masked in some block of some row, and padding takes its place
+        view = corrupt(rows, block_size, step=step, **options)
+        places, n, rule = view.places, view.noised_length, block_diffusion_rule()
+        if n % parts.TILE == 0 and bool((places.document[:, :n] < 0).any()):
+            break
     mask = parts.split_mask(rule, places.part(0, n), places.part(n), torch.float64)
-    assert mask.pieces[-1].mask is None
-    assert_same(to_dense(rule, places), mask, places.document >= 0, inputs(2, view.tokens.shape[1]))
+    assert mask.pieces[0].mask is None
+    assert mask.tiles.slot is None
+    assert_same(to_dense(rule, places), mask, places.document >= 0, inputs(3, view.tokens.shape[1]))
+    assert bool((places.document < 0).any())
 
 
 def test_no_piece_spans_keys_that_none_of_its_queries_sees():

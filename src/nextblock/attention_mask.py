@@ -78,25 +78,20 @@ def block_diffusion_rule(context: Context = "context_causal", target_share: floa
     """
 
     def rule(query: Places, key: Places) -> Tensor:
-        same_document = query.document == key.document
         same_block = query.block_start == key.block_start
         query_clean, key_clean = query.view == 0, key.view == 0
-        itself = query.position == key.position
 
         block_diffusion = same_block & (query.view == key.view)
-        offset_block_causal = key.position < query.block_start
+        # One comparison for both halves: of clean keys, a noised query sees those before its block, a clean one
+        # those up to itself.
+        clean_keys = key.position < torch.where(query_clean, query.position + 1, query.block_start)
+        if context == "block_causal":
+            clean_keys = clean_keys | (query_clean & same_block)
         if target_share is not None:
             target = _coin(query, key) < target_share
-            block_diffusion = block_diffusion & (target | itself)
-            earlier_in_block = same_block & (key.position < query.position)
-            offset_block_causal = offset_block_causal | (earlier_in_block & ~target)
-
-        clean_clean = key.position <= query.position
-        if context == "block_causal":
-            clean_clean = clean_clean | same_block
-
-        noised_query = torch.where(key_clean, offset_block_causal, block_diffusion)
-        return same_document & torch.where(query_clean, key_clean & clean_clean, noised_query)
+            block_diffusion = block_diffusion & (target | (query.position == key.position))
+            clean_keys = clean_keys | (same_block & (key.position < query.position) & ~target)
+        return (query.document == key.document) & torch.where(key_clean, clean_keys, block_diffusion)
 
     return rule
 

@@ -54,25 +54,38 @@ class Tiles(NamedTuple):
     """Noised blocks, each padded to the longest, side by side in tiles.
 
     slot: int64 [B * W * S], the noised slot (counted through all rows) in each place of the tiles; 0 where void.
+        None: blocks are of one length, and each slot is in its own place.
     place: int64 [B * N], the place of each noised slot; 0 for padding.
-    present: bool [B, 1, N], False for padding, which is in no tile.
+    present: bool [B, 1, N], False for padding, which is in no tile (or, each slot in its own place, sees nothing).
     mask: additive [B * W, 1, S, S].
     """
 
-    slot: Tensor
+    slot: Tensor | None
     place: Tensor
     present: Tensor
     mask: Tensor
 
     def cut(self, x: Tensor) -> Tensor:
         """[B, H, N, ...] of noised slots -> [B * W, H, S, ...]."""
-        flat = x.transpose(1, 2).flatten(0, 1).index_select(0, self.slot)
+        flat = x.transpose(1, 2).flatten(0, 1)
+        flat = flat if self.slot is None else flat.index_select(0, self.slot)
         return flat.unflatten(0, (-1, self.mask.shape[-1])).transpose(1, 2)
 
     def join(self, x: Tensor) -> Tensor:
         """[B * W, H, S, ...] of tiles -> [B, H, N, ...]; arbitrary at padding."""
-        flat = x.transpose(1, 2).flatten(0, 1).index_select(0, self.place)
+        flat = x.transpose(1, 2).flatten(0, 1)
+        flat = flat if self.slot is None else flat.index_select(0, self.place)
         return flat.unflatten(0, (len(self.present), -1)).transpose(1, 2)
+
+    def present_only(self, x: Tensor, elsewhere: float) -> Tensor:
+        """[B, H, N] or [B, H, N, D] as `join` gives it, with `elsewhere` at padding.
+
+        Padding in its own place needs it not: what comes from there is finite, and meets gradients of 0 alone.
+        """
+        if self.slot is None:
+            return x
+        present = self.present if x.ndim == 3 else self.present.unsqueeze(-1)
+        return x.masked_fill(~present, elsewhere)
 
 
 class SplitMask(Tensor):
@@ -107,13 +120,14 @@ def split_mask(rule: Rule, noised: Places, clean: Places, dtype: torch.dtype, ca
         cached: for noised queries alone, behind cached clean keys.
     """
     length, count = noised.view.shape[1], clean.view.shape[1]
-    pieces = list(_pieces(rule, noised, clean, dtype))
+    pieces = []
     if not cached:
         causal = torch.ones(count, count, dtype=torch.bool).tril()
         if torch.equal(to_dense(rule, clean), causal.expand(len(clean.view), 1, -1, -1)):
             pieces.append(Piece(slice(length, None), slice(None), None))
         else:
             pieces += _pieces(rule, clean, clean, dtype, length)
+    pieces += _pieces(rule, noised, clean, dtype)
     return SplitMask(pieces, _tiles(rule, noised, dtype), count)
 
 
@@ -154,9 +168,11 @@ def _tiles(rule: Rule, noised: Places, dtype: torch.dtype) -> Tiles:
     inside = noised.at(row[:, :, None], slot)
     # A void place holds a copy of the row's first slot; as a query it must not act on that one's keys.
     mask = rule(inside.along(3), inside.along(2)) & valid[:, :, None] & valid[:, :, :, None]
+    own_place = width == length and torch.equal(slot.view(rows, -1)[present], slots[present])
     slot = (slot + row[:, :, None] * length).flatten()
     place = place.masked_fill(~present, 0).flatten()
-    return Tiles(slot, place, present.unsqueeze(1), additive(mask.flatten(0, 1).unsqueeze(1), dtype, never(dtype)))
+    numbers = additive(mask.flatten(0, 1).unsqueeze(1), dtype, never(dtype))
+    return Tiles(None if own_place else slot, place, present.unsqueeze(1), numbers)
 
 
 class _TwoViewAttention(torch.autograd.Function):
@@ -186,14 +202,14 @@ class _TwoViewAttention(torch.autograd.Function):
             out[:, :, queries], total[:, :, queries] = _flash(*inputs, **piece.options, scale=scale)
         cut = [tiles.cut(x) for x in (query[:, :, :noised], key, value)]
         own, own_total = (tiles.join(x) for x in _flash(*cut, attn_mask=tiles.mask, scale=scale))
-        own_total = own_total.masked_fill(~tiles.present, never(wide))
+        own_total = tiles.present_only(own_total, never(wide))
         seen, seen_total = out[:, :, :noised], total[:, :, :noised]
         joint = torch.logaddexp(seen_total, own_total)
         share_seen, share_own = ((x - joint).exp_().unsqueeze(-1) for x in (seen_total, own_total))
-        seen.copy_(seen * share_seen + own * share_own)
+        seen.mul_(share_seen).add_(own.mul_(share_own))
         seen_total.copy_(joint)
-        ctx.save_for_backward(query, clean_key, clean_value, key, value, out, total)
-        ctx.mask, ctx.scale = mask, scale
+        ctx.save_for_backward(query, clean_key, clean_value, *cut, out, total)
+        ctx.mask, ctx.scale, ctx.noised = mask, scale, noised
         return out
 
     @staticmethod
@@ -202,12 +218,11 @@ class _TwoViewAttention(torch.autograd.Function):
         ctx: Any, *upstream: Tensor
     ) -> tuple[Tensor | None, ...]:
         """Each part's own backward pass, with the joint output and log-sum-exp."""
-        query, clean_key, clean_value, key, value, out, total = ctx.saved_tensors
+        query, clean_key, clean_value, *cut, out, total = ctx.saved_tensors
         mask, scale, (grad,) = ctx.mask, ctx.scale, upstream
-        noised, tiles, wide = key.shape[2], mask.tiles, total.dtype
-        grad_query, grad_clean_key, grad_clean_value = (
-            torch.zeros_like(x, dtype=wide) for x in (query, clean_key, clean_value)
-        )
+        tiles, wide, noised = mask.tiles, total.dtype, ctx.noised
+        grad_query = torch.zeros_like(query, dtype=wide)
+        grad_clean: list[Tensor] = []
         for piece in mask.pieces:
             queries, keys = piece.queries, piece.keys
             own = [x[:, :, queries] for x in (grad, query)]
@@ -215,14 +230,18 @@ class _TwoViewAttention(torch.autograd.Function):
             joint = [x[:, :, queries] for x in (out, total)]
             parts = _flash_backward(*own, *seen, *joint, **piece.options, scale=scale)
             grad_query[:, :, queries] = parts[0]
-            grad_clean_key[:, :, keys] += parts[1]
-            grad_clean_value[:, :, keys] += parts[2]
-        own = [tiles.cut(x[:, :, :noised]) for x in (grad, query, key, value, out, total)]
-        parts = _flash_backward(*own, 0.0, False, attn_mask=tiles.mask, scale=scale)
-        padding = ~tiles.present.unsqueeze(-1)
-        own_query, grad_key, grad_value = (tiles.join(x).masked_fill(padding, 0) for x in parts)
+            if not grad_clean and parts[1].shape == clean_key.shape:
+                grad_clean = [part.to(wide) for part in parts[1:]]
+                continue
+            grad_clean = grad_clean or [torch.zeros_like(x, dtype=wide) for x in (clean_key, clean_value)]
+            for whole, part in zip(grad_clean, parts[1:], strict=True):
+                whole[:, :, keys] += part
+        own = [tiles.cut(x[:, :, :noised]) for x in (grad, out, total)]
+        parts = _flash_backward(own[0], *cut, *own[1:], 0.0, False, attn_mask=tiles.mask, scale=scale)
+        own_query, grad_key, grad_value = (tiles.present_only(tiles.join(x), 0.0) for x in parts)
         grad_query[:, :, :noised] += own_query
-        grads = (x.to(query.dtype) for x in (grad_query, grad_clean_key, grad_clean_value))
+        grad_clean = grad_clean or [torch.zeros_like(x) for x in (clean_key, clean_value)]
+        grads = (x.to(query.dtype) for x in (grad_query, *grad_clean))
         return *grads, grad_key, grad_value, None, None
 
 
