@@ -499,6 +499,27 @@ def signal_at(metrics, step):
         os.kill(os.getpid(), signal.SIGTERM)
 
 
+@pytest.mark.parametrize(("attention", "views"), [("eager", 1), ("eager", 2), ("sdpa", 1)])
+def test_a_dense_mask_is_named_with_its_memory_before_it_is_made(
+    place, tmp_path, capsys, monkeypatch, attention, views
+):
+    class Begun(Exception):
+        pass
+
+    def begun(self: Any, *parts: Any) -> None:
+        raise Begun
+
+    monkeypatch.setattr("nextblock.model.Decoder.two_view_masks", begun)
+    monkeypatch.setattr("nextblock.train.run_in_parts", lambda decoder: None)  # whose trial is over four tokens
+    monkeypatch.setattr("nextblock.train.probe", lambda decoder: None)
+    options = {"recipe__views": views, "training__micro_batch_rows": 2, "data__row_length": 512}
+    config = config_of(place, tmp_path / "run", growth__b_0=2, **options)
+    with pytest.raises(Begun):
+        train(config)
+    size = 2 * ((views + 1) * config.data.row_length) ** 2 * 4 / 2**20
+    assert f"attention: 'sdpa' with a dense mask, up to {size:,.0f} MiB" in capsys.readouterr().out
+
+
 def test_what_may_change_on_resume_is_said(place, tmp_path, capsys):
     train(config_of(place, tmp_path / "run", training__steps=9), on_step=lambda m: signal_at(m, 1))
     train(config_of(place, tmp_path / "run", training__steps=9, training__micro_batch_rows=2), resume=True)

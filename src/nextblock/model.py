@@ -165,6 +165,12 @@ class Decoder:
             return mask
         return additive(mask, self.model.dtype)
 
+    def dense_mask_bytes(self, rows: int, queries: int, keys: int) -> int:
+        """What a dense mask of [rows, 1, queries, keys] takes in all; 0 for FlexAttention and attention in parts."""
+        if self.attention in ("flex_attention", SPLIT):
+            return 0
+        return rows * queries * keys * self.model.dtype.itemsize * len(set(self.windows.values()))
+
     def by_kind(self, masks: dict[str, Any]) -> AttentionMask:
         """One mask for a model with one kind of layer, a dict by kind for the others."""
         return next(iter(masks.values())) if len(masks) == 1 else masks

@@ -718,10 +718,25 @@ def load(
     without_dropout(decoder.model)
     if not config.training.compile:  # which would not see through it
         run_in_parts(decoder)
+    if size := dense_mask_bytes(config, decoder, accelerator.num_processes):
+        accelerator.print(
+            f"attention: '{decoder.attention}' with a dense mask, up to {size / 2**20:,.0f} MiB for each forward pass "
+            "of a process; shorter rows or a smaller training.micro_batch_rows make it less"
+        )
     lora = None
     if config.lora is not None:
         lora = LoraAdapter(decoder.model, config.lora, mask_token_id, config.model.path)
     return tokenizer, feed, decoder, mask_token_id, lora
+
+
+def dense_mask_bytes(config: AdaptConfig, decoder: Decoder, processes: int) -> int:
+    """The most that the dense masks of one forward pass take, where there are any."""
+    rows = config.training.batch_rows // processes
+    rows, length = min(config.training.micro_batch_rows or rows, rows), config.data.row_length
+    noised = config.recipe.views * length if config.masks else 0
+    if decoder.adapter is None:
+        return decoder.dense_mask_bytes(rows, noised + length, noised + length)
+    return decoder.dense_mask_bytes(rows, length, length) + decoder.dense_mask_bytes(rows, noised, noised + length)
 
 
 def make_optimizer(options: OptimizerConfig, trained: torch.nn.Module) -> torch.optim.Optimizer:
