@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import is_bnb_available
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -426,6 +427,14 @@ def test_a_resume_may_change_what_does_not_touch_the_result(place, tmp_path, und
     train(changed, resume=True)
     assert weights(tmp_path) == undisturbed[0]
     assert len(list_checkpoints(tmp_path)) == 1
+
+
+@pytest.mark.skipif(not is_bnb_available(), reason="needs bitsandbytes")
+def test_a_stopped_run_with_8_bit_states_goes_on_to_the_same_weights(place, tmp_path):
+    train(config_of(place, tmp_path / "whole", optimizer__name="adamw_8bit"))
+    stopped_run(place, tmp_path / "stopped", 5, optimizer__name="adamw_8bit")
+    train(config_of(place, tmp_path / "stopped", optimizer__name="adamw_8bit"), resume=True)
+    assert weights(tmp_path / "stopped") == weights(tmp_path / "whole")
 
 
 def test_the_exported_dtype_is_the_one_asked_for(place, tmp_path):
