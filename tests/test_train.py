@@ -27,7 +27,7 @@ from nextblock.checkpoint import list_checkpoints
 from nextblock.config import AdaptConfig, UsageError, load_config
 from nextblock.data import Rows
 from nextblock.model import load_tokenizer, read_config, read_settings
-from nextblock.train import StepMetrics, check_launcher, prepare, train, train_step, without_dropout
+from nextblock.train import StepMetrics, prepare, train, train_step, without_dropout
 
 
 def config_of(place: Path, output: Path, **overrides: Any) -> AdaptConfig:
@@ -440,52 +440,6 @@ def test_a_stopped_run_with_8_bit_states_goes_on_to_the_same_weights(place, tmp_
 def test_the_exported_dtype_is_the_one_asked_for(place, tmp_path):
     train(config_of(place, tmp_path, training__steps=9, model__export_dtype="bfloat16"))
     assert {value.dtype for value in load_file(tmp_path / "model.safetensors").values()} == {torch.bfloat16}
-
-
-def test_gradient_accumulation_of_a_launcher_changes_nothing(place, tmp_path, monkeypatch):
-    """Micro-batches are ours; accelerate would divide the loss by its own number once more."""
-    expected = train(config_of(place, tmp_path / "a", training__steps=9))
-    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
-    found = train(config_of(place, tmp_path / "b", training__steps=9))
-    norms = [
-        [json.loads(line)["grad_norm"] for line in (run.output / "log.jsonl").open()] for run in (expected, found)
-    ]
-    assert norms[0] == norms[1]
-
-
-UNHEARD = {
-    "another precision": ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "set training.mixed_precision"),
-    "compiling": ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "set training.compile=true"),
-    "tensor parallelism": ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "leave parallelism_config out"),
-    "FSDP 1": ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "start with --fsdp_version 2"),
-    "offloading": ({"ACCELERATE_USE_FSDP": "true", "FSDP_OFFLOAD_PARAMS": "true"}, "leave it out"),
-    "checkpointing": (
-        {"ACCELERATE_USE_FSDP": "true", "FSDP_ACTIVATION_CHECKPOINTING": "true"},
-        "set training.gradient_checkpointing=true",
-    ),
-}
-
-
-@pytest.mark.parametrize("what", UNHEARD)
-def test_what_a_launcher_asks_for_and_would_not_get_is_refused_before_anything_is_written(
-    place, tmp_path, monkeypatch, what
-):
-    said, cure = UNHEARD[what]
-    for name, value in said.items():
-        monkeypatch.setenv(name, value)
-    name, value = list(said.items())[-1]
-    with pytest.raises(UsageError, match=f"{name}={value}, which a run of nextblock does not follow; .*{cure}"):
-        train(config_of(place, tmp_path / "run"))
-    assert not (tmp_path / "run").exists()
-
-
-def test_settings_of_a_launcher_that_ask_for_nothing_are_taken(place, tmp_path, monkeypatch):
-    quiet = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO", "FSDP_VERSION": "1"}
-    for name, value in quiet.items():
-        monkeypatch.setenv(name, value)
-    check_launcher(config_of(place, tmp_path))
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    check_launcher(config_of(place, tmp_path, training__mixed_precision="bf16"))
 
 
 def test_the_log_is_json_that_strict_readers_take(place, tmp_path):

@@ -1,0 +1,105 @@
+"""The processes of a run: what torchrun or `accelerate launch` started, and how they share the work."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import (
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    GradientAccumulationPlugin,
+    ProjectConfiguration,
+)
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+from nextblock import zero
+from nextblock.config import AdaptConfig, UsageError
+from nextblock.ranks import join
+from nextblock.tracking import TRACKERS
+
+OF_A_LAUNCHER: dict[str, tuple[str | None, str]] = {
+    "ACCELERATE_MIXED_PRECISION": ("no", "leave it out, or set training.mixed_precision instead"),
+    "ACCELERATE_DYNAMO_BACKEND": ("no", "leave it out, or set training.compile=true instead"),
+    "ACCELERATE_USE_MEGATRON_LM": ("false", "leave Megatron-LM out"),
+    "ACCELERATE_USE_PARALLELISM_CONFIG": ("false", "leave parallelism_config out"),
+    "FSDP_VERSION": ("2", "start with --fsdp_version 2"),
+    "FSDP_OFFLOAD_PARAMS": ("false", "leave it out"),
+    "FSDP_ACTIVATION_CHECKPOINTING": ("false", "leave it out, or set training.gradient_checkpointing=true instead"),
+    "FSDP_IGNORED_MODULES": (None, "leave it out"),
+}
+"""Variables of `accelerate launch` that a run does not follow: the value that asks for nothing, and what to do."""
+
+
+def check_batch(config: AdaptConfig) -> None:
+    """UsageError for rows that do not divide over the processes."""
+    rows, ranks = config.training.batch_rows, join().num_processes
+    if rows % ranks:
+        raise UsageError(
+            f"training.batch_rows={rows} does not divide over {ranks} processes; use {max(1, rows // ranks) * ranks}"
+        )
+
+
+def check_launcher(config: AdaptConfig) -> None:
+    """UsageError for what `accelerate launch` was asked for and a run would leave undone without a word."""
+    sharded = config.training.fsdp or fsdp_of_launcher()
+    for name, (nothing, cure) in OF_A_LAUNCHER.items():
+        value = os.environ.get(name)
+        if value is None or value.lower() == nothing or (name.startswith("FSDP_") and not sharded):
+            continue
+        if name == "ACCELERATE_MIXED_PRECISION" and value == config.training.mixed_precision:
+            continue
+        raise UsageError(f"the launcher has set {name}={value}, which a run of nextblock does not follow; {cure}")
+
+
+def fsdp_of_launcher() -> bool:
+    """Whether `accelerate launch --use_fsdp`, or a configuration of accelerate with FSDP, has started this process."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+def make_accelerator(config: AdaptConfig) -> Accelerator:
+    """The processes of this run and how they share the work: DDP, or FSDP2 if the run or its launcher asks for it.
+
+    Raises:
+        UsageError: rows that do not divide over the processes, or a launcher that asks for something else.
+    """
+    check_batch(config)
+    check_launcher(config)
+    plugin = None
+    if join().num_processes == 1:
+        os.environ.pop("ACCELERATE_USE_FSDP", None)  # nothing to share out
+    elif config.training.fsdp or fsdp_of_launcher():
+        if config.lora is not None or config.draft_adapter is not None:
+            raise UsageError("FSDP has no use for lora or a draft adapter, whose weights are small; start without it")
+        if config.optimizer.name == "adamw_8bit":
+            raise UsageError("optimizer.name=adamw_8bit cannot share out its states; use adamw, or start without FSDP")
+        policy = None
+        if config.training.mixed_precision == "bf16":
+            # accelerate's own would also round the sums of losses, and so every gradient, to 8 bits.
+            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            cpu_ram_efficient_loading=False,  # a launcher's default, which leaves ranks without weights to check
+            mixed_precision_policy=policy,
+        )
+    accelerator = Accelerator(
+        mixed_precision=config.training.mixed_precision,
+        # Micro-batches are ours: what a launcher sets would divide the loss once more.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        fsdp_plugin=plugin,
+        log_with=list(config.training.trackers) or None,
+        project_config=ProjectConfiguration(logging_dir=str(Path(config.output) / TRACKERS)),
+    )
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        rows = config.training.batch_rows // accelerator.num_processes
+        plugin_of_launcher: Any = accelerator.state.deepspeed_plugin
+        zero.configure(plugin_of_launcher.deepspeed_config, config, rows)
+    if plugin is not None and accelerator.distributed_type == DistributedType.MULTI_CPU:
+        # accelerate leaves CPU processes to DDP, but FSDP2 runs there as well.
+        join().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = plugin
+    return accelerator
