@@ -133,6 +133,25 @@ def test_two_processes_give_the_losses_and_weights_of_one(place, processes, alon
     assert_same_run(tmp_path / "run", alone(shards))
 
 
+def unshared_rank(rank: int, values: dict[str, Any]) -> None:
+    """Train; fail where the gradient of a micro-batch would be kept whole until the last one."""
+    from accelerate import Accelerator
+
+    from nextblock.train import train
+
+    def kept(self: Any, model: Any) -> None:
+        raise AssertionError("no_sync holds all of the gradient on each rank")
+
+    Accelerator.no_sync = kept
+    train(load_config(values))
+
+
+def test_sharded_gradients_are_shared_out_after_every_micro_batch(place, processes, tmp_path):
+    options = {"training__fsdp": True, "training__micro_batch_rows": 1, "training__steps": 9}
+    config = config_of(place, tmp_path / "run", **options)
+    assert finish(launch(processes, tmp_path, unshared_rank, config.model_dump(mode="json"))) == [0, 0]
+
+
 def launched_rank(rank: int, environment: dict[str, str], values: dict[str, Any]) -> None:
     """Train as `accelerate launch` would have it, in shards."""
     from nextblock.train import train

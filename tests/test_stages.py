@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -88,13 +89,46 @@ def test_bad_data_of_a_later_stage_stop_the_run_before_the_first(place, tmp_path
     for overrides, said in (
         ({"stages.2.data.sources": [{"path": "./absent.jsonl"}]}, "absent.jsonl"),
         ({"stages.1.data.row_length": 2048}, "over the model's 1024 positions"),
-        ({"stages.1.model.override": {"rope_thta": 1}}, "has no such value; did you mean"),
+        ({"stages.1.model.override": {"rope_thta": 1}}, "stage long: model.override.rope_thta: the config"),
+        ({"stages.1.model.override": {"hidden_size": 64}}, "stage long: model.override={'hidden_size': 64}: lm_head"),
+        ({"stages.1.model.override": {"rope_parameters": {"rope_type": "yarn"}}}, "stage long: the config makes no"),
     ):
         config = load_config(staged(place, tmp_path / "run").model_dump(mode="json"), overrides)
         with pytest.raises(UsageError) as refused:
             train(config)
         assert said in str(refused.value)
         assert not (tmp_path / "run").exists()
+
+
+def test_a_later_stage_of_a_model_from_scratch_is_checked_against_its_positions(place, tmp_path):
+    scratch = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    shape = {"intermediate_size": 32, "max_position_embeddings": 64}
+    stages = [{"name": "base"}, {"name": "long", "data": {"row_length": 128}}]
+    config = config_of(place, tmp_path / "run", model__scratch={**scratch, **shape}, stages=stages)
+    with pytest.raises(UsageError, match=r"stage long: data.row_length=128 is over the model's 64 positions"):
+        train(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_does_not_go_on_from_one_with_other_stages_nor_over_a_model_without_checkpoints(place, tmp_path):
+    stages = [{"name": "a", "training": {"steps": 9}}, {"name": "b", "training": {"steps": 2}}]
+    plain = config_of(place, tmp_path / "plain", training__steps=9)
+    train(plain)
+    before = weights(tmp_path / "plain")
+    with pytest.raises(UsageError, match=r"plain holds checkpoints of a run with other stages; set the stages back"):
+        train(config_of(place, tmp_path / "plain", stages=stages), resume=True)
+    shutil.rmtree(tmp_path / "plain" / "checkpoints")
+    with pytest.raises(UsageError, match="holds a finished model and no checkpoint to go on from"):
+        train(plain, resume=True)
+    assert weights(tmp_path / "plain") == before
+
+    train(config_of(place, tmp_path / "staged", stages=stages))
+    renamed = [stages[0], {**stages[1], "name": "c"}]
+    for other in ({}, {"stages": renamed}):
+        with pytest.raises(UsageError, match=r"stage-[12]-[ab] holds checkpoints of a run with other stages"):
+            train(config_of(place, tmp_path / "staged", **other), resume=True)
+    more = [*stages, {"name": "c", "training": {"steps": 2}}]
+    assert train(config_of(place, tmp_path / "staged", stages=more), resume=True).finished
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -24,9 +24,10 @@ from conftest import VOCABULARY
 from families import tiny_model
 from layouts import CHAT, PLAIN, PROMPTED, make_rows
 from nextblock.checkpoint import list_checkpoints
-from nextblock.config import AdaptConfig, UsageError, load_config
+from nextblock.config import AdaptConfig, Source, UsageError, load_config
 from nextblock.data import Rows
 from nextblock.model import load_tokenizer, read_config, read_settings
+from nextblock.sources import Records, is_held_out, read_source
 from nextblock.train import StepMetrics, prepare, train, train_step, without_dropout
 
 
@@ -427,6 +428,40 @@ def test_a_resume_may_change_what_does_not_touch_the_result(place, tmp_path, und
     train(changed, resume=True)
     assert weights(tmp_path) == undisturbed[0]
     assert len(list_checkpoints(tmp_path)) == 1
+
+
+def test_a_source_that_has_grown_since_is_not_read_in_another_order(place, tmp_path):
+    source = tmp_path / "own.jsonl"
+    source.write_text((place / "sums.jsonl").read_text() + "\n")
+    options = {"data__sources": [{"path": str(source)}]}
+    stopped_run(place, tmp_path / "run", 5, **options)
+    source.write_text(source.read_text() + '{"text": "one more"}\n')
+    with pytest.raises(UsageError, match=r"own.jsonl had \d+ documents and has \d+, so its order would be another"):
+        train(config_of(place, tmp_path / "run", **options), resume=True)
+
+
+def test_held_out_documents_that_cannot_be_read_stop_the_run_before_it_begins(place, tmp_path):
+    path = tmp_path / "all.jsonl"
+    chats = [json.dumps({"messages": [{"role": "assistant", "name": str(i)}]}) for i in range(60)]
+    path.write_text("\n".join(chats))
+    read = cast(Records, read_source(Source(path=str(path)))).read
+    lines = [
+        chat if is_held_out(read(i), 0.2) else json.dumps({"text": f"{i} and {i}"}) for i, chat in enumerate(chats)
+    ]
+    path.write_text("\n".join(lines))
+    options = {"data__sources": [{"path": str(path)}], "data__held_out": 0.2, "training__evaluate_rows": 4}
+    with pytest.raises(UsageError, match=r"all.jsonl:\d+: message 1 has no content"):
+        train(config_of(place, tmp_path / "run", **options))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_more_positions_are_offered_only_where_they_are_not_learned(family, place, tmp_path):
+    tiny_model(family, vocab_size=VOCABULARY).save_pretrained(tmp_path / family)
+    config = config_of(place, tmp_path / "run", model__path=str(tmp_path / family), data__row_length=4096)
+    with pytest.raises(UsageError, match="is over the model's") as refused:
+        train(config)
+    assert ("model.override.max_position_embeddings" in str(refused.value)) == (family == "llama")
 
 
 @pytest.mark.skipif(not is_bnb_available(), reason="needs bitsandbytes")

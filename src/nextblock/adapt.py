@@ -16,13 +16,14 @@ from torch import Tensor
 
 from nextblock import schedules
 from nextblock.attention_mask import block_diffusion_rule
-from nextblock.config import AdaptConfig, UsageError, load_config, stage_configs
+from nextblock.config import AdaptConfig, load_config, stage_configs
 from nextblock.corruption import corrupt
-from nextblock.data import Rows, RowStream
+from nextblock.data import Rows
 from nextblock.evaluate import BitsPerByte, bits_per_byte
+from nextblock.feed import merged
 from nextblock.generate import BlockDiffusionLM
 from nextblock.model import Decoder, load_model, load_parent
-from nextblock.ranks import gather, is_main
+from nextblock.ranks import gather
 from nextblock.report import read_log, write_report
 from nextblock.request import GenerateOptions
 from nextblock.train import LOG, Run, StepMetrics, stop_on_sigterm, train
@@ -74,13 +75,9 @@ def adapt(
         config = load_config(config, overrides)
     say = on_stage or (lambda words: None)
     say("reading data and model")
-    held_out: dict[str, Rows | None] = {}  # of each stage
 
     def evaluate(run: Run) -> Mapping[str, Any] | None:
-        stage = run.config.output
-        if stage not in held_out:  # one rank reads, so that all take part or none
-            held_out[stage] = gather(held_out_rows(run) if is_main() else None)[0]
-        rows = held_out[stage]
+        rows = gather(run.held_out)[0]  # one rank has read them, so that all take part or none
         record = None if rows is None else evaluate_midway(run, rows)
         if record and on_evaluation and run.accelerator.is_main_process:
             on_evaluation(record)
@@ -90,9 +87,10 @@ def adapt(
         run = train(config, resume=resume, on_step=on_step, evaluate=evaluate, received=received)
         output = Path(config.output)
         steps = run.first_step + run.step
+        lost = cut_documents(run)
         if not run.finished or not run.accelerator.is_main_process:
             return RunResult(output, run.finished, steps, {})
-        results = describe(run, config)
+        results = describe(run, config, lost)
         if config.training.evaluate_rows:
             say("measuring held-out bits per byte")
             try:
@@ -107,8 +105,8 @@ class SigtermReceived(Exception):
     """A measurement was left, as its process is to end."""
 
 
-def describe(run: Run, config: AdaptConfig) -> dict[str, Any]:
-    """The part of `results.json` that is known without measuring anything."""
+def describe(run: Run, config: AdaptConfig, lost: Mapping[str, int]) -> dict[str, Any]:
+    """The part of `results.json` that is known without measuring anything. `lost`: of `cut_documents`."""
     growth, borders, first = [], [], 0
     for number, stage in enumerate(stage_configs(config)):
         growth += [[first + step, size] for step, size in schedules.growth_steps(stage.growth, stage.training.steps)]
@@ -132,15 +130,15 @@ def describe(run: Run, config: AdaptConfig) -> dict[str, Any]:
             "tokens": sum(step["tokens"] for step in steps),
             "growth": growth,
             "stages": borders,
-            **cut_documents(run),
+            **lost,
         },
         "log": LOG,
     }
 
 
 def cut_documents(run: Run) -> dict[str, int]:
-    """Documents of this process that were cut at the end of a row, or left out because nothing of them fitted."""
-    starts = [shard["start"] for shard in run.feed.state()["shards"].values()]
+    """Documents that were cut at the end of a row, or left out because nothing of them fitted. All ranks together."""
+    starts = [shard["start"] for shard in merged(gather(run.feed.state()))["shards"].values()]
     return {name: sum(start[name] for start in starts) for name in ("truncated", "skipped")}
 
 
@@ -154,17 +152,6 @@ def environment(device: torch.device) -> dict[str, Any]:
         "device": f"{device.type} ({name})",
         "threads": torch.get_num_threads(),
     }
-
-
-def held_out_rows(run: Run) -> Rows | None:
-    """The first held-out rows, or None where the data leaves none (a single document, `data.held_out` = 0)."""
-    if not run.config.data.held_out:
-        return None
-    try:
-        stream = RowStream(run.config.data, run.tokenizer, seed=run.config.training.seed, held_out=True)
-    except UsageError:
-        return None
-    return stream.next(run.config.training.evaluate_rows)
 
 
 @torch.no_grad()
@@ -239,7 +226,7 @@ def held_out_bits(run: Run, received: list[int]) -> list[dict[str, Any]]:
         if received:
             raise SigtermReceived
 
-    rows = held_out_rows(run)
+    rows = run.held_out
     if rows is None:
         run.accelerator.print("no document is held out, so bits per byte are not measured; raise data.held_out")
         return []

@@ -24,6 +24,10 @@ USUAL_BYTES = 1000  # of a document of a source that has not been read yet
 IDLE_BATCHES = 8  # batches without one usable document after which the data counts as empty
 
 
+class NoDocument(UsageError):
+    """A stream without one document that could be used."""
+
+
 @dataclass(frozen=True)
 class Document:
     """One tokenised document: `tokens` int64 [n]; `offset` int64 [n] in the generated span, -1 context."""
@@ -138,6 +142,14 @@ def _chat_segments(
     where = record.where
     if not isinstance(messages, list) or not all(isinstance(m, Mapping) and "role" in m for m in messages):
         raise UsageError(f"{where}: messages must be a list of objects with role and content")
+    for number, message in enumerate(messages, 1):
+        if not message.get("content") and not message.get("tool_calls") and message["role"] == "assistant":
+            raise UsageError(f"{where}: message {number} has no content and no tool_calls; give one, or leave it out")
+    if not tokenizer.chat_template:
+        raise UsageError(
+            f"{where}: the tokenizer has no chat template for messages; set model.tokenizer to one that has, or give "
+            "prompt and completion fields"
+        )
 
     def render(part: list[Any], prompt: bool = False) -> str:
         try:
@@ -331,6 +343,7 @@ class RowStream:
             self._opened.append(opened)
             self._cursors.append(Cursor(opened, [seed, k], self._part) if isinstance(opened, Records) else opened)
             self._split.append(not isinstance(opened, Records) or opened.split_by_hash)
+        self._counts = [opened.count if isinstance(opened, Records) else None for opened in self._opened]
         self._weights = np.array([source.weight for source in config.sources])
         self._drawn = [0] * len(config.sources)  # documents of each source so far
         self._bytes = [0] * len(config.sources)  # and how long they were together
@@ -369,6 +382,12 @@ class RowStream:
             )
         for cursor, place in zip(self._cursors, start["sources"], strict=True):
             cursor.load_state(place)
+        for source, before, now in zip(self._config.sources, start["counts"], self._counts, strict=True):
+            if before != now:
+                raise UsageError(
+                    f"data source {source.path} had {before} documents and has {now}, so its order would be another; "
+                    "put it back, or start in a new --output"
+                )
         self._drawn, self._bytes = list(start["drawn"]), list(start["bytes"])
         self.truncated, self.skipped = start["truncated"], start["skipped"]
         self._queue.clear()
@@ -412,18 +431,19 @@ class RowStream:
             end = sum(self._bytes) + BATCH_BYTES
             while len(records) < BATCH_DOCUMENTS and sum(self._bytes) < end:
                 sources = [cursor.state() for cursor in self._cursors]
-                places.append({"drawn": list(self._drawn), "bytes": list(self._bytes), "sources": sources})
+                read = {"drawn": list(self._drawn), "bytes": list(self._bytes), "counts": self._counts}
+                places.append({**read, "sources": sources})
                 records.append(self._draw())
             for document, place in zip(encode_batch(records, self._tokenizer), places, strict=True):
                 place.update(truncated=self.truncated, skipped=self.skipped)
                 pieces = cut(document, length)
                 self.skipped += not pieces
-                self.truncated += sum(len(piece.tokens) for piece in pieces) < len(document.tokens)
                 if pieces:
+                    self.truncated += sum(len(piece.tokens) for piece in pieces) < len(document.tokens)
                     self._queue.append((pieces, place))
             if self._queue:
                 return
-        raise UsageError(
+        raise NoDocument(
             f"data: no document has anything to generate within data.row_length={length}; "
             "use longer rows or other data"
         )
@@ -441,7 +461,7 @@ class RowStream:
                 self._bytes[k] += sum(len(str(value).encode()) for value in record.value.values())
                 return record
         side = "is held out" if self._held_out else "is left for training"
-        raise UsageError(
+        raise NoDocument(
             f"data source {self._config.sources[k].path}: no document {side} with data.held_out={share}; "
             "change data.held_out or give more documents"
         )

@@ -28,6 +28,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.initialization import no_init_weights
 from transformers.utils.hub import cached_file
 
 from nextblock.adapter import DraftAdapter, Gate
@@ -267,6 +268,21 @@ def read_config(
     check_architecture(config)
     replace_values(config, override or {})
     return config
+
+
+def weight_shapes(config: PreTrainedConfig, trust_remote_code: bool = False) -> dict[str, torch.Size]:
+    """Name -> shape of every weight of the config's architecture; no memory is taken.
+
+    Raises:
+        UsageError: the config makes no model.
+    """
+    try:
+        with torch.device("meta"), no_init_weights():
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:  # of whatever kind an architecture raises at values that it cannot take
+        values = f"{type(error).__name__}: {_first_line(error)}"
+        raise UsageError(f"the config makes no model of architecture '{config.model_type}': {values}") from None
+    return {name: value.shape for name, value in model.state_dict().items()}
 
 
 def replace_values(config: PreTrainedConfig, override: Mapping[str, Any]) -> None:

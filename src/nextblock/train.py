@@ -20,13 +20,14 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, is_bnb_available
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from nextblock import schedules, zero
 from nextblock.adapter import DraftAdapter, save_adapter
 from nextblock.attention_mask import block_diffusion_rule
 from nextblock.checkpoint import (
     export,
+    list_checkpoints,
     load_checkpoint,
     load_optimizer,
     load_weights,
@@ -39,6 +40,7 @@ from nextblock.config import (
     AdaptConfig,
     BlockDiffusionSettings,
     DataConfig,
+    ModelConfig,
     OptimizerConfig,
     TrainingStopped,
     UsageError,
@@ -46,7 +48,7 @@ from nextblock.config import (
     stage_configs,
 )
 from nextblock.corruption import TwoView, corrupt
-from nextblock.data import Rows, RowStream, check_tokens
+from nextblock.data import NoDocument, Rows, RowStream, check_tokens
 from nextblock.feed import Feed, merged
 from nextblock.launcher import check_batch, make_accelerator
 from nextblock.lora import LoraAdapter
@@ -58,7 +60,10 @@ from nextblock.model import (
     probe,
     read_config,
     recompute_activations,
+    replace_values,
     run_in_parts,
+    scratch_config,
+    weight_shapes,
     weights_folder,
     without_dropout,
 )
@@ -133,6 +138,7 @@ class Run:
     lora: LoraAdapter | None = None
     step: int = 0
     profile: LossProfile | None = None
+    held_out: Rows | None = None  # of rank 0: the first held-out rows, where the data leave any
     first_step: int = 0  # steps of the stages before this one
     stage: str | None = None
     stage_number: int | None = None
@@ -251,13 +257,16 @@ def train_step(run: Run, step: int) -> StepMetrics:
 
 @contextmanager
 def accumulation(run: Run, *, last: bool) -> Iterator[Callable[[torch.Tensor], None]]:
-    """Forward and backward pass of one micro-batch; gives the latter. Ranks add up gradients with the last alone."""
+    """Forward and backward pass of one micro-batch; gives the latter. Ranks add up gradients with the last alone.
+
+    But for FSDP2: to wait would be to hold all of the gradient, unshared, on each rank.
+    """
     if run.is_zero:
         engine: Any = run.loss
         engine.set_gradient_accumulation_boundary(last)
         yield engine.backward  # accelerate's would go on to the optimizer's step
         return
-    with nullcontext() if last else run.accelerator.no_sync(run.loss):
+    with nullcontext() if last or run.is_sharded else run.accelerator.no_sync(run.loss):
         yield run.accelerator.backward
 
 
@@ -338,9 +347,12 @@ def train(
     with together():
         check_ranks(config)
         if main:
-            check_output(output, resume)
-        for stage in stages[1:]:  # bad data must not stop the run days later
-            check_stage(stage)
+            check_output(output, stages, resume)
+        for named, stage in zip(config.stages[1:], stages[1:], strict=False):  # must not stop the run days later
+            try:
+                check_stage(stage, stages[0])
+            except UsageError as error:
+                raise UsageError(f"stage {named.name}: {error}") from None
     catching = stop_on_sigterm() if received is None else nullcontext(received)
     with catching as signals, writing(output), nothing_left(output, stages) if main else nullcontext():
         return run_stages(config, stages, masks, resume, signals, on_step, evaluate)
@@ -475,24 +487,45 @@ def stage_to_resume(stages: list[AdaptConfig]) -> int:
     return 0
 
 
-def check_stage(config: AdaptConfig) -> None:
-    """UsageError for what is wrong with a later stage's data, row length or batch."""
+def check_stage(config: AdaptConfig, first: AdaptConfig) -> None:
+    """UsageError for what is wrong with a later stage's data, row length, batch or model."""
     check_batch(config)
-    tokenizer = parent_tokenizer(config.model)
-    RowStream(config.data, tokenizer, seed=config.training.seed)
-    if config.model.scratch is None:
-        model = config.model
-        shape = read_config(model.path, model.revision, model.trust_remote_code, model.override)
-        check_length(config, getattr(shape, "max_position_embeddings", None))
+    RowStream(config.data, parent_tokenizer(config.model), seed=config.training.seed)
+    check_length(config, parent_config(config.model))
+    check_override(config.model, first.model)
 
 
-def check_length(config: AdaptConfig, positions: int | None) -> None:
+def check_override(model: ModelConfig, before: ModelConfig) -> None:
+    """UsageError where the values that `model.override` replaces make other weights than there were before."""
+    wanted, there = (weight_shapes(parent_config(m), m.trust_remote_code) for m in (model, before))
+    for name in sorted(wanted.keys() | there.keys()):
+        if wanted.get(name) != there.get(name):
+            sizes = (" x ".join(map(str, shapes.get(name, ()))) or "none" for shapes in (wanted, there))
+            raise UsageError(
+                f"model.override={dict(model.override)}: {name} would be {next(sizes)} and is {next(sizes)}; replace "
+                "only values that leave the weights as they are"
+            )
+
+
+def parent_config(model: ModelConfig) -> PreTrainedConfig:
+    """The config of the parent that a run begins with, its values replaced."""
+    if model.scratch is None:
+        return read_config(model.path, model.revision, model.trust_remote_code, model.override)
+    config = scratch_config(model.scratch)
+    replace_values(config, model.override)
+    return config
+
+
+def check_length(config: AdaptConfig, shape: PreTrainedConfig) -> None:
     """UsageError for a row that is longer than the model's positions."""
-    if positions is not None and config.data.row_length > positions:
-        raise UsageError(
-            f"data.row_length={config.data.row_length} is over the model's {positions} positions; "
-            f"use at most {positions}, or raise model.override.max_position_embeddings"
-        )
+    positions = getattr(shape, "max_position_embeddings", None)
+    if positions is None or config.data.row_length <= positions:
+        return
+    rotary = getattr(shape, "rope_parameters", None)  # learned positions cannot be made more
+    raise UsageError(
+        f"data.row_length={config.data.row_length} is over the model's {positions} positions; "
+        f"use at most {positions}{', or raise model.override.max_position_embeddings' if rotary else ''}"
+    )
 
 
 def carry_over(run: Run, before: Path, *, fresh: bool, data: DataConfig) -> None:
@@ -565,7 +598,7 @@ def prepare(config: AdaptConfig, before: Path | None = None, *, masks: bool | No
     accelerator = make_accelerator(config)
     with together():
         loaded = load(config, accelerator, before, masks=config.masks if masks is None else masks)
-    tokenizer, feed, decoder, mask_token_id, lora = loaded
+    tokenizer, feed, decoder, mask_token_id, lora, held_out = loaded
     trained = lora.weights if lora is not None else decoder.adapter or decoder.model
     trained.requires_grad_(True)
     if config.training.gradient_checkpointing:
@@ -576,13 +609,18 @@ def prepare(config: AdaptConfig, before: Path | None = None, *, masks: bool | No
     objective = TwoViewLoss(decoder) if decoder.adapter is None else DraftLoss(decoder)
     loss, optimizer = accelerator.prepare(objective, optimizer)
     output = Path(config.output)
-    return Run(config, accelerator, tokenizer, decoder, loss, optimizer, feed, mask_token_id, output, lora)
+    return Run(
+        config, accelerator, tokenizer, decoder, loss, optimizer, feed, mask_token_id, output, lora, held_out=held_out
+    )
 
 
 def load(
     config: AdaptConfig, accelerator: Accelerator, before: Path | None, *, masks: bool
-) -> tuple[Any, Feed, Decoder, int | None, LoraAdapter | None]:
-    """Tokenizer, data, parent (with its draft adapter), mask token id and LoRA, all checked. No communication."""
+) -> tuple[Any, Feed, Decoder, int | None, LoraAdapter | None, Rows | None]:
+    """Tokenizer, data, parent (with its draft adapter), mask token id, LoRA and held-out rows, all checked.
+
+    No communication.
+    """
     for name in config.training.trackers:
         require(name, "trackers", f"training.trackers={name}")
     if config.lora is not None:
@@ -594,8 +632,9 @@ def load(
     if before is not None:
         begin = {"path": str(before), "revision": None, "tokenizer": None, "scratch": None}
         model = model.model_copy(update=begin)
-    if model.scratch is None:  # what can be known without reading data or weights comes first
-        read_config(model.path, model.revision, model.trust_remote_code, model.override)
+    parent_config(model)  # what can be known without reading data or weights comes first
+    if model.override and model.scratch is None:
+        check_override(model, model.model_copy(update={"override": {}}))
     tokenizer = parent_tokenizer(model)
     feed = Feed(
         config.data,
@@ -605,6 +644,7 @@ def load(
         rank=accelerator.process_index,
         ranks=accelerator.num_processes,
     )
+    held_out = held_out_rows(config, tokenizer) if is_main() else None
     decoder = load_parent(model, accelerator.device)
     if before is not None and (saved := newest_whole_checkpoint(before)[0]) is not None:
         load_weights(saved, decoder.model)  # the export beside it may be rounded
@@ -615,7 +655,7 @@ def load(
             f"the tokenizer has {len(tokenizer)} tokens, the model's vocabulary {decoder.vocabulary}; "
             "use the tokenizer that belongs to the model"
         )
-    check_length(config, decoder.max_positions)
+    check_length(config, decoder.model.config)
     probe(decoder)
     if config.draft_adapter is not None:
         adapter = DraftAdapter(decoder.model, config.draft_adapter)
@@ -637,7 +677,18 @@ def load(
     lora = None
     if config.lora is not None:
         lora = LoraAdapter(decoder.model, config.lora, mask_token_id, config.model.path)
-    return tokenizer, feed, decoder, mask_token_id, lora
+    return tokenizer, feed, decoder, mask_token_id, lora, held_out
+
+
+def held_out_rows(config: AdaptConfig, tokenizer: Any) -> Rows | None:
+    """The first held-out rows, or None where none are wanted or left (a single document, `data.held_out` = 0)."""
+    if not (config.data.held_out and config.training.evaluate_rows):
+        return None
+    try:
+        stream = RowStream(config.data, tokenizer, seed=config.training.seed, held_out=True)
+        return stream.next(config.training.evaluate_rows)
+    except NoDocument:
+        return None
 
 
 def dense_mask_bytes(config: AdaptConfig, decoder: Decoder, processes: int) -> int:
@@ -722,7 +773,7 @@ def check_finished_stages(stages: list[AdaptConfig]) -> None:
             check_differences(saved, stage, f"cannot resume: {stage.output} is finished")
 
 
-def check_output(output: Path, resume: bool) -> None:
+def check_output(output: Path, stages: list[AdaptConfig], resume: bool) -> None:
     """Refuse a folder with something in it, unless it is a run that is to be resumed, and one that cannot be made."""
     if output.is_file():
         raise UsageError(f"output {output} is a file; give a folder")
@@ -733,6 +784,19 @@ def check_output(output: Path, resume: bool) -> None:
         raise UsageError(f"output folder {output} is not empty; choose another --output, or go on with --resume auto")
     if output.is_dir() and any(output.iterdir()) and not (output / RESOLVED_CONFIG).is_file():
         raise UsageError(f"output folder {output} is not that of a run ({RESOLVED_CONFIG} is missing); choose another")
+    if not resume:
+        return
+    own = {Path(stage.output) for stage in stages}
+    held = [folder for folder in (output, *sorted(output.glob("stage-*"))) if list_checkpoints(folder)]
+    if others := [folder for folder in held if folder not in own]:
+        raise UsageError(
+            f"cannot resume: {others[0]} holds checkpoints of a run with other stages; set the stages back, or "
+            f"start in a new --output, with model.path={output} if that run is finished"
+        )
+    if not held and any((output / name).exists() for name in ("config.json", "adapter_config.json")):
+        raise UsageError(
+            f"cannot resume: {output} holds a finished model and no checkpoint to go on from; choose another --output"
+        )
 
 
 def trim_log(path: Path, steps: int) -> None:
