@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -214,11 +215,20 @@ def test_best_subset_reaches_the_largest_sum_that_fits(sizes: list[int], room: i
     assert sum(sizes[i] for i in chosen) == max(sums)
 
 
-@pytest.mark.parametrize("row_length", [512, 2048])
-def test_mixed_lengths_fill_98_percent_of_the_rows(tmp_path: Path, row_length: int) -> None:
-    lengths = np.random.default_rng(1).lognormal(4.8, 1.0, 3000).astype(int) + 1
-    source = jsonl(tmp_path / "a.jsonl", [{"text": "x" * int(n)} for n in lengths])
-    rows = stream(source, row_length=row_length).next(130)
+LENGTHS: dict[str, Callable[[np.random.Generator], np.ndarray]] = {
+    "many short ones": lambda rng: rng.lognormal(4.8, 1.0, 3000),
+    "long ones": lambda rng: rng.lognormal(6.0, 0.7, 3000),
+    "up to half a row": lambda rng: rng.uniform(50, 500, 3000),
+    "around half a row": lambda rng: rng.uniform(100, 600, 3000),
+}
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("row_length", [1024, 2048])
+def test_mixed_lengths_fill_98_percent_of_the_rows(tmp_path: Path, row_length: int, lengths: str) -> None:
+    sizes = LENGTHS[lengths](np.random.default_rng(1)).astype(int) + 1
+    source = jsonl(tmp_path / "a.jsonl", [{"text": "x" * int(n)} for n in sizes])
+    rows = stream(source, row_length=row_length).next(260)
     assert (rows.document >= 0).float().mean() >= 0.98
 
 
@@ -278,7 +288,7 @@ def test_weights_are_shares_of_the_text_however_long_the_documents_are(times: in
 def test_held_out_and_training_documents_share_out_the_data(tmp_path: Path) -> None:
     rows = texts(300, longest=60)
     source = jsonl(tmp_path / "a.jsonl", rows)
-    train, held = (set(documents_of(stream(source, share=0.2, held_out=side).next(256))) for side in (False, True))
+    train, held = (set(documents_of(stream(source, share=0.2, held_out=side).next(1024))) for side in (False, True))
     assert not train & held
     assert train | held == {row["text"] + "<|end|>" for row in rows}
     assert 0.1 < len(held) / len(rows) < 0.3
@@ -346,7 +356,7 @@ def test_a_task_gives_train_examples_for_training_and_test_examples_held_out() -
     task = get_task("algebra")
     for held_out, split in ((False, "train"), (True, "test")):
         rows = stream("task:algebra", row_length=256, share=0.5, held_out=held_out).next(4)
-        examples = [task.example(split, i) for i in range(400)]
+        examples = [task.example(split, i) for i in range(3000)]
         texts_of_split = {e.prompt + e.completion + "<|end|>" for e in examples}
         assert set(documents_of(rows)) <= texts_of_split
 

@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerBase
 from nextblock.config import DataConfig, UsageError
 from nextblock.sources import Cursor, HubStream, Record, Records, is_held_out, one_line, read_source
 
-CHUNK_ROWS = 64  # rows packed together: enough for density, little to make again after a resume
+CHUNK_ROWS = 64  # rows packed together at first: little to make again after a resume
+FULL, MOST_ROWS, MOST_TOKENS = 0.985, 512, 2**21  # rows less full than this are packed with more, up to either number
 BATCH_DOCUMENTS, BATCH_BYTES = 256, 2**20  # one call of the tokenizer ends at either
 USUAL_BYTES = 1000  # of a document of a source that has not been read yet
 IDLE_BATCHES = 8  # batches without one usable document after which the data counts as empty
@@ -394,22 +395,32 @@ class RowStream:
         self._start, self._first, self._taken, self._chunk = start, state["first"], state["taken"], None
 
     def _make_chunk(self) -> Rows:
-        """Pack the next documents; then fill what is left with documents while the next one fits."""
-        length, tokens = self._config.row_length, 0
+        """Pack the next documents: a chunk of CHUNK_ROWS rows, or twice as many until the rows are full enough.
+
+        What is left of a chunk packs badly, the less so the more documents there are to choose from.
+        """
+        length, size = self._config.row_length, CHUNK_ROWS
         pieces: list[Document] = []
-        while tokens < CHUNK_ROWS * length:
-            self._peek()
-            pieces += (document := self._queue.popleft()[0])
-            tokens += sum(len(piece.tokens) for piece in document)
-        packed = pack(pieces, length)
-        room = [length - sum(len(piece.tokens) for piece in row) for row in packed]
-        while (size := len((document := self._peek()[0])[-1].tokens)) <= max(room):
-            self._queue.popleft()
-            best = min((free, row) for row, free in enumerate(room) if free >= size)[1]
-            packed[best].append(document[-1])
-            room[best] -= size
-            packed += [[piece] for piece in document[:-1]]  # these fill a row each
-            room += [0] * len(document[:-1])
+        tokens = 0
+        while True:
+            while tokens < size * length:
+                self._peek()
+                pieces += (document := self._queue.popleft()[0])
+                tokens += sum(len(piece.tokens) for piece in document)
+            packed = pack(pieces, length)
+            room = [length - sum(len(piece.tokens) for piece in row) for row in packed]
+            while (last := len((document := self._peek()[0])[-1].tokens)) <= max(room):  # while the next one fits
+                self._queue.popleft()
+                pieces += document
+                tokens += sum(len(piece.tokens) for piece in document)
+                best = min((free, row) for row, free in enumerate(room) if free >= last)[1]
+                packed[best].append(document[-1])
+                room[best] -= last
+                packed += [[piece] for piece in document[:-1]]  # these fill a row each
+                room += [0] * len(document[:-1])
+            size *= 2
+            if tokens >= FULL * len(packed) * length or size > MOST_ROWS or size * length > MOST_TOKENS:
+                break
         order = np.random.default_rng([*self._seed, self._first]).permutation(len(packed))
         pad: Any = self._tokenizer.pad_token_id
         pad = self._tokenizer.eos_token_id if pad is None else pad
