@@ -138,8 +138,8 @@ def describe(run: Run, config: AdaptConfig, lost: Mapping[str, int]) -> dict[str
 
 def cut_documents(run: Run) -> dict[str, int]:
     """Documents that were cut at the end of a row, or left out because nothing of them fitted. All ranks together."""
-    starts = [shard["start"] for shard in merged(gather(run.feed.state()))["shards"].values()]
-    return {name: sum(start[name] for start in starts) for name in ("truncated", "skipped")}
+    lost = [shard["lost"] for shard in merged(gather(run.feed.state()))["shards"].values()]
+    return {name: sum(one[name] for one in lost) for name in ("truncated", "skipped")}
 
 
 def environment(device: torch.device) -> dict[str, Any]:

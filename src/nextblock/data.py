@@ -352,6 +352,7 @@ class RowStream:
         self.truncated = self.skipped = 0
         self._first = self._taken = 0  # number of the chunk's first row; its rows used so far
         self._chunk: Rows | None = None
+        self._lost = {"truncated": 0, "skipped": 0}
         self._fill()
         self._start = self._queue[0][1]  # position of the chunk's first document
 
@@ -370,8 +371,11 @@ class RowStream:
         return Rows.cat(parts)
 
     def state(self) -> dict[str, Any]:
-        """Small and JSON-serialisable: what `load_state` needs to give exactly the next rows."""
-        return {"start": self._start, "first": self._first, "taken": self._taken}
+        """Small and JSON-serialisable: what `load_state` needs to give exactly the next rows.
+
+        `lost` counts the documents that were `truncated` and `skipped` up to the end of the chunk.
+        """
+        return {"start": self._start, "first": self._first, "taken": self._taken, "lost": self._lost}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on where `state` was taken. UsageError if it belongs to other sources."""
@@ -393,6 +397,7 @@ class RowStream:
         self.truncated, self.skipped = start["truncated"], start["skipped"]
         self._queue.clear()
         self._start, self._first, self._taken, self._chunk = start, state["first"], state["taken"], None
+        self._lost = state["lost"]
 
     def _make_chunk(self) -> Rows:
         """Pack the next documents: a chunk of CHUNK_ROWS rows, or twice as many until the rows are full enough.
@@ -421,6 +426,7 @@ class RowStream:
             size *= 2
             if tokens >= FULL * len(packed) * length or size > MOST_ROWS or size * length > MOST_TOKENS:
                 break
+        self._lost = {name: self._peek()[1][name] for name in ("truncated", "skipped")}
         order = np.random.default_rng([*self._seed, self._first]).permutation(len(packed))
         pad: Any = self._tokenizer.pad_token_id
         pad = self._tokenizer.eos_token_id if pad is None else pad
