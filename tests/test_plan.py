@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from nextblock.attention_mask import block_diffusion_rule, to_dense
 from nextblock.cli import app
 from nextblock.config import AdaptConfig, DraftAdapterConfig, UsageError, load_config, stage_configs
 from nextblock.corruption import UNSCORED, corrupt
+from nextblock.launcher import check_sharding
 from nextblock.model import load_parent
 from nextblock.plan import (
     GIB,
@@ -198,6 +200,27 @@ def test_sharding_divides_what_lasts_and_ddp_adds_its_buckets(tmp_path):
     assert fsdp["activations"] < one["activations"]  # a quarter of the rows
 
 
+@pytest.mark.parametrize(("fsdp", "expected"), [(True, "fsdp2"), (False, "ddp")])
+def test_without_parallel_the_configuration_decides_whether_weights_are_shared_out(fsdp, expected, tmp_path):
+    config = config_of(LLAMA, tmp_path, training__fsdp=fsdp)
+    found = plan(config, device="l4", devices=4)
+    assert found == plan(config, device="l4", devices=4, parallel=expected)
+    assert found.parallel == expected
+    assert plan(config, device="l4").parallel is None
+
+
+@pytest.mark.parametrize(
+    "key", [{"lora": {"rank": 2}}, {"draft_adapter": {"rank": 2}}, {"optimizer__name": "adamw_8bit"}]
+)
+def test_fsdp_is_refused_in_the_words_of_a_run(key, tmp_path):
+    config = config_of(None, tmp_path, **key)
+    with pytest.raises(UsageError) as of_a_run:
+        check_sharding(config)
+    with pytest.raises(UsageError, match="^" + re.escape(str(of_a_run.value)) + "$"):
+        plan(config, device="l4", devices=4, parallel="fsdp2")
+    assert plan(config, device="l4", parallel="fsdp2").fits  # on one device there is nothing to share out
+
+
 def _buffers(kinds: dict[str, int], config: AdaptConfig) -> int:
     """What is held beside the parameters."""
     return kinds["weights"] - 4 * count_parameters(config, model_shape(config.model)).parent
@@ -208,6 +231,21 @@ def test_a_known_hub_id_needs_no_network_and_an_unknown_one_is_refused(tmp_path)
     assert model_shape(known.model).hidden_size == shape_values("qwen3-8b")["hidden_size"]
     with pytest.raises(UsageError, match="not on this machine and its shape is not among those known"):
         model_shape(config_of(None, tmp_path, model__path="someone/else").model)
+
+
+@pytest.mark.parametrize("section", ["lora", "draft_adapter"])
+def test_target_modules_that_match_nothing_are_called_by_their_section(section, tmp_path):
+    config = config_of(None, tmp_path, **{section: {"target_modules": ["nope"]}})
+    with pytest.raises(UsageError, match=rf"^{section}\.target_modules=\['nope'\] match nothing"):
+        plan(config, device="l4")
+
+
+def test_dropout_in_front_of_the_updates_takes_memory(tmp_path):
+    none, some = (
+        step_memory(config, model_shape(config.model), device="l4")
+        for config in (config_of(None, tmp_path, lora={"rank": 2, "dropout": share}) for share in (0.0, 0.1))
+    )
+    assert some["activations"] > none["activations"]
 
 
 @pytest.mark.parametrize(

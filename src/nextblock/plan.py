@@ -23,13 +23,21 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedConfig
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 from nextblock import schedules
-from nextblock.adapter import DraftAdapter
-from nextblock.config import AdaptConfig, DraftAdapterConfig, ModelConfig, UsageError, nearest, stage_configs
+from nextblock.adapter import DraftAdapter, target_names
+from nextblock.config import AdaptConfig, ModelConfig, UsageError, nearest, stage_configs
+from nextblock.launcher import check_sharding
 from nextblock.model import (
     Decoder,
     check_architecture,
@@ -173,7 +181,7 @@ def _sum(values: Iterable[float | None]) -> float | None:
 
 
 def plan(
-    config: AdaptConfig, *, device: str = "h100", devices: int = 1, parallel: str = "ddp", mfu: float = 0.4
+    config: AdaptConfig, *, device: str = "h100", devices: int = 1, parallel: str | None = None, mfu: float = 0.4
 ) -> Plan:
     """Say what a run without stages, or one stage of another, takes, at the largest block size.
 
@@ -181,10 +189,12 @@ def plan(
         config: checked configuration, without stages; of the model only its shape is read.
         device: a name in `DEVICES`; "cpu": a step with attention in parts, no time.
         devices: how many there are.
-        parallel: with more than one device: "ddp" copies everything, "fsdp2" shards weights, gradients and optimizer.
+        parallel: with more than one device: "ddp" copies everything, "fsdp2" shards weights, gradients and optimizer;
+            None: as `training.fsdp` says.
         mfu: share of the device's peak that useful FLOPs reach.
     Raises:
-        UsageError: unknown device, a batch that does not divide, or a model whose shape is not known.
+        UsageError: unknown device, a batch that does not divide, a model whose shape is not known, or what `adapt`
+            refuses on such devices.
         ValueError: a configuration with stages, which are for `plan_stages`.
     """
     if config.stages:
@@ -202,7 +212,12 @@ def plan(
         raise UsageError(
             f"data.row_length={config.data.row_length} is over the model's {longest} positions; use at most {longest}"
         )
+    if config.model.quantization and device == "cpu":
+        raise UsageError(f"model.quantization={config.model.quantization} needs a CUDA device; leave it out on cpu")
+    parallel = parallel or ("fsdp2" if config.training.fsdp else "ddp")
     sharding = devices if parallel == "fsdp2" else 1
+    if sharding > 1:
+        check_sharding(config)
     kinds = step_memory(config, shape, device=device, devices=devices, sharding=sharding)
     peak, room = sum(kinds.values()), DEVICES[device].memory_gib
     counts = count_parameters(config, shape)
@@ -239,7 +254,7 @@ def plan(
 
 
 def plan_stages(
-    config: AdaptConfig, *, device: str = "h100", devices: int = 1, parallel: str = "ddp", mfu: float = 0.4
+    config: AdaptConfig, *, device: str = "h100", devices: int = 1, parallel: str | None = None, mfu: float = 0.4
 ) -> StagedPlan:
     """Say what each stage of a run takes, and all of them. Arguments as of `plan`.
 
@@ -259,11 +274,11 @@ def plan_stages(
     return StagedPlan(tuple(found))
 
 
-def check_machine(device: str, parallel: str, mfu: float) -> None:
+def check_machine(device: str, parallel: str | None, mfu: float) -> None:
     """UsageError for an unknown device or way of sharing, or a share of the peak that is none."""
     if device not in DEVICES:
         raise UsageError(f"gpu '{device}' is unknown{nearest(device, list(DEVICES))}")
-    if parallel not in PARALLEL:
+    if parallel is not None and parallel not in PARALLEL:
         raise UsageError(f"parallel '{parallel}' is unknown{nearest(parallel, PARALLEL)}")
     if not 0 < mfu <= 1:
         raise UsageError(f"mfu={mfu} is a share of the peak; use more than 0 and at most 1")
@@ -480,18 +495,24 @@ def fake_decoder(
     elif device == "cpu" and attention == "sdpa" and not config.training.compile:
         attention = SPLIT
     model = _bare_model(shape, dtype, attention)
-    lora = config.lora
     if config.training.gradient_checkpointing:
         recompute_activations(model, preserve_rng_state=False)
-    low_rank = config.draft_adapter or lora
-    if low_rank is None:
+    adapter = low_rank_updates(config, model)
+    if adapter is None:
         return Decoder(model), model
-    options = DraftAdapterConfig(rank=low_rank.rank, alpha=low_rank.alpha, target_modules=low_rank.target_modules)
-    adapter = DraftAdapter(model, options)
-    if lora is None:
-        return Decoder(model, adapter), adapter
+    return (Decoder(model) if config.lora else Decoder(model, adapter)), adapter
+
+
+def low_rank_updates(config: AdaptConfig, model: PreTrainedModel) -> DraftAdapter | None:
+    """What `draft_adapter` or `lora` trains: LoRA's mask row is as large as the mask vector."""
+    if config.lora is None:
+        return None if config.draft_adapter is None else DraftAdapter(model, config.draft_adapter)
+    target_names(
+        model, config.lora.target_modules, section="lora"
+    )  # so that what matches nothing is called by its name
+    adapter = DraftAdapter(model, config.lora)
     adapter.gate = True  # for good: at every position, and when activations are computed again
-    return Decoder(model), adapter
+    return adapter
 
 
 def _bare_model(shape: PreTrainedConfig, dtype: torch.dtype, attention: str = "eager") -> Any:
@@ -632,11 +653,8 @@ def count_parameters(config: AdaptConfig, shape: PreTrainedConfig) -> Counts:
         linear = [m for m in model.modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
         counts.linear = sum(m.weight.numel() for m in linear)
         counts.trained = counts.parent
-        low_rank = config.draft_adapter or config.lora
-        if low_rank is not None:
-            adapter = DraftAdapter(
-                model, DraftAdapterConfig(rank=low_rank.rank, target_modules=low_rank.target_modules)
-            )
+        adapter = low_rank_updates(config, model)
+        if adapter is not None:
             counts.trained = sum(p.numel() for p in adapter.parameters())
             counts.low_rank = counts.trained - adapter.mask_vector.numel()
     counts.layers = shape.num_hidden_layers
