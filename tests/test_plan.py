@@ -166,6 +166,45 @@ def test_a_run_is_its_steps_each_at_its_own_block_size(tmp_path):
 # ------------------------------------------------------------------------------------------- the plan
 
 
+def test_8_bit_states_are_a_byte_a_value_and_a_scale_for_each_256_where_tensors_are_large(tmp_path):
+    whole, small = (config_of(LLAMA, tmp_path, optimizer__name=name) for name in ("adamw", "adamw_8bit"))
+    shape = model_shape(small.model)
+    plain, found = (step_memory(c, shape, device="l4") for c in (whole, small))
+    # Of 3 layers query and output [64, 64], key and value [32, 64], gate, up and down [192, 64]; embedding and head
+    # [512, 64]; 7 norms of 64. Keys and values have 2,048 values, so they stay in 32 bits as the norms do.
+    large = 3 * (2 * 64 * 64 + 3 * 192 * 64) + 2 * 512 * 64
+    below = 3 * 2 * 32 * 64 + 7 * 64
+    assert plain["optimizer"] == 2 * 4 * (large + below)
+    assert found["optimizer"] == 2 * (large + 4 * large // 256 + 4 * below)
+    assert {**found, "optimizer": 0} == {**plain, "optimizer": 0}
+
+
+QLORA = {"model__path": "Qwen/Qwen3-8B-Base", "model__tokenizer": None, "model__dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize("section", ["lora", "draft_adapter"])
+def test_a_4_bit_parent_is_half_a_byte_a_value_and_a_scale_for_each_64(section, tmp_path):
+    overrides = {**QLORA, section: {"rank": 2, "target_modules": ["q_proj"]}, "training__micro_batch_rows": 1}
+    whole, small = (config_of(None, tmp_path, **overrides, model__quantization=q) for q in (None, "4bit"))
+    shape = model_shape(small.model)
+    plain, found = (step_memory(c, shape, device="h100") for c in (whole, small))
+    # Qwen3-8B: 36 layers; query and output [4096, 4096], key and value [1024, 4096], gate, up and down [12288, 4096].
+    linear = 36 * 4096 * (2 * 4096 + 2 * 1024 + 3 * 12288)
+    assert plain["weights"] - found["weights"] == 2 * linear - linear // 2 - 4 * linear // 64
+    assert 0.33 < found["weights"] / plain["weights"] < 0.45
+    copies = {kind: found.get(kind, 0) - plain.get(kind, 0) for kind in ("activations", "backward")}
+    assert 0 <= sum(copies.values()) <= 2 * 12288 * 4096 * 2  # of one matrix, not of all
+    assert step_flops(small, shape, count_parameters(small, shape), 16) == step_flops(
+        whole, shape, count_parameters(whole, shape), 16
+    )
+
+
+def test_a_4_bit_parent_is_refused_on_a_cpu_as_a_run_refuses_it(tmp_path):
+    config = config_of(None, tmp_path, lora={}, model__quantization="4bit")
+    with pytest.raises(UsageError, match=r"^model\.quantization=4bit needs a CUDA device; leave it out on cpu"):
+        plan(config, device="cpu")
+
+
 def test_an_adapters_share_is_its_real_size(tmp_path):
     config = config_of(None, tmp_path, draft_adapter={"rank": 8})
     decoder = load_parent(config.model, "cpu")

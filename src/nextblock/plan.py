@@ -413,6 +413,7 @@ def step_memory(
     live = Live(transient)
     with FakeTensorMode(allow_non_fake_inputs=True), live:
         decoder, trained = fake_decoder(config, shape, device, dtype)
+        live.most = 0  # what only loading takes is over
         for parameter in trained.parameters():
             parameter.register_post_accumulate_grad_hook(lambda p: live.book(cast(Tensor, p.grad), "gradients"))
         cast_to = torch.autocast("cpu", torch.bfloat16) if autocast and sharding == 1 else nullcontext()
@@ -425,7 +426,7 @@ def step_memory(
         live.phase = "backward"
         loss.backward()
         del loss, kept
-        states = 2 * _bytes(trained.parameters())
+        states = _optimizer_bytes(config, trained.parameters())
         gradients = _bytes(trained.parameters())
         held = _bytes(decoder.model.parameters()) + (_bytes(trained.parameters()) if decoder.adapter else 0)
     kinds = dict(live.peak)
@@ -495,6 +496,9 @@ def fake_decoder(
     elif device == "cpu" and attention == "sdpa" and not config.training.compile:
         attention = SPLIT
     model = _bare_model(shape, dtype, attention)
+    if config.model.quantization:
+        for name in target_names(model, "all-linear"):  # as transformers does: all but the head
+            model.set_submodule(name, _FourBitLinear(model.get_submodule(name)))
     if config.training.gradient_checkpointing:
         recompute_activations(model, preserve_rng_state=False)
     adapter = low_rank_updates(config, model)
@@ -580,12 +584,56 @@ def _sparse_attention(
     return _SparseAttention.apply(query, key, value).transpose(1, 2).contiguous(), None  # type: ignore[union-attr]
 
 
+class _FourBitProduct(torch.autograd.Function):
+    """bitsandbytes' product with a 4-bit matrix: forward and backward, a whole copy of it lives meanwhile."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, outputs: int) -> Tensor:
+        """[..., in] -> [..., out]."""
+        ctx.like, ctx.outputs = x.shape, outputs
+        _copy = x.new_empty(outputs, x.shape[-1])
+        return x.new_empty(*x.shape[:-1], outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
+        """[..., out] -> [..., in]."""
+        _copy = upstream[0].new_empty(ctx.outputs, ctx.like[-1])
+        return upstream[0].new_empty(ctx.like), None
+
+
+class _FourBitLinear(nn.Linear):
+    """A frozen layer as bitsandbytes holds it in nf4: two values a byte, a float32 scale for each 64 values."""
+
+    def __init__(self, of: nn.Module) -> None:
+        weight, bias = cast(Tensor, of.weight), cast(Tensor | None, of.bias)
+        sizes = weight.shape if isinstance(of, Conv1D) else weight.shape[::-1]
+        with torch.device("meta"):
+            super().__init__(*sizes, bias=False)
+        self.compute = weight.dtype
+        self.weight = nn.Parameter(torch.empty(-(-weight.numel() // 2), dtype=torch.uint8), requires_grad=False)
+        self.scale = nn.Parameter(torch.empty(-(-weight.numel() // 64)), requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., in] -> [..., out] in the dtype of the input."""
+        out = cast(Tensor, _FourBitProduct.apply(input.to(self.compute), self.out_features)).to(input.dtype)
+        return out if self.bias is None else out + self.bias
+
+
 _SPARSE = "nextblock_plan"
 AttentionInterface.register(_SPARSE, _sparse_attention)
 
 
 def _bytes(parameters: Iterator[nn.Parameter]) -> int:
     return sum(p.numel() * p.element_size() for p in parameters)
+
+
+def _optimizer_bytes(config: AdaptConfig, parameters: Iterator[nn.Parameter]) -> int:
+    """AdamW's two states; in 8 bits a byte a value and a float32 scale for each 256, in tensors of 4,096 or more."""
+    if config.optimizer.name == "adamw":
+        return 2 * _bytes(parameters)
+    sizes = [p.numel() for p in parameters]
+    return 2 * sum(4 * size if size < 4096 else size + 4 * -(-size // 256) for size in sizes)
 
 
 def _gathered_bytes(decoder: Decoder) -> tuple[int, int]:
