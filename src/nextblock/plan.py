@@ -36,8 +36,9 @@ from transformers.pytorch_utils import Conv1D
 
 from nextblock import schedules
 from nextblock.adapter import DraftAdapter, target_names
-from nextblock.config import AdaptConfig, ModelConfig, UsageError, nearest, stage_configs
+from nextblock.config import AdaptConfig, Context, ModelConfig, UsageError, nearest, stage_configs
 from nextblock.launcher import check_sharding
+from nextblock.lora import TiedHead
 from nextblock.model import (
     Decoder,
     check_architecture,
@@ -47,7 +48,7 @@ from nextblock.model import (
     resolve,
     scratch_config,
 )
-from nextblock.objective import chunk_rows, cross_entropy_sum
+from nextblock.objective import chunk_rows, cross_entropy_sum, soft_cross_entropy_sums
 from nextblock.shapes import DEVICES, HUB_IDS, shape_values
 from nextblock.sources import one_line
 from nextblock.split_attention import PIECE, SPLIT, TILE, Piece, SplitMask, Tiles
@@ -212,6 +213,8 @@ def plan(
         raise UsageError(
             f"data.row_length={config.data.row_length} is over the model's {longest} positions; use at most {longest}"
         )
+    if config.model.attention == "flex_attention" and device == "cpu":
+        raise UsageError("model.attention=flex_attention has no backward pass on CPU; use sdpa, or auto")
     if config.model.quantization and device == "cpu":
         raise UsageError(f"model.quantization={config.model.quantization} needs a CUDA device; leave it out on cpu")
     parallel = parallel or ("fsdp2" if config.training.fsdp else "ddp")
@@ -335,14 +338,21 @@ def noised_tokens(config: AdaptConfig, block_size: int, row_length: int) -> int:
 
     With t ~ Uniform[0, 1] none of m maskable tokens is masked with probability 1 / (m + 1).
     """
-    maskable = block_size - (config.recipe.prediction == "shifted")
-    return round(config.recipe.views * row_length * maskable / (maskable + 1))
+    recipe = config.recipe
+    maskable = block_size - (recipe.prediction == "shifted")
+    share = maskable / (maskable + 1)
+    if maskable:  # of a block that is masked whole, a complementary view masks nothing
+        whole = 0.5 if recipe.complementary else 1.0
+        share += recipe.full_mask_share * (whole - share)
+    return round(recipe.views * row_length * share)
 
 
 def scored_tokens(config: AdaptConfig, block_size: int, row_length: int) -> int:
-    """Expected masked tokens, all views together: half of those that can be."""
-    maskable = block_size - (config.recipe.prediction == "shifted")
-    return round(config.recipe.views * row_length * maskable / block_size / 2)
+    """Expected masked tokens, all views together: half of those that can be, but for blocks that are masked whole."""
+    recipe = config.recipe
+    maskable = block_size - (recipe.prediction == "shifted")
+    share = 0.5 if recipe.complementary else 0.5 + recipe.full_mask_share / 2
+    return round(recipe.views * row_length * maskable / block_size * share)
 
 
 # ---------------------------------------------------------------------------------------------- memory
@@ -455,7 +465,7 @@ def _fake_losses(
     """
     count = noised_tokens(config, config.growth.b_max, length)
     scored = rows * scored_tokens(config, config.growth.b_max, length)
-    drafting = config.draft_adapter is not None
+    recipe, drafting = config.recipe, config.draft_adapter is not None
 
     def hidden(tokens: int, keys: int, cache: Any = None, gate: bool = False) -> Tensor:
         live.phase = "mask"
@@ -464,34 +474,41 @@ def _fake_losses(
         ids = torch.zeros(rows, tokens, dtype=torch.int64)
         return decoder.hidden(ids, torch.zeros_like(ids), mask, cache, gate)
 
-    def head(states: Tensor, first: int, targets: int) -> list[Tensor]:
+    def head(states: Tensor, first: int, targets: int, teacher: Tensor | None = None) -> list[Tensor]:
         live.phase = "head"
         chunk = chunk_rows(decoder, device)
         some = min(targets, 2 * chunk)  # further chunks take no more
         flat = states[:, first:].reshape(-1, states.shape[-1])
         chosen, wanted = flat[torch.zeros(some, dtype=torch.int64)], torch.zeros(some, dtype=torch.int64)
-        rest = torch.zeros(2, targets - some, states.shape[-1], dtype=states.dtype)  # other states and gradients
-        return [cross_entropy_sum(decoder, chosen, wanted, rows=chunk), rest]
+        # Other states and gradients, and other states of the teacher.
+        rest = torch.zeros(2 if teacher is None else 3, targets - some, states.shape[-1], dtype=states.dtype)
+        if teacher is None:
+            return [cross_entropy_sum(decoder, chosen, wanted, rows=chunk), rest]
+        taught = teacher.reshape(-1, teacher.shape[-1])[wanted]
+        sums = soft_cross_entropy_sums(decoder, chosen, wanted, taught, wanted == 0, rows=chunk // 2)
+        return [sums.sum(), rest]
 
     if drafting:
         cache = DynamicCache()
         with torch.no_grad():
-            hidden(length, length, cache)
-        return head(hidden(count, length + count, cache, gate=True), 0, scored)
+            parent = hidden(length, length, cache)
+        states = hidden(count, length + count, cache, gate=True)
+        return head(states, 0, scored, parent if recipe.soft_weight else None)
     states = hidden(count + length, count + length)
-    diffusion = head(states, 0, scored) if scored else [torch.zeros(())]
-    if config.recipe.ar_weight == 0:
+    teacher = states[:, count:] if recipe.soft_weight else None
+    diffusion = head(states, 0, scored, teacher) if scored else [torch.zeros(())]
+    if not recipe.ar_weight and not recipe.ar_weight_final:
         return diffusion
     ar = head(states, count, rows * (length - 1))
-    return [diffusion[0] + config.recipe.ar_weight * ar[0], *diffusion[1:], *ar[1:]]
+    return [diffusion[0] + ar[0], *diffusion[1:], *ar[1:]]
 
 
 def fake_decoder(
     config: AdaptConfig, shape: PreTrainedConfig, device: str, dtype: torch.dtype
 ) -> tuple[Decoder, nn.Module]:
     """The model in fake tensors, and what of it is trained."""
-    attention = choose_attention(shape, config.model.attention, torch.device("cpu"))
-    if device != "cpu" and config.model.attention != "sdpa" and attention != "eager":
+    attention = choose_attention(shape, config.model.attention, torch.device("cpu" if device == "cpu" else "cuda"))
+    if attention == "flex_attention":
         attention = _SPARSE
     elif device == "cpu" and attention == "sdpa" and not config.training.compile:
         attention = SPLIT
@@ -516,6 +533,10 @@ def low_rank_updates(config: AdaptConfig, model: PreTrainedModel) -> DraftAdapte
     )  # so that what matches nothing is called by its name
     adapter = DraftAdapter(model, config.lora)
     adapter.gate = True  # for good: at every position, and when activations are computed again
+    embedding, head = cast(nn.Embedding, model.get_input_embeddings()), cast(nn.Linear, model.get_output_embeddings())
+    if config.masks and head.weight is embedding.weight:
+        embedding.mask_row = adapter.mask_vector
+        model.set_output_embeddings(TiedHead(head, embedding, 0))
     return adapter
 
 
@@ -726,20 +747,35 @@ def step_flops(config: AdaptConfig, shape: PreTrainedConfig, counts: Counts, blo
     def half(tokens: int, pairs: float, weight_passes: int, attention_passes: int, extra: int) -> float:
         return rows * (tokens * (2 * counts.linear * weight_passes + extra) + pairs * pair * attention_passes)
 
-    clean_pairs, noised_pairs = attention_pairs(noised, length, block_size)
+    clean_pairs, noised_pairs = attention_pairs(noised, length, block_size, config.recipe.context)
     drafting = kind == "draft adapter"
     clean = half(length, clean_pairs, 1 if drafting else passes, 1 if drafting else 3, 0 if drafting else updates)
     noisy = half(noised, noised_pairs, passes, 3, updates)
-    ar = 0 if drafting or not config.recipe.ar_weight else length - 1
-    targets = rows * (scored_tokens(config, block_size, length) + ar)
-    head = targets * 2 * shape.vocab_size * shape.hidden_size * passes
-    forward = half(noised, noised_pairs, 1, 1, 0) + (0 if drafting else half(length, clean_pairs, 1, 1, 0))
-    return Flops(clean, noisy, head, forward if config.training.gradient_checkpointing else 0.0)
+    logits = rows * 2 * shape.vocab_size * shape.hidden_size
+    scored = scored_tokens(config, block_size, length) * logits
+    ar = 0 if drafting or not scores_ar(config, block_size) else (length - 1) * logits
+    taught = scored if config.recipe.soft_weight else 0  # the teacher's logits
+    head = (scored + ar) * passes + taught
+    recomputed = 0.0  # chunks of what does not get its gradient along with the loss
+    if taught or (kind == "lora" and shape.tie_word_embeddings):
+        recomputed = scored + taught + (ar if kind == "lora" and shape.tie_word_embeddings else 0)
+    if config.training.gradient_checkpointing:
+        recomputed += half(noised, noised_pairs, 1, 1, updates // 3) + half(length, clean_pairs, 1, 1, updates // 3)
+    return Flops(clean, noisy, head, recomputed)
 
 
-def attention_pairs(noised: int, length: int, block_size: int) -> tuple[float, float]:
+def scores_ar(config: AdaptConfig, block_size: int) -> bool:
+    """Whether the AR loss counts at a block size of the run: lambda may begin or end at 0."""
+    changes = schedules.growth_steps(config.growth, config.training.steps)
+    return schedules.ar_weight(next(step for step, size in changes if size == block_size), config) > 0
+
+
+def attention_pairs(
+    noised: int, length: int, block_size: int, context: Context = "context_causal"
+) -> tuple[float, float]:
     """Pairs (query, key) that the mask of one row allows: of clean queries, and of noised ones on average."""
-    return length * (length + 1) / 2, noised * ((length - block_size) / 2 + block_size)
+    seen = block_size if context == "block_causal" else 1
+    return length * (length + seen) / 2, noised * ((length - block_size) / 2 + block_size)
 
 
 def run_flops(config: AdaptConfig, shape: PreTrainedConfig, counts: Counts) -> float:
