@@ -756,9 +756,9 @@ def step_flops(config: AdaptConfig, shape: PreTrainedConfig, counts: Counts, blo
     ar = 0 if drafting or not scores_ar(config, block_size) else (length - 1) * logits
     taught = scored if config.recipe.soft_weight else 0  # the teacher's logits
     head = (scored + ar) * passes + taught
-    recomputed = 0.0  # chunks of what does not get its gradient along with the loss
-    if taught or (kind == "lora" and shape.tie_word_embeddings):
-        recomputed = scored + taught + (ar if kind == "lora" and shape.tie_word_embeddings else 0)
+    tied = kind == "lora" and config.masks and getattr(shape, "tie_word_embeddings", False)
+    # The head, where its gradient is not computed along with the loss.
+    recomputed = float((scored + taught if taught or tied else 0) + (ar if tied else 0))
     if config.training.gradient_checkpointing:
         recomputed += half(noised, noised_pairs, 1, 1, updates // 3) + half(length, clean_pairs, 1, 1, updates // 3)
     return Flops(clean, noisy, head, recomputed)
