@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from nextblock.attention_mask import block_diffusion_rule, to_dense
 from nextblock.cli import app
 from nextblock.config import AdaptConfig, DraftAdapterConfig, UsageError, load_config, stage_configs
 from nextblock.corruption import UNSCORED, corrupt
+from nextblock.launcher import check_sharding
 from nextblock.model import load_parent
 from nextblock.plan import (
     GIB,
@@ -92,6 +94,7 @@ CASES = [(name, {}) for name in SHAPES] + [
     ("many layers", {"training__gradient_checkpointing": True}),
     ("many layers", {"training__micro_batch_rows": 1}),
     ("a large vocabulary", {"recipe__views": 2, "recipe__complementary": True}),
+    ("a large vocabulary", {"recipe__soft_weight": 0.5}),
     ("wide, of another family", {"growth__b_0": 1, "growth__b_max": 1}),
 ]
 
@@ -109,10 +112,28 @@ def test_planned_memory_of_a_draft_adapter_is_within_15_per_cent_of_the_measured
     assert planned == pytest.approx(measured_peak(config), rel=0.15)
 
 
+def test_planned_memory_of_lora_under_a_tied_head_is_within_15_per_cent_of_the_measured_peak(tmp_path):
+    parent = load_parent(config_of(SHAPES["a large vocabulary"], tmp_path).model, "cpu").model
+    parent.save_pretrained(tmp_path / "parent")
+    config = config_of(None, tmp_path, lora={"rank": 8}, model__path=str(tmp_path / "parent"))
+    planned = sum(step_memory(config, model_shape(config.model), device="cpu").values())
+    assert planned == pytest.approx(measured_peak(config), rel=0.15)
+
+
 # ------------------------------------------------------------------------------------ tokens and FLOPs
 
 
-@pytest.mark.parametrize("recipe", [{}, {"views": 2, "complementary": True}, {"prediction": "aligned"}])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {},
+        {"views": 2, "complementary": True},
+        {"prediction": "aligned"},
+        {"full_mask_share": 0.6},
+        {"views": 2, "complementary": True, "full_mask_share": 0.6},
+        {"context": "block_causal"},
+    ],
+)
 def test_expected_noised_tokens_and_pairs_are_those_of_real_views(recipe, tmp_path):
     overrides = {f"recipe__{key}": value for key, value in recipe.items()}
     config = config_of(LLAMA, tmp_path, recipe__fill_last_block=False, **overrides)
@@ -123,8 +144,8 @@ def test_expected_noised_tokens_and_pairs_are_those_of_real_views(recipe, tmp_pa
     assert float(real.sum()) / 200 == pytest.approx(expected, rel=0.02)
     scored = (view.target[:, : view.noised_length] != UNSCORED).sum()
     assert float(scored) / 200 == pytest.approx(scored_tokens(config, 16, 256), rel=0.03)
-    mask = to_dense(block_diffusion_rule(), view.places)[:, 0]
-    clean, noised = attention_pairs(expected, 256, 16)
+    mask = to_dense(block_diffusion_rule(config.recipe.context), view.places)[:, 0]
+    clean, noised = attention_pairs(expected, 256, 16, config.recipe.context)
     assert float(mask[:, view.noised_length :].sum()) / 200 == clean
     assert float((mask & real.unsqueeze(-1)).sum()) / 200 == pytest.approx(noised, rel=0.03)
 
@@ -153,6 +174,55 @@ def test_full_training_is_three_forward_passes_and_a_drafts_clean_half_is_one(tm
     )
 
 
+def test_soft_targets_take_the_teachers_logits_and_those_of_both_again(tmp_path):
+    plain, soft = config_of(LLAMA, tmp_path), config_of(LLAMA, tmp_path, recipe__soft_weight=0.5)
+    shape = model_shape(plain.model)
+    ours, theirs = (step_flops(c, shape, count_parameters(c, shape), 16) for c in (soft, plain))
+    logits = 4 * 120 * 2 * 512 * 64  # 4 rows, of 256 tokens 15 in 16 can be masked and half are
+    assert (ours.clean, ours.noised) == (theirs.clean, theirs.noised)
+    assert ours.head - theirs.head == logits
+    assert ours.recomputed == 2 * logits
+
+
+@pytest.mark.parametrize(
+    ("recipe", "unscored"),
+    [
+        ({}, []),
+        ({"ar_weight": 0.0}, [1, 4, 16]),
+        ({"ar_weight_final": 0.0}, [16]),
+        ({"ar_weight": 0.0, "ar_weight_final": 0.5}, [1]),
+    ],
+)
+def test_the_ar_loss_is_counted_while_its_weight_is_above_0(recipe, unscored, tmp_path):
+    growth = {"growth__b_0": 1, "growth__delta": 3, "growth__r": 4, "training__steps": 10}
+    config = config_of(LLAMA, tmp_path, **growth, **{f"recipe__{key}": value for key, value in recipe.items()})
+    shape = model_shape(config.model)
+    counts = count_parameters(config, shape)
+    for size in (1, 4, 16):
+        diffusion = scored_tokens(config, size, 256)
+        targets = diffusion + (0 if size in unscored else 255)
+        assert step_flops(config, shape, counts, size).head == 3 * 2 * 4 * targets * 512 * 64
+    never = recipe.get("ar_weight", 0.5) == recipe.get("ar_weight_final", 0.0) == 0
+    parts = [step_memory(c, shape, device="l4")["head"] for c in (config, config_of(LLAMA, tmp_path))]
+    assert (parts[0] < parts[1]) == never
+
+
+def test_lora_computes_a_tied_heads_logits_and_its_own_updates_twice(tmp_path):
+    tied = {**LLAMA, "tie_word_embeddings": True}
+    shape = model_shape(config_of(tied, tmp_path).model)
+    once, twice = (
+        config_of(None, tmp_path, lora={"rank": 2}, training__gradient_checkpointing=again) for again in (False, True)
+    )
+    counts = count_parameters(once, shape)
+    found, again = (step_flops(c, shape, counts, 16) for c in (once, twice))
+    assert found.recomputed == found.head / 2  # a frozen head: logits, and the gradient of what enters it
+    tokens = 4 * (256 + noised_tokens(once, 16, 256))
+    updates = 2 * tokens * counts.low_rank
+    forward = config_of(tied, tmp_path, training__gradient_checkpointing=True)
+    layers = step_flops(forward, shape, count_parameters(forward, shape), 16).recomputed
+    assert again.recomputed == found.recomputed + layers + updates
+
+
 def test_a_run_is_its_steps_each_at_its_own_block_size(tmp_path):
     config = config_of(LLAMA, tmp_path, growth__b_0=1, growth__delta=3, growth__r=4, training__steps=10)
     shape = model_shape(config.model)
@@ -162,6 +232,65 @@ def test_a_run_is_its_steps_each_at_its_own_block_size(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------- the plan
+
+
+GEMMA = {**LLAMA, "model_type": "gemma2", "head_dim": 16}  # with soft-capped scores
+
+
+@pytest.mark.parametrize(
+    ("shape", "overrides", "device", "dense"),
+    [
+        (GEMMA, {}, "l4", False),
+        (LLAMA, {}, "l4", False),
+        (LLAMA, {"model__attention": "sdpa"}, "l4", True),
+        (LLAMA, {"training__compile": True}, "cpu", True),
+        (LLAMA, {"training__compile": True}, "l4", False),
+    ],
+)
+def test_masks_are_dense_where_a_run_has_dense_ones(shape, overrides, device, dense, tmp_path):
+    config = config_of(shape, tmp_path, **overrides)
+    found = step_memory(config, model_shape(config.model), device=device)["mask"]
+    size = 4 * 4 * (240 + 256) ** 2  # 4 rows in float32, of 256 tokens and as many noised but for a block in 16
+    assert (found == size) if dense else (found < size / 100)
+
+
+def test_8_bit_states_are_a_byte_a_value_and_a_scale_for_each_256_where_tensors_are_large(tmp_path):
+    whole, small = (config_of(LLAMA, tmp_path, optimizer__name=name) for name in ("adamw", "adamw_8bit"))
+    shape = model_shape(small.model)
+    plain, found = (step_memory(c, shape, device="l4") for c in (whole, small))
+    # Of 3 layers query and output [64, 64], key and value [32, 64], gate, up and down [192, 64]; embedding and head
+    # [512, 64]; 7 norms of 64. Keys and values have 2,048 values, so they stay in 32 bits as the norms do.
+    large = 3 * (2 * 64 * 64 + 3 * 192 * 64) + 2 * 512 * 64
+    below = 3 * 2 * 32 * 64 + 7 * 64
+    assert plain["optimizer"] == 2 * 4 * (large + below)
+    assert found["optimizer"] == 2 * (large + 4 * large // 256 + 4 * below)
+    assert {**found, "optimizer": 0} == {**plain, "optimizer": 0}
+
+
+QLORA = {"model__path": "Qwen/Qwen3-8B-Base", "model__tokenizer": None, "model__dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize("section", ["lora", "draft_adapter"])
+def test_a_4_bit_parent_is_half_a_byte_a_value_and_a_scale_for_each_64(section, tmp_path):
+    overrides = {**QLORA, section: {"rank": 2, "target_modules": ["q_proj"]}, "training__micro_batch_rows": 1}
+    whole, small = (config_of(None, tmp_path, **overrides, model__quantization=q) for q in (None, "4bit"))
+    shape = model_shape(small.model)
+    plain, found = (step_memory(c, shape, device="h100") for c in (whole, small))
+    # Qwen3-8B: 36 layers; query and output [4096, 4096], key and value [1024, 4096], gate, up and down [12288, 4096].
+    linear = 36 * 4096 * (2 * 4096 + 2 * 1024 + 3 * 12288)
+    assert plain["weights"] - found["weights"] == 2 * linear - linear // 2 - 4 * linear // 64
+    assert 0.33 < found["weights"] / plain["weights"] < 0.45
+    copies = {kind: found.get(kind, 0) - plain.get(kind, 0) for kind in ("activations", "backward")}
+    assert 0 <= sum(copies.values()) <= 2 * 12288 * 4096 * 2  # of one matrix, not of all
+    assert step_flops(small, shape, count_parameters(small, shape), 16) == step_flops(
+        whole, shape, count_parameters(whole, shape), 16
+    )
+
+
+def test_a_4_bit_parent_is_refused_on_a_cpu_as_a_run_refuses_it(tmp_path):
+    config = config_of(None, tmp_path, lora={}, model__quantization="4bit")
+    with pytest.raises(UsageError, match=r"^model\.quantization=4bit needs a CUDA device; leave it out on cpu"):
+        plan(config, device="cpu")
 
 
 def test_an_adapters_share_is_its_real_size(tmp_path):
@@ -198,9 +327,42 @@ def test_sharding_divides_what_lasts_and_ddp_adds_its_buckets(tmp_path):
     assert fsdp["activations"] < one["activations"]  # a quarter of the rows
 
 
+@pytest.mark.parametrize(("fsdp", "expected"), [(True, "fsdp2"), (False, "ddp")])
+def test_without_parallel_the_configuration_decides_whether_weights_are_shared_out(fsdp, expected, tmp_path):
+    config = config_of(LLAMA, tmp_path, training__fsdp=fsdp)
+    found = plan(config, device="l4", devices=4)
+    assert found == plan(config, device="l4", devices=4, parallel=expected)
+    assert found.parallel == expected
+    assert plan(config, device="l4").parallel is None
+
+
+@pytest.mark.parametrize(
+    "key", [{"lora": {"rank": 2}}, {"draft_adapter": {"rank": 2}}, {"optimizer__name": "adamw_8bit"}]
+)
+def test_fsdp_is_refused_in_the_words_of_a_run(key, tmp_path):
+    config = config_of(None, tmp_path, **key)
+    with pytest.raises(UsageError) as of_a_run:
+        check_sharding(config)
+    with pytest.raises(UsageError, match="^" + re.escape(str(of_a_run.value)) + "$"):
+        plan(config, device="l4", devices=4, parallel="fsdp2")
+    assert plan(config, device="l4", parallel="fsdp2").fits  # on one device there is nothing to share out
+
+
 def _buffers(kinds: dict[str, int], config: AdaptConfig) -> int:
     """What is held beside the parameters."""
     return kinds["weights"] - 4 * count_parameters(config, model_shape(config.model)).parent
+
+
+def test_overridden_values_of_a_shape_are_planned(tmp_path):
+    values = {"num_hidden_layers": 5, "max_position_embeddings": 512}
+    overridden = config_of(LLAMA, tmp_path, model__override=values)
+    found = plan(overridden, device="l4")
+    assert found == plan(config_of({**LLAMA, **values}, tmp_path), device="l4")
+    assert found.largest_row == 512
+    layer = 2 * 64 * 64 + 2 * 32 * 64 + 3 * 192 * 64 + 2 * 64
+    assert found.parameters == 5 * layer + 2 * 512 * 64 + 64
+    with pytest.raises(UsageError, match=r"^model\.override\.num_hiden_layers: .*did you mean 'num_hidden_layers'"):
+        plan(config_of(LLAMA, tmp_path, model__override={"num_hiden_layers": 5}), device="l4")
 
 
 def test_a_known_hub_id_needs_no_network_and_an_unknown_one_is_refused(tmp_path):
@@ -210,12 +372,28 @@ def test_a_known_hub_id_needs_no_network_and_an_unknown_one_is_refused(tmp_path)
         model_shape(config_of(None, tmp_path, model__path="someone/else").model)
 
 
+@pytest.mark.parametrize("section", ["lora", "draft_adapter"])
+def test_target_modules_that_match_nothing_are_called_by_their_section(section, tmp_path):
+    config = config_of(None, tmp_path, **{section: {"target_modules": ["nope"]}})
+    with pytest.raises(UsageError, match=rf"^{section}\.target_modules=\['nope'\] match nothing"):
+        plan(config, device="l4")
+
+
+def test_dropout_in_front_of_the_updates_takes_memory(tmp_path):
+    none, some = (
+        step_memory(config, model_shape(config.model), device="l4")
+        for config in (config_of(None, tmp_path, lora={"rank": 2, "dropout": share}) for share in (0.0, 0.1))
+    )
+    assert some["activations"] > none["activations"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--gpu", "h10"], "did you mean 'h100'"),
         (["--parallel", "fsdp"], "did you mean 'fsdp2'"),
         (["--gpus", "3"], "training.batch_rows=4 does not divide over 3 devices; use 3"),
+        (["--gpu", "cpu", "--model.attention", "flex_attention"], "has no backward pass on CPU; use sdpa"),
         (["--mfu", "40"], "mfu=40.0 is a share of the peak"),
         (["--data.row_length", "4096"], "data.row_length=4096 is over the model's 2048 positions"),
     ],

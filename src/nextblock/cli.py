@@ -586,8 +586,9 @@ def plan(
     ] = "h100",
     gpus: Annotated[int, typer.Option(help="how many of them")] = 1,
     parallel: Annotated[
-        str, typer.Option(help="ddp: copies; fsdp2: sharded weights, gradients and optimizer")
-    ] = "ddp",
+        str | None,
+        typer.Option(help="ddp: copies; fsdp2: sharded weights, gradients and optimizer; default: as training.fsdp"),
+    ] = None,
     mfu: Annotated[float, typer.Option(help="share of the GPU's peak that useful FLOPs reach, for the time")] = 0.4,
     json_: Annotated[bool, typer.Option("--json", help="print JSON instead of the table")] = False,
 ) -> None:

@@ -55,6 +55,14 @@ def check_launcher(config: AdaptConfig) -> None:
         raise UsageError(f"the launcher has set {name}={value}, which a run of nextblock does not follow; {cure}")
 
 
+def check_sharding(config: AdaptConfig) -> None:
+    """UsageError for what FSDP2 does not share out."""
+    if config.lora is not None or config.draft_adapter is not None:
+        raise UsageError("FSDP has no use for lora or a draft adapter, whose weights are small; start without it")
+    if config.optimizer.name == "adamw_8bit":
+        raise UsageError("optimizer.name=adamw_8bit cannot share out its states; use adamw, or start without FSDP")
+
+
 def fsdp_of_launcher() -> bool:
     """Whether `accelerate launch --use_fsdp`, or a configuration of accelerate with FSDP, has started this process."""
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
@@ -72,10 +80,7 @@ def make_accelerator(config: AdaptConfig) -> Accelerator:
     if join().num_processes == 1:
         os.environ.pop("ACCELERATE_USE_FSDP", None)  # nothing to share out
     elif config.training.fsdp or fsdp_of_launcher():
-        if config.lora is not None or config.draft_adapter is not None:
-            raise UsageError("FSDP has no use for lora or a draft adapter, whose weights are small; start without it")
-        if config.optimizer.name == "adamw_8bit":
-            raise UsageError("optimizer.name=adamw_8bit cannot share out its states; use adamw, or start without FSDP")
+        check_sharding(config)
         policy = None
         if config.training.mixed_precision == "bf16":
             # accelerate's own would also round the sums of losses, and so every gradient, to 8 bits.

@@ -109,6 +109,8 @@ def soft_cross_entropy_sums(
     teacher: Tensor,
     taught: Tensor,
     weight: Tensor | None = None,
+    *,
+    rows: int | None = None,
 ) -> Tensor:
     """Cross-entropy and KL(p_teacher || p_student), both summed: [2], in float32 or wider.
 
@@ -120,6 +122,7 @@ def soft_cross_entropy_sums(
         teacher: [S, D], hidden states whose prediction is the soft target; no gradient goes through them.
         taught: bool [S]; where False the token has no teacher and its KL counts as 0.
         weight: float32 [S], what each token counts in both sums; None: 1.
+        rows: how many go through the head at a time; None: half of `chunk_rows`.
     """
 
     def chunk_sums(chunk: Tensor, wanted: Tensor, teaching: Tensor, has: Tensor, *counts: Tensor) -> Tensor:
@@ -130,7 +133,7 @@ def soft_cross_entropy_sums(
         divergence = functional.kl_div(student, soft, reduction="none", log_target=True).sum(-1)
         return torch.stack([_weighted_sum(hard, *counts), _weighted_sum(divergence.masked_fill(~has, 0), *counts)])
 
-    size = chunk_rows(decoder) // 2  # student's and teacher's logits are alive together
+    size = rows or chunk_rows(decoder) // 2  # student's and teacher's logits are alive together
     counts = () if weight is None else (weight,)
     return _in_chunks(chunk_sums, size, hidden, target, teacher.detach(), taught, *counts)
 
@@ -149,7 +152,8 @@ def _in_chunks(chunk_sum: Callable[..., Tensor], size: int, *parts: Tensor) -> T
     if len(parts[0]) <= size:
         return chunk_sum(*parts)
     chunks = zip(*(part.split(size) for part in parts), strict=True)
-    sums = (cast(Tensor, checkpoint(chunk_sum, *chunk, use_reentrant=False)) for chunk in chunks)
+    options: Any = {"use_reentrant": False, "preserve_rng_state": False}  # nothing random here
+    sums = (cast(Tensor, checkpoint(chunk_sum, *chunk, **options)) for chunk in chunks)
     return functools.reduce(torch.add, sums)
 
 

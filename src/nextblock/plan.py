@@ -23,13 +23,22 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedConfig
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 from nextblock import schedules
-from nextblock.adapter import DraftAdapter
-from nextblock.config import AdaptConfig, DraftAdapterConfig, ModelConfig, UsageError, nearest, stage_configs
+from nextblock.adapter import DraftAdapter, target_names
+from nextblock.config import AdaptConfig, Context, ModelConfig, UsageError, nearest, stage_configs
+from nextblock.launcher import check_sharding
+from nextblock.lora import TiedHead
 from nextblock.model import (
     Decoder,
     check_architecture,
@@ -39,7 +48,7 @@ from nextblock.model import (
     resolve,
     scratch_config,
 )
-from nextblock.objective import chunk_rows, cross_entropy_sum
+from nextblock.objective import chunk_rows, cross_entropy_sum, soft_cross_entropy_sums
 from nextblock.shapes import DEVICES, HUB_IDS, shape_values
 from nextblock.sources import one_line
 from nextblock.split_attention import PIECE, SPLIT, TILE, Piece, SplitMask, Tiles
@@ -173,7 +182,7 @@ def _sum(values: Iterable[float | None]) -> float | None:
 
 
 def plan(
-    config: AdaptConfig, *, device: str = "h100", devices: int = 1, parallel: str = "ddp", mfu: float = 0.4
+    config: AdaptConfig, *, device: str = "h100", devices: int = 1, parallel: str | None = None, mfu: float = 0.4
 ) -> Plan:
     """Say what a run without stages, or one stage of another, takes, at the largest block size.
 
@@ -181,10 +190,12 @@ def plan(
         config: checked configuration, without stages; of the model only its shape is read.
         device: a name in `DEVICES`; "cpu": a step with attention in parts, no time.
         devices: how many there are.
-        parallel: with more than one device: "ddp" copies everything, "fsdp2" shards weights, gradients and optimizer.
+        parallel: with more than one device: "ddp" copies everything, "fsdp2" shards weights, gradients and optimizer;
+            None: as `training.fsdp` says.
         mfu: share of the device's peak that useful FLOPs reach.
     Raises:
-        UsageError: unknown device, a batch that does not divide, or a model whose shape is not known.
+        UsageError: unknown device, a batch that does not divide, a model whose shape is not known, or what `adapt`
+            refuses on such devices.
         ValueError: a configuration with stages, which are for `plan_stages`.
     """
     if config.stages:
@@ -202,7 +213,14 @@ def plan(
         raise UsageError(
             f"data.row_length={config.data.row_length} is over the model's {longest} positions; use at most {longest}"
         )
+    if config.model.attention == "flex_attention" and device == "cpu":
+        raise UsageError("model.attention=flex_attention has no backward pass on CPU; use sdpa, or auto")
+    if config.model.quantization and device == "cpu":
+        raise UsageError(f"model.quantization={config.model.quantization} needs a CUDA device; leave it out on cpu")
+    parallel = parallel or ("fsdp2" if config.training.fsdp else "ddp")
     sharding = devices if parallel == "fsdp2" else 1
+    if sharding > 1:
+        check_sharding(config)
     kinds = step_memory(config, shape, device=device, devices=devices, sharding=sharding)
     peak, room = sum(kinds.values()), DEVICES[device].memory_gib
     counts = count_parameters(config, shape)
@@ -239,7 +257,7 @@ def plan(
 
 
 def plan_stages(
-    config: AdaptConfig, *, device: str = "h100", devices: int = 1, parallel: str = "ddp", mfu: float = 0.4
+    config: AdaptConfig, *, device: str = "h100", devices: int = 1, parallel: str | None = None, mfu: float = 0.4
 ) -> StagedPlan:
     """Say what each stage of a run takes, and all of them. Arguments as of `plan`.
 
@@ -259,11 +277,11 @@ def plan_stages(
     return StagedPlan(tuple(found))
 
 
-def check_machine(device: str, parallel: str, mfu: float) -> None:
+def check_machine(device: str, parallel: str | None, mfu: float) -> None:
     """UsageError for an unknown device or way of sharing, or a share of the peak that is none."""
     if device not in DEVICES:
         raise UsageError(f"gpu '{device}' is unknown{nearest(device, list(DEVICES))}")
-    if parallel not in PARALLEL:
+    if parallel is not None and parallel not in PARALLEL:
         raise UsageError(f"parallel '{parallel}' is unknown{nearest(parallel, PARALLEL)}")
     if not 0 < mfu <= 1:
         raise UsageError(f"mfu={mfu} is a share of the peak; use more than 0 and at most 1")
@@ -320,14 +338,21 @@ def noised_tokens(config: AdaptConfig, block_size: int, row_length: int) -> int:
 
     With t ~ Uniform[0, 1] none of m maskable tokens is masked with probability 1 / (m + 1).
     """
-    maskable = block_size - (config.recipe.prediction == "shifted")
-    return round(config.recipe.views * row_length * maskable / (maskable + 1))
+    recipe = config.recipe
+    maskable = block_size - (recipe.prediction == "shifted")
+    share = maskable / (maskable + 1)
+    if maskable:  # of a block that is masked whole, a complementary view masks nothing
+        whole = 0.5 if recipe.complementary else 1.0
+        share += recipe.full_mask_share * (whole - share)
+    return round(recipe.views * row_length * share)
 
 
 def scored_tokens(config: AdaptConfig, block_size: int, row_length: int) -> int:
-    """Expected masked tokens, all views together: half of those that can be."""
-    maskable = block_size - (config.recipe.prediction == "shifted")
-    return round(config.recipe.views * row_length * maskable / block_size / 2)
+    """Expected masked tokens, all views together: half of those that can be, but for blocks that are masked whole."""
+    recipe = config.recipe
+    maskable = block_size - (recipe.prediction == "shifted")
+    share = 0.5 if recipe.complementary else 0.5 + recipe.full_mask_share / 2
+    return round(recipe.views * row_length * maskable / block_size * share)
 
 
 # ---------------------------------------------------------------------------------------------- memory
@@ -398,6 +423,7 @@ def step_memory(
     live = Live(transient)
     with FakeTensorMode(allow_non_fake_inputs=True), live:
         decoder, trained = fake_decoder(config, shape, device, dtype)
+        live.most = 0  # what only loading takes is over
         for parameter in trained.parameters():
             parameter.register_post_accumulate_grad_hook(lambda p: live.book(cast(Tensor, p.grad), "gradients"))
         cast_to = torch.autocast("cpu", torch.bfloat16) if autocast and sharding == 1 else nullcontext()
@@ -410,7 +436,7 @@ def step_memory(
         live.phase = "backward"
         loss.backward()
         del loss, kept
-        states = 2 * _bytes(trained.parameters())
+        states = _optimizer_bytes(config, trained.parameters())
         gradients = _bytes(trained.parameters())
         held = _bytes(decoder.model.parameters()) + (_bytes(trained.parameters()) if decoder.adapter else 0)
     kinds = dict(live.peak)
@@ -439,7 +465,7 @@ def _fake_losses(
     """
     count = noised_tokens(config, config.growth.b_max, length)
     scored = rows * scored_tokens(config, config.growth.b_max, length)
-    drafting = config.draft_adapter is not None
+    recipe, drafting = config.recipe, config.draft_adapter is not None
 
     def hidden(tokens: int, keys: int, cache: Any = None, gate: bool = False) -> Tensor:
         live.phase = "mask"
@@ -448,50 +474,70 @@ def _fake_losses(
         ids = torch.zeros(rows, tokens, dtype=torch.int64)
         return decoder.hidden(ids, torch.zeros_like(ids), mask, cache, gate)
 
-    def head(states: Tensor, first: int, targets: int) -> list[Tensor]:
+    def head(states: Tensor, first: int, targets: int, teacher: Tensor | None = None) -> list[Tensor]:
         live.phase = "head"
         chunk = chunk_rows(decoder, device)
         some = min(targets, 2 * chunk)  # further chunks take no more
         flat = states[:, first:].reshape(-1, states.shape[-1])
         chosen, wanted = flat[torch.zeros(some, dtype=torch.int64)], torch.zeros(some, dtype=torch.int64)
-        rest = torch.zeros(2, targets - some, states.shape[-1], dtype=states.dtype)  # other states and gradients
-        return [cross_entropy_sum(decoder, chosen, wanted, rows=chunk), rest]
+        # Other states and gradients, and other states of the teacher.
+        rest = torch.zeros(2 if teacher is None else 3, targets - some, states.shape[-1], dtype=states.dtype)
+        if teacher is None:
+            return [cross_entropy_sum(decoder, chosen, wanted, rows=chunk), rest]
+        taught = teacher.reshape(-1, teacher.shape[-1])[wanted]
+        sums = soft_cross_entropy_sums(decoder, chosen, wanted, taught, wanted == 0, rows=chunk // 2)
+        return [sums.sum(), rest]
 
     if drafting:
         cache = DynamicCache()
         with torch.no_grad():
-            hidden(length, length, cache)
-        return head(hidden(count, length + count, cache, gate=True), 0, scored)
+            parent = hidden(length, length, cache)
+        states = hidden(count, length + count, cache, gate=True)
+        return head(states, 0, scored, parent if recipe.soft_weight else None)
     states = hidden(count + length, count + length)
-    diffusion = head(states, 0, scored) if scored else [torch.zeros(())]
-    if config.recipe.ar_weight == 0:
+    teacher = states[:, count:] if recipe.soft_weight else None
+    diffusion = head(states, 0, scored, teacher) if scored else [torch.zeros(())]
+    if not recipe.ar_weight and not recipe.ar_weight_final:
         return diffusion
     ar = head(states, count, rows * (length - 1))
-    return [diffusion[0] + config.recipe.ar_weight * ar[0], *diffusion[1:], *ar[1:]]
+    return [diffusion[0] + ar[0], *diffusion[1:], *ar[1:]]
 
 
 def fake_decoder(
     config: AdaptConfig, shape: PreTrainedConfig, device: str, dtype: torch.dtype
 ) -> tuple[Decoder, nn.Module]:
     """The model in fake tensors, and what of it is trained."""
-    attention = choose_attention(shape, config.model.attention, torch.device("cpu"))
-    if device != "cpu" and config.model.attention != "sdpa" and attention != "eager":
+    attention = choose_attention(shape, config.model.attention, torch.device("cpu" if device == "cpu" else "cuda"))
+    if attention == "flex_attention":
         attention = _SPARSE
     elif device == "cpu" and attention == "sdpa" and not config.training.compile:
         attention = SPLIT
     model = _bare_model(shape, dtype, attention)
-    lora = config.lora
+    if config.model.quantization:
+        for name in target_names(model, "all-linear"):  # as transformers does: all but the head
+            model.set_submodule(name, _FourBitLinear(model.get_submodule(name)))
     if config.training.gradient_checkpointing:
         recompute_activations(model, preserve_rng_state=False)
-    low_rank = config.draft_adapter or lora
-    if low_rank is None:
+    adapter = low_rank_updates(config, model)
+    if adapter is None:
         return Decoder(model), model
-    options = DraftAdapterConfig(rank=low_rank.rank, alpha=low_rank.alpha, target_modules=low_rank.target_modules)
-    adapter = DraftAdapter(model, options)
-    if lora is None:
-        return Decoder(model, adapter), adapter
+    return (Decoder(model) if config.lora else Decoder(model, adapter)), adapter
+
+
+def low_rank_updates(config: AdaptConfig, model: PreTrainedModel) -> DraftAdapter | None:
+    """What `draft_adapter` or `lora` trains: LoRA's mask row is as large as the mask vector."""
+    if config.lora is None:
+        return None if config.draft_adapter is None else DraftAdapter(model, config.draft_adapter)
+    target_names(
+        model, config.lora.target_modules, section="lora"
+    )  # so that what matches nothing is called by its name
+    adapter = DraftAdapter(model, config.lora)
     adapter.gate = True  # for good: at every position, and when activations are computed again
-    return Decoder(model), adapter
+    embedding, head = cast(nn.Embedding, model.get_input_embeddings()), cast(nn.Linear, model.get_output_embeddings())
+    if config.masks and head.weight is embedding.weight:
+        embedding.mask_row = adapter.mask_vector
+        model.set_output_embeddings(TiedHead(head, embedding, 0))
+    return adapter
 
 
 def _bare_model(shape: PreTrainedConfig, dtype: torch.dtype, attention: str = "eager") -> Any:
@@ -559,12 +605,56 @@ def _sparse_attention(
     return _SparseAttention.apply(query, key, value).transpose(1, 2).contiguous(), None  # type: ignore[union-attr]
 
 
+class _FourBitProduct(torch.autograd.Function):
+    """bitsandbytes' product with a 4-bit matrix: forward and backward, a whole copy of it lives meanwhile."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, outputs: int) -> Tensor:
+        """[..., in] -> [..., out]."""
+        ctx.like, ctx.outputs = x.shape, outputs
+        _copy = x.new_empty(outputs, x.shape[-1])
+        return x.new_empty(*x.shape[:-1], outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
+        """[..., out] -> [..., in]."""
+        _copy = upstream[0].new_empty(ctx.outputs, ctx.like[-1])
+        return upstream[0].new_empty(ctx.like), None
+
+
+class _FourBitLinear(nn.Linear):
+    """A frozen layer as bitsandbytes holds it in nf4: two values a byte, a float32 scale for each 64 values."""
+
+    def __init__(self, of: nn.Module) -> None:
+        weight, bias = cast(Tensor, of.weight), cast(Tensor | None, of.bias)
+        sizes = weight.shape if isinstance(of, Conv1D) else weight.shape[::-1]
+        with torch.device("meta"):
+            super().__init__(*sizes, bias=False)
+        self.compute = weight.dtype
+        self.weight = nn.Parameter(torch.empty(-(-weight.numel() // 2), dtype=torch.uint8), requires_grad=False)
+        self.scale = nn.Parameter(torch.empty(-(-weight.numel() // 64)), requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., in] -> [..., out] in the dtype of the input."""
+        out = cast(Tensor, _FourBitProduct.apply(input.to(self.compute), self.out_features)).to(input.dtype)
+        return out if self.bias is None else out + self.bias
+
+
 _SPARSE = "nextblock_plan"
 AttentionInterface.register(_SPARSE, _sparse_attention)
 
 
 def _bytes(parameters: Iterator[nn.Parameter]) -> int:
     return sum(p.numel() * p.element_size() for p in parameters)
+
+
+def _optimizer_bytes(config: AdaptConfig, parameters: Iterator[nn.Parameter]) -> int:
+    """AdamW's two states; in 8 bits a byte a value and a float32 scale for each 256, in tensors of 4,096 or more."""
+    if config.optimizer.name == "adamw":
+        return 2 * _bytes(parameters)
+    sizes = [p.numel() for p in parameters]
+    return 2 * sum(4 * size if size < 4096 else size + 4 * -(-size // 256) for size in sizes)
 
 
 def _gathered_bytes(decoder: Decoder) -> tuple[int, int]:
@@ -632,11 +722,8 @@ def count_parameters(config: AdaptConfig, shape: PreTrainedConfig) -> Counts:
         linear = [m for m in model.modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
         counts.linear = sum(m.weight.numel() for m in linear)
         counts.trained = counts.parent
-        low_rank = config.draft_adapter or config.lora
-        if low_rank is not None:
-            adapter = DraftAdapter(
-                model, DraftAdapterConfig(rank=low_rank.rank, target_modules=low_rank.target_modules)
-            )
+        adapter = low_rank_updates(config, model)
+        if adapter is not None:
             counts.trained = sum(p.numel() for p in adapter.parameters())
             counts.low_rank = counts.trained - adapter.mask_vector.numel()
     counts.layers = shape.num_hidden_layers
@@ -660,20 +747,35 @@ def step_flops(config: AdaptConfig, shape: PreTrainedConfig, counts: Counts, blo
     def half(tokens: int, pairs: float, weight_passes: int, attention_passes: int, extra: int) -> float:
         return rows * (tokens * (2 * counts.linear * weight_passes + extra) + pairs * pair * attention_passes)
 
-    clean_pairs, noised_pairs = attention_pairs(noised, length, block_size)
+    clean_pairs, noised_pairs = attention_pairs(noised, length, block_size, config.recipe.context)
     drafting = kind == "draft adapter"
     clean = half(length, clean_pairs, 1 if drafting else passes, 1 if drafting else 3, 0 if drafting else updates)
     noisy = half(noised, noised_pairs, passes, 3, updates)
-    ar = 0 if drafting or not config.recipe.ar_weight else length - 1
-    targets = rows * (scored_tokens(config, block_size, length) + ar)
-    head = targets * 2 * shape.vocab_size * shape.hidden_size * passes
-    forward = half(noised, noised_pairs, 1, 1, 0) + (0 if drafting else half(length, clean_pairs, 1, 1, 0))
-    return Flops(clean, noisy, head, forward if config.training.gradient_checkpointing else 0.0)
+    logits = rows * 2 * shape.vocab_size * shape.hidden_size
+    scored = scored_tokens(config, block_size, length) * logits
+    ar = 0 if drafting or not scores_ar(config, block_size) else (length - 1) * logits
+    taught = scored if config.recipe.soft_weight else 0  # the teacher's logits
+    head = (scored + ar) * passes + taught
+    tied = kind == "lora" and config.masks and getattr(shape, "tie_word_embeddings", False)
+    # The head, where its gradient is not computed along with the loss.
+    recomputed = float((scored + taught if taught or tied else 0) + (ar if tied else 0))
+    if config.training.gradient_checkpointing:
+        recomputed += half(noised, noised_pairs, 1, 1, updates // 3) + half(length, clean_pairs, 1, 1, updates // 3)
+    return Flops(clean, noisy, head, recomputed)
 
 
-def attention_pairs(noised: int, length: int, block_size: int) -> tuple[float, float]:
+def scores_ar(config: AdaptConfig, block_size: int) -> bool:
+    """Whether the AR loss counts at a block size of the run: lambda may begin or end at 0."""
+    changes = schedules.growth_steps(config.growth, config.training.steps)
+    return schedules.ar_weight(next(step for step, size in changes if size == block_size), config) > 0
+
+
+def attention_pairs(
+    noised: int, length: int, block_size: int, context: Context = "context_causal"
+) -> tuple[float, float]:
     """Pairs (query, key) that the mask of one row allows: of clean queries, and of noised ones on average."""
-    return length * (length + 1) / 2, noised * ((length - block_size) / 2 + block_size)
+    seen = block_size if context == "block_causal" else 1
+    return length * (length + seen) / 2, noised * ((length - block_size) / 2 + block_size)
 
 
 def run_flops(config: AdaptConfig, shape: PreTrainedConfig, counts: Counts) -> float:
