@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from nextblock.checkpoint import (
     save_checkpoint,
 )
 from nextblock.config import UsageError
+from test_files import largest_file
 
 
 def trained(seed: int, width: int = 8) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -189,14 +189,12 @@ def test_a_save_that_stops_half_way_leaves_the_earlier_checkpoint_the_newest(tmp
 def test_a_disk_that_is_full_stops_with_one_line_and_leaves_the_last_good_checkpoint(tmp_path, room):
     before = write(tmp_path, 5)
     model, optimizer = trained(0, width=256)
-    limit = 2**10 if room == "no weights" else 300 * 2**10
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
-        with pytest.raises(UsageError, match="cannot write checkpoint") as stopped:
-            save_checkpoint(tmp_path, 10, model, optimizer, {}, keep=1)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    limit, said = {
+        "no weights": (2**10, r"File too large; allow larger files \(ulimit -f\) and resume"),
+        "weights but no optimizer": (300 * 2**10, "most likely because the disk is full; free space and resume"),
+    }[room]
+    with largest_file(limit), pytest.raises(UsageError, match=f"cannot write checkpoint .*{said}") as stopped:
+        save_checkpoint(tmp_path, 10, model, optimizer, {}, keep=1)
     assert "\n" not in str(stopped.value)
     assert newest_whole_checkpoint(tmp_path) == (before, [])
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [before.name]

@@ -10,6 +10,7 @@ import random
 import signal
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,13 @@ from transformers import AutoModelForCausalLM
 from conftest import VOCABULARY
 from families import tiny_model
 from layouts import CHAT, PLAIN, PROMPTED, make_rows
+from nextblock.adapt import adapt
 from nextblock.checkpoint import list_checkpoints
 from nextblock.config import AdaptConfig, UsageError, load_config
 from nextblock.data import Rows
 from nextblock.model import load_tokenizer, read_config, read_settings
 from nextblock.train import StepMetrics, prepare, train, train_step, trim_log, without_dropout
+from test_files import largest_file
 
 
 def config_of(place: Path, output: Path, **overrides: Any) -> AdaptConfig:
@@ -535,6 +538,61 @@ def test_a_disk_that_is_full_ends_in_one_line_wherever_the_run_writes(place, tmp
     log.symlink_to("/dev/full")
     with pytest.raises(UsageError, match=r"cannot write .*: No space left on device"):
         train(config_of(place, tmp_path / "run", training__steps=9), resume=True)
+
+
+TOO_LARGE = r"cannot write .*: File too large; allow larger files \(ulimit -f\), then go on with --resume auto"
+
+
+@pytest.mark.parametrize("what", ["model", "lora", "draft_adapter"])
+def test_an_export_that_the_disk_does_not_take_leaves_no_model_and_is_made_by_a_resume(place, tmp_path, what):
+    if what == "lora":
+        pytest.importorskip("peft")
+    section = {} if what == "model" else {what: {"rank": 4}}
+    plain = config_of(place, tmp_path / "run", training__steps=9, growth__b_0=4).model_dump()
+    config, output = load_config(plain, section), tmp_path / "run"
+    train(config)
+    names = [
+        name
+        for name in ("config.json", "model.safetensors", "adapter_config.json", "adapter_model.safetensors", "adapter")
+        if (output / name).exists()
+    ]
+    before = {
+        path: path.read_bytes()
+        for name in names
+        for path in (output / name, *(output / name).glob("*"))
+        if path.is_file()
+    }
+    assert not any(b"partial" in content for content in before.values())
+    saved = list_checkpoints(output)
+    with largest_file(8000), pytest.raises(UsageError, match=TOO_LARGE):
+        train(config, resume=True)
+    assert {path: path.read_bytes() for path in before} == before  # the earlier export is whole
+    for path in before:
+        path.unlink()
+    with largest_file(8000), pytest.raises(UsageError, match=TOO_LARGE):
+        train(config, resume=True)
+    assert not any(path.exists() for path in before)
+    assert not list(output.glob(".partial-*"))
+    assert list_checkpoints(output) == saved
+    train(config, resume=True)
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_report_that_the_disk_does_not_take_ends_in_one_line_and_leaves_no_half_of_it(place, tmp_path):
+    config = config_of(place, tmp_path, training__steps=9, training__evaluate_rows=2, data__held_out=0.2)
+    with ExitStack() as until_then:
+
+        def narrow(words: str) -> None:
+            if "bits per byte" in words:  # the last thing before the report
+                until_then.enter_context(largest_file(1000))
+
+        with pytest.raises(UsageError, match=TOO_LARGE) as stopped:
+            adapt(config, on_stage=narrow)
+    assert "\n" not in str(stopped.value)
+    assert (tmp_path / "model.safetensors").is_file()
+    assert not [path.name for path in tmp_path.iterdir() if path.name.endswith((".part", ".html"))]
+    assert adapt(config, resume=True).finished
+    assert (tmp_path / "report.html").is_file()
 
 
 def signal_at(metrics, step):

@@ -23,12 +23,13 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from nextblock import zero
 from nextblock.config import BlockDiffusionSettings, UsageError
+from nextblock.files import PARTIAL, unwritten
 from nextblock.ranks import is_main, together
 
 MANIFEST, STATE, WEIGHTS, OPTIMIZER = "manifest.json", "state.json", "model.safetensors", "optimizer.pt"
 PARTS = ({STATE, WEIGHTS, OPTIMIZER}, {STATE, ".metadata"})
 """What every full checkpoint and every sharded one consists of."""
-CHECKPOINTS, PARTIAL = "checkpoints", ".partial-"
+CHECKPOINTS = "checkpoints"
 
 CUSTOM_GENERATE_SOURCE = '''"""Block-diffusion decoding of this checkpoint, where the nextblock package is installed.
 
@@ -120,10 +121,8 @@ def _named_failure(folder: Path) -> Iterator[None]:
     # A full disk is an OSError for Python, and something else for each library that writes.
     except (OSError, SafetensorError, RuntimeError, CheckpointException) as error:
         inner = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
-        reason = (getattr(inner, "strerror", None) or str(inner)).strip().splitlines()[0]
-        raise UsageError(
-            f"cannot write checkpoint {folder}: {reason}; free space and resume with --resume auto"
-        ) from None
+        reason, cure = unwritten(inner) or (str(inner).strip().splitlines()[0], "free space")
+        raise UsageError(f"cannot write checkpoint {folder}: {reason}; {cure} and resume with --resume auto") from None
 
 
 def _superseded(found: list[Path], newest: Path, keep: int, keep_every: int | None) -> list[Path]:
@@ -290,17 +289,6 @@ def export(
     own, model.config.dtype = model.config.dtype, dtype
     model.config.save_pretrained(folder)
     model.config.dtype = own
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file complete or not at all, in place of one of that name."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        part.write_bytes(content)
-        os.replace(part, path)
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
 
 
 def _digest(file: Path) -> str:

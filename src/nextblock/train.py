@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
@@ -34,7 +33,6 @@ from nextblock.checkpoint import (
     remove_partial,
     save_checkpoint,
     whole_weights,
-    write_whole,
 )
 from nextblock.config import (
     AdaptConfig,
@@ -49,6 +47,7 @@ from nextblock.config import (
 from nextblock.corruption import TwoView, corrupt
 from nextblock.data import Rows, RowStream, check_tokens
 from nextblock.feed import Feed, merged
+from nextblock.files import unwritten, whole_folder, write_whole
 from nextblock.launcher import check_batch, make_accelerator
 from nextblock.lora import LoraAdapter
 from nextblock.model import (
@@ -416,12 +415,12 @@ def writing(output: Path) -> Iterator[None]:
     """One line for a disk that is full or cannot be written, wherever the run meets it."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+    except Exception as error:  # an OSError for Python, and something else for each library that writes
+        if isinstance(error, UsageError) or (why := unwritten(error)) is None:
             raise
-        raise TrainingStopped(
-            f"cannot write {error.filename or output}: {error.strerror}; make room, then go on with --resume auto"
-        ) from None
+        reason, cure = why
+        where = getattr(error, "filename", None) or output
+        raise TrainingStopped(f"cannot write {where}: {reason}; {cure}, then go on with --resume auto") from None
 
 
 @contextmanager
@@ -539,23 +538,27 @@ def check_ranks(config: AdaptConfig, resume: bool) -> None:
 
 
 def export_run(run: Run, output: Path) -> None:
-    """Write what the run ends with: a Hugging Face folder, or the draft adapter's. All ranks call it together."""
+    """Write what the run ends with: a Hugging Face folder, or the draft adapter's. All ranks call it together.
+
+    Raises:
+        UsageError: it cannot be written; what was in the folder stays as it was.
+    """
     model = run.config.model
     dtype = getattr(torch, model.export_dtype) if model.export_dtype else None
     adapter, settings = run.decoder.adapter, run.settings
     weights = whole_weights(run.decoder.model) if run.is_sharded or run.is_zero else None
-    if not is_main():
-        return
-    if run.lora is not None:
-        run.lora.save(output / "adapter")
-        export(output, merged_model(run, run.lora), run.tokenizer, settings, dtype)
-        return
-    if adapter is None:
-        export(output, run.decoder.model, run.tokenizer, settings, dtype, weights)
-        return
-    assert settings is not None
-    parent = weights_folder(model.path, model.revision)
-    save_adapter(output, adapter, settings, model.path, parent, dtype or torch.float32)
+    with together(), writing(output), whole_folder(output) if is_main() else nullcontext() as folder:
+        if folder is None:
+            return
+        if run.lora is not None:
+            run.lora.save(folder / "adapter")
+            export(folder, merged_model(run, run.lora), run.tokenizer, settings, dtype)
+        elif adapter is None:
+            export(folder, run.decoder.model, run.tokenizer, settings, dtype, weights)
+        else:
+            assert settings is not None
+            parent = weights_folder(model.path, model.revision)
+            save_adapter(folder, adapter, settings, model.path, parent, dtype or torch.float32)
 
 
 def merged_model(run: Run, lora: LoraAdapter) -> PreTrainedModel:
