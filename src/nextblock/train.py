@@ -603,8 +603,6 @@ def load(
     config: AdaptConfig, accelerator: Accelerator, before: Path | None, *, masks: bool
 ) -> tuple[Any, Feed, Decoder, int | None, LoraAdapter | None]:
     """Tokenizer, data, parent (with its draft adapter), mask token id and LoRA, all checked. No communication."""
-    for name in config.training.trackers:
-        require(name, "trackers", f"training.trackers={name}")
     if config.lora is not None:
         require("peft", "lora", "lora")
     if config.optimizer.name == "adamw_8bit" and not is_bnb_available():
