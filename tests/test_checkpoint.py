@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from nextblock.checkpoint import (
     save_checkpoint,
 )
 from nextblock.config import UsageError
+from test_files import largest_file
 
 
 def trained(seed: int, width: int = 8) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -120,10 +120,46 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(tmp_pat
 
 def test_without_a_whole_checkpoint_there_is_none(tmp_path):
     assert newest_whole_checkpoint(tmp_path) == (None, [])
-    (write(tmp_path, 5) / "optimizer.pt").unlink()
+    folder = write(tmp_path, 5)
+    (folder / "optimizer.pt").unlink()
+    assert newest_whole_checkpoint(tmp_path) == (None, [f"checkpoint {folder} is damaged (optimizer.pt is missing)"])
+
+
+def test_each_damaged_checkpoint_is_told_with_the_one_that_is_gone_on_from(tmp_path):
+    whole, *others = (write(tmp_path, step) for step in (5, 10, 15))
+    for folder in others:
+        (folder / "optimizer.pt").unlink()
     found, said = newest_whole_checkpoint(tmp_path)
-    assert found is None
-    assert len(said) == 1
+    assert found == whole
+    assert [line.endswith("; going on from step-00000005") for line in said] == [True, True]
+
+
+@pytest.mark.parametrize("content", ["[1]", "{}", "null", '{"state.json": 1}'])
+def test_a_manifest_that_does_not_list_the_files_counts_as_damage(tmp_path, content):
+    before, newest = write(tmp_path, 5), write(tmp_path, 10)
+    (newest / "manifest.json").write_text(content)
+    found, said = newest_whole_checkpoint(tmp_path)
+    assert found == before
+    assert "manifest.json does not list its files" in said[0]
+
+
+def test_folders_of_the_user_among_the_checkpoints_are_left_alone(tmp_path):
+    folder = write(tmp_path, 2)
+    own = [folder.with_name(name) for name in ("step-00000002-good", "step-best", "step-", "mine")]
+    for copy in own:
+        shutil.copytree(folder, copy)
+    (folder.parent / "step-00000099").write_text("a file")
+    assert list_checkpoints(tmp_path) == [folder]
+    for step in (4, 6):
+        save_checkpoint(tmp_path, step, *trained(step), {}, keep=1, keep_every=6)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000006"]
+    assert all((copy / "model.safetensors").is_file() for copy in own)
+
+
+def test_checkpoints_stand_in_the_order_of_their_steps(tmp_path):
+    for step in (99_999_999, 100_000_000):
+        write(tmp_path, step, keep=1)
+    assert [folder.name for folder in list_checkpoints(tmp_path)] == ["step-100000000"]
 
 
 def test_a_damaged_later_checkpoint_does_not_push_out_the_whole_ones(tmp_path):
@@ -153,14 +189,12 @@ def test_a_save_that_stops_half_way_leaves_the_earlier_checkpoint_the_newest(tmp
 def test_a_disk_that_is_full_stops_with_one_line_and_leaves_the_last_good_checkpoint(tmp_path, room):
     before = write(tmp_path, 5)
     model, optimizer = trained(0, width=256)
-    limit = 2**10 if room == "no weights" else 300 * 2**10
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
-        with pytest.raises(UsageError, match="cannot write checkpoint") as stopped:
-            save_checkpoint(tmp_path, 10, model, optimizer, {}, keep=1)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    limit, said = {
+        "no weights": (2**10, r"File too large; allow larger files \(ulimit -f\) and resume"),
+        "weights but no optimizer": (300 * 2**10, "most likely because the disk is full; free space and resume"),
+    }[room]
+    with largest_file(limit), pytest.raises(UsageError, match=f"cannot write checkpoint .*{said}") as stopped:
+        save_checkpoint(tmp_path, 10, model, optimizer, {}, keep=1)
     assert "\n" not in str(stopped.value)
     assert newest_whole_checkpoint(tmp_path) == (before, [])
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [before.name]

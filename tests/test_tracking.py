@@ -273,12 +273,14 @@ def test_what_is_not_known_is_not_sent_to_trackers():
     assert scalars(record) == {"profile/block_size": 4, "profile/loss_by_noise/1": 0.5}
 
 
-def test_a_missing_tracker_is_named_with_its_extra(parent, tmp_path, monkeypatch):
+def test_a_missing_tracker_is_named_with_its_extra_and_nothing_else_is_said(parent, tmp_path, monkeypatch, recwarn):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(accelerate.tracking, "_available_trackers", [])
     with pytest.raises(
         UsageError, match=r"training.trackers=wandb needs wandb, .* `pip install nextblock\[trackers\]`"
     ):
         prepare(config_of(parent, tmp_path / "run", trackers=["wandb"]))
+    assert not [warning for warning in recwarn if "log_with" in str(warning.message)]
     assert not (tmp_path / "run").exists()
 
 

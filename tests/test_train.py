@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -9,6 +10,7 @@ import random
 import signal
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, cast
@@ -23,12 +25,14 @@ from transformers import AutoModelForCausalLM
 from conftest import VOCABULARY
 from families import tiny_model
 from layouts import CHAT, PLAIN, PROMPTED, make_rows
+from nextblock.adapt import adapt
 from nextblock.checkpoint import list_checkpoints
 from nextblock.config import AdaptConfig, Source, UsageError, load_config
 from nextblock.data import Rows
 from nextblock.model import load_tokenizer, read_config, read_settings
 from nextblock.sources import Records, is_held_out, read_source
-from nextblock.train import StepMetrics, prepare, train, train_step, without_dropout
+from nextblock.train import StepMetrics, prepare, train, train_step, trim_log, without_dropout
+from test_files import largest_file
 
 
 def config_of(place: Path, output: Path, **overrides: Any) -> AdaptConfig:
@@ -139,6 +143,15 @@ def test_a_non_finite_loss_stops_before_the_update_and_names_the_rows(place, tmp
         train_step(run, 3)
     for name, value in run.decoder.model.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+def test_a_non_finite_loss_is_told_by_the_step_of_the_run_whatever_the_stage(place, tmp_path):
+    run: Any = prepare(config_of(place, tmp_path))
+    run.first_step = 20
+    with torch.no_grad():
+        run.decoder.model.model.norm.weight[0] = torch.inf
+    with pytest.raises(UsageError, match="step 23: loss nan"):
+        train_step(run, 3)
 
 
 DROPOUT: dict[str, Any] = {
@@ -396,9 +409,79 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_run_goes_on_from_the_one_b
     (newest / "model.safetensors").write_bytes(content)
     done: list[int] = []
     train(config, resume=True, on_step=lambda metrics: done.append(metrics.step))
-    assert f"checkpoint {newest} is damaged" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"checkpoint {newest} is damaged (model.safetensors has changed); going on from {before.name}" in said
     assert done == list(range(int(before.name.removeprefix("step-")), 12))
     assert weights(tmp_path) == undisturbed[0]
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_again_over_its_model(place, tmp_path):
+    config = config_of(place, tmp_path, training__steps=9)
+    train(config)
+    before, log = weights(tmp_path), (tmp_path / "log.jsonl").read_bytes()
+    saved = list_checkpoints(tmp_path)
+    assert len(saved) == 2
+    for folder in saved:
+        (folder / "optimizer.pt").unlink()
+    with pytest.raises(UsageError) as refused:
+        train(config, resume=True)
+    said = str(refused.value)
+    assert all(f"checkpoint {folder} is damaged (optimizer.pt is missing)" in said for folder in saved)
+    assert said.endswith("delete what is damaged to start over, or choose another --output")
+    assert "going" not in said
+    assert (weights(tmp_path), (tmp_path / "log.jsonl").read_bytes()) == (before, log)
+
+
+def test_a_stage_whose_checkpoints_are_all_damaged_is_refused_before_the_stage_before_it_is_exported_again(
+    place, tmp_path
+):
+    stages = [{"name": "a"}, {"name": "b"}]
+    config = config_of(place, tmp_path, training__steps=3, growth__delta=1, stages=stages)
+    train(config)
+    (folder,) = [stage for stage in tmp_path.glob("stage-*") if stage.name.endswith("-b")]
+    for saved in list_checkpoints(folder):
+        (saved / "state.json").write_text("{}")
+    log = (tmp_path / "log.jsonl").read_bytes()
+    with pytest.raises(UsageError, match=r"is damaged \(state.json has changed\).*; no other is left"):
+        train(config, resume=True)
+    assert (tmp_path / "log.jsonl").read_bytes() == log
+
+
+GARBAGE = {
+    "text": b"garbage\n",
+    "NUL bytes": b"\0" * 64 + b"\n",
+    "bytes that are no text": b"\xff\xfe\n",
+    "JSON that is no record": b'[1]\n{"loss": 1}\n',
+}
+
+
+@pytest.mark.parametrize("what", GARBAGE)
+def test_a_damaged_log_loses_what_cannot_be_read_and_the_run_goes_on(place, tmp_path, capsys, what):
+    config = stopped_run(place, tmp_path, 7)
+    log = tmp_path / "log.jsonl"
+    lines = log.read_bytes().splitlines(keepends=True)
+    log.write_bytes(b"".join([*lines[:3], GARBAGE[what], *lines[3:], GARBAGE[what]]))
+    train(config, resume=True)
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == list(range(12))
+    assert "damaged lines were dropped" in capsys.readouterr().out
+
+
+def test_a_trimmed_log_is_written_whole_or_left_as_it_is(tmp_path, monkeypatch):
+    log = tmp_path / "log.jsonl"
+    log.write_text("".join(f'{{"step": {step}}}\n' for step in range(6)))
+    before = log.read_bytes()
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", full)
+        with pytest.raises(OSError, match="No space left"):
+            trim_log(log, 3)
+    assert log.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
+    assert trim_log(log, 3) == 0
+    assert log.read_bytes() == b"".join(before.splitlines(keepends=True)[:3])
 
 
 def test_resuming_a_finished_run_trains_no_further_and_leaves_the_same_weights(place, tmp_path):
@@ -490,6 +573,61 @@ def test_a_disk_that_is_full_ends_in_one_line_wherever_the_run_writes(place, tmp
     log.symlink_to("/dev/full")
     with pytest.raises(UsageError, match=r"cannot write .*: No space left on device"):
         train(config_of(place, tmp_path / "run", training__steps=9), resume=True)
+
+
+TOO_LARGE = r"cannot write .*: File too large; allow larger files \(ulimit -f\), then go on with --resume auto"
+
+
+@pytest.mark.parametrize("what", ["model", "lora", "draft_adapter"])
+def test_an_export_that_the_disk_does_not_take_leaves_no_model_and_is_made_by_a_resume(place, tmp_path, what):
+    if what == "lora":
+        pytest.importorskip("peft")
+    section = {} if what == "model" else {what: {"rank": 4}}
+    plain = config_of(place, tmp_path / "run", training__steps=9, growth__b_0=4).model_dump()
+    config, output = load_config(plain, section), tmp_path / "run"
+    train(config)
+    names = [
+        name
+        for name in ("config.json", "model.safetensors", "adapter_config.json", "adapter_model.safetensors", "adapter")
+        if (output / name).exists()
+    ]
+    before = {
+        path: path.read_bytes()
+        for name in names
+        for path in (output / name, *(output / name).glob("*"))
+        if path.is_file()
+    }
+    assert not any(b"partial" in content for content in before.values())
+    saved = list_checkpoints(output)
+    with largest_file(8000), pytest.raises(UsageError, match=TOO_LARGE):
+        train(config, resume=True)
+    assert {path: path.read_bytes() for path in before} == before  # the earlier export is whole
+    for path in before:
+        path.unlink()
+    with largest_file(8000), pytest.raises(UsageError, match=TOO_LARGE):
+        train(config, resume=True)
+    assert not any(path.exists() for path in before)
+    assert not list(output.glob(".partial-*"))
+    assert list_checkpoints(output) == saved
+    train(config, resume=True)
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_report_that_the_disk_does_not_take_ends_in_one_line_and_leaves_no_half_of_it(place, tmp_path):
+    config = config_of(place, tmp_path, training__steps=9, training__evaluate_rows=2, data__held_out=0.2)
+    with ExitStack() as until_then:
+
+        def narrow(words: str) -> None:
+            if "bits per byte" in words:  # the last thing before the report
+                until_then.enter_context(largest_file(1000))
+
+        with pytest.raises(UsageError, match=TOO_LARGE) as stopped:
+            adapt(config, on_stage=narrow)
+    assert "\n" not in str(stopped.value)
+    assert (tmp_path / "model.safetensors").is_file()
+    assert not [path.name for path in tmp_path.iterdir() if path.name.endswith((".part", ".html"))]
+    assert adapt(config, resume=True).finished
+    assert (tmp_path / "report.html").is_file()
 
 
 def signal_at(metrics, step):

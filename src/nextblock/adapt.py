@@ -26,7 +26,7 @@ from nextblock.model import Decoder, load_model, load_parent
 from nextblock.ranks import gather
 from nextblock.report import read_log, write_report
 from nextblock.request import GenerateOptions
-from nextblock.train import LOG, Run, StepMetrics, stop_on_sigterm, train
+from nextblock.train import LOG, Run, StepMetrics, stop_on_sigterm, train, writing
 
 STEPS_PER_BLOCK, SAMPLE_TOKENS, PROMPT_TOKENS = 4, 64, 32
 """Of the sample decoded while training."""
@@ -97,7 +97,8 @@ def adapt(
                 results["bits_per_byte"] = held_out_bits(run, received)
             except SigtermReceived:
                 return RunResult(output, False, steps, {})
-        write_report(results, output)
+        with writing(output):
+            write_report(results, output)
         return RunResult(output, True, steps, results)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,10 +23,13 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from nextblock import zero
 from nextblock.config import BlockDiffusionSettings, UsageError
+from nextblock.files import PARTIAL, unwritten
 from nextblock.ranks import is_main, together
 
-MANIFEST, WEIGHTS, OPTIMIZER = "manifest.json", "model.safetensors", "optimizer.pt"
-CHECKPOINTS, PARTIAL = "checkpoints", ".partial-"
+MANIFEST, STATE, WEIGHTS, OPTIMIZER = "manifest.json", "state.json", "model.safetensors", "optimizer.pt"
+PARTS = ({STATE, WEIGHTS, OPTIMIZER}, {STATE, ".metadata"})
+"""What every full checkpoint and every sharded one consists of."""
+CHECKPOINTS = "checkpoints"
 
 CUSTOM_GENERATE_SOURCE = '''"""Block-diffusion decoding of this checkpoint, where the nextblock package is installed.
 
@@ -90,7 +94,7 @@ def save_checkpoint(
                 torch.save(whole[1], partial / OPTIMIZER)
         with together(), _named_failure(folder):
             if main:
-                (partial / "state.json").write_text(json.dumps({"step": step, **state}), encoding="utf-8")
+                (partial / STATE).write_text(json.dumps({"step": step, **state}), encoding="utf-8")
                 digests = {file.name: _digest(file) for file in sorted(partial.iterdir())}
                 (partial / MANIFEST).write_text(json.dumps(digests), encoding="utf-8")
                 for file in partial.iterdir():
@@ -117,25 +121,29 @@ def _named_failure(folder: Path) -> Iterator[None]:
     # A full disk is an OSError for Python, and something else for each library that writes.
     except (OSError, SafetensorError, RuntimeError, CheckpointException) as error:
         inner = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
-        reason = (getattr(inner, "strerror", None) or str(inner)).strip().splitlines()[0]
-        raise UsageError(
-            f"cannot write checkpoint {folder}: {reason}; free space and resume with --resume auto"
-        ) from None
+        reason, cure = unwritten(inner) or (str(inner).strip().splitlines()[0], "free space")
+        raise UsageError(f"cannot write checkpoint {folder}: {reason}; {cure} and resume with --resume auto") from None
 
 
 def _superseded(found: list[Path], newest: Path, keep: int, keep_every: int | None) -> list[Path]:
     """The checkpoints to delete once `newest` is written."""
     # Later ones are damaged, else the run would have gone on from them; they must not count as kept.
-    stale = [folder for folder in found if folder > newest]
-    old = [folder for folder in found if folder <= newest][:-keep]
+    stale = [folder for folder in found if _step(folder) > _step(newest)]
+    old = [folder for folder in found if _step(folder) <= _step(newest)][:-keep]
     if keep_every is not None:
-        old = [folder for folder in old if int(folder.name.removeprefix("step-")) % keep_every]
+        old = [folder for folder in old if _step(folder) % keep_every]
     return old + stale
 
 
+def _step(folder: Path) -> int:
+    """The number of steps in the name of a checkpoint."""
+    return int(folder.name.removeprefix("step-"))
+
+
 def list_checkpoints(output: Path) -> list[Path]:
-    """Checkpoint folders of a run, oldest first."""
-    return sorted((output / CHECKPOINTS).glob("step-*"))
+    """Checkpoint folders of a run, oldest first: those named `step-` and digits. Others are the user's."""
+    found = (output / CHECKPOINTS).glob("step-*")
+    return sorted((f for f in found if re.fullmatch(r"step-[0-9]+", f.name) and f.is_dir()), key=_step)
 
 
 def newest_whole_checkpoint(output: Path) -> tuple[Path | None, list[str]]:
@@ -144,8 +152,8 @@ def newest_whole_checkpoint(output: Path) -> tuple[Path | None, list[str]]:
     for folder in reversed(list_checkpoints(output)):
         fault = _fault(folder)
         if fault is None:
-            return folder, damaged
-        damaged.append(f"checkpoint {folder} is damaged ({fault}); going back to the one before it")
+            return folder, [f"{line}; going on from {folder.name}" for line in damaged]
+        damaged.append(f"checkpoint {folder} is damaged ({fault})")
     return None, damaged
 
 
@@ -153,7 +161,7 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
     """Read weights and optimizer back in place, on as many ranks as there are; returns the state with its `step`."""
     load_weights(folder, model)
     load_optimizer(folder, model, optimizer)
-    return json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    return json.loads((folder / STATE).read_text(encoding="utf-8"))
 
 
 def load_weights(folder: Path, model: nn.Module) -> None:
@@ -300,10 +308,13 @@ def _flush(path: Path) -> None:
 
 
 def _fault(folder: Path) -> str | None:
+    """What is wrong with a checkpoint; None for a whole one."""
     try:
         recorded = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return f"no readable {MANIFEST}"
+    if not isinstance(recorded, dict) or not any(parts <= recorded.keys() for parts in PARTS):
+        return f"{MANIFEST} does not list its files"
     for name, digest in recorded.items():
         if not (folder / name).is_file():
             return f"{name} is missing"

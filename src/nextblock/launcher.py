@@ -17,8 +17,8 @@ from accelerate.utils import (
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from nextblock import zero
-from nextblock.config import AdaptConfig, UsageError
-from nextblock.ranks import join
+from nextblock.config import AdaptConfig, UsageError, require
+from nextblock.ranks import join, together
 from nextblock.tracking import TRACKERS
 
 OF_A_LAUNCHER: dict[str, tuple[str | None, str]] = {
@@ -72,10 +72,14 @@ def make_accelerator(config: AdaptConfig) -> Accelerator:
     """The processes of this run and how they share the work: DDP, or FSDP2 if the run or its launcher asks for it.
 
     Raises:
-        UsageError: rows that do not divide over the processes, or a launcher that asks for something else.
+        UsageError: rows that do not divide over the processes, a launcher that asks for something else, or a tracker
+            that is not installed.
     """
-    check_batch(config)
-    check_launcher(config)
+    with together():
+        check_batch(config)
+        check_launcher(config)
+        for name in config.training.trackers:  # before accelerate warns of them
+            require(name, "trackers", f"training.trackers={name}")
     plugin = None
     if join().num_processes == 1:
         os.environ.pop("ACCELERATE_USE_FSDP", None)  # nothing to share out

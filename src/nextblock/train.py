@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
@@ -50,6 +49,7 @@ from nextblock.config import (
 from nextblock.corruption import TwoView, corrupt
 from nextblock.data import NoDocument, Rows, RowStream, check_tokens
 from nextblock.feed import Feed, merged
+from nextblock.files import unwritten, whole_folder, write_whole
 from nextblock.launcher import check_batch, make_accelerator
 from nextblock.lora import LoraAdapter
 from nextblock.model import (
@@ -283,7 +283,7 @@ def update(run: Run, step: int, loss: float, rows: Rows) -> float:
             return
         numbers = sorted(number for numbers in gather(rows.number.tolist()) for number in numbers)
         raise TrainingStopped(
-            f"step {step}: loss {loss} and gradient norm {norm} are not finite (rows {numbers}); "
+            f"step {run.first_step + step}: loss {loss} and gradient norm {norm} are not finite (rows {numbers}); "
             "nothing was saved: lower optimizer.lr, or look at these rows"
         )
 
@@ -345,7 +345,7 @@ def train(
     stages = stage_configs(config)
     masks = any(stage.masks for stage in stages)
     with together():
-        check_ranks(config)
+        check_ranks(config, resume)
         if main:
             check_output(output, stages, resume)
         for named, stage in zip(config.stages[1:], stages[1:], strict=False):  # must not stop the run days later
@@ -374,10 +374,12 @@ def run_stages(
         received: from `stop_on_sigterm`.
     """
     output, main = Path(config.output), is_main()
-    first = gather(stage_to_resume(stages) if main and resume else 0)[0]
+    first = 0
     with together():  # or the other ranks would wait for ever
         if main:
+            first = stage_to_resume(stages) if resume else 0
             check_finished_stages(stages[:first])
+    first = gather(first)[0]
     run: Any = None
     write: Any = None
     with ExitStack() as until_the_end:
@@ -399,8 +401,8 @@ def run_stages(
                     )
                 remove_partial(Path(stages[number].output))
             if write is None:  # one log and one run of the trackers for all stages
-                if main:
-                    trim_log(output / LOG, run.first_step + run.step)
+                if main and (damaged := trim_log(output / LOG, run.first_step + run.step)):
+                    run.accelerator.print(f"{output / LOG}: {damaged} damaged lines were dropped")
                 flat_config = _flat(config.model_dump(mode="json"))
                 write = until_the_end.enter_context(run_log(run.accelerator, output / LOG, flat_config))
             run_stage(run, write, received, on_step, evaluate)
@@ -425,12 +427,12 @@ def writing(output: Path) -> Iterator[None]:
     """One line for a disk that is full or cannot be written, wherever the run meets it."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+    except Exception as error:  # an OSError for Python, and something else for each library that writes
+        if isinstance(error, UsageError) or (why := unwritten(error)) is None:
             raise
-        raise TrainingStopped(
-            f"cannot write {error.filename or output}: {error.strerror}; make room, then go on with --resume auto"
-        ) from None
+        reason, cure = why
+        where = getattr(error, "filename", None) or output
+        raise TrainingStopped(f"cannot write {where}: {reason}; {cure}, then go on with --resume auto") from None
 
 
 @contextmanager
@@ -480,11 +482,25 @@ def run_stage(
 
 
 def stage_to_resume(stages: list[AdaptConfig]) -> int:
-    """The last stage with a whole checkpoint: all before it are done. Without one, the first."""
+    """The last stage with a checkpoint: all before it are done. Without one, the first.
+
+    Raises:
+        UsageError: of that stage, no checkpoint is whole.
+    """
     for number in range(len(stages) - 1, 0, -1):
-        if newest_whole_checkpoint(Path(stages[number].output))[0] is not None:
+        folder, damaged = newest_whole_checkpoint(Path(stages[number].output))
+        check_whole(folder, damaged)
+        if folder is not None:
             return number
     return 0
+
+
+def check_whole(folder: Path | None, damaged: list[str]) -> None:
+    """UsageError where all checkpoints (of `newest_whole_checkpoint`) are damaged: to start over must be asked for."""
+    if folder is None and damaged:
+        raise UsageError(
+            f"{'; '.join(damaged)}; no other is left: delete what is damaged to start over, or choose another --output"
+        )
 
 
 def check_stage(config: AdaptConfig, first: AdaptConfig) -> None:
@@ -542,9 +558,9 @@ def carry_over(run: Run, before: Path, *, fresh: bool, data: DataConfig) -> None
         run.feed.load_state(json.loads((folder / "state.json").read_text(encoding="utf-8"))["stream"])
 
 
-def check_ranks(config: AdaptConfig) -> None:
-    """UsageError if another rank was started with another configuration."""
-    ours, *others = gather(_flat(config.model_dump(mode="json")))
+def check_ranks(config: AdaptConfig, resume: bool) -> None:
+    """UsageError if another rank was started with another configuration, or one is to resume and another is not."""
+    ours, *others = gather({"resume": resume, **_flat(config.model_dump(mode="json"))})
     for rank, theirs in enumerate(others, 1):
         for key in sorted(ours.keys() | theirs.keys()):
             if ours.get(key) != theirs.get(key):
@@ -555,23 +571,27 @@ def check_ranks(config: AdaptConfig) -> None:
 
 
 def export_run(run: Run, output: Path) -> None:
-    """Write what the run ends with: a Hugging Face folder, or the draft adapter's. All ranks call it together."""
+    """Write what the run ends with: a Hugging Face folder, or the draft adapter's. All ranks call it together.
+
+    Raises:
+        UsageError: it cannot be written; what was in the folder stays as it was.
+    """
     model = run.config.model
     dtype = getattr(torch, model.export_dtype) if model.export_dtype else None
     adapter, settings = run.decoder.adapter, run.settings
     weights = whole_weights(run.decoder.model) if run.is_sharded or run.is_zero else None
-    if not is_main():
-        return
-    if run.lora is not None:
-        run.lora.save(output / "adapter")
-        export(output, merged_model(run, run.lora), run.tokenizer, settings, dtype)
-        return
-    if adapter is None:
-        export(output, run.decoder.model, run.tokenizer, settings, dtype, weights)
-        return
-    assert settings is not None
-    parent = weights_folder(model.path, model.revision)
-    save_adapter(output, adapter, settings, model.path, parent, dtype or torch.float32)
+    with together(), writing(output), whole_folder(output) if is_main() else nullcontext() as folder:
+        if folder is None:
+            return
+        if run.lora is not None:
+            run.lora.save(folder / "adapter")
+            export(folder, merged_model(run, run.lora), run.tokenizer, settings, dtype)
+        elif adapter is None:
+            export(folder, run.decoder.model, run.tokenizer, settings, dtype, weights)
+        else:
+            assert settings is not None
+            parent = weights_folder(model.path, model.revision)
+            save_adapter(folder, adapter, settings, model.path, parent, dtype or torch.float32)
 
 
 def merged_model(run: Run, lora: LoraAdapter) -> PreTrainedModel:
@@ -621,8 +641,6 @@ def load(
 
     No communication.
     """
-    for name in config.training.trackers:
-        require(name, "trackers", f"training.trackers={name}")
     if config.lora is not None:
         require("peft", "lora", "lora")
     if config.optimizer.name == "adamw_8bit" and not is_bnb_available():
@@ -735,9 +753,10 @@ def restore(run: Run, output: Path) -> None:
     """Go on from the newest whole checkpoint in `output`, if there is one.
 
     Raises:
-        UsageError: the checkpoint was made under a configuration that would break the run.
+        UsageError: the checkpoint was made under a configuration that would break the run, or all are damaged.
     """
     folder, damaged = gather(newest_whole_checkpoint(output) if is_main() else (None, []))[0]
+    check_whole(folder, damaged)
     for line in damaged:
         run.accelerator.print(line)
     if folder is None:
@@ -799,16 +818,27 @@ def check_output(output: Path, stages: list[AdaptConfig], resume: bool) -> None:
         )
 
 
-def trim_log(path: Path, steps: int) -> None:
-    """Drop log lines of steps that will be done again, and one that a killed run left unfinished."""
+def trim_log(path: Path, steps: int) -> int:
+    """Drop log lines of steps that will be done again, and what cannot be read.
+
+    Returns:
+        The number of damaged lines, without the last one that a killed run left unfinished.
+    """
     if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if not line.endswith("\n") or json.loads(line)["step"] >= steps:
+        return 0
+    kept, damaged = [], 0
+    for line in path.read_bytes().splitlines(keepends=True):
+        if not line.endswith(b"\n"):
             break
-        kept.append(line)
-    path.write_text("".join(kept), encoding="utf-8")
+        try:
+            again = json.loads(line.decode("utf-8"))["step"] >= steps
+        except (ValueError, TypeError, KeyError):  # not JSON, or not a record
+            damaged += 1
+            continue
+        if not again:
+            kept.append(line)
+    write_whole(path, b"".join(kept))
+    return damaged
 
 
 @contextmanager

@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from nextblock.config import UsageError
+from nextblock.files import write_whole
 from nextblock.report.figures import plot_losses, plot_profile, plot_tradeoff
 from nextblock.report.page import decoding_table, findings, render, summary
 
@@ -92,9 +93,7 @@ def write_report(results: Mapping[str, Any], folder: Path | str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     stored = json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     for name, text in ((RESULTS, stored), (REPORT, page)):
-        part = folder / f".{name}.part"  # a reader never sees half a file
-        part.write_text(text, encoding="utf-8")
-        part.replace(folder / name)
+        write_whole(folder / name, text.encode("utf-8"))  # a reader never sees half a file
     return folder / REPORT
 
 

@@ -1,0 +1,72 @@
+"""Files that are written whole or not at all, and why a disk did not take one."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+PARTIAL = ".partial-"
+"""How the names of folders begin that are not yet whole."""
+MARKS = ("config.json", "adapter_config.json")
+"""Files by which a folder is known to hold a model or an adapter."""
+
+UNWRITTEN = {
+    errno.ENOSPC: "free space",
+    errno.EDQUOT: "free space",
+    errno.EFBIG: "allow larger files (ulimit -f)",
+    errno.EROFS: "make it writable",
+    errno.EACCES: "make it writable",
+}
+"""What to do about each error of the system that stops a write."""
+
+
+def unwritten(error: BaseException) -> tuple[str, str] | None:
+    """Why a disk did not take a file and what to do, in words; None for any other error."""
+    number, text = getattr(error, "errno", None), str(error)
+    if number is None and (named := re.search(r"\(os error (\d+)\)", text)):  # safetensors and tokenizers
+        number = int(named[1])
+    if number in UNWRITTEN:
+        return os.strerror(number), UNWRITTEN[number]
+    if isinstance(error, RuntimeError) and re.search("inline_container|iostream error", text):  # torch.save
+        return "a file could not be written, most likely because the disk is full", "free space"
+    return None
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A new empty folder; what the block has put there moves into `folder` when it is done, else nothing does.
+
+    What is already in `folder` stays, but for files of the same name and for weights of an earlier export.
+    """
+    partial = folder / f"{PARTIAL}export"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        # A folder without these is no model, and they go first and come last: it is one with all its files or not.
+        for name in MARKS:
+            (folder / name).unlink(missing_ok=True)
+        for old in folder.glob("model*.safetensors*"):  # perhaps in other parts than the new ones
+            old.unlink()
+        for part in sorted(partial.iterdir(), key=lambda part: part.name in MARKS):
+            if part.is_dir():
+                shutil.rmtree(folder / part.name, ignore_errors=True)
+            os.replace(part, folder / part.name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file complete or not at all, in place of one of that name."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_bytes(content)
+        os.replace(part, path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,115 @@
+"""Files are written whole or not at all; what a disk did not take is told from every other error."""
+
+from __future__ import annotations
+
+import errno
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from nextblock.files import unwritten, whole_folder, write_whole
+from nextblock.model import byte_tokenizer
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """No file of this process may grow over `size` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+TOKENIZER: Any = byte_tokenizer().backend_tokenizer
+LARGE = {"weight": torch.zeros(10_000)}
+WRITERS: dict[str, tuple[Callable[[Path], Any], str, str]] = {
+    "python": (lambda path: path.write_bytes(b"0" * 10_000), "File too large", "allow larger files"),
+    "safetensors": (lambda path: save_file(LARGE, path), "File too large", "allow larger files"),
+    "tokenizers": (lambda path: TOKENIZER.save(str(path)), "File too large", "allow larger files"),
+    "torch": (lambda path: torch.save(LARGE, path), "most likely because the disk is full", "free space"),
+}
+
+
+@pytest.mark.parametrize("library", WRITERS)
+def test_a_file_that_is_not_taken_is_told_whichever_library_writes_it(tmp_path, library):
+    write, reason, cure = WRITERS[library]
+    with largest_file(1000), pytest.raises(Exception) as failed:  # noqa: PT011
+        write(tmp_path / "file")
+    why = unwritten(failed.value)
+    assert why is not None
+    assert reason in why[0]
+    assert cure in why[1]
+
+
+def test_a_full_disk_is_told_by_its_number_alone():
+    assert unwritten(OSError(errno.ENOSPC, "x")) == ("No space left on device", "free space")
+    assert unwritten(Exception("No space left on device (os error 28)")) == ("No space left on device", "free space")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ValueError("1"), RuntimeError("CUDA out of memory"), FileNotFoundError(2, "x"), Exception("gone (os error 2)")],
+)
+def test_other_errors_are_not_taken_for_a_full_disk(error):
+    assert unwritten(error) is None
+
+
+def test_a_file_is_replaced_whole_or_left_as_it_was(tmp_path):
+    path = tmp_path / "file"
+    write_whole(path, b"first")
+    with largest_file(10), pytest.raises(OSError, match="File too large"):
+        write_whole(path, b"0" * 100)
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("file", b"first")]
+    write_whole(path, b"second")
+    assert path.read_bytes() == b"second"
+
+
+def model_in(folder: Path, weights: str, text: str) -> None:
+    (folder / weights).write_text(text)
+    (folder / "config.json").write_text(text)
+    (folder / "custom_generate").mkdir()
+    (folder / "custom_generate" / "generate.py").write_text(text)
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_folder_gets_all_files_or_none_and_keeps_what_is_not_of_a_model(tmp_path):
+    (tmp_path / "log.jsonl").write_text("log")
+    with largest_file(10), pytest.raises(OSError, match="File too large"), whole_folder(tmp_path) as folder:
+        model_in(folder, "model.safetensors", "0" * 11)
+    assert contents(tmp_path) == {"log.jsonl": "log"}
+    for weights, text in (("model-00001-of-00002.safetensors", "1"), ("model.safetensors", "2")):
+        with whole_folder(tmp_path) as folder:
+            model_in(folder, weights, text)
+        model = dict.fromkeys(("config.json", "custom_generate/generate.py", weights), text)
+        assert contents(tmp_path) == {"log.jsonl": "log", **model}
+    assert not list(tmp_path.glob(".partial-*"))
+
+
+def test_a_move_that_ends_half_way_leaves_no_folder_that_looks_like_a_model(tmp_path, monkeypatch):
+    with whole_folder(tmp_path) as folder:
+        model_in(folder, "model.safetensors", "1")
+    import nextblock.files as module
+
+    real, left = module.os.replace, [2]
+
+    def doomed(*paths: Any) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        real(*paths)
+
+    monkeypatch.setattr("os.replace", doomed)
+    with pytest.raises(KeyboardInterrupt), whole_folder(tmp_path) as folder:
+        model_in(folder, "model.safetensors", "2")
+    assert not (tmp_path / "config.json").exists()
