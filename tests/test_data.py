@@ -215,7 +215,7 @@ def test_best_subset_reaches_the_largest_sum_that_fits(sizes: list[int], room: i
     assert sum(sizes[i] for i in chosen) == max(sums)
 
 
-LENGTHS: dict[str, Callable[[np.random.Generator], np.ndarray]] = {
+MIXTURES: dict[str, Callable[[np.random.Generator], np.ndarray]] = {
     "many short ones": lambda rng: rng.lognormal(4.8, 1.0, 3000),
     "long ones": lambda rng: rng.lognormal(6.0, 0.7, 3000),
     "up to half a row": lambda rng: rng.uniform(50, 500, 3000),
@@ -223,10 +223,10 @@ LENGTHS: dict[str, Callable[[np.random.Generator], np.ndarray]] = {
 }
 
 
-@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("lengths", MIXTURES)
 @pytest.mark.parametrize("row_length", [1024, 2048])
 def test_mixed_lengths_fill_98_percent_of_the_rows(tmp_path: Path, row_length: int, lengths: str) -> None:
-    sizes = LENGTHS[lengths](np.random.default_rng(1)).astype(int) + 1
+    sizes = MIXTURES[lengths](np.random.default_rng(1)).astype(int) + 1
     source = jsonl(tmp_path / "a.jsonl", [{"text": "x" * int(n)} for n in sizes])
     rows = stream(source, row_length=row_length).next(260)
     assert (rows.document >= 0).float().mean() >= 0.98

@@ -309,7 +309,8 @@ def test_ligers_loss_and_gradient_are_those_of_our_loop(head, monkeypatch):
         pytest.skip("Liger's kernel needs CUDA, or TRITON_INTERPRET=1")
     if head == "capped" and not torch.cuda.is_available():
         pytest.skip("Triton's interpreter cannot run Liger's soft cap")
-    model = tiny_model("llama").to("cuda" if torch.cuda.is_available() else "cpu")
+    model: Any = tiny_model("llama")
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     if head == "bias":
         model.lm_head.bias = nn.Parameter(torch.linspace(-1, 1, 97, device=model.device))
     elif head == "capped":
