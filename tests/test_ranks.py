@@ -76,11 +76,15 @@ def adapt_rank(rank: int, values: dict[str, Any], stop_after: int | None = None)
 
 
 def cli_rank(rank: int, each: list[list[str]]) -> None:
-    """`nextblock` with the arguments of this rank."""
+    """`nextblock` with the arguments of this rank; on bad input it ends the communication before it exits."""
     from nextblock.cli import main
 
     sys.argv = ["nextblock", *each[rank]]
-    main()
+    with pytest.raises(SystemExit) as ended:
+        main()
+    if ended.value.code:
+        assert not torch.distributed.is_initialized()
+    sys.exit(ended.value.code)
 
 
 def on_two(processes: Any, tmp_path: Path, config: AdaptConfig, stop_after: int | None = None) -> None:

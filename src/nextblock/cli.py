@@ -72,10 +72,13 @@ def main() -> None:
     except UsageError as error:
         if os.environ.get("RANK", "0") == "0":  # the processes of one run fail together: one line is enough
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    # Here the error and what it held of the run are gone.
+    if (ranks := sys.modules.get("nextblock.ranks")) is not None:  # not for its sake alone: torch takes seconds
+        ranks.leave()
+    sys.exit(2)
 
 
 def _explain_config(section: type[Section] = AdaptConfig, prefix: str = "") -> list[str]:

@@ -39,6 +39,15 @@ def gather(value: T) -> list[T]:
     return found
 
 
+def leave() -> None:
+    """End this process's part in the run, where it met others; the last thing that it does before it exits.
+
+    Threads that still wait for other ranks would abort the process, and its exit status would be theirs.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 @contextmanager
 def together() -> Iterator[None]:
     """All ranks leave the block by the same door: a UsageError of one is raised on all.
