@@ -56,8 +56,9 @@ TINY: dict[str, Any] = {
 @pytest.mark.parametrize("name", REAL)
 def test_a_preset_of_a_real_model_can_be_planned_without_the_network(name, monkeypatch):
     monkeypatch.setattr(plan, "largest_row", lambda *_: None)  # several steps more; see test_plan
-    config, machine = load_config(preset(name)), {"device": "h200", "devices": 8, "parallel": "fsdp2"}
-    found = (plan.plan_stages if config.stages else plan.plan)(config, **machine)
+    config = load_config(preset(name))
+    parallel = "fsdp2" if config.lora is None else "ddp"
+    found = (plan.plan_stages if config.stages else plan.plan)(config, device="h200", devices=8, parallel=parallel)
     assert found.fits
     assert found.seconds is not None
 
