@@ -21,21 +21,15 @@ from nextblock.config import AdaptConfig, DraftAdapterConfig, UsageError, load_c
 from nextblock.corruption import UNSCORED, corrupt
 from nextblock.launcher import check_sharding
 from nextblock.model import load_parent
-from nextblock.plan import (
-    GIB,
-    USABLE,
-    StagedPlan,
+from nextblock.plan import USABLE, StagedPlan, largest_row, model_shape, plan, plan_stages
+from nextblock.plan.memory import GIB, step_memory
+from nextblock.plan.work import (
     attention_pairs,
     count_parameters,
-    largest_row,
-    model_shape,
     noised_tokens,
-    plan,
-    plan_stages,
     run_flops,
     scored_tokens,
     step_flops,
-    step_memory,
 )
 from nextblock.shapes import DEVICES, shape_values
 from nextblock.train import prepare, train_step

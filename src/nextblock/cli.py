@@ -599,7 +599,8 @@ def plan(
     from nextblock.bench.command import wide_console
     from nextblock.config import load_config
     from nextblock.plan import plan as run
-    from nextblock.plan import plan_stages, plan_table, stages_table
+    from nextblock.plan import plan_stages
+    from nextblock.plan.table import plan_table, stages_table
     from nextblock.presets import find_config
 
     checked = load_config(find_config(config), parse_overrides(context.args))
