@@ -175,7 +175,7 @@ def test_without_dropout_a_model_in_train_mode_gives_what_it_gives_in_eval_mode(
 # ------------------------------------------------------------------------------- a short run
 
 
-PINNED = {"first": 2.6163, "last": 2.5275, "last_diffusion": 2.7622, "last_ar": 2.6502}
+PINNED = {"first": 2.6018, "last": 2.5306, "last_diffusion": 2.8508, "last_ar": 2.6502}
 
 
 def test_the_loss_of_a_short_adaptation_is_pinned(place, tmp_path):

@@ -19,7 +19,8 @@ from nextblock.config import DataConfig, UsageError
 from nextblock.sources import Cursor, HubStream, Record, Records, is_held_out, one_line, read_source
 
 CHUNK_ROWS = 64  # rows packed together at first: little to make again after a resume
-FULL, MOST_ROWS, MOST_TOKENS = 0.985, 512, 2**21  # rows less full than this are packed with more, up to either number
+FULL, WORTH = 0.985, 0.25  # rows less full are packed with more, while that brings so much of what is missing
+MOST_ROWS, MOST_TOKENS = 512, 2**21  # of a chunk
 BATCH_DOCUMENTS, BATCH_BYTES = 256, 2**20  # one call of the tokenizer ends at either
 USUAL_BYTES = 1000  # of a document of a source that has not been read yet
 IDLE_BATCHES = 8  # batches without one usable document after which the data counts as empty
@@ -302,6 +303,14 @@ def check_tokens(rows: Rows, vocab_size: int, mask_token_id: int | None) -> None
         raise UsageError(f"mask token id {mask_token_id} is used in the data; set model.mask_token to an unused token")
 
 
+Read = tuple[list[Document], dict[str, Any]]
+"""A document as pieces that fit in a row, and the stream's position before it."""
+
+
+def _density(packed: Sequence[Sequence[Document]], row_length: int) -> float:
+    return sum(len(piece.tokens) for row in packed for piece in row) / (len(packed) * row_length)
+
+
 class RowStream:
     """Endless rows of one shard of the data, in an order that depends on (config, seed, shard) only.
 
@@ -348,7 +357,7 @@ class RowStream:
         self._weights = np.array([source.weight for source in config.sources])
         self._drawn = [0] * len(config.sources)  # documents of each source so far
         self._bytes = [0] * len(config.sources)  # and how long they were together
-        self._queue: deque[tuple[list[Document], dict[str, Any]]] = deque()  # pieces, position before them
+        self._queue: deque[Read] = deque()
         self.truncated = self.skipped = 0
         self._first = self._taken = 0  # number of the chunk's first row; its rows used so far
         self._chunk: Rows | None = None
@@ -400,32 +409,19 @@ class RowStream:
         self._lost = state["lost"]
 
     def _make_chunk(self) -> Rows:
-        """Pack the next documents: a chunk of CHUNK_ROWS rows, or twice as many until the rows are full enough.
+        """Pack the next documents: into about CHUNK_ROWS rows, or twice as many for as long as that fills them better.
 
         What is left of a chunk packs badly, the less so the more documents there are to choose from.
         """
         length, size = self._config.row_length, CHUNK_ROWS
-        pieces: list[Document] = []
-        tokens = 0
-        while True:
-            while tokens < size * length:
-                self._peek()
-                pieces += (document := self._queue.popleft()[0])
-                tokens += sum(len(piece.tokens) for piece in document)
-            packed = pack(pieces, length)
-            room = [length - sum(len(piece.tokens) for piece in row) for row in packed]
-            while (last := len((document := self._peek()[0])[-1].tokens)) <= max(room):  # while the next one fits
-                self._queue.popleft()
-                pieces += document
-                tokens += sum(len(piece.tokens) for piece in document)
-                best = min((free, row) for row, free in enumerate(room) if free >= last)[1]
-                packed[best].append(document[-1])
-                room[best] -= last
-                packed += [[piece] for piece in document[:-1]]  # these fill a row each
-                room += [0] * len(document[:-1])
+        read, packed = self._pack_on([], size)
+        while (full := _density(packed, length)) < FULL and 2 * size <= min(MOST_ROWS, MOST_TOKENS // length):
             size *= 2
-            if tokens >= FULL * len(packed) * length or size > MOST_ROWS or size * length > MOST_TOKENS:
+            more, wider = self._pack_on(read, size)
+            if _density(wider, length) < full + WORTH * (FULL - full):
+                self._queue.extendleft(reversed(more[len(read) :]))
                 break
+            read, packed = more, wider
         self._lost = {name: self._peek()[1][name] for name in ("truncated", "skipped")}
         order = np.random.default_rng([*self._seed, self._first]).permutation(len(packed))
         pad: Any = self._tokenizer.pad_token_id
@@ -433,7 +429,26 @@ class RowStream:
         epoch = self._start["sources"][0]["epoch"]
         return collate([packed[i] for i in order], length, pad, epoch, self._first)
 
-    def _peek(self) -> tuple[list[Document], dict[str, Any]]:
+    def _pack_on(self, read: list[Read], size: int) -> tuple[list[Read], list[list[Document]]]:
+        """`read` and the next documents, for `size` rows or more; and these in rows, where the next fits in none."""
+        length, read = self._config.row_length, list(read)
+        tokens = sum(len(piece.tokens) for document, _ in read for piece in document)
+        while tokens < size * length:
+            self._peek()
+            read.append(self._queue.popleft())
+            tokens += sum(len(piece.tokens) for piece in read[-1][0])
+        packed = pack([piece for document, _ in read for piece in document], length)
+        room = [length - sum(len(piece.tokens) for piece in row) for row in packed]
+        while (last := len((document := self._peek()[0])[-1].tokens)) <= max(room):
+            read.append(self._queue.popleft())
+            best = min((free, row) for row, free in enumerate(room) if free >= last)[1]
+            packed[best].append(document[-1])
+            room[best] -= last
+            packed += [[piece] for piece in document[:-1]]  # these fill a row each
+            room += [0] * len(document[:-1])
+        return read, packed
+
+    def _peek(self) -> Read:
         """The next document, as pieces that fit in a row, and the position before it."""
         if not self._queue:
             self._fill()
