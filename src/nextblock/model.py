@@ -443,6 +443,15 @@ def scratch_config(scratch: Mapping[str, Any]) -> PreTrainedConfig:
     return shape
 
 
+def parent_config(model: ModelConfig) -> PreTrainedConfig:
+    """The config of the parent that a run begins with, its values replaced."""
+    if model.scratch is None:
+        return read_config(model.path, model.revision, model.trust_remote_code, model.override)
+    config = scratch_config(model.scratch)
+    replace_values(config, model.override)
+    return config
+
+
 def load_parent(config: ModelConfig, device: torch.device | str | None = None) -> Decoder:
     """The parent of a run: loaded, or random weights of `config.scratch`'s shape."""
     dtype = getattr(torch, config.dtype)
@@ -458,8 +467,7 @@ def load_parent(config: ModelConfig, device: torch.device | str | None = None) -
             quantization=config.quantization,
         )
         return Decoder(model)
-    shape = scratch_config(config.scratch)
-    replace_values(shape, config.override)
+    shape = parent_config(config)
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     attention = choose_attention(shape, config.attention, target)
     model = AutoModelForCausalLM.from_config(shape, dtype=dtype, attn_implementation=attention)

@@ -56,13 +56,11 @@ from nextblock.model import (
     Decoder,
     choose_mask_token,
     load_parent,
+    parent_config,
     parent_tokenizer,
     probe,
-    read_config,
     recompute_activations,
-    replace_values,
     run_in_parts,
-    scratch_config,
     weight_shapes,
     weights_folder,
     without_dropout,
@@ -521,15 +519,6 @@ def check_override(model: ModelConfig, before: ModelConfig) -> None:
                 f"model.override={dict(model.override)}: {name} would be {next(sizes)} and is {next(sizes)}; replace "
                 "only values that leave the weights as they are"
             )
-
-
-def parent_config(model: ModelConfig) -> PreTrainedConfig:
-    """The config of the parent that a run begins with, its values replaced."""
-    if model.scratch is None:
-        return read_config(model.path, model.revision, model.trust_remote_code, model.override)
-    config = scratch_config(model.scratch)
-    replace_values(config, model.override)
-    return config
 
 
 def check_length(config: AdaptConfig, shape: PreTrainedConfig) -> None:

@@ -90,18 +90,17 @@ def moments(optimizer: Any) -> dict[str, Any]:
     """What the optimizer's `state_dict` is without ZeRO. All ranks together."""
     from deepspeed.utils import safe_get_full_optimizer_state  # pyright: ignore[reportMissingImports]
 
-    zero, state, groups, number = optimizer.optimizer, {}, [], 0
+    zero, state, groups = optimizer.optimizer, {}, []
     _link(zero)
     partitions = zip(zero.optimizer.param_groups, zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True)
     for options, parameters, partition in partitions:
         step = torch.as_tensor(zero.optimizer.state[partition]["step"], dtype=torch.float32)
-        first = number
-        for number, parameter in enumerate(parameters, first):
+        first = len(state)
+        for parameter in parameters:
             whole = {name: safe_get_full_optimizer_state(parameter, name) for name in MOMENTS}
-            state[number] = {"step": step.clone(), **whole}
-        number += 1
+            state[len(state)] = {"step": step.clone(), **whole}
         own = {name: value for name, value in options.items() if name != "params"}
-        groups.append({**own, "params": list(range(first, number))})
+        groups.append({**own, "params": list(range(first, len(state)))})
     return {"state": state, "param_groups": groups}
 
 
