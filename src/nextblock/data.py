@@ -316,7 +316,7 @@ class RowStream:
 
     Shard s of S reads the documents s, s + S, s + 2S, ... of every source, all epochs laid end to end.
     Documents are drawn from the sources so that weights are shares of the text (`_choose`), and packed a
-    chunk of about CHUNK_ROWS rows at a time. `state` names the start of the chunk and how many of its rows
+    chunk of about CHUNK_ROWS rows, or a wider one (`_make_chunk`), at a time. `state` names the start of the chunk and how many of its rows
     are used; resuming makes the chunk again.
 
     Attributes:
