@@ -315,9 +315,9 @@ class RowStream:
     """Endless rows of one shard of the data, in an order that depends on (config, seed, shard) only.
 
     Shard s of S reads the documents s, s + S, s + 2S, ... of every source, all epochs laid end to end.
-    Documents are drawn from the sources so that weights are shares of the text (`_choose`), and packed a
-    chunk of about CHUNK_ROWS rows, or a wider one (`_make_chunk`), at a time. `state` names the start of the chunk and how many of its rows
-    are used; resuming makes the chunk again.
+    Documents are drawn from the sources so that weights are shares of the text (`_choose`), and packed in
+    chunks of about CHUNK_ROWS rows or more (`_make_chunk`). `state` names the start of the chunk and how many
+    of its rows are used; resuming makes the chunk again.
 
     Attributes:
         truncated: documents cut short at the end of a row so far (prompt or chat documents only).
