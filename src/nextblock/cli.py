@@ -522,61 +522,6 @@ def bench_decode(
         print(*write_results(results, plot_bench(results), output))
 
 
-@bench_app.command("train")
-def bench_train(
-    model: Annotated[str, typer.Argument(help="local folder, Hub id, tiny-ar or tiny-bd")] = "tiny-ar",
-    shape: Annotated[
-        str | None, typer.Option(help="random weights instead of MODEL: large-vocabulary, qwen3-0.6b, qwen3-4b, ...")
-    ] = None,
-    row_length: Annotated[int, typer.Option(help="clean tokens in a row")] = 256,
-    rows: Annotated[int, typer.Option(help="rows in a step")] = 8,
-    block_size: Annotated[int, typer.Option(help="tokens in a block")] = 16,
-    views: Annotated[list[int] | None, typer.Option(help="noised views of a step; may be given again")] = None,
-    draft_adapter: Annotated[
-        bool, typer.Option("--draft-adapter", help="also time a draft adapter's step, at the same numbers of views")
-    ] = False,
-    packer: Annotated[
-        bool, typer.Option("--packer", help="also time reading and packing, which must stay ahead of the step")
-    ] = False,
-    rounds: Annotated[int, typer.Option(help="steps of each; medians are taken over them")] = 5,
-    compile: Annotated[bool, typer.Option("--compile", help="torch.compile the model for all of them")] = False,
-    output: Results = None,
-    dtype: Dtype = None,
-) -> None:
-    """Time a training step against the plain way and an ordinary AR step, in turns, on the same rows."""
-    from nextblock.bench import training
-    from nextblock.bench.command import check_output, progress, wide_console, write_results
-    from nextblock.bench.figures import packer_lines, plot_train, train_table
-
-    check_output(output)
-    work = training.Work(
-        model=shape or model,
-        random_weights=shape is not None,
-        row_length=row_length,
-        rows=rows,
-        block_size=block_size,
-        dtype=torch_dtype(dtype),
-        compile=compile,
-    )
-    numbers, done = views or [1], 0
-    total = training.count_steps(numbers, draft_adapter, rounds, packer)
-    with progress("timing") as update:
-
-        def advance() -> None:
-            nonlocal done
-            done += 1
-            update(done, total)
-
-        results = training.bench_train(
-            work, numbers, draft_adapter=draft_adapter, packer=packer, rounds=rounds, on_step=advance
-        )
-    wide_console().print(train_table(results))
-    for line in packer_lines(results):
-        print(line)
-    if output is not None:
-        print(*write_results(results, plot_train(results), output))
-
-
 @app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
     epilog="Every key of the configuration is an option, as for `nextblock adapt`.",
