@@ -25,7 +25,7 @@ from nextblock.config import AdaptConfig
 from nextblock.model import (
     Decoder,
 )
-from nextblock.objective import chunk_rows, cross_entropy_sum, soft_cross_entropy_sums
+from nextblock.objective import chunk_rows, cross_entropy
 from nextblock.plan.fakes import fake_decoder, fake_mask
 from nextblock.plan.work import kind_of_training, micro_rows, noised_tokens, scored_tokens
 
@@ -157,10 +157,10 @@ def _fake_losses(
         # Other states and gradients, and other states of the teacher.
         rest = torch.zeros(2 if teacher is None else 3, targets - some, states.shape[-1], dtype=states.dtype)
         if teacher is None:
-            return [cross_entropy_sum(decoder, chosen, wanted, rows=chunk), rest]
+            return [cross_entropy(decoder, chosen, wanted, rows=chunk).total, rest]
         taught = teacher.reshape(-1, teacher.shape[-1])[wanted]
-        sums = soft_cross_entropy_sums(decoder, chosen, wanted, taught, wanted == 0, rows=chunk // 2)
-        return [sums.sum(), rest]
+        scores = cross_entropy(decoder, chosen, wanted, teacher=(taught, wanted == 0), rows=max(1, chunk // 2))
+        return [scores.total + scores.soft, rest]
 
     if drafting:
         cache = DynamicCache()
