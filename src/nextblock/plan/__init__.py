@@ -20,9 +20,7 @@ from nextblock.launcher import check_sharding
 from nextblock.model import check_architecture, replace_values, resolve, scratch_config
 from nextblock.plan.memory import GIB, step_memory
 from nextblock.plan.work import (
-    Flops,
     count_parameters,
-    kind_of_training,
     micro_rows,
     noised_tokens,
     run_flops,
@@ -30,6 +28,7 @@ from nextblock.plan.work import (
 )
 from nextblock.shapes import DEVICES, HUB_IDS, shape_values
 from nextblock.sources import one_line
+from nextblock.tracking import Flops, kind_of_training
 
 USABLE = 0.92
 """Share of a GPU's memory that a step may take; the rest is for the driver, libraries and fragments."""

@@ -27,7 +27,8 @@ from nextblock.model import (
 )
 from nextblock.objective import chunk_rows, cross_entropy
 from nextblock.plan.fakes import fake_decoder, fake_mask
-from nextblock.plan.work import kind_of_training, micro_rows, noised_tokens, scored_tokens
+from nextblock.plan.work import micro_rows, noised_tokens, scored_tokens
+from nextblock.tracking import kind_of_training
 
 GIB = 2**30
 
