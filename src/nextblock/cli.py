@@ -530,9 +530,13 @@ def plan(
     context: typer.Context,
     config: Annotated[str, typer.Argument(help="YAML file, or the name of a preset: qwen3-0.6b, qwen3-8b, ...")],
     gpu: Annotated[
-        str, typer.Option(help="h200, h100, a100-80g, a100-40g, l40s, l4, rtx5090, rtx4090, b200; cpu: memory alone")
-    ] = "h100",
-    gpus: Annotated[int, typer.Option(help="how many of them")] = 1,
+        str | None,
+        typer.Option(
+            help="h200, h100, a100-80g, a100-40g, l40s, l4, rtx5090, rtx4090, b200; cpu: memory alone; "
+            "default: machine.gpu of the configuration"
+        ),
+    ] = None,
+    gpus: Annotated[int | None, typer.Option(help="how many of them; default: machine.gpus")] = None,
     parallel: Annotated[
         str | None,
         typer.Option(help="ddp: copies; fsdp2: sharded weights, gradients and optimizer; default: as training.fsdp"),
@@ -540,11 +544,14 @@ def plan(
     mfu: Annotated[float, typer.Option(help="share of the GPU's peak that useful FLOPs reach, for the time")] = 0.4,
     json_: Annotated[bool, typer.Option("--json", help="print JSON instead of the table")] = False,
 ) -> None:
-    """Say what a run takes before it starts: parameters, memory by kind, the longest row, FLOPs, days, GPU-hours."""
+    """Say what a run takes before it starts: parameters, memory by kind, the longest row, FLOPs, days, GPU-hours.
+
+    Without options: what `nextblock adapt` of the same configuration will do. Exit status 1 if it does not fit.
+    """
     from nextblock.bench.command import wide_console
     from nextblock.config import load_config
     from nextblock.plan import plan as run
-    from nextblock.plan import plan_stages
+    from nextblock.plan import plan_stages, shortfall
     from nextblock.plan.table import plan_table, stages_table
     from nextblock.presets import find_config
 
@@ -560,6 +567,9 @@ def plan(
         print(json.dumps(found.as_dict(), indent=1))
     else:
         wide_console().print(table)
+    if line := shortfall(found, checked):
+        print(line, file=sys.stderr)
+        raise typer.Exit(1)
 
 
 @app.command()

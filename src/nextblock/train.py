@@ -86,6 +86,8 @@ MAY_CHANGE_ON_RESUME = (
     "training.gradient_checkpointing",
     "model.export_dtype",
     "model.attention",
+    "machine.gpu",
+    "machine.gpus",
 )
 
 

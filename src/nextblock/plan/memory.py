@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedConfig,
 )
 
+from nextblock.adapt import evaluation_rows
 from nextblock.config import AdaptConfig
 from nextblock.model import (
     Decoder,
@@ -128,6 +129,33 @@ def step_memory(
     # The root's weights stay gathered; of the layers one is at work and one on its way. As many gradients, if trained.
     kinds["gathered"] = (root + 2 * layer) * (2 if kind_of_training(config) == "full" else 1)
     return kinds
+
+
+def evaluation_memory(
+    config: AdaptConfig, shape: PreTrainedConfig, *, device: str, row_length: int | None = None
+) -> dict[str, int]:
+    """Bytes by kind at the peak of the final evaluation: one process, whole weights in their own dtype, no gradient.
+
+    Empty where nothing is measured.
+    """
+    if not (config.training.evaluate_rows and config.data.held_out):
+        return {}
+    length, rows = row_length or config.data.row_length, evaluation_rows(config)
+    live, noised = Live(), length if config.masks else 0
+    with FakeTensorMode(allow_non_fake_inputs=True), live, torch.no_grad():
+        decoder, _ = fake_decoder(config, shape, device, getattr(torch, config.model.dtype))
+        decoder.model.eval()
+        live.most = 0  # what only loading takes is over
+        live.phase = "mask"
+        mask = fake_mask(decoder, rows, noised + length, noised + length, noised=0)  # not in parts
+        live.phase = "activations"
+        ids = torch.zeros(rows, noised + length, dtype=torch.int64)
+        states = decoder.hidden(ids, torch.zeros_like(ids), mask, noised=decoder.adapter is not None).flatten(0, 1)
+        live.phase = "head"
+        chosen, chunk = states[torch.zeros(len(states), dtype=torch.int64)], chunk_rows(decoder, device)
+        some = chosen[: 2 * chunk]  # further chunks take no more
+        cross_entropy(decoder, some, torch.zeros(len(some), dtype=torch.int64), each=True, rows=chunk)
+    return dict(live.peak)
 
 
 def _fake_losses(
