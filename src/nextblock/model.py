@@ -31,7 +31,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 from transformers.utils.hub import cached_file
 
-from nextblock.adapter import DraftAdapter, Gate
+from nextblock.adapter import DraftAdapter, Gate, attached_adapter, recomputation
 from nextblock.attention_mask import (
     Places,
     Rule,
@@ -547,6 +547,8 @@ def recompute_activations(model: PreTrainedModel, **options: Any) -> None:
     """Compute the layers' activations again in the backward pass, in train mode; `options` of torch's checkpoint."""
     # Its old name, which transformers 5.23 deprecates, is all that 5.22 and older have.
     enable: Any = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    if attached_adapter(model) is not None:
+        options["context_fn"] = recomputation
     enable({"use_reentrant": False, **options})
     model.train()
 

@@ -58,7 +58,7 @@ def low_rank_updates(config: AdaptConfig, model: PreTrainedModel) -> DraftAdapte
         model, config.lora.target_modules, section="lora"
     )  # so that what matches nothing is called by its name
     adapter = DraftAdapter(model, config.lora)
-    adapter.gate = True  # for good: at every position, and when activations are computed again
+    adapter.always = True
     embedding, head = cast(nn.Embedding, model.get_input_embeddings()), cast(nn.Linear, model.get_output_embeddings())
     if config.masks and head.weight is embedding.weight:
         embedding.mask_row = adapter.mask_vector
