@@ -278,6 +278,19 @@ class TwoViewLoss(nn.Module):
         return LossSums(masked.total, ar.total, tokens, ar_tokens, masked.soft, nats)
 
 
+class CleanCache(DynamicCache):
+    """Keys and values of the clean half: written in its own pass, then read alone, as often as layers are computed."""
+
+    written = False
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *rest: Any, **more: Any) -> Any:
+        """Keys and values [B, H, T, D] of a layer, cached ones in front."""
+        if not self.written:
+            return super().update(key_states, value_states, layer_idx, *rest, **more)
+        layer: Any = self.layers[layer_idx]
+        return torch.cat([layer.keys, key_states], dim=-2), torch.cat([layer.values, value_states], dim=-2)
+
+
 class DraftLoss(nn.Module):
     """The forward pass of a draft adapter's training step: only noised positions are differentiated.
 
@@ -305,9 +318,10 @@ class DraftLoss(nn.Module):
             nothing = torch.stack(sums).sum() * 0  # all of them, or DDP would wait
             return LossSums(nothing, nothing, nothing.long(), nothing.long(), nothing)
         clean, noised = places.part(n), places.part(0, n)
-        cache = DynamicCache()
+        cache = CleanCache()
         with torch.no_grad():
             parent = decoder.hidden(view.tokens[:, n:], clean.position, decoder.masks(rule, clean), cache)
+        cache.written = True
         mask = decoder.two_view_masks(rule, noised, clean, cached=True)
         hidden = decoder.hidden(view.tokens[:, :n], noised.position, mask, cache, noised=True)
         masked = masked_scores(decoder, hidden, view, parent if soft else None, profile)

@@ -16,17 +16,14 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import (
-    DynamicCache,
-    PreTrainedConfig,
-)
+from transformers import PreTrainedConfig
 
 from nextblock.adapt import evaluation_rows
 from nextblock.config import AdaptConfig
 from nextblock.model import (
     Decoder,
 )
-from nextblock.objective import chunk_rows, cross_entropy
+from nextblock.objective import CleanCache, chunk_rows, cross_entropy
 from nextblock.plan.fakes import fake_decoder, fake_mask
 from nextblock.plan.work import micro_rows, noised_tokens, scored_tokens
 from nextblock.tracking import kind_of_training
@@ -192,9 +189,10 @@ def _fake_losses(
         return [scores.total + scores.soft, rest]
 
     if drafting:
-        cache = DynamicCache()
+        cache = CleanCache()
         with torch.no_grad():
             parent = hidden(length, length, cache)
+        cache.written = True
         states = hidden(count, length + count, cache, gate=True)
         return head(states, 0, scored, parent if recipe.soft_weight else None)
     states = hidden(count + length, count + length)
