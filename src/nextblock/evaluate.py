@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional
 
 from nextblock.attention_mask import block_diffusion_rule
 from nextblock.config import BlockDiffusionSettings, RecipeConfig, UsageError
@@ -18,6 +17,7 @@ from nextblock.corruption import UNSCORED, MaskDraw, TwoView, corrupt
 from nextblock.data import Rows
 from nextblock.generate import BlockDiffusionLM
 from nextblock.model import Decoder
+from nextblock.objective import cross_entropy
 from nextblock.tasks import Task
 
 
@@ -152,8 +152,7 @@ def _nats(decoder: Decoder, view: TwoView, context: Any) -> torch.Tensor:
     hidden = decoder.hidden(view.tokens, view.places.position, mask, noised=noised)
     scored = view.target != UNSCORED
     nats = torch.zeros(view.target.shape, device=hidden.device)
-    logits = decoder.logits(hidden[scored]).float()
-    nats[scored] = functional.cross_entropy(logits, view.target[scored], reduction="none")
+    nats[scored] = cross_entropy(decoder, hidden[scored], view.target[scored], each=True).nats.float()
     return nats
 
 

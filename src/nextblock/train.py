@@ -67,7 +67,7 @@ from nextblock.model import (
 )
 from nextblock.objective import DraftLoss, TwoViewLoss
 from nextblock.ranks import gather, is_main, together
-from nextblock.tracking import LossProfile, peak_flops, peak_memory_gib, run_log, useful_flops
+from nextblock.tracking import LossProfile, Products, kind_of_training, peak_flops, peak_memory_gib, run_log
 
 LOG = "log.jsonl"
 RESOLVED_CONFIG = "nextblock.yaml"
@@ -86,6 +86,8 @@ MAY_CHANGE_ON_RESUME = (
     "training.gradient_checkpointing",
     "model.export_dtype",
     "model.attention",
+    "machine.gpu",
+    "machine.gpus",
 )
 
 
@@ -165,12 +167,13 @@ class Run:
         low = self.config.training.mixed_precision == "bf16" or self.config.model.dtype == "bfloat16"
         return peak_flops(self.accelerator.device) if low else None
 
-    def flops(self, view: TwoView) -> float:
+    def flops(self, view: TwoView, score_ar: bool) -> float:
         """Useful floating-point operations of a micro-batch; 0 where nothing is measured against them."""
         if self.peak_flops is None:
             return 0.0
-        whole = self.lora is None and self.decoder.adapter is None
-        return useful_flops(self.decoder, view, trained=whole, clean_trained=self.decoder.adapter is None)
+        model, trained, kind = self.decoder.model, self.trained, kind_of_training(self.config)
+        products = Products.of(model, () if kind == "full" else trained.parameters())
+        return products.of_view(kind, view, score_ar, self.config.recipe.soft_weight > 0).useful
 
     @property
     def settings(self) -> BlockDiffusionSettings | None:
@@ -213,7 +216,7 @@ def train_step(run: Run, step: int) -> StepMetrics:
             seed=config.training.seed,
             step=run.first_step + step,
         )
-        flops += run.flops(view)
+        flops += run.flops(view, ar_weight > 0)
         view = view.to(run.accelerator.device)
         with accumulation(run, last=number == len(batches) - 1) as backward:
             losses = run.loss(view, rule, score_ar=ar_weight > 0, soft=recipe.soft_weight > 0, profile=profiled)
