@@ -257,6 +257,22 @@ def test_bad_input_ends_in_one_line(lm, prompts, options, message):
         assert "\n" not in str(error.value)
 
 
+def test_streams_in_turns_leave_a_models_own_attention_alone():
+    """FlexAttention takes no dense masks: each pass runs SDPA, whoever else decodes the model meanwhile."""
+    lm = ids_only()
+    prompts = [torch.tensor([[5, 6, 7]]), torch.tensor([[9, 8, 4, 3, 50]])]
+    options: dict[str, Any] = {"mode": "speculative", "eos_token_id": []}
+    limits = [8, 20]  # the first to end must not set attention back under the other
+    expected = [lm.generate(p, max_new_tokens=n, **options).answers[0] for p, n in zip(prompts, limits, strict=True)]
+    lm.model.set_attn_implementation("flex_attention")
+    streams = [lm.stream(p, max_new_tokens=n, **options) for p, n in zip(prompts, limits, strict=True)]
+    for _ in range(60):
+        for stream in streams:
+            next(stream, None)
+            assert lm.model.config._attn_implementation == "flex_attention"
+    assert [stream.rows[0].answer for stream in streams] == expected
+
+
 def test_flex_attention_is_not_a_decoding_backend(tmp_path):
     with pytest.raises(UsageError, match="attention='flex_attention' cannot decode"):
         load(tmp_path, attention="flex_attention")

@@ -11,6 +11,7 @@ Letters: B rows, Q tokens of a pass, D hidden size, V vocabulary, N positions wh
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,7 @@ from nextblock.config import BlockDiffusionSettings
 from nextblock.events import Committed, Event, Finish, Prefilled, RowFinished, Stats
 from nextblock.model import AttentionMask, Decoder
 from nextblock.sampling import DecodingConfig, choose_tokens, filter_logits, uniforms
+from nextblock.split_attention import can_run_split, running_split
 from nextblock.static import StaticCache, StaticPasses
 
 Processor = Callable[[Tensor, Tensor], Tensor]
@@ -102,6 +104,8 @@ class Batch:
         self.max_positions = decoder.max_positions or capacity
         self.windows = {k: w if w is not None and w < capacity else None for k, w in decoder.windows.items()}
         self.masks = Masks(capacity, decoder.model.dtype, self.device)
+        self.open = torch.zeros(1, 1, 1, 1, dtype=decoder.model.dtype, device=self.device)
+        self.skips_masks = can_run_split(decoder.model)
         self.span = torch.arange(capacity, device=self.device)
 
     def forward(self, tokens: Tensor, starts: list[int], causal: list[bool]) -> Tensor:
@@ -114,12 +118,12 @@ class Batch:
         Returns:
             Final hidden states [B, Q, D].
         """
-        self._count_pass()
         whole = tokens.shape[1] - 1
         last = [-1 if c else start + whole for start, c in zip(starts, causal, strict=True)]
         noised = None if any(causal) and not all(causal) else not all(causal)
-        hidden = self._static(tokens, starts, last, noised)
-        return self._forward(tokens, starts, causal) if hidden is None else hidden
+        with self._pass():
+            hidden = self._static(tokens, starts, last, noised)
+            return self._forward(tokens, starts, causal) if hidden is None else hidden
 
     def _static(
         self, tokens: Tensor, starts: list[int], last: list[int], noised: Gate | None, **places: Any
@@ -168,26 +172,38 @@ class Batch:
         Returns:
             Final hidden states [B, Q, D].
         """
-        self._count_pass()
         width = tokens.shape[1]
         seen = {window: visible(window) for window in set(self.windows.values())}
-        hidden = self._static(tokens, starts, [-1] * len(starts), noised, position=position, seen=seen)
-        if hidden is not None:
-            return hidden
-        self.cache.aim(starts, width, torch.tensor(starts, device=self.device)[:, None] + self.span[:width])
-        mask = self._by_kind(lambda window: self.masks.additive(seen[window].unsqueeze(1)))
-        return self.decoder.hidden(tokens, position.clamp_max(self.max_positions - 1), mask, self.cache, noised)
+        with self._pass():
+            hidden = self._static(tokens, starts, [-1] * len(starts), noised, position=position, seen=seen)
+            if hidden is not None:
+                return hidden
+            self.cache.aim(starts, width, torch.tensor(starts, device=self.device)[:, None] + self.span[:width])
+            mask = self._by_kind(lambda window: self.masks.additive(seen[window].unsqueeze(1)))
+            return self.decoder.hidden(tokens, position.clamp_max(self.max_positions - 1), mask, self.cache, noised)
 
-    def _count_pass(self) -> None:
+    @contextmanager
+    def _pass(self) -> Iterator[None]:
+        """One forward pass, counted, with attention that takes the masks that it is given."""
         self.stats.forwards += 1
         for row in self.rows:
             row.passes += 1
+        with running_split(self.decoder.model):
+            yield
 
     def _aligned_mask(self, start: int, width: int, causal: bool) -> AttentionMask | None:
         """None where transformers makes plain causal attention of it by itself, without or with a cheap mask."""
-        if causal and (start == 0 or (width == 1 and not any(self.windows.values()))):
+        causal = causal and width > 1
+        if start == 0 and causal:
             return None
-        return self._by_kind(lambda window: self.masks.aligned(start, width, causal, window))
+
+        def build(window: int | None) -> Tensor:
+            sees_all = not causal and (window is None or start + width <= window)
+            if sees_all and self.skips_masks:
+                return self.open
+            return self.masks.aligned(start, width, causal, window)
+
+        return self._by_kind(build)
 
     def _by_kind(self, build: Callable[[int | None], Tensor]) -> AttentionMask:
         """One mask for each kind of layer, built once per window."""
@@ -200,8 +216,8 @@ class Batch:
         longest = max(lengths)
         tokens = torch.tensor([row.prompt + [0] * (longest - len(row.prompt)) for row in self.rows])
         # Padding stands behind the prompt, where no token of it looks, and is overwritten by the answer.
-        self._count_pass()
-        hidden = self._forward(tokens.to(self.device), [0] * len(self.rows), [True] * len(self.rows))
+        with self._pass():
+            hidden = self._forward(tokens.to(self.device), [0] * len(self.rows), [True] * len(self.rows))
         self.stats.count("prefill", len(self.rows))
         last = torch.tensor(lengths, device=self.device) - 1
         return hidden[torch.arange(len(lengths), device=self.device), last]

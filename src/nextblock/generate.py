@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Unpack
@@ -161,25 +160,24 @@ class BlockDiffusionLM:
     def _events(self, request: Request, stats: Stats, began: float, processor: Processor | None) -> Iterator[Event]:
         rows, config = request.rows, request.config
         counted = [0] * len(rows)
-        with _dense_attention(self.model):
-            events: Iterator[Event] | None = None
-            while True:
-                # Entered anew for each event: an iterator must not leave a global switch on between two.
-                with torch.inference_mode():
-                    if events is None:
-                        batch = Batch(self.decoder, self.settings, config, rows, stats, processor, self.passes)
-                        events = decode(batch)
-                    event = next(events, None)
-                stats.seconds = time.perf_counter() - began
-                if event is None:
-                    return
-                if isinstance(event, Committed):
-                    stats.first_token_seconds = stats.first_token_seconds or stats.seconds
-                    counted[event.row] += 1
-                    stats.new_tokens += 1
-                elif isinstance(event, RowFinished):  # without what was decided behind an end token
-                    stats.new_tokens += event.tokens - counted[event.row]
-                yield event
+        events: Iterator[Event] | None = None
+        while True:
+            # Entered anew for each event: an iterator must not leave a global switch on between two.
+            with torch.inference_mode():
+                if events is None:
+                    batch = Batch(self.decoder, self.settings, config, rows, stats, processor, self.passes)
+                    events = decode(batch)
+                event = next(events, None)
+            stats.seconds = time.perf_counter() - began
+            if event is None:
+                return
+            if isinstance(event, Committed):
+                stats.first_token_seconds = stats.first_token_seconds or stats.seconds
+                counted[event.row] += 1
+                stats.new_tokens += 1
+            elif isinstance(event, RowFinished):  # without what was decided behind an end token
+                stats.new_tokens += event.tokens - counted[event.row]
+            yield event
 
     def _text(self, row: Row, stop: tuple[str, ...]) -> str:
         text = self.tokenizer.decode(row.answer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -209,19 +207,6 @@ def look_at(model: PreTrainedModel) -> None:
         except UsageError as error:
             refusal = str(error)
         setattr(model, REFUSAL, refusal)
-
-
-@contextmanager
-def _dense_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Decoding brings dense masks, which FlexAttention does not take: SDPA meanwhile."""
-    if model.config._attn_implementation != "flex_attention":
-        yield
-        return
-    model.set_attn_implementation("sdpa")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation("flex_attention")
 
 
 def sequences(rows: list[Row], padding: int) -> Tensor:
