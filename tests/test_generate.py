@@ -266,7 +266,7 @@ def test_streams_in_turns_leave_a_models_own_attention_alone():
     expected = [lm.generate(p, max_new_tokens=n, **options).answers[0] for p, n in zip(prompts, limits, strict=True)]
     lm.model.set_attn_implementation("flex_attention")
     streams = [lm.stream(p, max_new_tokens=n, **options) for p, n in zip(prompts, limits, strict=True)]
-    for _ in range(60):
+    for _ in range(400):
         for stream in streams:
             next(stream, None)
             assert lm.model.config._attn_implementation == "flex_attention"
