@@ -246,7 +246,6 @@ def test_speculative_mode_gives_the_tokens_of_ar_mode(family_model):
 @given(
     seed=st.integers(0, 1000),
     block=st.sampled_from([1, 2, 3, 8, 16]),
-    draft_steps=st.sampled_from([1, 2, 5]),
     draft_length=st.sampled_from([None, 1, 4, "auto"]),
     draft_ahead=st.sampled_from([0, 0, 1, 3, 9]),
     draft_paths=st.sampled_from([1, 2, 5, 40]),
@@ -255,7 +254,7 @@ def test_speculative_mode_gives_the_tokens_of_ar_mode(family_model):
 )
 @settings(max_examples=25, deadline=None, derandomize=True)
 def test_speculative_mode_is_lossless_whatever_the_draft(
-    seed, block, draft_steps, draft_length, draft_ahead, draft_paths, prediction, repeats
+    seed, block, draft_length, draft_ahead, draft_paths, prediction, repeats
 ):
     draft_ahead = draft_ahead if block > 2 else 0
     draft_paths = 1 if draft_ahead else draft_paths
@@ -268,7 +267,6 @@ def test_speculative_mode_is_lossless_whatever_the_draft(
         **batch,
         mode="speculative",
         max_new_tokens=[9, 20, 1, 14],
-        draft_steps=1 if draft_ahead or draft_paths > 1 else draft_steps,
         draft_length=draft_length,
         draft_ahead=draft_ahead,
         draft_paths=draft_paths,
@@ -439,7 +437,7 @@ def test_a_batch_costs_each_row_the_passes_that_it_takes_alone(llama, mode):
 
 @pytest.mark.parametrize(
     "options",
-    [{"draft_ahead": 1}, {"draft_ahead": 3}, {"draft_length": "auto"}, {"draft_steps": 3}, {"draft_paths": 3}],
+    [{"draft_ahead": 1}, {"draft_ahead": 3}, {"draft_length": "auto"}, {"draft_paths": 3}],
     ids=str,
 )
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

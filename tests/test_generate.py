@@ -292,6 +292,12 @@ def test_an_option_of_the_call_puts_aside_those_of_the_checkpoint_that_must_fit_
     assert lm.generate(prompt, max_new_tokens=5, block_size=5).answers
 
 
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_number_of_draft_steps_that_an_older_version_stored_is_passed_over(steps):
+    lm, prompt = ids_only(decoding={"mode": "speculative", "draft_steps": steps}), torch.tensor([[5, 6, 7]])
+    assert lm.generate(prompt, max_new_tokens=8).answers == lm.generate(prompt, mode="ar", max_new_tokens=8).answers
+
+
 def test_a_model_that_ignores_positions_decodes_one_prompt_in_ar_mode_and_no_batch():
     lm = BlockDiffusionLM(tiny_model("llama"), None, None)
     blind = lm.model.model.forward

@@ -210,7 +210,6 @@ def chi_square_p(counts, expected):
     [
         {"mode": "ar"},
         {"mode": "speculative"},
-        {"mode": "speculative", "draft_steps": 2},
         {"mode": "speculative", "draft_ahead": 2},
         {"mode": "speculative", "draft_paths": 2},
         {"mode": "speculative", "draft_paths": 4, "draft_length": "auto"},
@@ -279,7 +278,7 @@ def test_two_tokens_checked_against_a_bad_draft_have_the_target_distribution(pat
 
 
 @pytest.mark.parametrize(
-    "how", [{}, {"draft_steps": 2}, {"draft_ahead": 2}, {"draft_length": "auto"}, {"top_k": 5, "top_p": 0.9}], ids=str
+    "how", [{}, {"draft_ahead": 2}, {"draft_length": "auto"}, {"top_k": 5, "top_p": 0.9}], ids=str
 )
 def test_sampling_with_a_draft_adapter_has_the_distribution_of_the_bare_parent(how):
     """Enumerated before the adapter is there; its mask token is no token of the parent, so none is left out."""
@@ -329,10 +328,8 @@ def test_the_chi_square_test_can_tell_a_wrong_sampler():
         ({"top_k": 0}, "top_k=0 must be at least 1"),
         ({"block_size": 0}, "block_size=0 must be at least 1"),
         ({"steps": 0}, "steps=0 must be at least 1"),
-        ({"draft_steps": 2, "draft_ahead": 1}, "does not go with draft_ahead"),
         ({"draft_paths": 0}, "draft_paths=0 must be at least 1"),
         ({"draft_paths": 2, "draft_ahead": 1}, "draft_paths=2 does not go with draft_ahead"),
-        ({"draft_paths": 2, "draft_steps": 2}, "draft_paths=2 does not go with draft_steps"),
         ({"draft_length": "long"}, "draft_length"),
         ({"treshold": 0.5}, "unknown key 'treshold'; did you mean 'threshold'"),
     ],

@@ -37,7 +37,6 @@ class DecodingConfig(Section):
     temperature: float = Field(0.0, description="0: greedy")
     top_p: float | None = Field(None, description="nucleus: fewest tokens whose probabilities reach this sum")
     top_k: int | None = Field(None, description="only the k likeliest tokens")
-    draft_steps: int = Field(1, description="speculative: denoising passes per draft, left to right")
     draft_length: int | Literal["auto"] | None = Field(
         None, description="speculative: tokens drafted per check; auto: by what was kept lately; default: the block"
     )
@@ -75,24 +74,13 @@ class DecodingConfig(Section):
             ("temperature", 0 <= self.temperature < math.inf, "must be 0 (greedy) or more"),
             ("top_p", self.top_p is None or 0 < self.top_p <= 1, "must lie in (0, 1]"),
             ("top_k", self.top_k is None or self.top_k >= 1, "must be at least 1"),
-            ("draft_steps", self.draft_steps >= 1, "must be at least 1"),
             ("draft_length", self.draft_length in (None, "auto") or int(self.draft_length) >= 1, "must be at least 1"),
             ("draft_ahead", self.draft_ahead >= 0, "must be 0 (draft in a pass of its own) or more"),
-            (
-                "draft_steps",
-                self.draft_steps == 1 or not self.draft_ahead,
-                "does not go with draft_ahead, which drafts in one pass; leave one of them out",
-            ),
             ("draft_paths", self.draft_paths >= 1, "must be at least 1"),
             (
                 "draft_paths",
                 self.draft_paths == 1 or not self.draft_ahead,
                 "does not go with draft_ahead, which would need a next draft behind every path; leave one of them out",
-            ),
-            (
-                "draft_paths",
-                self.draft_paths == 1 or self.draft_steps == 1,
-                "does not go with draft_steps, whose later passes go on from one path only; leave one of them out",
             ),
         )
         for name, holds, rule in rules:

@@ -129,37 +129,29 @@ def _draft_length(batch: Batch, row: Row, recent: float) -> int:
 
 
 def _denoise(batch: Batch, known: Tensor, starts: list[int], lengths: list[int]) -> Draft:
-    """Tokens behind the known one, in `draft_steps` denoising passes from left to right.
-
-    Left to right, because rejection sampling needs each draft's distribution given those before it.
-    """
+    """Tokens behind the known one, from one denoising pass over the block."""
     rows, config = batch.rows, batch.config
     assert batch.mask_token_id is not None
-    longest = max(lengths)
+    if (longest := max(lengths)) == 0:
+        return Draft(known[:, :0], lengths)
     tokens = torch.full((len(rows), batch.block_size), batch.mask_token_id, device=batch.device)
     tokens[:, :1] = known
-    shift = 1 if batch.shifted else 0
-    distributions, branches = [], []
-    size = -(-longest // config.draft_steps) if longest else 1
-    for low in range(1, longest + 1, size):
-        high = min(low + size, longest + 1)
-        hidden = batch.forward(tokens, starts, [False] * len(rows))
-        batch.stats.count("denoise", len(rows))
-        prefixes = ((row, row.answer) for row in rows for _ in range(low, high))
-        logits = batch.next_logits(hidden[:, low - shift : high - shift].flatten(0, 1), prefixes)
-        # A row draws for its own drafts only, so that it draws the same numbers alone.
-        uniform = []
-        for row, length in zip(rows, lengths, strict=True):
-            own = row.draw(max(0, min(high, length + 1) - low))
-            uniform += own + [0.0] * (high - low - len(own)) if row.random is not None else []
-        chosen = batch.choose(logits, uniform)[0]
-        tokens[:, low:high] = chosen.unflatten(0, (len(rows), high - low))
-        if config.draft_paths > 1:
-            branches = _branches(batch, logits.unflatten(0, (len(rows), -1)), tokens[:, low:high], lengths)
-        if config.temperature:
-            distributions.append(logits.softmax(-1).unflatten(0, (len(rows), high - low)))
-    distribution = torch.cat(distributions, dim=1) if distributions else None
-    return Draft(tokens[:, 1 : longest + 1], lengths, distribution, branches)
+    hidden = batch.forward(tokens, starts, [False] * len(rows))
+    batch.stats.count("denoise", len(rows))
+    first = 0 if batch.shifted else 1
+    prefixes = ((row, row.answer) for row in rows for _ in range(longest))
+    logits = batch.next_logits(hidden[:, first : first + longest].flatten(0, 1), prefixes)
+    # A row draws for its own drafts only, so that it draws the same numbers alone.
+    uniform = [
+        u
+        for row, length in zip(rows, lengths, strict=True)
+        if row.random is not None
+        for u in row.draw(length) + [0.0] * (longest - length)
+    ]
+    drafts = batch.choose(logits, uniform)[0].unflatten(0, (len(rows), longest))
+    logits = logits.unflatten(0, (len(rows), longest))
+    branches = _branches(batch, logits, drafts, lengths) if config.draft_paths > 1 else []
+    return Draft(drafts, lengths, logits.softmax(-1) if config.temperature else None, branches)
 
 
 def _branches(batch: Batch, logits: Tensor, drafts: Tensor, lengths: list[int]) -> list[list[tuple[int, int]]]:
