@@ -289,6 +289,22 @@ def test_an_end_token_that_completes_a_stop_string_is_cut_off_with_it(lm):
         assert lm.generate("one two", **options).texts == [streamed]
 
 
+def test_an_answer_ends_at_a_special_token_that_is_a_stop_string_and_does_not_show_it(lm):
+    free = lm.generate("one two", mode="ar", max_new_tokens=12, eos_token_id=[]).answers[0]
+    tokenizer, place = byte_level(), next(n for n in range(1, 10) if free[n] not in free[:n])
+    turn = str(tokenizer.convert_ids_to_tokens(free[place]))
+    tokenizer.add_special_tokens({"additional_special_tokens": [turn]})
+    ids = torch.tensor([tokenizer("one two")["input_ids"]])
+    rules: Any = {"max_new_tokens": 12, "eos_token_id": None, "suppress_tokens": [BYTES + 1], "do_sample": False}
+    plain = lm.model.generate(ids, **rules, stop_strings=[turn], tokenizer=tokenizer)
+    lm = BlockDiffusionLM(lm.model, tokenizer, lm.settings)
+    for mode in ("ar", "speculative"):
+        out = lm.generate("one two", mode=mode, max_new_tokens=12, eos_token_id=[], stop=turn)
+        assert out.finish == ["stop_string"]
+        assert out.sequences.tolist() == plain.tolist()
+        assert out.texts == [tokenizer.decode(free[:place])]
+
+
 def test_masks_are_taken_as_lists_and_for_one_row_and_refused_for_texts(lm):
     ids = torch.tensor([0, 0, 65, 66, 67])
     expected = lm.generate(ids[2:], mode="ar", max_new_tokens=4).answers
@@ -306,6 +322,12 @@ def test_an_option_of_the_call_puts_aside_those_of_the_checkpoint_that_must_fit_
     assert lm.generate(prompt, max_new_tokens=8, draft_paths=2).answers == expected
     lm = ids_only(decoding={"mode": "diffusion", "sub_blocks": 2, "steps": 4})
     assert lm.generate(prompt, max_new_tokens=5, block_size=5).answers
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_number_of_draft_steps_that_an_older_version_stored_is_passed_over(steps):
+    lm, prompt = ids_only(decoding={"mode": "speculative", "draft_steps": steps}), torch.tensor([[5, 6, 7]])
+    assert lm.generate(prompt, max_new_tokens=8).answers == lm.generate(prompt, mode="ar", max_new_tokens=8).answers
 
 
 def test_a_model_that_ignores_positions_decodes_one_prompt_in_ar_mode_and_no_batch():

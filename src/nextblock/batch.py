@@ -23,7 +23,7 @@ from nextblock.cache import Masks, SlotCache
 from nextblock.config import BlockDiffusionSettings
 from nextblock.events import Committed, Event, Finish, Prefilled, RowFinished, Stats
 from nextblock.model import AttentionMask, Decoder
-from nextblock.sampling import DecodingConfig, choose_tokens, filter_logits, uniforms
+from nextblock.sampling import DecodingConfig, draw, filter_logits, probability_of, uniforms
 from nextblock.split_attention import can_run_split, running_split
 from nextblock.static import StaticCache, StaticPasses
 
@@ -223,8 +223,11 @@ class Batch:
         return hidden[torch.arange(len(lengths), device=self.device), last]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Filtered float32 logits [N, V] of hidden states [N, D]; the mask token is never among them."""
-        return self._filtered(self.decoder.logits(hidden))
+        """The model's own float32 logits [N, V] of hidden states [N, D], without the mask token."""
+        logits = self.decoder.logits(hidden).float()
+        if self.mask_token_id is not None:  # a draft adapter's lies outside the vocabulary: an empty slice
+            logits[:, self.mask_token_id : self.mask_token_id + 1] = -torch.inf
+        return logits
 
     def next_logits(self, hidden: Tensor, prefixes: Iterable[tuple[Row, list[int]]]) -> Tensor:
         """As `logits`, for next tokens: through the processors, which see each position's own prefix.
@@ -233,11 +236,8 @@ class Batch:
             hidden: [N, D].
             prefixes: for each position its row and that row's answer up to there.
         """
-        logits = self.decoder.logits(hidden)
+        logits = self.logits(hidden)
         if self.processor is not None:
-            logits = logits.float()
-            if self.mask_token_id is not None:
-                logits[:, self.mask_token_id : self.mask_token_id + 1] = -torch.inf
             processed = []
             for index, (row, answer) in enumerate(prefixes):
                 prefix = torch.tensor([row.padding + row.prompt + answer], device=self.device)
@@ -246,22 +246,35 @@ class Batch:
                 scores = self.processor(prefix.repeat(self.stats.rows, 1), scores)
                 processed.append(scores[row.number : row.number + 1])
             logits = torch.cat(processed)
-        return self._filtered(logits)
+        return logits
 
-    def _filtered(self, logits: Tensor) -> Tensor:
+    def distribution(self, logits: Tensor) -> Tensor | None:
+        """What is drawn from: probabilities [N, V] after temperature, top-k and top-p; None when greedy."""
         config = self.config
-        return filter_logits(
-            logits,
-            mask_token_id=self.mask_token_id,
-            temperature=config.temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-        )
+        if not config.temperature:
+            return None
+        return filter_logits(logits, config.temperature, config.top_k, config.top_p).softmax(-1)
 
-    def choose(self, logits: Tensor, uniform: list[float]) -> tuple[Tensor, Tensor]:
-        """Tokens int64 [N] and their probabilities [N] of filtered logits [N, V]."""
-        numbers = torch.tensor(uniform, dtype=torch.float64, device=self.device) if uniform else None
-        return choose_tokens(logits, self.config.temperature, numbers)
+    def choose(
+        self, logits: Tensor, uniform: list[float], distribution: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Pick a token at each place, greedily or by a draw.
+
+        Args:
+            logits: [N, V], unfiltered.
+            uniform: N numbers in [0, 1); none when greedy.
+            distribution: that of `logits`, if it is known already.
+        Returns:
+            tokens int64 [N] (greedy: the likeliest, the lowest id of equals) and the model's probabilities of
+            them [N]: before temperature, top-k and top-p, which say how to draw, not how sure the model is.
+        """
+        if not self.config.temperature:
+            token = logits.argmax(-1)
+        else:
+            distribution = self.distribution(logits) if distribution is None else distribution
+            assert distribution is not None
+            token = draw(distribution, torch.tensor(uniform, dtype=torch.float64, device=self.device))
+        return token, probability_of(logits, token)
 
     def leave(self) -> list[int]:
         """Take finished rows out of the batch and the cache.

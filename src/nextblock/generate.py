@@ -180,9 +180,11 @@ class BlockDiffusionLM:
             yield event
 
     def _text(self, row: Row, stop: tuple[str, ...]) -> str:
-        text = self.tokenizer.decode(row.answer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        if not stop:
+            return self.tokenizer.decode(row.answer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         # Whatever ended the row: what only its last bytes made whole may hold a stop string, too.
-        return text[: min((at for s in stop if (at := text.find(s)) >= 0), default=len(text))]
+        text = TextStream(self.tokenizer, stop)
+        return "".join([*map(text.put, row.answer), text.end()])
 
     def _padding_id(self, rows: list[Row]) -> int:
         for source in (self.tokenizer, self.model.config):
