@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -255,6 +256,27 @@ def test_bad_input_ends_in_one_line(lm, prompts, options, message):
         with pytest.raises(UsageError, match=message) as error:
             call(prompts, **options)
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "options", [{"mode": "ar"}, {"mode": "speculative"}, {"mode": "speculative", "temperature": 1.0}]
+)
+def test_the_confidence_of_tokens_is_worked_out_only_for_those_who_read_events(monkeypatch, options):
+    lm, tokens = ids_only(), torch.tensor([[5, 6, 7], [9, 8, 4]])
+    told = [event for event in lm.stream(tokens, max_new_tokens=9, **options) if isinstance(event, Committed)]
+    assert all(0 < event.confidence <= 1 + 1e-6 for event in told)
+    if not options.get("temperature"):
+        monkeypatch.setattr("nextblock.batch.probability_of", lambda *_: pytest.fail("nobody reads it"))
+        assert lm.generate(tokens, max_new_tokens=9, **options).stats.new_tokens == len(told)
+
+
+def test_the_clock_is_read_once_a_pass_and_not_for_each_event(monkeypatch):
+    reads = []
+    clock = SimpleNamespace(perf_counter=lambda: float(len(reads.append(1) or reads)))
+    monkeypatch.setattr("nextblock.generate.time", clock)
+    out = ids_only().generate(torch.tensor([[5, 6, 7]] * 4), mode="ar", max_new_tokens=10, eos_token_id=[])
+    assert out.stats.new_tokens == 40
+    assert len(reads) == out.stats.forwards + 2  # the beginning and the end
 
 
 def test_streams_in_turns_leave_a_models_own_attention_alone():

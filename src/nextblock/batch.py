@@ -10,6 +10,7 @@ Letters: B rows, Q tokens of a pass, D hidden size, V vocabulary, N positions wh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -74,7 +75,7 @@ class Row:
 class Batch:
     """Rows decoded together: their cache, and the forward pass they share.
 
-    `rows` holds those still being decoded, in the order of the cache.
+    `rows` holds those still being decoded, in the order of the cache. Without `confidence` that of events is nan.
     """
 
     def __init__(
@@ -86,8 +87,10 @@ class Batch:
         stats: Stats,
         processor: Processor | None = None,
         passes: StaticPasses | None = None,
+        confidence: bool = True,
     ) -> None:
         self.decoder = decoder
+        self.tells_confidence = confidence
         self.mask_token_id = None if settings is None else settings.mask_token_id
         self.shifted = settings is None or settings.prediction == "shifted"
         self.block_causal = settings is not None and settings.context == "block_causal"
@@ -129,7 +132,7 @@ class Batch:
         self, tokens: Tensor, starts: list[int], last: list[int], noised: Gate | None, **places: Any
     ) -> Tensor | None:
         """The same pass in fixed shapes, if this batch has them; arguments as in `StaticPasses.run`."""
-        if not isinstance(self.cache, StaticCache) or self.cache.passes.failed:
+        if not isinstance(self.cache, StaticCache) or not self.cache.compiled:
             return None
         known = {"windows": self.windows, "max_positions": self.max_positions, "noised": noised}
         return self.cache.passes.run(self.decoder, self.cache, tokens, starts, last, **known, **places)
@@ -229,24 +232,41 @@ class Batch:
             logits[:, self.mask_token_id : self.mask_token_id + 1] = -torch.inf
         return logits
 
-    def next_logits(self, hidden: Tensor, prefixes: Iterable[tuple[Row, list[int]]]) -> Tensor:
+    def next_logits(self, hidden: Tensor, prefixes: Iterable[tuple[Row, list[int] | None]]) -> Tensor:
         """As `logits`, for next tokens: through the processors, which see each position's own prefix.
 
         Args:
             hidden: [N, D].
-            prefixes: for each position its row and that row's answer up to there.
+            prefixes: for each position its row and that row's answer up to there; None where nobody looks.
         """
         logits = self.logits(hidden)
         if self.processor is not None:
-            processed = []
-            for index, (row, answer) in enumerate(prefixes):
-                prefix = torch.tensor([row.padding + row.prompt + answer], device=self.device)
-                # Some processors keep a number for each row of the caller's batch: put ours in its place.
-                scores = logits[index : index + 1].repeat(self.stats.rows, 1)
-                scores = self.processor(prefix.repeat(self.stats.rows, 1), scores)
-                processed.append(scores[row.number : row.number + 1])
-            logits = torch.cat(processed)
+            logits = self._processed(logits, prefixes, self.processor)
         return logits
+
+    def _processed(
+        self, logits: Tensor, prefixes: Iterable[tuple[Row, list[int] | None]], processor: Processor
+    ) -> Tensor:
+        """One call for each length of prefix, of all rows that have a place with one; with tree drafts, of one path.
+
+        Some processors keep a number for each row of the caller's batch: each row is in its own place there, and where
+        one takes no part stands a copy of another.
+        """
+        calls: dict[tuple[int, int], dict[int, tuple[int, list[int]]]] = {}
+        for index, (row, answer) in enumerate(prefixes):
+            if answer is None:
+                continue
+            prefix, again = row.padding + row.prompt + answer, 0
+            while row.number in (call := calls.setdefault((len(prefix), again), {})):
+                again += 1
+            call[row.number] = index, prefix
+        processed = logits.clone()
+        for _, call in sorted(calls.items()):
+            some = next(iter(call.values()))
+            places, tokens = zip(*(call.get(number, some) for number in range(self.stats.rows)), strict=True)
+            found = processor(torch.tensor(tokens, device=self.device), logits[list(places)])
+            processed[[place for place, _ in call.values()]] = found[list(call)].to(processed)
+        return processed
 
     def distribution(self, logits: Tensor) -> Tensor | None:
         """What is drawn from: probabilities [N, V] after temperature, top-k and top-p; None when greedy."""
@@ -255,26 +275,39 @@ class Batch:
             return None
         return filter_logits(logits, config.temperature, config.top_k, config.top_p).softmax(-1)
 
-    def choose(
-        self, logits: Tensor, uniform: list[float], distribution: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Pick a token at each place, greedily or by a draw.
+    def choose(self, logits: Tensor, uniform: list[float], distribution: Tensor | None = None) -> Tensor:
+        """Pick a token at each place, greedily (the likeliest, the lowest id of equals) or by a draw: int64 [N].
 
         Args:
             logits: [N, V], unfiltered.
             uniform: N numbers in [0, 1); none when greedy.
             distribution: that of `logits`, if it is known already.
-        Returns:
-            tokens int64 [N] (greedy: the likeliest, the lowest id of equals) and the model's probabilities of
-            them [N]: before temperature, top-k and top-p, which say how to draw, not how sure the model is.
         """
         if not self.config.temperature:
-            token = logits.argmax(-1)
-        else:
-            distribution = self.distribution(logits) if distribution is None else distribution
-            assert distribution is not None
-            token = draw(distribution, torch.tensor(uniform, dtype=torch.float64, device=self.device))
-        return token, probability_of(logits, token)
+            return logits.argmax(-1)
+        distribution = self.distribution(logits) if distribution is None else distribution
+        assert distribution is not None
+        return draw(distribution, torch.tensor(uniform, dtype=torch.float64, device=self.device))
+
+    def confidence(self, logits: Tensor, token: Tensor) -> Tensor:
+        """The model's probabilities of tokens int64 [N] by unfiltered logits [N, V]: before temperature, top-k and
+        top-p, which say how to draw, not how sure the model is. nan where nobody reads them.
+        """
+        if self.tells_confidence:
+            return probability_of(logits, token)
+        return torch.full(token.shape, torch.nan, device=token.device)
+
+    def tell(self, logits: Tensor, token: Tensor) -> tuple[list[int], list[float]]:
+        """Tokens int64 [N] and their `confidence`, in one copy to the host."""
+        if not self.tells_confidence:
+            return token.tolist(), [math.nan] * len(token)
+        tokens, confidence = torch.stack([token.double(), self.confidence(logits, token).double()]).tolist()
+        return [int(number) for number in tokens], confidence
+
+    def close(self) -> None:
+        """Give memory that outlives the batch back, for the next one."""
+        if isinstance(self.cache, StaticCache):
+            self.cache.passes.release(self.cache)
 
     def leave(self) -> list[int]:
         """Take finished rows out of the batch and the cache.
@@ -301,8 +334,8 @@ def begin(batch: Batch, first_token: bool) -> Iterator[Event]:
         yield Prefilled(row.number, len(row.prompt))
     if first_token:
         logits = batch.next_logits(hidden, [(row, row.answer) for row in batch.rows])
-        tokens, probabilities = batch.choose(logits, [u for row in batch.rows for u in row.draw(1)])
-        for row, token, probability in zip(batch.rows, tokens.tolist(), probabilities.tolist(), strict=True):
+        tokens = batch.choose(logits, [u for row in batch.rows for u in row.draw(1)])
+        for row, token, probability in zip(batch.rows, *batch.tell(logits, tokens), strict=True):
             yield from push(row, [token], [probability])
 
 
