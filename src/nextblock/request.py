@@ -21,7 +21,7 @@ from nextblock.text import TextStream
 Prompts = str | Sequence[str] | Sequence[Mapping[str, str]] | Sequence[Sequence[Mapping[str, str]]] | Tensor
 
 
-DEPENDENT = (("draft_steps", "draft_ahead", "draft_paths"), ("block_size", "sub_blocks", "steps"))
+DEPENDENT = (("draft_ahead", "draft_paths"), ("block_size", "sub_blocks", "steps"))
 """Options whose values must fit each other."""
 
 
@@ -50,7 +50,6 @@ class GenerateOptions(TypedDict, total=False):
     temperature: float
     top_p: float | None
     top_k: int | None
-    draft_steps: int
     draft_length: int | Literal["auto"] | None
     draft_ahead: int
     draft_paths: int
