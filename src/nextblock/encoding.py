@@ -89,7 +89,7 @@ def encode_prompt(prompt: Any, tokenizer: Any, where: str) -> list[int]:
 def span_ends(tokenizer: Any) -> list[int]:
     """Tokens that end what is generated: the end token, and what ends a turn in the chat template."""
     ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    if tokenizer.chat_template:
+    if getattr(tokenizer, "chat_template", None):
         turns = [{"role": "user", "content": "-"}, {"role": "assistant", "content": MARKER}]
         specials = Specials(tokenizer)
         try:
