@@ -35,19 +35,27 @@ class Specials:
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        self.tokens = {i: token for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        own = set(tokenizer.all_special_ids)  # not all tokenizers mark these as special
+        added = tokenizer.added_tokens_decoder.items()
+        self.tokens = {i: token for i, token in added if token.special or i in own}
         self._names = [token.content for token in self.tokens.values()]
         by_length = sorted(self._names, key=len, reverse=True)
         self.pattern = re.compile("|".join(map(re.escape, by_length)) or "(?!)")
         self._meant_or_hidden = re.compile(f"{self.pattern.pattern}|{PRIVATE.pattern}")
 
-    def hide(self, value: Any) -> Any:
-        """A message or what it holds, with one private character for each special token that its texts spell."""
+    def hide(self, value: Any, name: str) -> Any:
+        """A message or what it holds, with one private character for each special token that its texts spell.
+
+        Raises:
+            UsageError: a text holds such a character; `name` says where.
+        """
         if isinstance(value, str):
+            if PRIVATE.search(value):
+                raise UsageError(f"{name} holds a private character of Unicode's last plane; leave it out")
             return self.pattern.sub(lambda found: chr(HIDDEN + self._names.index(found[0])), value)
         if isinstance(value, Mapping):
-            return {key: part if key == "role" else self.hide(part) for key, part in value.items()}
-        return [self.hide(part) for part in value] if isinstance(value, list | tuple) else value
+            return {key: self.hide(part, name) for key, part in value.items()}
+        return [self.hide(part, name) for part in value] if isinstance(value, list | tuple) else value
 
     def mark(self, rendered: str) -> str:
         """A rendered text in which hidden spellings are texts again, and what is meant is a private character."""
@@ -78,8 +86,8 @@ class Chat:
         self, tokenizer: Any, specials: Specials, messages: Any, tools: Any, where: str, *, dated: bool = False
     ) -> None:
         self._tokenizer, self._specials, self._where = tokenizer, specials, where
-        self.messages = [specials.hide(message) for message in checked(messages, where)]
-        self._tools = specials.hide(tools) if tools else None
+        self.messages: list[dict[str, Any]] = specials.hide(checked(messages, where), where)
+        self._tools = specials.hide(tools, where) if tools else None
         if not tokenizer.chat_template:
             raise UsageError(
                 f"{where}: the tokenizer has no chat template for messages; set model.tokenizer to one that has, or "
@@ -228,8 +236,6 @@ def checked(messages: Any, where: str) -> list[dict[str, Any]]:
         if not (content or (speaks and calls) or (content is not None and not speaks)):
             cure = " and no tool_calls; give one, or leave it out" if speaks else "; give it one, or leave it out"
             raise UsageError(f"{name} has no content{cure}")
-        if PRIVATE.search(str(message)):
-            raise UsageError(f"{name} holds a private character of Unicode's last plane; leave it out")
         given = {"content": content} if content is not None else {}
         if calls:
             given["tool_calls"] = [_call(call, name) for call in calls]

@@ -8,6 +8,7 @@ template, the begin and the end of a document mean special tokens.
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -80,7 +81,7 @@ def encode_prompt(prompt: Any, tokenizer: Any, where: str) -> list[int]:
     """
     encoder = _Encoder(tokenizer)
     if isinstance(prompt, str):
-        source = encoder.of_text([(encoder.begun(prompt), False)])
+        source = encoder.of_text([(encoder.begun(prompt), False)], where)
         return [*encoder.begin, *encoder.run([source])[0][0]]
     chat = Chat(tokenizer, encoder.specials, prompt, None, where, dated=True)
     return encoder.run([encoder.of_chat([(chat.prompt(), False)])])[0][0]
@@ -130,10 +131,10 @@ class _Encoder:
         value = record.value
         if "text" in value:
             text = self.begun(value["text"]) if value["text"].strip() else ""
-            return self.of_text([(self._unended(text, record), True)])
+            return self.of_text([(self._unended(text, record), True)], record.where)
         if "prompt" in value:
             completion = self._unended(value["completion"], record)
-            return self.of_text([(self.begun(value["prompt"]), False), (completion, True)])
+            return self.of_text([(self.begun(value["prompt"]), False), (completion, True)], record.where)
         chat = Chat(self.tokenizer, self.specials, value.get("messages"), value.get("tools"), record.where)
         return self.of_chat(chat.pieces(record.ended))
 
@@ -147,15 +148,16 @@ class _Encoder:
         end = self.tokenizer.eos_token
         return text.rstrip().removesuffix(end) if record.ended and text.rstrip().endswith(end) else text
 
-    def of_text(self, pieces: Pieces) -> _Source:
+    def of_text(self, pieces: Pieces, where: str) -> _Source:
         """Pieces of text in which no special token is meant."""
-        spelled = self.specials.pattern.search("".join(text for text, _ in pieces))
-        if spelled:
-            warnings.warn(
-                f"{spelled[0]} in a text is read as text, not as the special token; give a chat as messages",
-                stacklevel=2,
-            )
-        return _Source(pieces, spelled is not None)
+        whole = "".join(text for text, _ in pieces)
+        spelled = self.specials.pattern.search(whole)
+        if spelled is None:
+            return _Source(pieces, False)
+        self.specials.hide(whole, where)  # refuses what would be taken for a token that is meant
+        said = f"{spelled[0]} in a text is read as text, not as the special token; give a chat as messages"
+        warnings.warn(said, stacklevel=2)
+        return _Source(pieces, True)
 
     def of_chat(self, pieces: Pieces) -> _Source:
         """Pieces that a chat template has rendered."""
@@ -172,7 +174,7 @@ class _Encoder:
         found: dict[int, tuple[list[int], np.ndarray]] = {}
         for (split, divided), numbers in groups.items():
             if divided and not self.tokenizer.is_fast:
-                found |= {number: self._apart(sources[number]) for number in numbers}
+                found |= {number: self._by_prefixes(sources[number]) for number in numbers}
                 continue
             texts = ["".join(text for text, _ in sources[number].pieces) for number in numbers]
             ids, places = self._call(texts, split, places=divided)
@@ -187,6 +189,8 @@ class _Encoder:
         if not split:
             encoded = self.tokenizer(texts, **options, return_offsets_mapping=places)
             return encoded["input_ids"], encoded["offset_mapping"] if places else [None] * len(texts)
+        if not self.tokenizer.is_fast:
+            return [self._split_slowly(text) for text in texts], [None] * len(texts)
         tokenizer, meant = self._splitter()
         encoded = tokenizer(texts, **options, return_offsets_mapping=places, split_special_tokens=True)
         ids = [[meant.get(token, token) for token in tokens] for tokens in encoded["input_ids"]]
@@ -209,6 +213,27 @@ class _Encoder:
             meant = dict(zip(splitter.convert_tokens_to_ids(names), specials, strict=True))
             kept = _SPLITTERS[self.tokenizer] = (list(specials), splitter, meant)
         return kept[1:]
+
+    def _split_slowly(self, text: str) -> list[int]:
+        """Ids of a text in which special tokens are private characters, by a tokenizer that splits all or none."""
+        ids: list[int] = []
+        for part in re.split(f"([{chr(MEANT)}-\U0010fffd])", text):
+            if part and chr(MEANT) <= part:
+                ids.append(list(self.specials.tokens)[ord(part) - MEANT])
+            elif part:
+                ids += self.tokenizer(part, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return ids
+
+    def _by_prefixes(self, source: _Source) -> tuple[list[int], np.ndarray]:
+        """As `run` gives, by a tokenizer that does not tell the places of its tokens."""
+        text, ends = "", []
+        for piece, _ in source.pieces:
+            text += piece
+            ends.append(self._ids(text, source.split))
+        whole = ends[-1]
+        if any(whole[: len(ids)] != ids for ids in ends):
+            return self._apart(source)
+        return whole, np.repeat(np.arange(len(ends)), np.diff([len(ids) for ids in ends], prepend=0))
 
     def _ids(self, text: str, split: bool) -> list[int]:
         return self._call([text], split)[0][0]
