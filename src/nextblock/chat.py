@@ -236,7 +236,7 @@ def checked(messages: Any, where: str) -> list[dict[str, Any]]:
         if not (content or (speaks and calls) or (content is not None and not speaks)):
             cure = " and no tool_calls; give one, or leave it out" if speaks else "; give it one, or leave it out"
             raise UsageError(f"{name} has no content{cure}")
-        given = {"content": content} if content is not None else {}
+        given: dict[str, Any] = {"content": content} if content is not None else {}
         if calls:
             given["tool_calls"] = [_call(call, name) for call in calls]
         found.append({**message, **given})

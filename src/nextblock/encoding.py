@@ -193,7 +193,7 @@ class _Encoder:
             return [self._split_slowly(text) for text in texts], [None] * len(texts)
         tokenizer, meant = self._splitter()
         encoded = tokenizer(texts, **options, return_offsets_mapping=places, split_special_tokens=True)
-        ids = [[meant.get(token, token) for token in tokens] for tokens in encoded["input_ids"]]
+        ids: Any = [[meant.get(token, token) for token in tokens] for tokens in encoded["input_ids"]]
         return ids, encoded["offset_mapping"] if places else [None] * len(texts)
 
     def _splitter(self) -> tuple[Any, dict[int, int]]:
