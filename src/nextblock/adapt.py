@@ -173,7 +173,7 @@ def evaluate_midway(run: Run, rows: Rows) -> dict[str, Any]:
             rows.slice(start, min(start + size, len(rows))),
             block_size,
             mask_token_id=run.mask_token_id or 0,
-            end_token_id=run.tokenizer.eos_token_id,
+            end_token_id=run.span_ends,
             recipe=recipe.model_copy(update={"offset_decay": None}),  # as every token counts, whatever is trained
             seed=config.training.seed,
             step=0,

@@ -46,7 +46,6 @@ Steps = Annotated[int | None, typer.Option(help="diffusion: denoising steps per 
 DraftLength = Annotated[
     str | None, typer.Option(help="speculative: tokens per draft, or 'auto': by what was kept lately")
 ]
-DraftSteps = Annotated[int | None, typer.Option(help="speculative: denoising passes per draft")]
 DraftAhead = Annotated[
     int | None, typer.Option(help="speculative: draft in the check's own pass, for so many points of acceptance")
 ]
@@ -197,7 +196,6 @@ def generate(
     threshold: Threshold = None,
     steps: Steps = None,
     draft_length: DraftLength = None,
-    draft_steps: DraftSteps = None,
     draft_ahead: DraftAhead = None,
     draft_paths: DraftPaths = None,
     temperature: Temperature = 0.0,
@@ -283,8 +281,7 @@ def generate(
 
 def decoding_options(given: dict[str, Any]) -> dict[str, Any]:
     """The decoding options that were given; the others stay the checkpoint's, or `generate`'s own."""
-    names = ("mode", "block_size", "sub_blocks", "sampler", "steps", "top_p", "top_k", "draft_steps")
-    names += ("draft_ahead", "draft_paths")
+    names = ("mode", "block_size", "sub_blocks", "sampler", "steps", "top_p", "top_k", "draft_ahead", "draft_paths")
     options = {name: given[name] for name in names if given.get(name) is not None}
     if given["temperature"]:
         options["temperature"] = given["temperature"]
@@ -343,7 +340,6 @@ def chat(
     max_new_tokens: MaxNewTokens = 256,
     steps: Steps = None,
     draft_length: DraftLength = None,
-    draft_steps: DraftSteps = None,
     draft_ahead: DraftAhead = None,
     draft_paths: DraftPaths = None,
     temperature: Temperature = 0.0,

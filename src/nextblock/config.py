@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 
 class UsageError(ValueError):
@@ -435,6 +435,12 @@ class BlockDiffusionSettings(Section):
     context: Context = "context_causal"
     prediction: Prediction = "shifted"
     decoding: dict[str, Any] = Field(default_factory=dict, description="default arguments of `generate`")
+
+    @field_validator("decoding")
+    @classmethod
+    def _forget(cls, decoding: dict[str, Any]) -> dict[str, Any]:
+        """Without `draft_steps`, which older versions stored: it changed how fast an answer came, not the answer."""
+        return {name: value for name, value in decoding.items() if name != "draft_steps"}
 
 
 def load_config(source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> AdaptConfig:

@@ -189,7 +189,7 @@ def layer_windows(config: PreTrainedConfig) -> dict[str, int | None]:
         UsageError: a kind of layer other than full or sliding attention.
     """
     window = getattr(config, "sliding_window", None)
-    declared = "sliding_window" in inspect.signature(type(config)).parameters
+    declared = "sliding_window" in _parameters(type(config))
     if not declared or getattr(config, "use_sliding_window", True) is False:
         window = None
     kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or []))
@@ -202,6 +202,11 @@ def layer_windows(config: PreTrainedConfig) -> dict[str, int | None]:
     if not kinds:
         return {"sliding_attention" if window else "full_attention": window}
     return {kind: window if kind == "sliding_attention" else None for kind in kinds}
+
+
+@functools.cache
+def _parameters(kind: type) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(kind).parameters
 
 
 def resolve(path: str | Path) -> str:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ from nextblock.config import (
 )
 from nextblock.corruption import TwoView, corrupt
 from nextblock.data import NoDocument, Rows, RowStream, check_tokens
+from nextblock.encoding import span_ends
 from nextblock.feed import Feed, merged
 from nextblock.files import unwritten, whole_folder, write_whole
 from nextblock.launcher import check_batch, make_accelerator
@@ -144,6 +146,11 @@ class Run:
     stage_number: int | None = None
     finished: bool = False
 
+    @cached_property
+    def span_ends(self) -> list[int]:
+        """Tokens that end a generated span: the end token and what ends a turn of chat."""
+        return span_ends(self.tokenizer)
+
     @property
     def trained(self) -> torch.nn.Module:
         """What has been learned, so what a checkpoint holds: LoRA's or the draft adapter's weights, or all."""
@@ -211,7 +218,7 @@ def train_step(run: Run, step: int) -> StepMetrics:
             micro,
             block_size,
             mask_token_id=run.mask_token_id or 0,  # None: at b = 1 nothing is masked
-            end_token_id=run.tokenizer.eos_token_id,
+            end_token_id=run.span_ends,
             recipe=recipe,
             seed=config.training.seed,
             step=run.first_step + step,
