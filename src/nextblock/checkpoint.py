@@ -21,7 +21,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from nextblock import zero
 from nextblock.config import BlockDiffusionSettings, UsageError
 from nextblock.files import PARTIAL, unwritten
 from nextblock.ranks import is_main, together
@@ -175,8 +174,6 @@ def load_weights(folder: Path, model: nn.Module) -> None:
     with safe_open(str(folder / WEIGHTS), framework="pt") as file, torch.no_grad():
         for name in list(file.keys()):
             own[name].copy_(_placed(file.get_tensor(name), own[name]))
-        if zero.holds(model):
-            zero.set_weights(model, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
 
 
 def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -190,9 +187,6 @@ def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimi
         set_optimizer_state_dict(model, optimizer, optim_state_dict=moments)
         return
     saved = torch.load(folder / OPTIMIZER, weights_only=True, map_location="cpu", mmap=True)
-    if zero.holds(model):
-        zero.set_moments(optimizer, saved)
-        return
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for number, values in saved["state"].items():
         for name, value in values.items():
@@ -205,14 +199,13 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and saved buffers on the CPU of rank 0, tied ones once; all ranks call it together."""
     once = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
     own = model.state_dict()
-    values = zero.weights(model) if zero.holds(model) else own
-    found = gathered({name: value for name, value in values.items() if name in once and name in own})
+    found = gathered({name: value for name, value in own.items() if name in once})
     return {name: value.contiguous() for name, value in found.items() if value is not None}
 
 
 def whole_moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """The optimizer's state on the CPU of rank 0; all ranks call it together."""
-    return gathered(zero.moments(optimizer) if zero.holds(model) else optimizer.state_dict())
+    return gathered(optimizer.state_dict())
 
 
 def gathered(values: Any) -> Any:

@@ -253,7 +253,7 @@ class TwoViewLoss(nn.Module):
 
     def __init__(self, decoder: Decoder) -> None:
         super().__init__()
-        self.model, self.config = decoder.model, decoder.model.config  # DeepSpeed looks for the hidden size
+        self.model = decoder.model
         self._no_split_modules = decoder.model._no_split_modules  # the layers that FSDP2 gathers one by one
 
     def forward(
@@ -288,7 +288,7 @@ class DraftLoss(nn.Module):
     def __init__(self, decoder: Decoder) -> None:
         super().__init__()
         assert decoder.adapter is not None
-        self.model, self.config = decoder.model, decoder.model.config
+        self.model = decoder.model
         self.adapter = decoder.adapter
 
     def forward(

@@ -21,7 +21,7 @@ from accelerate.utils import DistributedType, is_bnb_available
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from nextblock import schedules, zero
+from nextblock import schedules
 from nextblock.adapter import DraftAdapter, save_adapter
 from nextblock.attention_mask import block_diffusion_rule
 from nextblock.checkpoint import (
@@ -155,11 +155,6 @@ class Run:
         return self.accelerator.distributed_type == DistributedType.FSDP
 
     @property
-    def is_zero(self) -> bool:
-        """Whether DeepSpeed's engine wraps the model and makes the optimizer's steps."""
-        return self.accelerator.distributed_type == DistributedType.DEEPSPEED
-
-    @property
     def peak_flops(self) -> float | None:
         """The bfloat16 peak that MFU is measured against; None where it is not known or another dtype computes."""
         low = self.config.training.mixed_precision == "bf16" or self.config.model.dtype == "bfloat16"
@@ -259,11 +254,6 @@ def accumulation(run: Run, *, last: bool) -> Iterator[Callable[[torch.Tensor], N
 
     But for FSDP2: to wait would be to hold all of the gradient, unshared, on each rank.
     """
-    if run.is_zero:
-        engine: Any = run.loss
-        engine.set_gradient_accumulation_boundary(last)
-        yield engine.backward  # accelerate's would go on to the optimizer's step
-        return
     with nullcontext() if last or run.is_sharded else run.accelerator.no_sync(run.loss):
         yield run.accelerator.backward
 
@@ -272,25 +262,16 @@ def update(run: Run, step: int, loss: float, rows: Rows) -> float:
     """The optimizer's step on clipped gradients; their norm before that.
 
     Raises:
-        TrainingStopped: loss or gradient is not finite; nothing was updated, but for ZeRO with a finite loss, which
-            knows the norm only after its step.
+        TrainingStopped: loss or gradient is not finite; nothing was updated.
     """
-
-    def check(norm: float) -> None:
-        if math.isfinite(loss) and math.isfinite(norm):
-            return
+    clipped: Any = run.accelerator.clip_grad_norm_(run.trained.parameters(), run.config.optimizer.grad_clip)
+    norm = float(clipped.full_tensor() if isinstance(clipped, DTensor) else clipped)
+    if not (math.isfinite(loss) and math.isfinite(norm)):
         numbers = sorted(number for numbers in gather(rows.number.tolist()) for number in numbers)
         raise TrainingStopped(
             f"step {run.first_step + step}: loss {loss} and gradient norm {norm} are not finite (rows {numbers}); "
             "nothing was saved: lower optimizer.lr, or look at these rows"
         )
-
-    if run.is_zero:
-        check(0.0)
-        check(norm := zero.update(run.loss))
-        return norm
-    clipped: Any = run.accelerator.clip_grad_norm_(run.trained.parameters(), run.config.optimizer.grad_clip)
-    check(norm := float(clipped.full_tensor() if isinstance(clipped, DTensor) else clipped))
     run.optimizer.step()
     run.optimizer.zero_grad()
     return norm
@@ -568,7 +549,7 @@ def export_run(run: Run, output: Path) -> None:
     model = run.config.model
     dtype = getattr(torch, model.export_dtype) if model.export_dtype else None
     adapter, settings = run.decoder.adapter, run.settings
-    weights = whole_weights(run.decoder.model) if run.is_sharded or run.is_zero else None
+    weights = whole_weights(run.decoder.model) if run.is_sharded else None
     with together(), writing(output), whole_folder(output) if is_main() else nullcontext() as folder:
         if folder is None:
             return
