@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -76,7 +77,7 @@ def save_checkpoint(
     Raises:
         UsageError: the disk is full or cannot be written; earlier checkpoints are left as they are.
     """
-    folder = output / CHECKPOINTS / f"step-{step:08d}"
+    folder = checkpoint_folder(output, step)
     partial = folder.with_name(f"{PARTIAL}{folder.name}")
     main = is_main()
     whole = None if sharded else (whole_weights(model), whole_moments(model, optimizer))
@@ -137,6 +138,11 @@ def _superseded(found: list[Path], newest: Path, keep: int, keep_every: int | No
 def _step(folder: Path) -> int:
     """The number of steps in the name of a checkpoint."""
     return int(folder.name.removeprefix("step-"))
+
+
+def checkpoint_folder(output: Path, step: int) -> Path:
+    """Where the checkpoint after `step` steps lies."""
+    return output / CHECKPOINTS / f"step-{step:08d}"
 
 
 def list_checkpoints(output: Path) -> list[Path]:
@@ -251,6 +257,26 @@ def export(
         dtype: of the weights on disk; None: the model's.
         weights: to write in place of the model's own, which may be spread over ranks.
     """
+    export_settings(folder, model, tokenizer, settings)
+    if dtype is None or dtype == model.dtype:
+        model.save_pretrained(folder, state_dict=None if weights is None else dict(weights))
+        return
+    cast: dict[tuple[int, torch.Size], torch.Tensor] = {}  # by address: tied weights stay one tensor
+    state = {}
+    for name, value in (weights or model.state_dict()).items():
+        rounded = value.to(dtype) if value.is_floating_point() else value
+        state[name] = cast.setdefault((value.data_ptr(), value.shape), rounded)
+    model.save_pretrained(folder, state_dict=state)
+    # transformers has written the dtype of the model in memory into config.json.
+    own, model.config.dtype = model.config.dtype, dtype
+    model.config.save_pretrained(folder)
+    model.config.dtype = own
+
+
+def export_settings(
+    folder: Path, model: PreTrainedModel, tokenizer: Any, settings: BlockDiffusionSettings | None
+) -> None:
+    """Write all that `export` writes but the weights."""
     folder.mkdir(parents=True, exist_ok=True)
     if settings is not None:
         model.config.block_diffusion = settings.model_dump()
@@ -268,20 +294,31 @@ def export(
             pad = tokenizer.pad_token_id
             generation.pad_token_id = end if pad is None else pad
         tokenizer.save_pretrained(folder)
+    _leave_out_idle(generation)
     model.generation_config = generation
-    if dtype is None or dtype == model.dtype:
-        model.save_pretrained(folder, state_dict=None if weights is None else dict(weights))
-        return
-    cast: dict[tuple[int, torch.Size], torch.Tensor] = {}  # by address: tied weights stay one tensor
-    state = {}
-    for name, value in (weights or model.state_dict()).items():
-        rounded = value.to(dtype) if value.is_floating_point() else value
-        state[name] = cast.setdefault((value.data_ptr(), value.shape), rounded)
-    model.save_pretrained(folder, state_dict=state)
-    # transformers has written the dtype of the model in memory into config.json.
-    own, model.config.dtype = model.config.dtype, dtype
     model.config.save_pretrained(folder)
-    model.config.dtype = own
+    generation.save_pretrained(folder)
+
+
+def _leave_out_idle(generation: GenerationConfig) -> None:
+    """Unset values that the config's own way of decoding does not use, with one line on them.
+
+    A greedy config with a temperature is common among parents, and transformers does not save one that was changed.
+    """
+    try:
+        generation.validate(strict=True)
+    except ValueError as error:
+        idle = re.findall(r"^- `(\w+)`", str(error), re.MULTILINE)
+        if not idle:
+            raise
+        said = ", ".join(f"{name}={getattr(generation, name)}" for name in idle)
+        warnings.warn(
+            f"the parent's generation_config.json sets {said}, which its own way of decoding does not use "
+            f"(do_sample={generation.do_sample}); the result leaves that out",
+            stacklevel=2,
+        )
+        for name in idle:
+            setattr(generation, name, None)
 
 
 def _digest(file: Path) -> str:

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
@@ -64,8 +63,7 @@ def cross_entropy_sum(
     is installed, else by a loop of ours.
     """
     head = decoder.model.get_output_embeddings()
-    # Exactly: a wrapped head computes something of its own, and of one that FSDP2 shares out only a part is here.
-    if type(head) is nn.Linear and not isinstance(head.weight, DTensor):
+    if type(head) is nn.Linear:  # exactly: a wrapped head computes something of its own
         if weight is None and takes_liger(decoder, hidden):
             return _liger_cross_entropy(decoder.logit_cap)(head.weight, hidden, target, head.bias)
         inputs = (hidden, head.weight, head.bias, target, weight)
