@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -182,7 +182,7 @@ def _streamer_of_caller() -> Any:
 
     transformers (5.23) feeds it the prompt, but does not pass it on to a custom decoding method.
     """
-    code, frame = inspect.unwrap(GenerationMixin.generate).__code__, inspect.currentframe()
+    code, frame = inspect.unwrap(cast(Any, GenerationMixin).generate).__code__, inspect.currentframe()
     while frame is not None and frame.f_code is not code:  # the call, and not a name that resembles it
         frame = frame.f_back
     return None if frame is None else frame.f_locals["streamer"]
