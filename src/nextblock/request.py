@@ -148,7 +148,7 @@ def make_request(
         raise UsageError("stop: stop strings need a tokenizer, and this model has none")
     if any(not string for strings in stops for string in strings):
         raise UsageError("stop holds an empty string, which every text contains; leave it out")
-    seeds = _seeds(seed, count) if config.temperature > 0 or seed is not None else [None] * count
+    seeds = _seeds(seed, count) if config.temperature > 0 or seed is not None else []
     rows = [
         Row(
             number=i,
