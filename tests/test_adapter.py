@@ -13,13 +13,21 @@ from safetensors.torch import load_file
 
 import nextblock as nb
 from families import EOS_ID, FAMILIES, tiny_model
+from layouts import PLAIN, PROMPTED, make_rows
 from nextblock.adapter import DraftAdapter, GatedLinear, fingerprint, load_adapter, save_adapter, target_names
 from nextblock.attention_mask import block_diffusion_rule
 from nextblock.checkpoint import export
-from nextblock.config import BlockDiffusionSettings, DraftAdapterConfig, ModelConfig, UsageError, load_config
+from nextblock.config import (
+    BlockDiffusionSettings,
+    DraftAdapterConfig,
+    ModelConfig,
+    RecipeConfig,
+    UsageError,
+    load_config,
+)
 from nextblock.corruption import corrupt
 from nextblock.data import RowStream
-from nextblock.model import Decoder, byte_tokenizer, load_parent, recompute_activations
+from nextblock.model import Decoder, byte_tokenizer, load_parent, recompute_activations, without_dropout
 from nextblock.objective import DraftLoss
 from nextblock.train import train
 
@@ -320,7 +328,6 @@ def test_bad_adapters_are_refused_in_one_line(tmp_path, llama):
     ("key", "value", "words"),
     [
         ("growth.b_0", 1, "nothing to learn"),
-        ("training.gradient_checkpointing", True, "lower training.micro_batch_rows"),
         ("recipe.context", "block_causal", "changes the clean half"),
         ("model.scratch", {"model_type": "llama"}, "no weights"),
     ],
@@ -386,6 +393,33 @@ def test_a_compiled_model_sees_the_gate_of_each_pass(llama):
     llama.base_model.compile(backend="eager")
     for a, b in zip(hidden(), expected, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_activations_computed_again_give_the_same_loss_and_gradients(family_model, dropout):
+    without_dropout(family_model.train())
+    adapter = DraftAdapter(family_model, DraftAdapterConfig(rank=3, dropout=dropout))
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.normal_(0.0, 0.3)
+    recipe = RecipeConfig(views=2, soft_weight=0.5)
+    rows, mask = make_rows([PLAIN, PROMPTED], 28), adapter.mask_token_id
+    view = corrupt(rows, 4, mask_token_id=mask, end_token_id=EOS_ID, recipe=recipe, seed=1, step=0)
+    results = []
+    for again in (False, True):
+        if again:
+            recompute_activations(family_model)
+        adapter.zero_grad()
+        torch.manual_seed(7)
+        ran: list[int] = []
+        hook = adapter.layers[0].base.register_forward_hook(lambda *_, ran=ran: ran.append(1))
+        loss = DraftLoss(Decoder(family_model, adapter))(view, block_diffusion_rule(), soft=True)
+        loss.total(0.0, 2, 0.5).backward()
+        hook.remove()
+        assert len(ran) == (3 if again else 2)  # the clean half once, the noised one once or twice
+        results.append([loss.diffusion.detach(), loss.soft.detach(), *(p.grad.clone() for p in adapter.parameters())])
+    for plain, recomputed in zip(*results, strict=True):
+        torch.testing.assert_close(recomputed, plain, rtol=0, atol=0)
 
 
 def test_the_gate_decides_position_by_position(llama):

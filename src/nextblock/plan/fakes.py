@@ -42,9 +42,9 @@ def fake_decoder(
     if config.model.quantization:
         for name in target_names(model, "all-linear"):  # as transformers does: all but the head
             model.set_submodule(name, FourBitLinear(model.get_submodule(name)))
+    adapter = low_rank_updates(config, model)
     if config.training.gradient_checkpointing:
         recompute_activations(model, preserve_rng_state=False)
-    adapter = low_rank_updates(config, model)
     if adapter is None:
         return Decoder(model), model
     return (Decoder(model) if config.lora else Decoder(model, adapter)), adapter
