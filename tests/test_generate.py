@@ -13,6 +13,7 @@ from families import EOS_ID, MASK_ID, tiny_model
 from nextblock.config import BlockDiffusionSettings, UsageError
 from nextblock.events import BlockFinished, Committed, Prefilled, Rejected, RowFinished
 from nextblock.generate import BlockDiffusionLM, load, look_at
+from nextblock.request import make_request
 from test_text import byte_level
 
 MODES = ["ar", "diffusion", "speculative"]
