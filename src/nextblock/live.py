@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from datetime import timedelta
+from time import monotonic
 from types import TracebackType
 from typing import Any
 
@@ -29,15 +31,71 @@ from nextblock.train import StepMetrics
 MASK_CELL = "░"
 
 
+LINE_SECONDS = 5.0  # between two lines about some work, at least
+
+
+class Pace:
+    """When the next line about some work is due where there is no terminal, and how long the rest will take."""
+
+    def __init__(self) -> None:
+        self._start: tuple[float, int] | None = None
+        self._last = (-math.inf, 0)
+
+    def due(self, done: int, total: int) -> bool:
+        """At first and at the end; between them 5 s after the last line, if 2 % more is done or a minute over."""
+        now = monotonic()
+        self._start = self._start or (now, done)
+        waited, more = now - self._last[0], done - self._last[1]
+        due = waited >= LINE_SECONDS and (more >= total / 50 or waited >= 60)
+        if due or done == total:
+            self._last = (now, done)
+        return due or done == total
+
+    def left(self, done: int, total: int) -> str:
+        """`0:03:20 left`, at the speed so far; nothing where that is unknown."""
+        start, first = self._start or (0.0, done)
+        if done <= first or done == total:
+            return ""
+        return f"{timedelta(seconds=round((monotonic() - start) * (total - done) / (done - first)))} left"
+
+
+@contextmanager
+def progress(label: str, console: Console | None = None) -> Iterator[Callable[..., None]]:
+    """How far some work is: a bar that vanishes at the end; where there is no terminal, a line now and then (`Pace`).
+
+    Args:
+        label: what is done.
+        console: default: standard error.
+    Yields:
+        update(done, total, what=""): call it as the work goes on.
+    """
+    console = console or Console(stderr=True)
+    if console.is_terminal:
+        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+        what = TextColumn("{task.fields[what]}")
+        with Progress(TextColumn(label), *columns, what, console=console, transient=True) as bar:
+            task = bar.add_task(label, total=None, what="")
+            yield lambda done, total, what="": bar.update(task, completed=done, total=total, what=what)
+        return
+    pace = Pace()
+
+    def update(done: int, total: int, what: str = "") -> None:
+        if pace.due(done, total):
+            words = (f"{label} {done}/{total}", what, pace.left(done, total))
+            console.print("  ".join(filter(None, words)), soft_wrap=True, highlight=False, markup=False)
+
+    yield update
+
+
 class TrainingBar(AbstractContextManager["TrainingBar"]):
     """A progress bar with step, block size, both losses, tokens per second and the time left.
 
-    Where standard error is no terminal, a line is printed every `every` steps instead.
+    Where standard error is no terminal, a line now and then instead (`Pace`).
     """
 
-    def __init__(self, steps: int, *, start: int = 0, console: Console | None = None, every: int = 50) -> None:
+    def __init__(self, steps: int, *, start: int = 0, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True)
-        self.steps, self.every = steps, every
+        self.steps, self.pace = steps, Pace()
         self.progress = Progress(
             TextColumn("[bold]training"),
             BarColumn(),
@@ -68,10 +126,12 @@ class TrainingBar(AbstractContextManager["TrainingBar"]):
         diffusion = "-" if math.isnan(metrics.diffusion_loss) else f"{metrics.diffusion_loss:.3f}"
         ar = "-" if math.isnan(metrics.ar_loss) else f"{metrics.ar_loss:.3f}"
         status = f"block {metrics.block_size:<3d} diffusion loss {diffusion}  AR loss {ar}  {self.speed:,.0f} tokens/s"
-        self.progress.update(self.task, completed=metrics.step + 1, status=status)
-        last = metrics.step + 1 == self.steps
-        if not self.console.is_terminal and (metrics.step % self.every == 0 or last):
-            self.console.print(f"step {metrics.step + 1}/{self.steps}  {status}", soft_wrap=True)
+        done = metrics.step + 1
+        self.progress.update(self.task, completed=done, status=status)
+        if not self.console.is_terminal and self.pace.due(done, self.steps):
+            self.console.print(
+                f"step {done}/{self.steps}  {status}  {self.pace.left(done, self.steps)}", soft_wrap=True
+            )
 
     def evaluated(self, record: Mapping[str, Any]) -> None:
         """Print a held-out evaluation and its sample, above the bar."""

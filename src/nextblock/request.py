@@ -15,7 +15,7 @@ from nextblock.config import BlockDiffusionSettings, UsageError, validate
 from nextblock.events import Finish
 from nextblock.model import Decoder
 from nextblock.sampling import DecodingConfig, Mode, Sampler, generator
-from nextblock.sources import one_line
+from nextblock.sources import check_characters, one_line
 from nextblock.text import TextStream
 
 Prompts = str | Sequence[str] | Sequence[Mapping[str, str]] | Sequence[Sequence[Mapping[str, str]]] | Tensor
@@ -175,6 +175,8 @@ def _encode(tokenizer: Any, prompts: Any, attention_mask: Tensor | None) -> list
     items = [prompts] if isinstance(prompts, str) else list(prompts)
     if items and isinstance(items[0], Mapping):
         items = [items]  # one chat
+    for number, item in enumerate(items):
+        check_characters(item, f"prompt {number}")
     return [([], _from_text(tokenizer, number, item)) for number, item in enumerate(items)]
 
 
@@ -251,7 +253,11 @@ def _lists_for_each(name: str, value: Any, kind: type, count: int) -> list[tuple
 def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
     if seed is None:
         return torch.randint(2**62, (count,)).tolist()
-    return _for_each("seed", seed, count) if isinstance(seed, Sequence) else [int(seed) + i for i in range(count)]
+    seeds = _for_each("seed", seed, count) if isinstance(seed, Sequence) else [int(seed) + i for i in range(count)]
+    for one in seeds:
+        if not -(2**63) <= one < 2**64:  # what torch takes
+            raise UsageError(f"seed={one} is out of range; use 0 to 2**63 - 1")
+    return seeds
 
 
 def _stopper(tokenizer: Any, stop: tuple[str, ...]) -> Callable[[list[int]], Finish | None]:

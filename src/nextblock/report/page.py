@@ -162,6 +162,8 @@ def _decoding_rows(entries: Sequence[Entry]) -> list[tuple[str, ...]]:
         if mode == "diffusion":
             name += ", 1 token/step" if threshold is None else f" ≥ {threshold:g}"
         name += _block_size(entry, blockwise) if mode != "ar" else ""
+        ratio = entry.get("speedup") or (speed / pace if speed and pace else None)
+        spread = (entry["speedup_high"] - entry["speedup_low"]) / 2 if entry.get("speedup_low") else None
         low, high = _wilson(entry["accuracy"], entry["examples"])
         rows.append(
             (
@@ -170,7 +172,7 @@ def _decoding_rows(entries: Sequence[Entry]) -> list[tuple[str, ...]]:
                 f"{100 * low:.0f}–{100 * high:.0f}",
                 _number(entry.get("tokens_per_forward"), 2),
                 _number(speed, 0 if speed and speed >= 100 else 1),
-                f"{speed / pace:.2f}×" if speed and pace else DASH,
+                (f"{ratio:.2f}×" if ratio else DASH) + (f" ±{spread:.2f}" if spread else ""),
                 _percent(entry.get("equal_to_ar")),
             )
         )
@@ -238,7 +240,8 @@ def _decoding_section(decoding: Sequence[Entry]) -> str:
         note = (
             f"{_prompts(entries)}, exact answers. "
             "95 %: Wilson interval of the accuracy, in percent. Every forward pass counts: prompt, "
-            "denoising, check and commit. Speed-up: tokens/s against the parent’s AR. Equal to AR: share of "
+            "denoising, check and commit. Speed-up: tokens/s against the parent’s AR; where they took turns, the median "
+            "over rounds, with half the range. Equal to AR: share of "
             "prompts whose whole output is that of AR mode."
         )
         heading = f"<h3>{escape(_words(task).capitalize())}</h3>\n" if len(tasks) > 1 else ""
