@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -106,7 +107,7 @@ def test_lines_come_often_enough_to_be_watched_and_rarely_enough_to_be_kept(cloc
     assert lines[0] == "scoring 0/1000  a [b]"
     assert lines[-1] == "scoring 1000/1000  a [b]"
     assert len(lines) <= most
-    assert max(b - a for a, b in zip(shown, shown[1:], strict=False)) <= max(5, 0.02 * seconds, seconds / 1000) + 1
+    assert max(b - a for a, b in pairwise(shown)) <= max(5, 0.02 * seconds, seconds / 1000) + 1
     assert all(line.endswith(" left") for line in lines[1:-1])
 
 

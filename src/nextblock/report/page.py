@@ -240,9 +240,8 @@ def _decoding_section(decoding: Sequence[Entry]) -> str:
         note = (
             f"{_prompts(entries)}, exact answers. "
             "95 %: Wilson interval of the accuracy, in percent. Every forward pass counts: prompt, "
-            "denoising, check and commit. Speed-up: tokens/s against the parent’s AR; where they took turns, the median "
-            "over rounds, with half the range. Equal to AR: share of "
-            "prompts whose whole output is that of AR mode."
+            "denoising, check and commit. Speed-up: tokens/s against the parent’s AR; with ±, the median over "
+            "rounds in turns, and half the range. Equal to AR: share of prompts whose whole output is that of AR mode."
         )
         heading = f"<h3>{escape(_words(task).capitalize())}</h3>\n" if len(tasks) > 1 else ""
         parts.append(heading + _html_table(("Model and mode", *MEASURES), _decoding_rows(entries), 1, note))
