@@ -126,13 +126,19 @@ def decoding_table(results: Mapping[str, Any]) -> Table:
     """The decoding results as a table for a terminal of 80 columns; without rows when there are none."""
     decoding = results.get("decoding") or []
     tasks = tasks_of(decoding)
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title_justify="left")
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, title_justify="left")
     if len(tasks) == 1:
         table.title = escape_markup(f"{_words(tasks[0]).capitalize()}, {_prompts(decoding)}")
     table.add_column("Model and mode", no_wrap=True, vertical="bottom")
     shown = [number for number, name in enumerate(MEASURES, start=1) if name != INTERVAL]  # 80 columns
     for number in shown:
-        name = MEASURES[number - 1].replace(" per ", "/\n").replace(" to ", "\nto ").replace("-up", "-\nup")
+        name = (
+            MEASURES[number - 1]
+            .replace(" per ", "/\n")
+            .replace(" to ", "\nto ")
+            .replace("-up", "-\nup")
+            .replace("ura", "u-\nra")
+        )
         table.add_column(name, justify="right", vertical="bottom")
     for task in tasks:
         entries = [entry for entry in decoding if entry["task"] == task]
@@ -172,7 +178,7 @@ def _decoding_rows(entries: Sequence[Entry]) -> list[tuple[str, ...]]:
                 f"{100 * low:.0f}–{100 * high:.0f}",
                 _number(entry.get("tokens_per_forward"), 2),
                 _number(speed, 0 if speed and speed >= 100 else 1),
-                (f"{ratio:.2f}×" if ratio else DASH) + (f" ±{spread:.2f}" if spread else ""),
+                f"{ratio:.2f}{f'±{spread:.2f}' if spread else ''}×" if ratio else DASH,
                 _percent(entry.get("equal_to_ar")),
             )
         )
