@@ -5,7 +5,5 @@
 `decoding`  `nextblock bench decode`: transformers' generate against the three modes
 `scores`    modes on a built-in task: accuracy, and speeds in turns
 `forwards`  one forward pass of 1, 2, 4, ... positions; random models of real shapes
-`training`  `nextblock bench train`: the training step against the plain way and an AR step
-`packing`   the packer, drained, beside that step
 `figures`   tables and plots
 """
