@@ -60,20 +60,21 @@ class Pace:
 
 
 @contextmanager
-def progress(label: str, console: Console | None = None) -> Iterator[Callable[..., None]]:
-    """How far some work is: a bar that vanishes at the end; where there is no terminal, a line now and then (`Pace`).
+def progress(label: str, console: Console | None = None, *, transient: bool = True) -> Iterator[Callable[..., None]]:
+    """How far some work is: a bar; where there is no terminal, a line now and then (`Pace`).
 
     Args:
         label: what is done.
         console: default: standard error.
+        transient: whether the bar vanishes at the end.
     Yields:
         update(done, total, what=""): call it as the work goes on.
     """
     console = console or Console(stderr=True)
     if console.is_terminal:
         columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-        what = TextColumn("{task.fields[what]}")
-        with Progress(TextColumn(label), *columns, what, console=console, transient=True) as bar:
+        what = TextColumn("{task.fields[what]}", markup=False)
+        with Progress(TextColumn(label), *columns, what, console=console, transient=transient) as bar:
             task = bar.add_task(label, total=None, what="")
             yield lambda done, total, what="": bar.update(task, completed=done, total=total, what=what)
         return
@@ -90,48 +91,31 @@ def progress(label: str, console: Console | None = None) -> Iterator[Callable[..
 class TrainingBar(AbstractContextManager["TrainingBar"]):
     """A progress bar with step, block size, both losses, tokens per second and the time left.
 
-    Where standard error is no terminal, a line now and then instead (`Pace`).
+    Where the console is no terminal, a line now and then instead.
     """
 
-    def __init__(self, steps: int, *, start: int = 0, console: Console | None = None) -> None:
+    def __init__(self, steps: int, *, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True)
-        self.steps, self.pace = steps, Pace()
-        self.progress = Progress(
-            TextColumn("[bold]training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[status]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=self.console,
-            disable=not self.console.is_terminal,
-        )
-        self.task = self.progress.add_task("training", total=steps, completed=start, status="")
-        self.speed: float | None = None
+        self.steps, self.speed = steps, math.nan
+        self._bar = progress("step", self.console, transient=False)
 
     def __enter__(self) -> TrainingBar:
-        self.progress.start()
+        self._show = self._bar.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.progress.stop()
+        self._bar.__exit__(kind, error, trace)
 
     def update(self, metrics: StepMetrics) -> None:
         """Show one finished step."""
         new = metrics.tokens_per_second
-        self.speed = new if self.speed is None else 0.9 * self.speed + 0.1 * new
+        self.speed = new if math.isnan(self.speed) else 0.9 * self.speed + 0.1 * new
         diffusion = "-" if math.isnan(metrics.diffusion_loss) else f"{metrics.diffusion_loss:.3f}"
         ar = "-" if math.isnan(metrics.ar_loss) else f"{metrics.ar_loss:.3f}"
         status = f"block {metrics.block_size:<3d} diffusion loss {diffusion}  AR loss {ar}  {self.speed:,.0f} tokens/s"
-        done = metrics.step + 1
-        self.progress.update(self.task, completed=done, status=status)
-        if not self.console.is_terminal and self.pace.due(done, self.steps):
-            self.console.print(
-                f"step {done}/{self.steps}  {status}  {self.pace.left(done, self.steps)}", soft_wrap=True
-            )
+        self._show(metrics.step + 1, self.steps, status)
 
     def evaluated(self, record: Mapping[str, Any]) -> None:
         """Print a held-out evaluation and its sample, above the bar."""
