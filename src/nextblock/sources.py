@@ -463,7 +463,7 @@ def _prompt(row: Any, where: str) -> Record:
     return Record({"messages": turns}, where)
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """What an exception of another library says, on one line of at most 300 characters."""
     return " ".join(str(error).split())[:300] or type(error).__name__
 
