@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from transformers import (
@@ -259,6 +261,16 @@ def test_streamers_get_the_answer_in_order_and_an_end(adapted, mode):
     out = adapted.generate(**inputs, max_new_tokens=20, custom_generate=block_diffusion, mode=mode, streamer=streamer)
     assert streamer.tokens == out[0].tolist()
     assert streamer.ended
+
+
+def test_the_streamer_is_found_behind_a_function_of_the_callers(adapted):
+    @functools.wraps(block_diffusion)
+    def through(*args, **kwargs):
+        return block_diffusion(*args, **kwargs)
+
+    inputs, streamer = left_padded((6,)), Collector()
+    out = adapted.generate(**inputs, max_new_tokens=9, custom_generate=through, mode="ar", streamer=streamer)
+    assert streamer.tokens == out[0].tolist()
 
 
 def test_the_dict_form_and_several_answers_per_prompt(adapted):

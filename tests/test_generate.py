@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from families import EOS_ID, MASK_ID, tiny_model
 from nextblock.config import BlockDiffusionSettings, UsageError
 from nextblock.events import BlockFinished, Committed, Prefilled, Rejected, RowFinished
 from nextblock.generate import BlockDiffusionLM, load, look_at
+from nextblock.request import make_request
 from test_text import byte_level
 
 MODES = ["ar", "diffusion", "speculative"]
@@ -293,6 +295,64 @@ def test_bad_input_ends_in_one_line(lm, prompts, options, message):
         with pytest.raises(UsageError, match=message) as error:
             call(prompts, **options)
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "options", [{"mode": "ar"}, {"mode": "speculative"}, {"mode": "speculative", "temperature": 1.0}]
+)
+def test_the_confidence_of_tokens_is_worked_out_only_for_those_who_read_events(monkeypatch, options):
+    lm, tokens = ids_only(), torch.tensor([[5, 6, 7], [9, 8, 4]])
+    told = [event for event in lm.stream(tokens, max_new_tokens=9, **options) if isinstance(event, Committed)]
+    assert all(0 < event.confidence <= 1 + 1e-6 for event in told)
+    if not options.get("temperature"):
+        monkeypatch.setattr("nextblock.batch.probability_of", lambda *_: pytest.fail("nobody reads it"))
+        assert lm.generate(tokens, max_new_tokens=9, **options).stats.new_tokens == len(told)
+
+
+@pytest.mark.parametrize(
+    "options", [{"mode": "ar"}, {"mode": "speculative"}, {"mode": "speculative", "draft_paths": 3}]
+)
+def test_a_row_that_goes_along_costs_no_further_call_of_a_processor(options):
+    lm, counts = ids_only(), []
+    for rows in (1, 3):
+        calls: list[int] = []
+
+        def count(prefixes: torch.Tensor, logits: torch.Tensor, calls: list[int] = calls) -> torch.Tensor:
+            calls.append(len(prefixes))
+            return logits
+
+        asked = {"max_new_tokens": 12, "eos_token_id": [], **options}
+        request = make_request(lm.decoder, None, lm.settings, torch.tensor([[5, 6, 7]] * rows), asked)
+        with lm.run(request, 0.0, count) as stream:
+            assert list(stream)
+        assert set(calls) == {rows}
+        counts.append(len(calls))
+    assert counts[0] == counts[1]
+
+
+def test_the_clock_is_read_once_a_pass_and_not_for_each_event(monkeypatch):
+    reads = []
+    clock = SimpleNamespace(perf_counter=lambda: float(len(reads.append(1) or reads)))
+    monkeypatch.setattr("nextblock.generate.time", clock)
+    out = ids_only().generate(torch.tensor([[5, 6, 7]] * 4), mode="ar", max_new_tokens=10, eos_token_id=[])
+    assert out.stats.new_tokens == 40
+    assert len(reads) == out.stats.forwards + 2  # the beginning and the end
+
+
+def test_streams_in_turns_leave_a_models_own_attention_alone():
+    """FlexAttention takes no dense masks: each pass runs SDPA, whoever else decodes the model meanwhile."""
+    lm = ids_only()
+    prompts = [torch.tensor([[5, 6, 7]]), torch.tensor([[9, 8, 4, 3, 50]])]
+    options: dict[str, Any] = {"mode": "speculative", "eos_token_id": []}
+    limits = [8, 20]  # the first to end must not set attention back under the other
+    expected = [lm.generate(p, max_new_tokens=n, **options).answers[0] for p, n in zip(prompts, limits, strict=True)]
+    lm.model.set_attn_implementation("flex_attention")
+    streams = [lm.stream(p, max_new_tokens=n, **options) for p, n in zip(prompts, limits, strict=True)]
+    for _ in range(400):
+        for stream in streams:
+            next(stream, None)
+            assert lm.model.config._attn_implementation == "flex_attention"
+    assert [stream.rows[0].answer for stream in streams] == expected
 
 
 def test_flex_attention_is_not_a_decoding_backend(tmp_path):

@@ -10,8 +10,10 @@ Letters: B rows, Q tokens of a pass, D hidden size, V vocabulary, N positions wh
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +26,7 @@ from nextblock.config import BlockDiffusionSettings
 from nextblock.events import Committed, Event, Finish, Prefilled, RowFinished, Stats
 from nextblock.model import AttentionMask, Decoder
 from nextblock.sampling import DecodingConfig, draw, filter_logits, probability_of, uniforms
+from nextblock.split_attention import can_run_split, running_split
 from nextblock.static import StaticCache, StaticPasses
 
 Processor = Callable[[Tensor, Tensor], Tensor]
@@ -73,7 +76,8 @@ class Row:
 class Batch:
     """Rows decoded together: their cache, and the forward pass they share.
 
-    `rows` holds those still being decoded, in the order of the cache; `all_rows` all, in the caller's order.
+    `rows` holds those still being decoded, in the order of the cache; `all_rows` all, in the caller's order. Without
+    `confidence` that of events is nan.
     """
 
     def __init__(
@@ -85,8 +89,10 @@ class Batch:
         stats: Stats,
         processor: Processor | None = None,
         passes: StaticPasses | None = None,
+        confidence: bool = True,
     ) -> None:
         self.decoder = decoder
+        self.tells_confidence = confidence
         self.mask_token_id = None if settings is None else settings.mask_token_id
         self.shifted = settings is None or settings.prediction == "shifted"
         self.block_causal = settings is not None and settings.context == "block_causal"
@@ -103,6 +109,8 @@ class Batch:
         self.max_positions = decoder.max_positions or capacity
         self.windows = {k: w if w is not None and w < capacity else None for k, w in decoder.windows.items()}
         self.masks = Masks(capacity, decoder.model.dtype, self.device)
+        self.open = torch.zeros(1, 1, 1, 1, dtype=decoder.model.dtype, device=self.device)
+        self.skips_masks = can_run_split(decoder.model)
         self._span = torch.arange(0, device=self.device)
 
     def forward(self, tokens: Tensor, starts: list[int], causal: list[bool]) -> Tensor:
@@ -115,18 +123,18 @@ class Batch:
         Returns:
             Final hidden states [B, Q, D].
         """
-        self._count_pass()
         whole = tokens.shape[1] - 1
         last = [-1 if c else start + whole for start, c in zip(starts, causal, strict=True)]
         noised = None if any(causal) and not all(causal) else not all(causal)
-        hidden = self._static(tokens, starts, last, noised)
-        return self._forward(tokens, starts, causal) if hidden is None else hidden
+        with self._pass():
+            hidden = self._static(tokens, starts, last, noised)
+            return self._forward(tokens, starts, causal) if hidden is None else hidden
 
     def _static(
         self, tokens: Tensor, starts: list[int], last: list[int], noised: Gate | None, **places: Any
     ) -> Tensor | None:
         """The same pass in fixed shapes, if this batch has them; arguments as in `StaticPasses.run`."""
-        if not isinstance(self.cache, StaticCache) or self.cache.passes.failed:
+        if not isinstance(self.cache, StaticCache) or not self.cache.compiled:
             return None
         known = {"windows": self.windows, "max_positions": self.max_positions, "noised": noised}
         return self.cache.passes.run(self.decoder, self.cache, tokens, starts, last, **known, **places)
@@ -169,26 +177,38 @@ class Batch:
         Returns:
             Final hidden states [B, Q, D].
         """
-        self._count_pass()
         width = tokens.shape[1]
         seen = {window: visible(window) for window in set(self.windows.values())}
-        hidden = self._static(tokens, starts, [-1] * len(starts), noised, position=position, seen=seen)
-        if hidden is not None:
-            return hidden
-        self.cache.aim(starts, width, torch.tensor(starts, device=self.device)[:, None] + self.span(width))
-        mask = self._by_kind(lambda window: self.masks.additive(seen[window].unsqueeze(1)))
-        return self.decoder.hidden(tokens, position.clamp_max(self.max_positions - 1), mask, self.cache, noised)
+        with self._pass():
+            hidden = self._static(tokens, starts, [-1] * len(starts), noised, position=position, seen=seen)
+            if hidden is not None:
+                return hidden
+            self.cache.aim(starts, width, torch.tensor(starts, device=self.device)[:, None] + self.span(width))
+            mask = self._by_kind(lambda window: self.masks.additive(seen[window].unsqueeze(1)))
+            return self.decoder.hidden(tokens, position.clamp_max(self.max_positions - 1), mask, self.cache, noised)
 
-    def _count_pass(self) -> None:
+    @contextmanager
+    def _pass(self) -> Iterator[None]:
+        """One forward pass, counted, with attention that takes the masks that it is given."""
         self.stats.forwards += 1
         for row in self.rows:
             row.passes += 1
+        with running_split(self.decoder.model):
+            yield
 
     def _aligned_mask(self, start: int, width: int, causal: bool) -> AttentionMask | None:
         """None where transformers makes plain causal attention of it by itself, without or with a cheap mask."""
-        if causal and (start == 0 or (width == 1 and not any(self.windows.values()))):
+        causal = causal and width > 1
+        if start == 0 and causal:
             return None
-        return self._by_kind(lambda window: self.masks.aligned(start, width, causal, window))
+
+        def build(window: int | None) -> Tensor:
+            sees_all = not causal and (window is None or start + width <= window)
+            if sees_all and self.skips_masks:
+                return self.open
+            return self.masks.aligned(start, width, causal, window)
+
+        return self._by_kind(build)
 
     def _by_kind(self, build: Callable[[int | None], Tensor]) -> AttentionMask:
         """One mask for each kind of layer, built once per window."""
@@ -207,8 +227,8 @@ class Batch:
         longest = max(lengths)
         tokens = torch.tensor([row.prompt + [0] * (longest - len(row.prompt)) for row in self.rows])
         # Padding stands behind the prompt, where no token of it looks, and is overwritten by the answer.
-        self._count_pass()
-        hidden = self._forward(tokens.to(self.device), [0] * len(self.rows), [True] * len(self.rows))
+        with self._pass():
+            hidden = self._forward(tokens.to(self.device), [0] * len(self.rows), [True] * len(self.rows))
         self.stats.count("prefill", len(self.rows))
         last = torch.tensor(lengths, device=self.device) - 1
         return hidden[torch.arange(len(lengths), device=self.device), last]
@@ -222,17 +242,17 @@ class Batch:
             logits[:, self.mask_token_id : self.mask_token_id + 1] = -torch.inf
         return logits
 
-    def next_logits(self, hidden: Tensor, prefixes: Iterable[tuple[Row, list[int]]]) -> Tensor:
+    def next_logits(self, hidden: Tensor, prefixes: Iterable[tuple[Row, list[int] | None]]) -> Tensor:
         """As `logits`, for next tokens: through the processors, which see each position's own prefix.
 
         Args:
             hidden: [N, D].
-            prefixes: for each position its row and that row's answer up to there.
+            prefixes: for each position its row and that row's answer up to there; None where nobody looks.
         """
         logits = self.logits(hidden)
         return logits if self.processor is None else self._processed(self.processor, logits, list(prefixes))
 
-    def _processed(self, processor: Processor, logits: Tensor, prefixes: list[tuple[Row, list[int]]]) -> Tensor:
+    def _processed(self, processor: Processor, logits: Tensor, prefixes: list[tuple[Row, list[int] | None]]) -> Tensor:
         """One call for each length that prefixes have: as often as plain `generate` where a pass gives one token.
 
         Processors may keep something for each row of the caller's batch, so that a call has all of these rows, each
@@ -241,13 +261,15 @@ class Batch:
         calls: dict[tuple[int, int], dict[int, int]] = {}  # (length, how many before of that row) -> row -> place
         met: Counter[tuple[int, int]] = Counter()
         for place, (row, answer) in enumerate(prefixes):
+            if answer is None:
+                continue
             length = len(row.padding) + len(row.prompt) + len(answer)
             calls.setdefault((length, met[row.number, length]), {})[row.number] = place
             met[row.number, length] += 1
         for (length, _), places in sorted(calls.items()):
             lines = []
             for row in self.all_rows:
-                answer = prefixes[places[row.number]][1] if row.number in places else row.answer
+                answer = (prefixes[places[row.number]][1] if row.number in places else None) or row.answer
                 line = [*row.padding, *row.prompt, *answer][:length]
                 lines.append(line + [min(row.end_tokens, default=0)] * (length - len(line)))
             number, place = (torch.tensor([*part], device=self.device) for part in (places, places.values()))
@@ -263,26 +285,39 @@ class Batch:
             return None
         return filter_logits(logits, config.temperature, config.top_k, config.top_p).softmax(-1)
 
-    def choose(
-        self, logits: Tensor, uniform: list[float], distribution: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Pick a token at each place, greedily or by a draw.
+    def choose(self, logits: Tensor, uniform: list[float], distribution: Tensor | None = None) -> Tensor:
+        """Pick a token at each place, greedily (the likeliest, the lowest id of equals) or by a draw: int64 [N].
 
         Args:
             logits: [N, V], unfiltered.
             uniform: N numbers in [0, 1); none when greedy.
             distribution: that of `logits`, if it is known already.
-        Returns:
-            tokens int64 [N] (greedy: the likeliest, the lowest id of equals) and the model's probabilities of
-            them [N]: before temperature, top-k and top-p, which say how to draw, not how sure the model is.
         """
         if not self.config.temperature:
-            token = logits.argmax(-1)
-        else:
-            distribution = self.distribution(logits) if distribution is None else distribution
-            assert distribution is not None
-            token = draw(distribution, torch.tensor(uniform, dtype=torch.float64, device=self.device))
-        return token, probability_of(logits, token)
+            return logits.argmax(-1)
+        distribution = self.distribution(logits) if distribution is None else distribution
+        assert distribution is not None
+        return draw(distribution, torch.tensor(uniform, dtype=torch.float64, device=self.device))
+
+    def confidence(self, logits: Tensor, token: Tensor) -> Tensor:
+        """The model's probabilities of tokens int64 [N] by unfiltered logits [N, V]: before temperature, top-k and
+        top-p, which say how to draw, not how sure the model is. nan where nobody reads them.
+        """
+        if self.tells_confidence:
+            return probability_of(logits, token)
+        return torch.full(token.shape, torch.nan, device=token.device)
+
+    def tell(self, logits: Tensor, token: Tensor) -> tuple[list[int], list[float]]:
+        """Tokens int64 [N] and their `confidence`, in one copy to the host."""
+        if not self.tells_confidence:
+            return token.tolist(), [math.nan] * len(token)
+        tokens, confidence = torch.stack([token.double(), self.confidence(logits, token).double()]).tolist()
+        return [int(number) for number in tokens], confidence
+
+    def close(self) -> None:
+        """Give memory that outlives the batch back, for the next one."""
+        if isinstance(self.cache, StaticCache):
+            self.cache.passes.release(self.cache)
 
     def leave(self) -> list[int]:
         """Take finished rows out of the batch and the cache.
@@ -309,8 +344,8 @@ def begin(batch: Batch, first_token: bool) -> Iterator[Event]:
         yield Prefilled(row.number, len(row.prompt))
     if first_token:
         logits = batch.next_logits(hidden, [(row, row.answer) for row in batch.rows])
-        tokens, probabilities = batch.choose(logits, [u for row in batch.rows for u in row.draw(1)])
-        for row, token, probability in zip(batch.rows, tokens.tolist(), probabilities.tolist(), strict=True):
+        tokens = batch.choose(logits, [u for row in batch.rows for u in row.draw(1)])
+        for row, token, probability in zip(batch.rows, *batch.tell(logits, tokens), strict=True):
             yield from push(row, [token], [probability])
 
 

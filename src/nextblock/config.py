@@ -58,7 +58,10 @@ class ModelConfig(Section):
     tokenizer: str | None = Field(
         default=None, description="folder or Hub id of the tokenizer, or `bytes`; default: the model's own"
     )
-    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="dtype of the trained weights")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        description="dtype of the weights in memory; bfloat16 only for the frozen parent of an adapter or lora",
+    )
     export_dtype: Literal["float32", "bfloat16"] | None = Field(
         default=None, description="dtype of the exported weights; default: as trained"
     )
@@ -225,6 +228,13 @@ class LoraConfig(DraftAdapterConfig):
     """LoRA: the full recipe through low-rank updates (peft), and the mask token's row; the rest stays frozen."""
 
 
+class MachineConfig(Section):
+    """What the run is meant for, as `nextblock plan` takes it; the run itself takes what it is started on."""
+
+    gpu: str = Field(default="h100", description="h200, h100, a100-80g, rtx4090, ... ; cpu: none")
+    gpus: int = Field(default=1, ge=1, description="how many of them, on all machines")
+
+
 class Stage(Section):
     """One stage of a run: what differs from the run's own sections."""
 
@@ -257,6 +267,7 @@ class AdaptConfig(Section):
     lora: LoraConfig | None = Field(
         default=None, description="train low-rank updates of the parent; the result is saved both apart and merged"
     )
+    machine: MachineConfig = Field(default_factory=lambda: MachineConfig())
     stages: tuple[Stage, ...] = Field(
         default=(), description="parts of the run, one after another, each from the weights of the one before"
     )
@@ -315,6 +326,12 @@ class AdaptConfig(Section):
                 f"model.quantization={self.model.quantization} is for a frozen parent, but without draft_adapter or "
                 "lora its weights are trained; leave one out or set the other"
             )
+        if self.model.dtype == "bfloat16" and self.lora is None and self.draft_adapter is None:
+            # With 8 bits of mantissa most updates are lost: at lr 1e-5 a weight above 0.004 never moves.
+            raise ValueError(
+                "model.dtype=bfloat16 would round most updates of trained weights away; set model.dtype=float32 and "
+                "training.mixed_precision=bf16"
+            )
         if self.recipe.complementary and self.recipe.views % 2:
             raise ValueError(
                 f"recipe.views={self.recipe.views} is odd, but recipe.complementary needs pairs; "
@@ -351,11 +368,6 @@ class AdaptConfig(Section):
         return self
 
     def _check_draft_adapter(self) -> None:
-        if self.training.gradient_checkpointing:  # a layer that is computed again reads no cache
-            raise ValueError(
-                "training.gradient_checkpointing=true does not go with a draft adapter, whose noised views read the "
-                "clean half's cache; lower training.micro_batch_rows instead"
-            )
         if self.training.fsdp:
             raise ValueError("training.fsdp=true has no use for a draft adapter, which is small; leave it out")
         if self.growth.b_0 == 1 and self.recipe.prediction == "shifted":

@@ -8,11 +8,11 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.generation import logits_process
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
@@ -239,9 +239,7 @@ def _streamer_of_caller() -> Any:
 
     transformers (5.23) feeds it the prompt, but does not pass it on to a custom decoding method.
     """
-    frame = inspect.currentframe()
-    for _ in range(2):  # out of this function, out of `block_diffusion`
-        frame = frame.f_back if frame is not None else None
-    if frame is None or frame.f_code.co_name != "generate":
-        return None
-    return frame.f_locals.get("streamer")
+    code, frame = inspect.unwrap(cast(Any, GenerationMixin).generate).__code__, inspect.currentframe()
+    while frame is not None and frame.f_code is not code:  # the call, and not a name that resembles it
+        frame = frame.f_back
+    return None if frame is None else frame.f_locals["streamer"]

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from nextblock.batch import Row
 from nextblock.config import BlockDiffusionSettings, UsageError, validate
+from nextblock.encoding import encode_prompt
 from nextblock.events import Finish
 from nextblock.model import Decoder
 from nextblock.sampling import DecodingConfig, Mode, Sampler, generator
-from nextblock.sources import one_line
 from nextblock.text import TextStream
 
 Message = Mapping[str, Any]
@@ -193,18 +193,11 @@ def _encode(tokenizer: Any, prompts: Any, attention_mask: Tensor | None) -> list
 
 
 def _from_text(tokenizer: Any, number: int, item: Any) -> list[int]:
-    """Ids of a text, or of a chat up to where the assistant speaks."""
-    if isinstance(item, str):
-        return list(tokenizer(item)["input_ids"])
-    if not isinstance(item, Sequence) or not all(isinstance(m, Mapping) and "content" in m for m in item):
+    """Ids of a text, or of a chat up to where the assistant speaks: what training would have seen there."""
+    chat = isinstance(item, Sequence) and all(isinstance(message, Mapping) for message in item)
+    if not isinstance(item, str) and not chat:
         raise UsageError(f"prompt {number} is neither a text nor a list of chat messages with role and content")
-    if not getattr(tokenizer, "chat_template", None):
-        raise UsageError("the tokenizer has no chat template; give plain text instead of chat messages")
-    try:
-        text = tokenizer.apply_chat_template(list(item), add_generation_prompt=True, tokenize=False)
-    except Exception as error:  # templates raise anything
-        raise UsageError(f"prompt {number} does not fit the chat template: {one_line(error)}") from None
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return encode_prompt(item, tokenizer, f"prompt {number}")
 
 
 def _from_ids(tokens: Any, attention_mask: Any) -> list[tuple[list[int], list[int]]]:

@@ -73,7 +73,7 @@ class Verdict:
     paths: list[int] = field(default_factory=list)
 
 
-def speculative(batch: Batch) -> Iterator[Event]:
+def speculative(batch: Batch) -> Iterator[list[Event]]:
     """Each cycle starts from one token that the AR head chose and drafts what may follow by denoising.
 
     One causal pass over token and drafts then gives the AR head's own choice after each of them. Greedy:
@@ -81,13 +81,13 @@ def speculative(batch: Batch) -> Iterator[Event]:
     rejection sampling decides. What was not kept is dropped by counting less far in the cache. So the answer
     is that of `autoregressive`, greedy, and has its distribution, sampling.
     """
-    yield from begin(batch, first_token=True)
+    yield [*begin(batch, first_token=True)]
     batch.leave()
     recent = {row.number: float(batch.block_size) for row in batch.rows}
     yield from (_drafting_ahead if batch.config.draft_ahead else _drafting_apart)(batch, recent)
 
 
-def _drafting_apart(batch: Batch, recent: dict[int, float]) -> Iterator[Event]:
+def _drafting_apart(batch: Batch, recent: dict[int, float]) -> Iterator[list[Event]]:
     """Two passes a cycle: draft, check. `recent`: for each row a moving average of how many drafts were kept."""
     while rows := batch.rows:
         known, starts = _known(batch)
@@ -103,7 +103,7 @@ def _drafting_apart(batch: Batch, recent: dict[int, float]) -> Iterator[Event]:
                 path = draft.paths[index][number]
                 own = path.nodes[path.shared + 1]
                 batch.cache.move(index, start + own, start + path.shared + 1, kept - path.shared)
-        yield from _emit(batch, draft, verdict, recent)
+        yield [*_emit(batch, draft, verdict, recent)]
         batch.leave()
 
 
@@ -147,7 +147,7 @@ def _denoise(batch: Batch, known: Tensor, starts: list[int], lengths: list[int])
         for u in row.draw(length) + [0.0] * (longest - length)
     ]
     distribution, shape = batch.distribution(logits), (len(rows), longest)
-    drafts = batch.choose(logits, uniform, distribution)[0].view(shape)
+    drafts = batch.choose(logits, uniform, distribution).view(shape)
     logits = logits.unflatten(0, shape)
     distribution = None if distribution is None else distribution.unflatten(0, shape)
     branches = _branches(batch, logits, distribution, drafts, lengths) if config.draft_paths > 1 else []
@@ -240,10 +240,12 @@ def _verify(batch: Batch, hidden: Tensor, draft: Draft) -> Verdict:
     return _verify_sampled(batch, logits, target.view_as(logits), draft)
 
 
-def _prefixes(rows: list[Row], draft: Draft, width: int) -> Iterator[tuple[Row, list[int]]]:
-    """For each place of the check its row and the answer up to there; made only if a processor asks."""
+def _prefixes(rows: list[Row], draft: Draft, width: int) -> Iterator[tuple[Row, list[int] | None]]:
+    """For each place of the check its row and the answer up to there, None where nobody looks; made only if a
+    processor asks.
+    """
     for row, paths in zip(rows, draft.paths, strict=True):
-        answers = [row.answer] * width
+        answers: list[list[int] | None] = [None] * width
         for path in paths:
             for count, node in enumerate(path.nodes):
                 answers[node] = row.answer + path.tokens[:count]
@@ -253,12 +255,12 @@ def _prefixes(rows: list[Row], draft: Draft, width: int) -> Iterator[tuple[Row, 
 
 def _verify_greedy(batch: Batch, logits: Tensor, draft: Draft) -> Verdict:
     """Keep the path that is the AR head's own choice furthest, that far. `logits`: [B, N, V]."""
-    tokens, probabilities = batch.choose(logits.flatten(0, 1), [])
-    shape = logits.shape[:2]
+    flat, width = logits.flatten(0, 1), logits.shape[1]
+    tokens, confidence = batch.tell(flat, batch.choose(flat, []))
     verdict = Verdict()
-    for paths, chosen, probability in zip(
-        draft.paths, tokens.view(shape).tolist(), probabilities.view(shape).tolist(), strict=True
-    ):
+    for index, paths in enumerate(draft.paths):
+        own = slice(index * width, (index + 1) * width)
+        chosen, probability = tokens[own], confidence[own]
         agreed = [_agreed([chosen[node] for node in path.nodes], path.tokens) for path in paths]
         number = agreed.index(max(agreed))
         nodes = paths[number].nodes[: agreed[number] + 1]
@@ -299,7 +301,7 @@ def _verify_sampled(batch: Batch, logits: Tensor, target: Tensor, draft: Draft) 
     rest = residual(target[left], proposal[left])
     others = without(proposal[left], draft.tokens[left])
     rest, others = (weights / weights.sum(-1, keepdim=True) for weights in (rest, others))
-    chances = _chances(draft, logits, target, proposal, rest, others)
+    chances = _chances(batch, draft, logits, target, proposal, rest, others)
 
     verdict, ends, failed = Verdict(), [], []
     uniform: list[float] = []
@@ -330,15 +332,14 @@ def _verify_sampled(batch: Batch, logits: Tensor, target: Tensor, draft: Draft) 
         at_failed, branch = torch.tensor(failed, device=device).unbind(1)
         weights[at_failed] = residual(rest[branch], others[branch])
     last = draw(weights, torch.tensor(uniform, dtype=torch.float64, device=device))
-    told = probability_of(logits[at, node], last)
-    for index, (token, chance) in enumerate(zip(last.tolist(), told.tolist(), strict=True)):
+    for index, (token, chance) in enumerate(zip(*batch.tell(logits[at, node], last), strict=True)):
         verdict.tokens[index].append(token)
         verdict.probabilities[index].append(chance)
     return verdict
 
 
 def _chances(
-    draft: Draft, logits: Tensor, target: Tensor, proposal: Tensor, rest: Tensor, others: Tensor
+    batch: Batch, draft: Draft, logits: Tensor, target: Tensor, proposal: Tensor, rest: Tensor, others: Tensor
 ) -> Iterator[tuple[list[float], list[float], list[float]]]:
     """For each path, from where it leaves the first one: p and q of its drafts, and the AR head's probabilities.
 
@@ -352,7 +353,7 @@ def _chances(
     ]
     columns = torch.tensor(places, dtype=torch.int64, device=target.device).view(-1, 5).unbind(1)
     row, node, position, token, second = *columns[:4], columns[4].bool()
-    told = (logits[row, node, token] - logits.logsumexp(-1)[row, node]).exp()
+    told = batch.confidence(logits[row, node], token)
     p = target[row, node, token].masked_scatter(second, rest.gather(1, token[second, None]))
     q = proposal[row, position, token].masked_scatter(second, others.gather(1, token[second, None]))
     numbers, low = torch.stack([p, q, told]).tolist(), 0
@@ -399,7 +400,7 @@ class _Pending:
         return sorted(range(len(odds)), key=lambda n: (-odds[n], n))[:count]
 
 
-def _drafting_ahead(batch: Batch, recent: dict[int, float]) -> Iterator[Event]:
+def _drafting_ahead(batch: Batch, recent: dict[int, float]) -> Iterator[list[Event]]:
     """One pass a cycle: behind the tokens to be checked lie the next block's masks, for G points of acceptance.
 
     Each group of b tokens begins with a copy of the last token that would be kept and sees what would then
@@ -420,7 +421,7 @@ def _drafting_ahead(batch: Batch, recent: dict[int, float]) -> Iterator[Event]:
         batch.stats.count("check", len(rows))
         width = draft.tokens.shape[1] + 1
         verdict = _verify(batch, hidden[:, :width], draft)
-        yield from _emit(batch, draft, verdict, recent)
+        yield [*_emit(batch, draft, verdict, recent)]
         hits = [
             width + own.index(kept) * batch.block_size if kept in own and row.finish is None else None
             for row, own, kept in zip(rows, points, verdict.kept, strict=True)
@@ -485,7 +486,7 @@ def _drafted_ahead(batch: Batch, hidden: Tensor, hits: list[int | None]) -> list
     prefixes = ((row, row.answer) for row in rows for _ in range(length))
     logits = batch.next_logits(torch.cat(chosen), prefixes)
     distribution = batch.distribution(logits)
-    tokens = batch.choose(logits, [u for row in rows for u in row.draw(length)], distribution)[0]
+    tokens = batch.choose(logits, [u for row in rows for u in row.draw(length)], distribution)
     chances = probability_of(logits, logits.argmax(-1))
     drawn, odds = tokens.view(-1, length).tolist(), chances.view(-1, length).tolist()
     found = iter(range(len(rows)))
