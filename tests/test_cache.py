@@ -10,6 +10,7 @@ import torch
 from families import MASK_ID, tiny_model
 from nextblock import batch as batch_module
 from nextblock import split_attention
+from nextblock.attention_mask import decode_mask
 from nextblock.batch import Batch, Row
 from nextblock.cache import Masks, SlotCache
 from nextblock.config import BlockDiffusionSettings, validate
@@ -40,6 +41,17 @@ def test_each_row_is_written_at_its_own_positions_and_nothing_else_changes(start
         end = min(seen_keys.shape[2], 8)
         assert torch.equal(seen_keys[row, :, :end], expected[:, :end])
         assert torch.equal(seen_values[row, :, start : start + 3], values[row])
+
+
+def test_slots_that_are_added_leave_what_was_written_where_it_was():
+    cache, written = SlotCache(2, 1000), torch.zeros(2, 2, 0, 4)
+    for seed in range(40):
+        width = 1 + seed % 9
+        cache.aim([written.shape[2]] * 2, width)
+        keys, values = states(2, width, seed)
+        written = torch.cat([written, keys], dim=2)
+        assert torch.equal(cache.update(keys, values, 0)[0], written)
+        assert cache.keys[0].shape[2] <= 1.25 * written.shape[2] + 64
 
 
 def test_a_pass_reads_the_memory_that_it_wrote_not_a_copy():
@@ -90,6 +102,15 @@ def test_the_template_slice_is_the_mask_of_the_rule(causal, window, start):
             seen = seen and (window is None or j > start + i - window)
             assert (mask[0, 0, i, j] == 0) == seen
             assert mask[0, 0, i, j] in (0, torch.finfo(torch.float32).min)
+
+
+@pytest.mark.parametrize("window", [None, 30])
+def test_a_template_that_is_made_anew_is_the_mask_of_the_rule(window):
+    masks, width = Masks(10**7, torch.float32, torch.device("cpu")), 4
+    for start in (0, 63, 64, 65, 300, 2000, 5):
+        position = torch.arange(start, start + width)[None]
+        expected = decode_mask(position, position, start + width, window)
+        assert torch.equal(masks.aligned(start, width, True, window) == 0, expected)
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from families import EOS_ID, FAMILIES, MASK_ID, tiny_model
 from nextblock.batch import Batch, Row
+from nextblock.cache import SlotCache
 from nextblock.config import BlockDiffusionSettings, validate
 from nextblock.events import BlockFinished, Committed, Rejected, Stats
 from nextblock.generate import BlockDiffusionLM
@@ -82,7 +83,8 @@ def reference(
         for sub in range(sub_blocks):
             places = range(sub * width, (sub + 1) * width)
             step = 0
-            while masked := [i for i in places if current[i] == MASK_ID]:
+            ends = [i for i in range(block) if current[i] == EOS_ID] or [block]
+            while masked := [i for i in places if current[i] == MASK_ID and i < ends[0]]:
                 logits = full_logits(model, done + current, start, block, block_causal, True)
                 here = {i: logits[len(done) + i - (1 if shifted else 0)].softmax(-1) for i in masked}
                 entropy = {i: float(-(p[p > 0] * p[p > 0].log()).sum()) for i, p in here.items()}
@@ -103,6 +105,7 @@ def reference(
                     chosen |= {i for i in masked if sure[i] > threshold}
                 for i in chosen:
                     current[i] = int(here[i].argmax())
+                ends = [i for i in range(block) if current[i] == EOS_ID] or [block]
                 step += 1
         done += current
         if EOS_ID in done[start:]:
@@ -221,6 +224,24 @@ def windowed_reference(model, prompt_ids, new, block, window):
             break
     answer = done[start:][:new]
     return answer[: answer.index(EOS_ID) + 1] if EOS_ID in answer else answer
+
+
+def test_behind_a_decided_end_token_nothing_is_denoised(llama):
+    lm, ids = language_model(llama), prompt(6)
+
+    def decided(ends):
+        stream = lm.stream(ids, eos_token_id=ends, threshold=None, max_new_tokens=8)
+        return [event for event in stream if isinstance(event, Committed)], stream.rows[0]
+
+    free, _ = decided([])
+    # A token that is decided while one before it is not.
+    early = next(e for n, e in enumerate(free) if e.offset > len({before.offset for before in free[:n]}))
+    seen, row = decided([early.token])
+    place = next(e for e in seen if e.token == early.token)
+    assert place.offset == early.offset
+    assert all(e.offset < place.offset for e in seen if e.step > place.step)
+    assert row.finish == "end_token"
+    assert row.passes < 8  # prefill and a pass for each of the other tokens of the block
 
 
 # ------------------------------------------------------------------------------- ar and speculative
@@ -503,6 +524,28 @@ def test_every_row_gets_the_same_and_pays_the_same_however_it_is_drafted(llama, 
     if temperature:  # greedy batches may check more of a draft than a row alone needs, never less
         paid = [sum(out.stats.row_forwards.values()) for out in alone]
         assert sum(batch.stats.row_forwards.values()) == sum(paid)
+
+
+@pytest.mark.parametrize("mode", ["ar", "diffusion", "speculative"])
+def test_memory_goes_by_what_is_decoded_not_by_what_might_be(monkeypatch, mode):
+    """One long answer beside seven short ones, and a limit that is never reached."""
+    model: Any = tiny_model("llama", max_position_embeddings=10**7)
+    allocated = []
+
+    def recorded(self, layer, part, states, allocate=SlotCache.allocate):
+        slots = allocate(self, layer, part, states)
+        allocated.append(slots.shape[0] * slots.shape[2])
+        return slots
+
+    monkeypatch.setattr(SlotCache, "allocate", recorded)
+    tokens = prompt(5).expand(8, -1)
+    out = language_model(model).generate(tokens, mode=mode, max_new_tokens=[400] + [4] * 7, eos_token_id=[])
+    assert [len(answer) for answer in out.answers] == [400] + [4] * 7
+    assert max(allocated) < 8 * 100
+    first = language_model(model).generate(tokens, mode=mode, max_new_tokens=1, eos_token_id=[]).answers[0][0]
+    allocated.clear()
+    language_model(model).generate(tokens[:1], mode=mode, max_new_tokens=10**7 - 5, eos_token_id=[first])
+    assert max(allocated) < 100
 
 
 @pytest.mark.parametrize(

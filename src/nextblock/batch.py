@@ -111,7 +111,7 @@ class Batch:
         self.masks = Masks(capacity, decoder.model.dtype, self.device)
         self.open = torch.zeros(1, 1, 1, 1, dtype=decoder.model.dtype, device=self.device)
         self.skips_masks = can_run_split(decoder.model)
-        self.span = torch.arange(capacity, device=self.device)
+        self._span = torch.arange(0, device=self.device)
 
     def forward(self, tokens: Tensor, starts: list[int], causal: list[bool]) -> Tensor:
         """One pass over Q tokens of every row.
@@ -146,10 +146,10 @@ class Batch:
         inside = end <= self.max_positions
         if inside and all(s == start for s in starts) and all(c == causal[0] for c in causal):
             self.cache.aim(starts, width)
-            position = self.span[start:end].unsqueeze(0).expand(len(starts), -1)
+            position = self.span(end)[start:].unsqueeze(0).expand(len(starts), -1)
             mask = self._aligned_mask(start, width, causal[0])
             return self.decoder.hidden(tokens, position, mask, self.cache, noised=not causal[0])
-        slots = torch.tensor(starts, device=self.device)[:, None] + self.span[:width]
+        slots = torch.tensor(starts, device=self.device)[:, None] + self.span(width)
         position = slots if inside else slots.clamp_max(self.max_positions - 1)
         whole = torch.tensor([[s + width - 1] for s in starts], device=self.device)
         is_causal = torch.tensor(causal, device=self.device)[:, None]
@@ -183,7 +183,7 @@ class Batch:
             hidden = self._static(tokens, starts, [-1] * len(starts), noised, position=position, seen=seen)
             if hidden is not None:
                 return hidden
-            self.cache.aim(starts, width, torch.tensor(starts, device=self.device)[:, None] + self.span[:width])
+            self.cache.aim(starts, width, torch.tensor(starts, device=self.device)[:, None] + self.span(width))
             mask = self._by_kind(lambda window: self.masks.additive(seen[window].unsqueeze(1)))
             return self.decoder.hidden(tokens, position.clamp_max(self.max_positions - 1), mask, self.cache, noised)
 
@@ -214,6 +214,12 @@ class Batch:
         """One mask for each kind of layer, built once per window."""
         masks = {window: build(window) for window in set(self.windows.values())}
         return self.decoder.by_kind({kind: masks[window] for kind, window in self.windows.items()})
+
+    def span(self, count: int) -> Tensor:
+        """0 ... `count` - 1, int64."""
+        if len(self._span) < count:
+            self._span = torch.arange(2 * count, device=self.device)
+        return self._span[:count]
 
     def prefill(self) -> Tensor:
         """Read every prompt in one causal pass; hidden state of each one's last token, [B, D]."""

@@ -19,8 +19,9 @@ from nextblock.attention_mask import additive, decode_mask
 
 
 class SlotCache(Cache):
-    """Preallocated keys and values, [B, H, C, D] per layer, written at each row's own positions.
+    """Keys and values, [B, H, C, D] per layer, written at each row's own positions.
 
+    C grows with what is written, a quarter at a time, up to `capacity`; rows that left take no part in it.
     `aim` says where the next forward pass writes; transformers then calls `update` once per layer.
     """
 
@@ -58,9 +59,9 @@ class SlotCache(Cache):
         return self._end
 
     def allocate(self, layer: int, part: str, states: Tensor) -> Tensor:
-        """Zeros [B, H, C, D] for a layer's "keys" or "values" that are like `states` [B, H, _, D]."""
+        """Zeros [B, H, C, D] for a layer's "keys" or "values" like `states` [B, H, _, D]; C is `end` or more."""
         rows, heads, _, size = states.shape
-        return states.new_zeros(rows, heads, self.capacity, size)
+        return states.new_zeros(rows, heads, min(self.capacity, self._end + max(64, self._end // 4)), size)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -70,8 +71,12 @@ class SlotCache(Cache):
             self.keys.append(self.allocate(len(self.keys), "keys", key_states))
             self.values.append(self.allocate(len(self.values), "values", value_states))
         views = []
-        for store, states in ((self.keys, key_states), (self.values, value_states)):
+        for part, store, states in (("keys", self.keys, key_states), ("values", self.values, value_states)):
             slots = store[layer_idx]
+            if slots.shape[2] < self._end:
+                written, slots = slots, self.allocate(layer_idx, part, states)
+                slots[:, :, : written.shape[2]] = written
+                store[layer_idx] = slots
             if self._start is not None:
                 slots.narrow(2, self._start, states.shape[2]).copy_(states)
             else:
@@ -110,7 +115,7 @@ class SlotCache(Cache):
         return self._end, 0
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
-        """Slots allocated."""
+        """Slots that there can be."""
         return self.capacity
 
     def reset(self) -> None:
@@ -122,7 +127,7 @@ class SlotCache(Cache):
 class Masks:
     """Additive masks of cached passes: 0 where a query may look, the dtype's lowest number elsewhere.
 
-    Where all rows stand at the same position the mask is a slice of a template that is made once.
+    Where all rows stand at the same position the mask is a slice of a template that is seldom made anew.
     """
 
     def __init__(self, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -139,15 +144,15 @@ class Masks:
             window: sliding window of the layer.
         """
         key = (width, causal, window)
-        if key not in self._templates:
+        template = self._templates.get(key)
+        if template is None or template.shape[3] < start + width:
+            room = min(self.capacity, start + max(64, start // 4))
             query = torch.arange(width, device=self.device)
             last = query if causal else torch.full_like(query, width - 1)
-            # Shifted by the capacity, so that a slice exists for every start.
-            template = self.additive(
-                decode_mask(query[None] + self.capacity, last[None] + self.capacity, self.capacity + width, window)
-            )
+            # Shifted by the room in front, so that a slice exists for every start.
+            template = self.additive(decode_mask(query[None] + room, last[None] + room, room + width, window))
             self._templates[key] = template
-        return self._templates[key].narrow(3, self.capacity - start, start + width)
+        return template.narrow(3, template.shape[3] - width - start, start + width)
 
     def each(self, position: Tensor, last_visible: Tensor, slots: int, window: int | None) -> Tensor:
         """Rows at positions of their own, [B, 1, Q, S]; arguments as in `decode_mask`."""

@@ -50,18 +50,20 @@ class _Block:
     """The block that a row is denoising. `tokens` holds the mask token where undecided.
 
     start: answer index of its first token. steps: denoising passes spent on the current sub-block.
+    end: position of the first decided end token, else the block's length; what lies behind is left masked.
     """
 
     start: int
     tokens: list[int]
     decided: list[bool]
+    end: int
     sub_block: int = 0
     steps: int = 0
 
     def masked(self, width: int) -> list[int]:
         """Undecided positions of the current sub-block of `width`; goes on to the next one that has any."""
-        for low in range(self.sub_block * width, len(self.tokens), width):
-            if found := [i for i in range(low, low + width) if not self.decided[i]]:
+        for low in range(self.sub_block * width, self.end, width):
+            if found := [i for i in range(low, min(low + width, self.end)) if not self.decided[i]]:
                 return found
             self.sub_block, self.steps = self.sub_block + 1, 0
         return []
@@ -74,7 +76,7 @@ def _new_block(batch: Batch, row: Row, start: int) -> _Block:
     inside = batch.max_positions - len(row.prompt) - start
     tokens = known + [batch.mask_token_id] * (batch.block_size - len(known))
     decided = [i < len(known) or i >= inside for i in range(batch.block_size)]
-    return _Block(start, tokens, decided)
+    return _Block(start, tokens, decided, end=batch.block_size)
 
 
 def diffusion(batch: Batch) -> Iterator[list[Event]]:
@@ -160,6 +162,8 @@ def _decide(
     ):
         position = masked[choice]
         block.tokens[position], block.decided[position] = tokens[choice], True
+        if tokens[choice] in row.end_tokens:
+            block.end = min(block.end, position)
         offset = block.start + position
         if offset < row.limit:
             events.append(Committed(row.number, offset, tokens[choice], probabilities[choice], row.passes))

@@ -216,8 +216,8 @@ def _forward_groups(
         causal: it sees its group up to itself; else all of it, as a block that is being denoised.
     """
     end = max(starts) + tokens.shape[1]
-    slots = torch.tensor(starts, device=batch.device)[:, None] + batch.span[: tokens.shape[1]]
-    slot = batch.span[:end].expand(len(starts), -1)
+    slots = torch.tensor(starts, device=batch.device)[:, None] + batch.span(tokens.shape[1])
+    slot = batch.span(end).expand(len(starts), -1)
     slot_position = slot.scatter(1, slots, position)
     slot_group = torch.full_like(slot, -1).scatter(1, slots, group)
     own = (slot_group[:, None] == group[:, :, None]) & (group >= 0)[:, :, None]
@@ -462,9 +462,9 @@ def _check_and_draft(batch: Batch, draft: Draft, points: list[list[int]]) -> Ten
     tokens = torch.cat([checked, groups.flatten(1)], dim=1)
 
     first = torch.tensor(starts, device=device)[:, None]
-    step = batch.span[:block]
+    step = batch.span(block)
     of_groups = (first + point)[:, :, None] + step
-    position = torch.cat([first + batch.span[:width], of_groups.flatten(1)], dim=1)
+    position = torch.cat([first + batch.span(width), of_groups.flatten(1)], dim=1)
     context = torch.cat([position[:, :width], (of_groups[:, :, :1] - 1).expand_as(of_groups).flatten(1)], dim=1)
     group = torch.arange(point.shape[1], device=device).repeat_interleave(block)
     group = torch.cat([group.new_full((width,), -1), group]).expand(rows, -1)
