@@ -188,9 +188,9 @@ def test_a_chat_gets_the_assistants_turn_and_its_end_of_turn_token_where_it_ende
 
 
 def test_prompts_come_from_lines_of_text_and_from_tasks(tmp_path):
-    (tmp_path / "a.txt").write_text("one\\ntwo\n\n \nthree\r\n", encoding="utf-8")
+    (tmp_path / "a.txt").write_text("one\n\n \nthree\r\n", encoding="utf-8")
     records = read_prompts(str(tmp_path / "a.txt"))
-    assert [r.value["prompt"] for r in records] == ["one\ntwo", "three"]
+    assert [r.value["prompt"] for r in records] == ["one", "three"]
     assert [r.where.rpartition(":")[2] for r in records] == ["1", "4"]
     task = read_source(Source(path="task:algebra"))
     assert isinstance(task, Records)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
+import nextblock as nb
 from families import tiny_model
+from nextblock.bench import scores
 from nextblock.bench.command import run_bench, write_results
 from nextblock.bench.contest import (
     Call,
@@ -244,7 +247,7 @@ def test_task_prompts_carry_their_problems():
 
 def test_files_hold_a_prompt_a_line_or_json_with_texts_and_chats(lm, tmp_path):
     (tmp_path / "p.txt").write_text("one\\ntwo\n\nthree\nfour\n")
-    assert file_prompts(tmp_path / "p.txt", 2).items == ["one\ntwo", "three"]
+    assert file_prompts(tmp_path / "p.txt", 2).items == ["one\\ntwo", "three"]
     chat = [{"role": "user", "content": "hi"}]
     lines = [json.dumps({"prompt": "a\nb"}), json.dumps({"messages": chat})]
     (tmp_path / "p.jsonl").write_text("\n".join(lines))
@@ -302,14 +305,47 @@ def test_a_variant_that_generate_refuses_is_refused_before_timing(lm):
     ("name", "text", "message"),
     [
         ("empty.txt", "\n\n", "holds no prompts"),
-        ("bad.jsonl", '{"prompt": "a"}\n{', "line 2 is not JSON"),
-        ("bad.jsonl", '{"text": "a"}', "line 1 needs either `prompt` or `messages`"),
+        ("bad.jsonl", '{"prompt": "a"}\n{', r"bad\.jsonl:2: broken JSON line"),
+        ("bad.jsonl", '{"text": "a"}', r"bad\.jsonl:1: no prompt"),
     ],
 )
 def test_a_wrong_prompt_file_is_refused_in_one_line(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
     with pytest.raises(UsageError, match=message):
         file_prompts(tmp_path / name, 4)
+
+
+# ------------------------------------------------------------------------------------- scores of a task
+
+
+def test_modes_on_a_task_take_turns_for_their_speeds(monkeypatch):
+    lm, real = nb.load("tiny-bd"), scores.our_mode
+    order: list[str] = []
+    done: list[tuple[int, int]] = []
+
+    def noted(lm, options, *rest):
+        contestant = real(lm, options, *rest)
+
+        def run(prompts):
+            order.append(options["mode"])
+            return contestant.run(prompts)
+
+        return replace(contestant, run=run)
+
+    monkeypatch.setattr(scores, "our_mode", noted)
+    wanted = [(mode, lm, {"mode": mode}) for mode in ("speculative", "ar")]
+    rows = scores.score_modes(
+        wanted,
+        get_task("word_problems"),
+        examples=2,
+        max_new_tokens=24,
+        on_prompt=lambda now, all: done.append((now, all)),
+    )
+    assert order == ["speculative", "ar"] * (1 + scores.ROUNDS * 2)  # the first of each is the warm-up
+    assert done[-1] == (2 * (2 + scores.ROUNDS * 2),) * 2
+    assert [row["model"] for row in rows] == ["speculative", "ar"]
+    assert (rows[1]["speedup"], rows[1]["speedup_low"], rows[1]["speedup_high"]) == (1.0, 1.0, 1.0)
+    assert rows[0]["speedup_low"] <= rows[0]["speedup"] <= rows[0]["speedup_high"]
 
 
 # --------------------------------------------------------------------------------------------- outputs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import os
 import shutil
@@ -228,6 +229,8 @@ def refused(run, arguments, words, output):
         (["--draft-length", "0"], "draft_length=0 must be at least 1"),
         (["--draft-paths", "2", "--draft-ahead", "1"], "draft_paths=2 does not go with draft_ahead"),
         (["--dtype", "int8"], "float32 or bfloat16"),
+        (["--temperature", "1", "--seed", str(2**70)], f"seed={2**70} must be a whole number"),
+        (["caf\udce9"], "prompt 1: half of a surrogate pair, or a byte that is not UTF-8"),
     ],
 )
 def test_generate_refuses_bad_options_in_one_line(run, parent, tmp_path, arguments, words):
@@ -254,6 +257,36 @@ def test_drafting_options_change_no_word_of_what_is_said(run, adapted, options, 
         talks.append(run("chat", adapted, "--max-new-tokens", "12", *mode)[:2])
     assert talks[0] == talks[1]
     assert talks[0][0] == 0
+
+
+def test_a_prompt_is_taken_as_it_is_typed(run, adapted, monkeypatch):
+    prompt = r"Compute \nabla f and \neq"
+    options = ["--mode", "ar", "--max-new-tokens", "4"]
+    lm = nb.load(adapted)
+    assert run("generate", adapted, prompt, *options)[1].startswith(prompt)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(prompt.encode())))
+    assert run("generate", adapted, *options)[1].startswith(prompt)
+    answers = iter([prompt, ""])
+    monkeypatch.setattr("builtins.input", lambda _: next(answers))
+    said = lm.generate([{"role": "user", "content": prompt}], mode="ar", max_new_tokens=4).texts[0]
+    assert run("chat", adapted, *options)[1] == f"model: {said}\n"
+
+
+def test_bytes_that_are_no_text_are_refused_from_standard_input_and_in_a_chat(run, adapted, tmp_path, monkeypatch):
+    words = "prompt 0: half of a surrogate pair, or a byte that is not UTF-8"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8"))
+    refused(run, ["generate", adapted, "--mode", "ar"], words, tmp_path / "out")
+    monkeypatch.setattr("builtins.input", lambda _: "caf\udce9")
+    refused(run, ["chat", adapted, "--mode", "ar"], words, tmp_path / "out")
+
+
+def test_a_terminal_that_lacks_a_character_shows_its_escape(run, adapted, monkeypatch):
+    screen = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", screen)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("2π".encode()), encoding="ascii"))
+    assert run("generate", adapted, "--mode", "ar", "--max-new-tokens", "1")[0] == 0
+    screen.flush()
+    assert screen.buffer.getvalue().startswith(rb"2\u03c0")  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_a_number_of_steps_limits_the_passes_of_a_block(run, adapted):

@@ -28,6 +28,9 @@ def test_the_demo_trains_shows_scores_and_reports(tmp_path, monkeypatch):
     ]
     equal = {row["mode"]: row["equal_to_ar"] for row in results["decoding"] if row["mode"] == "speculative"}
     assert equal == {"speculative": 1.0}
+    assert results["decoding"][0]["speedup"] == 1.0
+    assert all(row["speedup_low"] <= row["speedup"] <= row["speedup_high"] for row in results["decoding"])
+    assert "scoring 2/80" in screen.getvalue()  # no terminal: a line at once
     assert [len(sample["steps"]) > 1 for sample in results["samples"]] == [True] * demo_module.SAMPLES
     saved = json.loads((tmp_path / "demo" / "results.json").read_text())
     assert saved["decoding"] == results["decoding"]

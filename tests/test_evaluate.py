@@ -128,19 +128,19 @@ def test_a_task_score_is_that_of_the_answers_graded_one_by_one():
     lm, task = nb.load("tiny-bd"), get_task("word_problems")
     cases = [task.example("test", index) for index in range(5)]
     done: list[int] = []
-    ar, answers = score_task(lm, task, mode="ar", examples=5, batch_size=2, timed=1, on_example=done.append)
+    ar, answers = score_task(lm, task, mode="ar", examples=5, batch_size=2, on_example=done.append)
     alone = [lm.generate(case.prompt, mode="ar", max_new_tokens=160).texts[0] for case in cases]
     assert answers == alone
     assert ar.accuracy == sum(task.grade(text, case) for text, case in zip(alone, cases, strict=True)) / 5
     assert (ar.tokens_per_forward, ar.equal_to_ar, ar.block_size, done) == (1.0, None, 1, [2, 2, 1])
-    fast, same = score_task(lm, task, mode="speculative", examples=5, timed=1, reference=answers)
+    fast, same = score_task(lm, task, mode="speculative", examples=5, reference=answers)
     assert (same, fast.equal_to_ar, fast.accuracy) == (answers, 1.0, ar.accuracy)
     stats = lm.generate([case.prompt for case in cases], mode="speculative", max_new_tokens=160).stats
     assert fast.tokens_per_forward == pytest.approx(stats.tokens_per_forward)
-    later = score_task(lm, task, mode="ar", examples=2, first=3, timed=1)[1]
+    later = score_task(lm, task, mode="ar", examples=2, first=3)[1]
     assert later == answers[3:]
     changed = [answers[0] + "!", *answers[1:]]
-    assert score_task(lm, task, mode="speculative", examples=5, timed=1, reference=changed)[0].equal_to_ar == 0.8
+    assert score_task(lm, task, mode="speculative", examples=5, reference=changed)[0].equal_to_ar == 0.8
 
 
 @pytest.mark.parametrize("section", [{}, {"draft_adapter": {"rank": 2}}, {"lora": {"rank": 2}}])

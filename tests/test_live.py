@@ -5,13 +5,15 @@ from __future__ import annotations
 import io
 import math
 import re
+from itertools import pairwise
 from typing import Any
 
 import pytest
 from rich.console import Console
 
+from nextblock import live
 from nextblock.events import BlockFinished, Committed, Event, Prefilled, Rejected, RowFinished
-from nextblock.live import DenoisingView, TrainingBar, show_denoising
+from nextblock.live import DenoisingView, TrainingBar, progress, show_denoising
 from nextblock.train import StepMetrics
 
 
@@ -67,12 +69,51 @@ def metrics(step: int, **values: float) -> StepMetrics:
     return StepMetrics(step=step, block_size=4, tokens=100, step_seconds=0.5, **{**common, **values})  # type: ignore[arg-type]
 
 
-def test_without_a_terminal_a_line_comes_now_and_then_and_at_the_end():
+@pytest.fixture
+def clock(monkeypatch):
+    """Set `clock.now` (seconds) by hand."""
+
+    class Clock:
+        now = 0.0
+
+    monkeypatch.setattr(live, "monotonic", lambda: Clock.now)
+    return Clock
+
+
+def test_without_a_terminal_a_line_comes_now_and_then_and_at_the_end(clock):
     screen = io.StringIO()
-    with TrainingBar(5, console=Console(file=screen, width=200), every=3) as bar:
+    with TrainingBar(5, console=Console(file=screen, width=200)) as bar:
         for step in range(5):
             bar.update(metrics(step, diffusion_loss=math.nan if step == 0 else 0.25, ar_loss=0.125))
+            clock.now += 2.5
     lines = screen.getvalue().splitlines()
-    assert [line.split()[1] for line in lines] == ["1/5", "4/5", "5/5"]
+    assert [line.split()[1] for line in lines] == ["1/5", "3/5", "5/5"]
     assert "diffusion loss -  AR loss 0.125  200 tokens/s" in lines[0]
     assert "block 4   diffusion loss 0.250" in lines[1]
+    assert lines[1].endswith("0:00:05 left")
+
+
+@pytest.mark.parametrize(("seconds", "most"), [(10, 3), (100, 21), (1000, 51), (100_000, 1001)])
+def test_lines_come_often_enough_to_be_watched_and_rarely_enough_to_be_kept(clock, seconds, most):
+    screen, shown = io.StringIO(), [0.0]
+    with progress("scoring", Console(file=screen)) as update:
+        for done in range(1001):
+            clock.now = seconds * done / 1000
+            before = screen.tell()
+            update(done, 1000, "a [b]")
+            if screen.tell() > before:
+                shown.append(clock.now)
+    lines = screen.getvalue().splitlines()
+    assert lines[0] == "scoring 0/1000  a [b]"
+    assert lines[-1] == "scoring 1000/1000  a [b]"
+    assert len(lines) <= most
+    assert max(b - a for a, b in pairwise(shown)) <= max(5, 0.02 * seconds, seconds / 1000) + 1
+    assert all(line.endswith(" left") for line in lines[1:-1])
+
+
+def test_a_bar_on_a_terminal_leaves_nothing_behind():
+    screen = io.StringIO()
+    with progress("scoring", Console(file=screen, force_terminal=True, width=120)) as update:
+        update(3, 10, "what")
+    assert "3/10" in screen.getvalue()
+    assert screen.getvalue().endswith("\x1b[2K")

@@ -374,7 +374,7 @@ def test_the_losses_of_single_tokens_add_up_to_the_sum_with_or_without_gradients
             found = cross_entropy(decoder, hidden, target, weight, teacher=teacher, each=True)
         assert not found.nats.requires_grad
         torch.testing.assert_close(found.nats, wanted)
-        torch.testing.assert_close(found.total.detach(), (wanted * weight).sum() if weighted else wanted.sum())
+        torch.testing.assert_close(found.total.detach(), wanted.sum() if weight is None else (wanted * weight).sum())
         assert (float(found.soft.detach()) > 0) == soft
 
 

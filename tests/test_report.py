@@ -423,3 +423,14 @@ def test_the_profile_figure_has_a_line_for_each_block_size_from_its_last_record(
     assert [set(np.asarray(line.get_ydata())) for line in noise.lines] == [{1.0}, {2.0}]
     assert [list(np.asarray(line.get_xdata())) for line in offset.lines] == [[1], [1, 2, 3]]
     assert "how much of the block is masked" in render({}, (), records)
+
+
+def test_a_row_of_the_terminal_table_with_a_spread_is_one_line_of_80_columns():
+    spread = {"speedup": 2.484, "speedup_low": 2.3, "speedup_high": 2.6}
+    rows = [entry("ar", 0.995, 1.0, 340.0, model="parent", speedup=1.0, speedup_low=1.0, speedup_high=1.0)]
+    rows += [entry("speculative", 0.995, 3.59, 844.0, model="parent + tiny-draft", equal_to_ar=1.0, **spread)]
+    screen = io.StringIO()
+    Console(file=screen, width=80).print(decoding_table({"decoding": rows}))
+    shown = [line.split() for line in screen.getvalue().splitlines() if line.startswith("parent")]
+    assert [line[-2:] for line in shown] == [["1.00×", "–"], ["100.0", "%"]]
+    assert "2.48±0.15×" in shown[1]

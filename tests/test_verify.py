@@ -30,9 +30,10 @@ def numbers(names: set[str]) -> set[str]:
 def test_every_family_passes_all_identities_without_settings_or_tokenizer(family, tmp_path):
     tiny_model(family).save_pretrained(tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    checks = verify(tmp_path)
+    told: list[tuple[int, int, str]] = []
+    checks = verify(tmp_path, on_check=lambda *told_now: told.append(told_now))
     assert [(check.name, check.reason) for check in checks if check.status != "passed"] == []
-    assert len(checks) == len(NUMBERS)
+    assert told == [(number, len(NUMBERS), check.name) for number, check in enumerate(checks)]
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import platform
 from collections.abc import Callable, Mapping
@@ -16,10 +17,10 @@ from torch import Tensor
 
 from nextblock import schedules
 from nextblock.attention_mask import block_diffusion_rule
-from nextblock.config import AdaptConfig, BlockDiffusionSettings, load_config, stage_configs
+from nextblock.config import AdaptConfig, load_config, stage_configs
 from nextblock.corruption import corrupt
 from nextblock.data import Rows
-from nextblock.evaluate import BitsPerByte, bits_per_byte
+from nextblock.evaluate import bits_per_byte
 from nextblock.feed import merged
 from nextblock.files import locked
 from nextblock.generate import BlockDiffusionLM
@@ -232,10 +233,6 @@ def held_out_bits(run: Run, received: list[int]) -> list[dict[str, Any]]:
         SigtermReceived: a signal came, before or meanwhile (`received`, of `stop_on_sigterm`).
     """
 
-    def measure(decoder: Decoder, settings: BlockDiffusionSettings | None = None) -> list[BitsPerByte]:
-        size = evaluation_rows(config)
-        return bits_per_byte(decoder, tokenizer, rows, settings, batch_rows=size, on_pass=leave_on_signal)
-
     def leave_on_signal() -> None:
         if received:
             raise SigtermReceived
@@ -244,6 +241,7 @@ def held_out_bits(run: Run, received: list[int]) -> list[dict[str, Any]]:
     if rows is None:
         accelerator.print("no document is held out, so bits per byte are not measured; raise data.held_out")
         return []
+    measure = functools.partial(bits_per_byte, batch_rows=evaluation_rows(config), on_pass=leave_on_signal)
     decoder, settings, sharded, output = run.decoder, run.settings, run.is_sharded, run.output
     device, dtype = decoder.device, decoder.model.dtype
     run.loss.eval()
@@ -254,9 +252,9 @@ def held_out_bits(run: Run, received: list[int]) -> list[dict[str, Any]]:
         code = config.model.trust_remote_code
         decoder = Decoder(load_model(output, dtype=dtype, device=device, trust_remote_code=code))
     accelerator.free_memory()
-    found = [("adapted", one) for one in measure(decoder, settings)]
+    found = [("adapted", one) for one in measure(decoder, tokenizer, rows, settings)]
     if config.model.scratch is None:
         del decoder
         accelerator.free_memory()
-        found = [("parent", one) for one in measure(load_parent(config.model, device))] + found
+        found = [("parent", one) for one in measure(load_parent(config.model, device), tokenizer, rows)] + found
     return [{"model": model, **asdict(one)} for model, one in found]

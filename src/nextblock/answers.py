@@ -91,9 +91,10 @@ def write_answers(
     if lm.tokenizer is None:
         raise UsageError(f"model {model} has no tokenizer; answers are written as text")
     with warnings.catch_warnings(action="ignore"):  # decoding gives them once more
+        common = {**options, "stop": stop, "seed": seed + len(records)}
         for record in records[done:]:  # refuse now, not after hours of decoding
             try:
-                make_request(lm.decoder, lm.tokenizer, lm.settings, [_item(record)], {**options, "stop": stop})
+                make_request(lm.decoder, lm.tokenizer, lm.settings, [record.item], common)
             except UsageError as error:
                 raise UsageError(f"{record.where}: {error}".replace(" prompt 0 ", " the prompt ")) from None
     try:
@@ -109,7 +110,7 @@ def write_answers(
             for start in range(done - done % batch_size, len(records), batch_size):
                 batch = records[start : start + batch_size]
                 seeds = [seed + start + i for i in range(len(batch))]
-                out = lm.generate([_item(record) for record in batch], seed=seeds, stop=stop, **options)
+                out = lm.generate([record.item for record in batch], seed=seeds, stop=stop, **options)
                 rows = [_row(*answer) for answer in zip(batch, out.texts, out.finish, strict=True)]
                 stream.write("".join(rows[max(0, done - start) :]).encode())
                 stream.flush()
@@ -166,10 +167,6 @@ def _check_settings(output: Path, settings: Path, identity: dict[str, Any]) -> b
         named = "; ".join(f"{key} was {before.get(key)!r}, is {identity[key]!r}" for key in differing)
         raise UsageError(f"output {output} belongs to other settings: {named}; set them back, or choose another")
     return True
-
-
-def _item(record: Record) -> Any:
-    return record.value.get("prompt") or record.value["messages"]
 
 
 def _row(record: Record, text: str, finish: Finish) -> str:

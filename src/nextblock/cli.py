@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import io
 import json
 import logging
 import os
@@ -69,6 +71,7 @@ def main() -> None:
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     logging.getLogger("datasets").setLevel(logging.CRITICAL)  # what it raises is told in one line
+    _make_streams_safe()
     try:
         app()
     except UsageError as error:
@@ -81,6 +84,18 @@ def main() -> None:
     if (ranks := sys.modules.get("nextblock.ranks")) is not None:  # not for its sake alone: torch takes seconds
         ranks.leave()
     sys.exit(2)
+
+
+def _make_streams_safe() -> None:
+    """No character ends a command: what the terminal's encoding lacks is printed as an escape.
+
+    Bytes that standard input cannot decode stay, as Python keeps those of arguments, and the prompt is refused.
+    """
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="surrogateescape" if stream is sys.stdin else "backslashreplace")
+    if isinstance(sys.stdin, io.TextIOWrapper) and codecs.lookup(sys.stdin.encoding).name == "ascii":
+        sys.stdin.reconfigure(encoding="utf-8")  # which ASCII is a part of
 
 
 def _explain_config(section: type[Section] = AdaptConfig, prefix: str = "") -> list[str]:
@@ -190,7 +205,12 @@ def read_value(key: str, text: str) -> Any:
 @app.command()
 def generate(
     model: Model,
-    prompts: Annotated[list[str] | None, typer.Argument(help="texts to go on from; none: standard input")] = None,
+    prompts: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="texts to go on from, as they stand (in bash $'a\\nb' has a line break); none: standard input"
+        ),
+    ] = None,
     mode: Mode = None,
     max_new_tokens: AnswerTokens = None,
     block_size: BlockSize = None,
@@ -213,7 +233,9 @@ def generate(
     stats: Annotated[bool, typer.Option("--stats", help="print forwards and speed to standard error")] = False,
     source: Annotated[
         str | None,
-        typer.Option("--input", help="answer a file: .jsonl with `prompt` or `messages`, text lines; or task:NAME"),
+        typer.Option(
+            "--input", help="answer a file: .jsonl with `prompt` or `messages`, or a prompt a line; or task:NAME"
+        ),
     ] = None,
     output: Annotated[
         Path | None,
@@ -223,6 +245,8 @@ def generate(
     batch_size: Annotated[int, typer.Option(help="with --input: prompts decoded together")] = 8,
 ) -> None:
     """Answer prompts, in ar, diffusion or speculative mode; with --input and --output, as training data."""
+    from nextblock.sources import check_characters
+
     options = decoding_options(locals())
     if (source is None) != (output is None):
         raise UsageError(
@@ -231,16 +255,13 @@ def generate(
     if source is not None and output is not None:
         if prompts or live or stats:
             raise UsageError("--input does not go with prompts on the command line, --live or --stats; leave them out")
-        from rich.console import Console
-        from rich.progress import Progress
         from transformers.utils.logging import disable_progress_bar
 
         from nextblock.answers import write_answers
+        from nextblock.live import progress
 
         disable_progress_bar()
-        console = Console(stderr=True)
-        with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-            bar = progress.add_task("answering", total=None)
+        with progress("answering") as update:
             written = write_answers(
                 model,
                 source,
@@ -252,15 +273,17 @@ def generate(
                 batch_size=batch_size,
                 seed=seed or 0,
                 stop=stop or (),
-                on_batch=lambda done, total: progress.update(bar, completed=done, total=total),
+                on_batch=update,
                 **options,
             )
         print(f"wrote {written} answers to {output}" if written else f"{output} is finished; nothing was left to do")
         return
+    texts = prompts or [sys.stdin.read()]
+    for number, text in enumerate(texts):
+        check_characters(text, f"prompt {number}")
     lm = load_lm(model, dtype, draft_adapter, compile)
     if lm.settings is None:
         options.setdefault("mode", "ar")
-    texts = [prompt.replace("\\n", "\n") for prompt in prompts] if prompts else [sys.stdin.read()]
     common: dict[str, Any] = {"seed": seed, "stop": stop or (), **options}
     if live:
         from rich.console import Console
@@ -356,7 +379,7 @@ def chat(
     messages: list[dict[str, str]] = []
     while True:
         try:
-            said = input("you: ").replace("\\n", "\n")
+            said = input("you: ")
         except EOFError:
             said = ""
         if not said.strip():
@@ -389,10 +412,10 @@ def evaluate(
 ) -> None:
     """Score a model on a built-in task: accuracy, tokens per forward, tokens per second, agreement with AR mode."""
     from rich.console import Console
-    from rich.progress import Progress
 
     from nextblock.bench.command import check_output
-    from nextblock.evaluate import score_task
+    from nextblock.bench.scores import score_modes
+    from nextblock.live import progress
     from nextblock.report import decoding_table
     from nextblock.tasks import get_task
 
@@ -401,28 +424,13 @@ def evaluate(
     thresholds = [number(value, "threshold") for value in threshold or ("none", "0.9")]
     check_output(output)
     lm = load_lm(model, dtype, draft_adapter)
-    modes = mode or (["ar", "speculative", "diffusion"] if lm.settings else ["ar"])
     settings: list[dict[str, Any]] = []
-    for name in modes:
-        settings += [{"mode": name, "threshold": t} for t in thresholds] if name == "diffusion" else [{"mode": name}]
-    rows, reference = [], None
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("scoring", total=examples * len(settings))
-        for options in settings:
-            score, answers = score_task(
-                lm,
-                chosen,
-                examples=examples,
-                first=first,
-                batch_size=batch_size,
-                block_size=block_size,
-                reference=reference,
-                on_example=lambda done: progress.advance(bar, done),
-                **options,
-            )
-            reference = answers if options["mode"] == "ar" else reference
-            rows.append({"model": model, **score.as_dict()})
+    for name in mode or (["ar", "speculative", "diffusion"] if lm.settings else ["ar"]):
+        common = {"mode": name} if name == "ar" or block_size is None else {"mode": name, "block_size": block_size}
+        settings += [{**common, "threshold": t} for t in thresholds] if name == "diffusion" else [common]
+    with progress("scoring") as update:
+        wanted = [(model, lm, options) for options in settings]
+        rows = score_modes(wanted, chosen, examples=examples, first=first, batch_size=batch_size, on_prompt=update)
     Console().print(decoding_table({"decoding": rows}))
     if output is not None:
         output.write_text(json.dumps(rows, indent=1), encoding="utf-8")
@@ -587,9 +595,10 @@ def tune(
 ) -> None:
     """Find the fastest settings that lose no more than you allow, draw the curve, and save the choice."""
     from nextblock import tune as tuning
-    from nextblock.bench.command import check_output, progress, read_prompts, wide_console, write_results
+    from nextblock.bench.command import check_output, read_prompts, wide_console, write_results
     from nextblock.bench.figures import plot_tuning, tuning_table
     from nextblock.bench.prompts import parse_variant
+    from nextblock.live import progress
 
     folder = tuning.writable_folder(model) if write else None
     check_output(output)
@@ -629,10 +638,12 @@ def verify(
     """Run the identities that define "correct" on your own model, and print a table; exit status 1 if one fails."""
     from rich.console import Console
 
+    from nextblock.live import progress
     from nextblock.verify import table
     from nextblock.verify import verify as run
 
-    checks = run(model, mask_token=mask_token, attention=attention)
+    with progress("verifying") as update:
+        checks = run(model, mask_token=mask_token, attention=attention, on_check=update)
     Console().print(table(checks))
     if any(check.status == "failed" for check in checks):
         raise typer.Exit(1)

@@ -205,6 +205,7 @@ class RowStream:
             self._cursors.append(Cursor(opened, [seed, k], self._part) if isinstance(opened, Records) else opened)
             self._split.append(not isinstance(opened, Records) or opened.split_by_hash)
         self._counts = [opened.count if isinstance(opened, Records) else None for opened in self._opened]
+        self._digests = [opened.digest if isinstance(opened, Records) else "" for opened in self._opened]
         self._weights = np.array([source.weight for source in config.sources])
         self._drawn = [0] * len(config.sources)  # documents of each source so far
         self._bytes = [0] * len(config.sources)  # and how long they were together
@@ -235,7 +236,8 @@ class RowStream:
 
         `lost` counts the documents that were `truncated` and `skipped` up to the end of the chunk.
         """
-        return {"start": self._start, "first": self._first, "taken": self._taken, "lost": self._lost}
+        place = {"start": self._start, "first": self._first, "taken": self._taken, "lost": self._lost}
+        return {**place, "digests": self._digests}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on where `state` was taken. UsageError if it belongs to other sources."""
@@ -252,6 +254,13 @@ class RowStream:
                 raise UsageError(
                     f"data source {source.path} had {before} documents and has {now}, so its order would be another; "
                     "put it back, or start in a new --output"
+                )
+        digests = state.get("digests", self._digests)  # positions saved by older versions have none
+        for source, before, now in zip(self._config.sources, digests, self._digests, strict=True):
+            if before != now:
+                raise UsageError(
+                    f"data source {source.path} holds other text than when the run was stopped; put it back, or start "
+                    "in a new --output"
                 )
         self._drawn, self._bytes = list(start["drawn"]), list(start["bytes"])
         self.truncated, self.skipped = start["truncated"], start["skipped"]

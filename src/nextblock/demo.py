@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shlex
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress
 from transformers.utils.logging import disable_progress_bar
 
 from nextblock import schedules
 from nextblock.adapt import adapt
+from nextblock.bench.scores import score_modes
 from nextblock.config import AdaptConfig, load_config
-from nextblock.evaluate import score_task
 from nextblock.generate import BlockDiffusionLM, load
-from nextblock.live import TrainingBar, show_denoising
+from nextblock.live import TrainingBar, progress, show_denoising
 from nextblock.presets import preset
 from nextblock.report import decoding_table, write_report
 from nextblock.tasks import get_task
@@ -56,7 +55,7 @@ def demo(output: str | Path | None = None, *, examples: int = 200, console: Cons
     console.print(decoding_table(results))
     console.print(f"report      {report}\nfigures     {folder / 'results.json'}\ncheckpoint  {folder}", soft_wrap=True)
     console.print(
-        f'try         nextblock generate {folder} "{get_task(TASK).example("test", 7).prompt}"',
+        f"try         nextblock generate {folder} {shlex.quote(get_task(TASK).example('test', 7).prompt)}",
         soft_wrap=True,
     )
     return results
@@ -108,7 +107,7 @@ def score_all(
     parent: BlockDiffusionLM, adapted: BlockDiffusionLM, examples: int, console: Console
 ) -> list[dict[str, Any]]:
     """The parent in AR mode, alone and with the shipped draft adapter, and the adapted model in every mode."""
-    task, drafting = get_task(TASK), load(PARENT, draft_adapter=ADAPTER)
+    drafting = load(PARENT, draft_adapter=ADAPTER)
     wanted: list[tuple[str, BlockDiffusionLM, dict[str, Any]]] = [
         ("parent", parent, {"mode": "ar"}),
         (f"parent + {ADAPTER}", drafting, {"mode": "speculative"}),
@@ -116,16 +115,5 @@ def score_all(
         ("adapted", adapted, {"mode": "speculative"}),
         *(("adapted", adapted, {"mode": "diffusion", "threshold": t}) for t in THRESHOLDS),
     ]
-    rows: list[dict[str, Any]] = []
-    reference: list[str] | None = None
-    with Progress(console=console, transient=True) as progress:
-        bar = progress.add_task("scoring", total=len(wanted) * examples)
-        advance: Callable[[int], None] = lambda done: progress.advance(bar, done)  # noqa: E731
-        for name, lm, options in wanted:
-            in_ar = options["mode"] == "ar"
-            score, answers = score_task(
-                lm, task, examples=examples, reference=None if in_ar else reference, on_example=advance, **options
-            )
-            reference = answers if in_ar else reference
-            rows.append({"model": name, **score.as_dict()})
-    return rows
+    with progress("scoring", console) as update:
+        return score_modes(wanted, get_task(TASK), examples=examples, on_prompt=update)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -34,7 +33,7 @@ class BitsPerByte:
 
 @dataclass(frozen=True)
 class TaskScore:
-    """How one mode does on one task; speeds are of batch 1.
+    """How one mode does on one task.
 
     tokens_per_forward: generated tokens over forwards, all of them counted: prefill, denoise, check, commit.
     equal_to_ar: share of prompts whose tokens equal AR mode's; None when there was nothing to compare with.
@@ -47,7 +46,6 @@ class TaskScore:
     accuracy: float
     examples: int
     tokens_per_forward: float
-    tokens_per_second: float
     equal_to_ar: float | None
 
     def as_dict(self) -> dict[str, Any]:
@@ -193,14 +191,13 @@ def score_task(
     threshold: float | None = 0.9,
     block_size: int | None = None,
     batch_size: int = 25,
-    timed: int = 16,
     max_new_tokens: int = 160,
     split: str = "test",
     first: int = 0,
     reference: Sequence[str] | None = None,
     on_example: Callable[[int], None] | None = None,
 ) -> tuple[TaskScore, list[str]]:
-    """Accuracy, tokens per forward and tokens per second of one mode on one task, greedy.
+    """Accuracy and tokens per forward of one mode on one task, greedy; `bench.scores` adds speeds.
 
     Args:
         lm: the model.
@@ -208,7 +205,6 @@ def score_task(
         mode: "ar", "diffusion" or "speculative".
         examples: held-out prompts, decoded in batches of `batch_size`.
         first: number of the first problem; settings are best chosen on others than those that are reported.
-        timed: of these, so many are decoded again one at a time, for the speed at batch 1.
         reference: AR mode's answers to the same prompts, to compare with.
         on_example: called with the number of prompts just done.
     Returns:
@@ -234,11 +230,6 @@ def score_task(
         row_forwards += out.stats.new_tokens / max(out.stats.tokens_per_forward, 1e-9)
         if on_example:
             on_example(len(prompts))
-    lm.generate(cases[0].prompt, **options)  # warm up
-    started, timed_tokens = time.perf_counter(), 0
-    for case in cases[:timed]:
-        timed_tokens += lm.generate(case.prompt, **options).stats.new_tokens
-    seconds = time.perf_counter() - started
     right = sum(task.grade(answer, case) for answer, case in zip(answers, cases, strict=True))
     equal = None
     if reference is not None:
@@ -252,7 +243,6 @@ def score_task(
         accuracy=right / examples,
         examples=examples,
         tokens_per_forward=new_tokens / row_forwards,
-        tokens_per_second=timed_tokens / seconds,
         equal_to_ar=equal,
     )
     return score, answers

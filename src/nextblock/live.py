@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from datetime import timedelta
+from time import monotonic
 from types import TracebackType
 from typing import Any
 
@@ -29,49 +31,91 @@ from nextblock.train import StepMetrics
 MASK_CELL = "░"
 
 
+LINE_SECONDS = 5.0  # between two lines about some work, at least
+
+
+class Pace:
+    """When the next line about some work is due where there is no terminal, and how long the rest will take."""
+
+    def __init__(self) -> None:
+        self._start: tuple[float, int] | None = None
+        self._last = (-math.inf, 0)
+
+    def due(self, done: int, total: int) -> bool:
+        """At first and at the end; between them 5 s after the last line, if 2 % more is done or a minute over."""
+        now = monotonic()
+        self._start = self._start or (now, done)
+        waited, more = now - self._last[0], done - self._last[1]
+        due = waited >= LINE_SECONDS and (more >= total / 50 or waited >= 60)
+        if due or done == total:
+            self._last = (now, done)
+        return due or done == total
+
+    def left(self, done: int, total: int) -> str:
+        """`0:03:20 left`, at the speed so far; nothing where that is unknown."""
+        start, first = self._start or (0.0, done)
+        if done <= first or done == total:
+            return ""
+        return f"{timedelta(seconds=round((monotonic() - start) * (total - done) / (done - first)))} left"
+
+
+@contextmanager
+def progress(label: str, console: Console | None = None, *, transient: bool = True) -> Iterator[Callable[..., None]]:
+    """How far some work is: a bar; where there is no terminal, a line now and then (`Pace`).
+
+    Args:
+        label: what is done.
+        console: default: standard error.
+        transient: whether the bar vanishes at the end.
+    Yields:
+        update(done, total, what=""): call it as the work goes on.
+    """
+    console = console or Console(stderr=True)
+    if console.is_terminal:
+        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+        what = TextColumn("{task.fields[what]}", markup=False)
+        with Progress(TextColumn(label), *columns, what, console=console, transient=transient) as bar:
+            task = bar.add_task(label, total=None, what="")
+            yield lambda done, total, what="": bar.update(task, completed=done, total=total, what=what)
+        return
+    pace = Pace()
+
+    def update(done: int, total: int, what: str = "") -> None:
+        if pace.due(done, total):
+            words = (f"{label} {done}/{total}", what, pace.left(done, total))
+            console.print("  ".join(filter(None, words)), soft_wrap=True, highlight=False, markup=False)
+
+    yield update
+
+
 class TrainingBar(AbstractContextManager["TrainingBar"]):
     """A progress bar with step, block size, both losses, tokens per second and the time left.
 
-    Where standard error is no terminal, a line is printed every `every` steps instead.
+    Where the console is no terminal, a line now and then instead.
     """
 
-    def __init__(self, steps: int, *, start: int = 0, console: Console | None = None, every: int = 50) -> None:
+    def __init__(self, steps: int, *, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True)
-        self.steps, self.every = steps, every
-        self.progress = Progress(
-            TextColumn("[bold]training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[status]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=self.console,
-            disable=not self.console.is_terminal,
-        )
-        self.task = self.progress.add_task("training", total=steps, completed=start, status="")
-        self.speed: float | None = None
+        self.steps, self.speed = steps, math.nan
+        self._bar = progress("step", self.console, transient=False)
 
     def __enter__(self) -> TrainingBar:
-        self.progress.start()
+        self._show = self._bar.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.progress.stop()
+        self._bar.__exit__(kind, error, trace)
 
     def update(self, metrics: StepMetrics) -> None:
         """Show one finished step."""
         new = metrics.tokens_per_second
-        self.speed = new if self.speed is None else 0.9 * self.speed + 0.1 * new
+        self.speed = new if math.isnan(self.speed) else 0.9 * self.speed + 0.1 * new
         diffusion = "-" if math.isnan(metrics.diffusion_loss) else f"{metrics.diffusion_loss:.3f}"
         ar = "-" if math.isnan(metrics.ar_loss) else f"{metrics.ar_loss:.3f}"
         status = f"block {metrics.block_size:<3d} diffusion loss {diffusion}  AR loss {ar}  {self.speed:,.0f} tokens/s"
-        self.progress.update(self.task, completed=metrics.step + 1, status=status)
-        last = metrics.step + 1 == self.steps
-        if not self.console.is_terminal and (metrics.step % self.every == 0 or last):
-            self.console.print(f"step {metrics.step + 1}/{self.steps}  {status}", soft_wrap=True)
+        self._show(metrics.step + 1, self.steps, status)
 
     def evaluated(self, record: Mapping[str, Any]) -> None:
         """Print a held-out evaluation and its sample, above the bar."""

@@ -16,6 +16,7 @@ from nextblock.encoding import encode_prompt
 from nextblock.events import Finish
 from nextblock.model import Decoder
 from nextblock.sampling import DecodingConfig, Mode, Sampler, generator
+from nextblock.sources import check_characters
 from nextblock.text import TextStream
 
 Message = Mapping[str, Any]
@@ -189,6 +190,8 @@ def _encode(tokenizer: Any, prompts: Any, attention_mask: Tensor | None) -> list
     items = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
     if items and isinstance(items[0], Mapping):
         items = [items]  # one chat
+    for number, item in enumerate(items):
+        check_characters(item, f"prompt {number}")
     return [([], _from_text(tokenizer, number, item)) for number, item in enumerate(items)]
 
 

@@ -8,10 +8,13 @@ import json
 import os
 import re
 import sysconfig
+from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from itertools import accumulate, groupby
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 
@@ -19,60 +22,15 @@ from nextblock.config import Source, UsageError
 from nextblock.tasks import get_task
 
 CHECKED_BYTES = 64 * 2**20  # local sources up to this size are read through before training starts
-TEXT_SUFFIXES = frozenset(
-    [
-        ".txt",
-        ".text",
-        ".md",
-        ".rst",
-        ".tex",
-        ".py",
-        ".pyi",
-        ".js",
-        ".ts",
-        ".jsx",
-        ".tsx",
-        ".c",
-        ".h",
-        ".cc",
-        ".cpp",
-        ".hpp",
-        ".cu",
-        ".java",
-        ".kt",
-        ".go",
-        ".rs",
-        ".rb",
-        ".php",
-        ".swift",
-        ".scala",
-        ".sh",
-        ".sql",
-        ".html",
-        ".css",
-        ".xml",
-        ".yaml",
-        ".yml",
-        ".toml",
-        ".ini",
-        ".cfg",
-        ".r",
-        ".jl",
-        ".lua",
-        ".pl",
-        ".hs",
-        ".ml",
-        ".lean",
-        ".org",
-        ".cs",
-        ".dart",
-        ".f90",
-        ".m",
-        ".vue",
-        ".zig",
-    ]
+TEXT_NAMES = (
+    ".txt .text .md .rst .tex .org .py .pyi .js .ts .jsx .tsx .c .h .cc .cpp .hpp .cu .java .kt .go .rs .rb .php "
+    ".swift .scala .sh .sql .html .css .xml .yaml .yml .toml .ini .cfg .r .jl .lua .pl .hs .ml .lean .cs .dart .f90 "
+    ".m .vue .zig"
 )
-ROW_SUFFIXES = frozenset([".jsonl", ".json", ".parquet"])
+TEXT_SUFFIXES = frozenset(TEXT_NAMES.split())
+ROW_SUFFIXES = {".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
+PACKED = {b"\x1f\x8b": "gzip", b"(\xb5/\xfd": "zstd", b"\xfd7zX": "xz", b"BZh": "bzip2", b"PK\3\4": "zip"}
+BYTE_ORDER_MARK = "\ufeff"
 
 
 @dataclass(frozen=True)
@@ -89,52 +47,40 @@ class Record:
     ended: bool = True
     key: str = ""
 
+    @property
+    def item(self) -> Any:
+        """What `generate` takes of a prompt of `read_prompts`: a text or a chat."""
+        return self.value.get("prompt") or self.value["messages"]
+
 
 @dataclass(frozen=True)
 class Records:
-    """One source with random access: `read(i)` for 0 <= i < count; `count` None is endless."""
+    """One source with random access: `read(i)` for 0 <= i < count; `count` None is endless.
+
+    digest: of local files, to notice on resume that they were replaced (`_digest`); else "".
+    """
 
     read: Callable[[int], Record]
     count: int | None
     split_by_hash: bool = True  # False: the source has its own held-out split
+    digest: str = ""
 
 
-def source_format(source: Source) -> str:
-    """The format of a source: as set, else by its path. UsageError for a local path that is missing."""
+def _place(source: Source) -> str:
+    """Where a source is: "task", "hub" or "files" of this machine. UsageError for a path that is missing."""
     path = os.path.expanduser(source.path)
     if source.format != "auto":
-        return source.format
+        return source.format if source.format in ("task", "hub") else "files"
+    if path == "python-stdlib" or os.path.exists(path):
+        return "files"
     if path.startswith("task:"):
         return "task"
-    suffix = Path(path).suffix
-    if path == "python-stdlib" or os.path.exists(path) or glob.has_magic(path):
-        if os.path.isdir(path):
-            return _folder_format(source.path, path)
-        return _format_of(suffix)
-    local = path.startswith((".", "/", "~")) or re.fullmatch(r"\.[A-Za-z]\w*", suffix)
+    if glob.has_magic(path):
+        return "files"
+    local = path.startswith((".", "/", "~")) or re.fullmatch(r"\.[A-Za-z]\w*", Path(path).suffix)
     if local or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", path):
         raise UsageError(f"data source {source.path} does not exist; give a file, a folder, a glob or a Hub id")
     return "hub"
-
-
-def _format_of(suffix: str) -> str:
-    return {".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet"}.get(suffix.lower(), "text")
-
-
-def _folder_format(name: str, folder: str) -> str:
-    """What a folder holds: text unless there are rows and no text. UsageError for rows of both kinds and no text."""
-    suffixes = {Path(file).suffix.lower() for _, _, files in _walk(folder) for file in files}
-    kinds = sorted({_format_of(suffix) for suffix in suffixes if suffix in {*TEXT_SUFFIXES, *ROW_SUFFIXES}})
-    if kinds == ["jsonl", "parquet"]:
-        raise UsageError(f"data source {name} holds JSONL and Parquet files; give a source for each, with its format")
-    return kinds[0] if len(kinds) == 1 else "text"
-
-
-def _walk(folder: str, skipped: Set[str] = frozenset()) -> Iterator[tuple[str, list[str], list[str]]]:
-    """`os.walk` in order of name, without hidden folders and those of a `skipped` name."""
-    for here, inner, names in os.walk(folder):
-        inner[:] = sorted(name for name in inner if name not in skipped and not name.startswith("."))
-        yield here, inner, sorted(names)
 
 
 def read_source(
@@ -151,10 +97,10 @@ def read_source(
         UsageError: missing path, nothing there, a file that is not UTF-8 (byte named), a broken line or
             a missing field (file and line named), an unknown task, an unreadable data set.
     """
-    kind = source_format(source)
-    if kind == "hub":
+    place = _place(source)
+    if place == "hub":
         return HubStream(source, shard)
-    if kind == "task":
+    if place == "task":
         task, split = get_task(source.path.removeprefix("task:")), "test" if held_out else source.split
 
         def read_example(index: int) -> Record:
@@ -164,7 +110,7 @@ def read_source(
             )
 
         return Records(read_example, source.examples, split_by_hash=False)
-    files = _files(source, kind)
+    kind, files = _files(source)
     if kind == "parquet":
         records = _parquet(source, files)
     elif kind == "jsonl":
@@ -177,31 +123,82 @@ def read_source(
     if sum(os.path.getsize(file) for file in files) <= CHECKED_BYTES:
         for index in range(count):
             records.read(index)
-    return Records(records.read, count)
+    return Records(records.read, count, digest=_digest(files))
 
 
-def _files(source: Source, kind: str) -> list[str]:
-    """The files of a local source, sorted; in folders those whose name (and first bytes) fit the format."""
-    suffixes = {"jsonl": {".jsonl", ".json"}, "parquet": {".parquet"}}.get(kind, TEXT_SUFFIXES)
+def _files(source: Source) -> tuple[str, list[str]]:
+    """The format of a local source, and its files, sorted.
+
+    A file that is named, itself or by a glob, is read whatever its suffix. Of a folder the files whose suffix (and
+    first bytes) fit; with `format: text` those without a suffix too.
+
+    Raises:
+        UsageError: nothing there, or files of several formats and none chosen.
+    """
     path = os.path.expanduser(source.path)
     skipped: set[str] = set()
     if path == "python-stdlib":
-        path, suffixes = sysconfig.get_paths()["stdlib"], {".py"}
-        skipped = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
-    tops = sorted(glob.glob(path, recursive=True)) if glob.has_magic(path) else [path]
-    files: list[str] = []
-    for top in tops:
-        if os.path.isfile(top):
-            files.append(top)
-        elif not os.path.exists(top):
-            raise UsageError(f"data source {source.path} does not exist; give a file, a folder or a glob")
-        elif top is path:  # a folder; folders that a glob meets are left alone
-            for folder, _, names in _walk(top, skipped):
-                found = [os.path.join(folder, name) for name in names if Path(name).suffix.lower() in suffixes]
-                files += [file for file in found if kind != "text" or not _is_binary(file)]
-    if not files:
-        raise UsageError(f"data source {source.path} holds no {kind} files; set its path or its format")
-    return files
+        path, skipped = sysconfig.get_paths()["stdlib"], {"site-packages", "dist-packages", "test", "tests"}
+    named = not os.path.isdir(path)
+    if os.path.isfile(path):
+        found = [path]
+    elif named and not glob.has_magic(path):
+        raise UsageError(f"data source {source.path} does not exist; give a file, a folder or a glob")
+    elif named:
+        found = sorted(filter(os.path.isfile, glob.glob(path, recursive=True)))
+    else:
+        found = list(_walk(path, skipped))
+    if skipped:
+        found = [file for file in found if file.endswith(".py")]
+    kinds: dict[str, list[str]] = {}
+    for file in found:
+        suffix = Path(file).suffix.lower()
+        kind = source.format if named and source.format != "auto" else ROW_SUFFIXES.get(suffix, "text")
+        fits = named or kind != "text" or suffix in TEXT_SUFFIXES or (source.format == "text" and not suffix)
+        if fits and (named or kind != "text" or not _is_binary(file)):
+            kinds.setdefault(kind, []).append(file)
+    if source.format == "auto" and len(kinds) > 1:
+        held = ", ".join(f"{len(files)} {kind} ({files[0]})" for kind, files in kinds.items())
+        raise UsageError(
+            f"data source {source.path} holds files of several formats: {held}; set its format to the one to read, or "
+            "give a source for each"
+        )
+    kind = source.format if source.format != "auto" else next(iter(kinds), "text")
+    if kind not in kinds:
+        raise UsageError(_nothing_there(source, path, found))
+    return kind, kinds[kind]
+
+
+def _walk(folder: str, skipped: Set[str] = frozenset()) -> Iterator[str]:
+    """The files of a folder in order of name, without hidden ones and folders of a `skipped` name."""
+    for here, inner, names in os.walk(folder):
+        inner[:] = sorted(name for name in inner if name not in skipped and not name.startswith("."))
+        yield from (os.path.join(here, name) for name in sorted(names) if not name.startswith("."))
+
+
+def _nothing_there(source: Source, path: str, found: Sequence[str]) -> str:
+    """Why a folder or a glob gives no file to read, and what to do."""
+    wanted = "text, JSONL or Parquet" if source.format == "auto" else source.format
+    if not found:
+        return f"data source {source.path} holds no {wanted} files, nor any others; set its path"
+    suffix, count = Counter(Path(file).suffix for file in found).most_common(1)[0]
+    cure = f"give the path {glob.escape(path.rstrip('/'))}/**/*{suffix} and set its format, to read those"
+    if suffix in (".gz", ".zst", ".xz", ".bz2", ".zip", ".tar", ".tgz"):
+        cure = "unpack them first"
+    return f"data source {source.path} holds no {wanted} files, but {count} {suffix or 'without a suffix'}; {cure}"
+
+
+def _digest(files: Sequence[str]) -> str:
+    """Of the sizes and the contents of files, of large ones the beginning and the end.
+
+    Not of their names: data may be moved while a run is stopped.
+    """
+    half = max(4096, CHECKED_BYTES // len(files)) // 2
+    found = hashlib.blake2b(digest_size=16)
+    for file in files:
+        size = os.path.getsize(file)
+        found.update(b"%d\n" % size + _read_bytes(file, 0, half) + _read_bytes(file, max(half, size - half)))
+    return found.hexdigest()
 
 
 def _is_binary(file: str) -> bool:
@@ -223,28 +220,36 @@ def _open(file: str) -> BinaryIO:
 
 
 def _decode(data: bytes, file: str, start: int = 0) -> str:
-    """UTF-8 text; UsageError names the file and the offset of the first wrong byte."""
+    """UTF-8 text, without a byte order mark; UsageError names the file and the offset of the first wrong byte."""
     try:
-        return data.decode("utf-8")
+        text = data.decode("utf-8")
     except UnicodeDecodeError as error:
+        head = _read_bytes(file, 0, 4)
+        for mark, name in PACKED.items():
+            if head.startswith(mark):
+                raise UsageError(f"data file {file} is packed with {name}; unpack it first") from None
         raise UsageError(
             f"data file {file} is not UTF-8: byte {start + error.start} is 0x{data[error.start]:x}; save it as UTF-8"
         ) from None
+    return text if start else text.removeprefix(BYTE_ORDER_MARK)
 
 
 def _texts(files: Sequence[str], part_bytes: int) -> Records:
-    """Text files; one longer than `part_bytes` is read in parts that end with a line, so that files mix."""
+    """Text files; one longer than `part_bytes` is read in parts of about that size, so that files mix."""
     sizes = [os.path.getsize(file) for file in files]
     parts = [(n, k) for n, size in enumerate(sizes) for k in range(max(1, -(-size // part_bytes)))]
 
     def border(file: str, at: int, size: int) -> int:
-        """The start of the first line at or after byte `at`."""
-        while 0 < at < size:
-            newline = _read_bytes(file, at - 1, part_bytes).find(b"\n")
-            if newline >= 0:
-                return at + newline
-            at += part_bytes
-        return min(at, size)
+        """Where to cut near byte `at`: at the first line that starts in the next `part_bytes`, else before the first
+        space there, else between two characters."""
+        if not 0 < at < size:
+            return min(at, size)
+        ahead = _read_bytes(file, at - 1, part_bytes)
+        if (newline := ahead.find(b"\n")) >= 0:
+            return at + newline
+        if (space := ahead.find(b" ", 1)) >= 0:
+            return at - 1 + space
+        return at + next((n for n, byte in enumerate(ahead[1:5]) if byte & 0xC0 != 0x80), 0)
 
     def read(index: int) -> Record:
         number, part = parts[index]
@@ -261,19 +266,43 @@ def _texts(files: Sequence[str], part_bytes: int) -> Records:
     return Records(read, len(parts))
 
 
-def _jsonl(files: Sequence[str], pick: Callable[[Any, str], Record]) -> Records:
-    """An index of all lines that are not blank; a line is parsed, and `pick(row, where)` made of it, when read."""
-    places: list[tuple[int, int, int, int]] = []  # file, line, first byte, bytes
-    for number, file in enumerate(files):
-        start = 0
+def _rows(file: str) -> Iterator[tuple[int, int, int]]:
+    """(line, first byte, bytes) of each JSON row: of the lines that are not blank, or of an array's elements."""
+    start, first = 0, True
+    with _open(file) as stream:
+        for line, data in enumerate(stream, 1):
+            if row := (data if start else data.removeprefix(BYTE_ORDER_MARK.encode())).strip():
+                if first and row.startswith(b"["):
+                    yield from _elements(file)
+                    return
+                yield line, start, len(data)
+                first = False
+            start += len(data)
+
+
+def _elements(file: str) -> Iterator[tuple[int, int, int]]:
+    """`_rows` of a file that holds one JSON array. UsageError if it is broken."""
+    text = _read_bytes(file).decode("latin-1")  # a character for each byte, so that places are offsets of bytes
+    gap, line, last, end = re.compile(r"[ \t\r\n,]*"), 1, 0, text.index("[") + 1
+    while True:
+        at = cast(re.Match[str], gap.match(text, end)).end()
+        if text.startswith("]", at):
+            break
         try:
-            with open(file, "rb") as stream:
-                for line, data in enumerate(stream, 1):
-                    if data.strip():
-                        places.append((number, line, start, len(data)))
-                    start += len(data)
-        except OSError as error:
-            raise UsageError(f"data file {file} cannot be read: {error.strerror or error}; restore it") from None
+            _, end = json.JSONDecoder().raw_decode(text, at)
+        except (ValueError, RecursionError) as error:
+            raise UsageError(f"{file}: broken JSON array: {one_line(error)}; repair it") from None
+        line, last = line + text.count("\n", last, at), at
+        yield line, at, end - at
+    if text[at + 1 :].strip():
+        raise UsageError(
+            f"{file}: more follows behind the JSON array it begins with; give one array, or an object a line"
+        )
+
+
+def _jsonl(files: Sequence[str], pick: Callable[[Any, str], Record]) -> Records:
+    """An index of all rows; one is parsed, and `pick(row, where)` made of it, when read."""
+    places = [(number, *row) for number, file in enumerate(files) for row in _rows(file)]
     index = np.array(places, dtype=np.int64).reshape(-1, 4)
 
     def read(which: int) -> Record:
@@ -287,62 +316,100 @@ def _jsonl(files: Sequence[str], pick: Callable[[Any, str], Record]) -> Records:
         except (ValueError, RecursionError) as error:  # numbers of thousands of digits, endless nesting
             raise UsageError(f"{where}: unreadable JSON line: {one_line(error)}; repair it") from None
         if "\\u" in text:
-            try:
-                json.dumps(row, ensure_ascii=False).encode()
-            except UnicodeEncodeError:
-                raise UsageError(f"{where}: half of a surrogate pair, which is no character; repair it") from None
+            check_characters(row, where)
         return pick(row, where)
 
     return Records(read, len(index))
 
 
+def check_characters(value: Any, where: str) -> None:
+    """UsageError if a text, or one inside of lists and objects, holds half of a surrogate pair.
+
+    Python stands such halves in for bytes of an argument or of standard input that are not UTF-8.
+    """
+    try:
+        json.dumps(value, ensure_ascii=False, default=str, skipkeys=True).encode()
+    except UnicodeEncodeError:
+        raise UsageError(
+            f"{where}: half of a surrogate pair, or a byte that is not UTF-8, which is no character; repair it"
+        ) from None
+
+
 def _parquet(source: Source, files: Sequence[str]) -> Records:
-    """Memory-mapped Parquet rows."""
+    """Memory-mapped Parquet rows; files may differ in their columns."""
     import pyarrow.parquet
     from datasets import Dataset, disable_progress_bars  # slow to import, so only where it is needed
 
     disable_progress_bars()
+
+    def columns(file: str) -> Any:
+        found = pyarrow.parquet.ParquetFile(file)
+        return found.schema_arrow.remove_metadata() if found.metadata.num_rows else None
+
+    tables: list[Dataset] = []
     try:
-        if not sum(pyarrow.parquet.ParquetFile(file).metadata.num_rows for file in files):
-            raise UsageError(f"data source {source.path} is empty; give at least one document")
-        table = Dataset.from_parquet(list(files))
-    except UsageError:
-        raise
-    except Exception as error:  # the readers below raise many kinds
-        raise UsageError(f"data source {source.path}: not readable as Parquet: {one_line(error)}") from None
-    assert isinstance(table, Dataset)
-    return Records(lambda index: _record(table[index], source, f"{source.path} row {index}"), len(table))
+        for schema, alike in groupby(files, columns):
+            if schema is not None:
+                tables.append(cast(Dataset, Dataset.from_parquet(list(alike))))
+    except Exception as error:  # the readers raise many kinds
+        cause = one_line(error.__cause__ or error)
+        raise UsageError(f"data source {source.path}: not readable as Parquet: {cause}") from None
+    ends = list(accumulate(map(len, tables)))
+
+    def read(index: int) -> Record:
+        table = bisect_right(ends, index)
+        row = tables[table][index - (ends[table - 1] if table else 0)]
+        return _record(_as_written(row), source, f"{source.path} row {index}")
+
+    return Records(read, ends[-1] if ends else 0)
+
+
+def _as_written(value: Any) -> Any:
+    """An Arrow row without the keys that hold null.
+
+    Arrow gives all objects of a column the keys of each: `{"city": "Rome"}` comes back with `"amount": null` if
+    another row has an amount.
+    """
+    if isinstance(value, Mapping):
+        return {key: _as_written(part) for key, part in value.items() if part is not None}
+    return [_as_written(part) for part in value] if isinstance(value, list) else value
 
 
 def _record(row: Any, source: Source, where: str) -> Record:
-    """Pick the document out of a row: the text field, else prompt and completion, else messages."""
+    """Pick the document out of a row: the text field, else prompt and completion, else messages.
+
+    A field that is null counts as missing, and so does what is empty where there is something else.
+    """
     if not isinstance(row, Mapping):
-        raise UsageError(f"{where}: expected one JSON object a line, found {type(row).__name__}")
+        raise UsageError(f"{where}: expected a JSON object, found {type(row).__name__}")
     ended = row.get("ended") is not False
-    for keys in ((source.text_field,), ("prompt", "completion")):
-        if all(key in row for key in keys):
-            for key in keys:
-                if not isinstance(row[key], str):
-                    raise UsageError(f"{where}: field '{key}' holds {type(row[key]).__name__}; it must be a string")
-            return Record({key if len(keys) > 1 else "text": row[key] for key in keys}, where, ended)
-    if "messages" in row:
+    kinds = [(source.text_field,), ("prompt", "completion"), ("messages",)]
+    found = [keys for keys in kinds if all(row.get(key) is not None for key in keys)]
+    if not found:
+        fields = (f"{key} (null)" if value is None else str(key) for key, value in row.items())
+        raise UsageError(
+            f"{where}: no field '{source.text_field}' (nor prompt and completion, nor messages); "
+            f"the fields are {', '.join(fields) or 'none'}; set text_field"
+        )
+    keys = next((keys for keys in found if any(row[key] for key in keys)), found[0])
+    if keys == ("messages",):
         return Record({key: row[key] for key in ("messages", "tools") if row.get(key)}, where, ended)
-    raise UsageError(
-        f"{where}: no field '{source.text_field}' (nor prompt and completion, nor messages); "
-        f"the fields are {', '.join(map(str, row)) or 'none'}; set text_field"
-    )
+    for key in keys:
+        if not isinstance(row[key], str):
+            raise UsageError(f"{where}: field '{key}' holds {type(row[key]).__name__}; it must be a string")
+    return Record({key if len(keys) > 1 else "text": row[key] for key in keys}, where, ended)
 
 
 # ---------------------------------------------------------------- prompts: what is yet to be answered
 
 
 def read_prompts(path: str, examples: int | None = None) -> list[Record]:
-    r"""Prompts to be answered: {"prompt": text}, or {"messages": chat} up to where the assistant speaks.
+    """Prompts to be answered: {"prompt": text}, or {"messages": chat} up to where the assistant speaks.
 
     Args:
         path: `task:NAME`: problems of its train split. A .jsonl or .json file: objects with `prompt` or `messages`;
             training data will do, a completion or a last assistant turn is left out. Any other file: one prompt a
-            line, with \n for a line break. Blank lines are left out.
+            line, taken as it stands; one of several lines needs a .jsonl file. Blank lines are left out.
         examples: the first so many; a task needs it.
     Raises:
         UsageError: no such file, no prompts in it, or a line that holds none (file and line named).
@@ -361,13 +428,13 @@ def read_prompts(path: str, examples: int | None = None) -> list[Record]:
         raise UsageError(
             f"prompts {path} is not a file; give a .jsonl file, a text with a prompt a line, or task:NAME"
         )
-    if Path(file).suffix in (".jsonl", ".json"):
+    if Path(file).suffix.lower() in (".jsonl", ".json"):
         lines = _jsonl([file], _prompt)
         found = [lines.read(index) for index in range(min(lines.count or 0, examples or lines.count or 0))]
     else:
         texts = [line.removesuffix("\r") for line in _decode(_read_bytes(file), file).split("\n")]
         numbered = [(number, text) for number, text in enumerate(texts, 1) if text.strip()][:examples]
-        found = [Record({"prompt": text.replace("\\n", "\n")}, f"{file}:{number}") for number, text in numbered]
+        found = [Record({"prompt": text}, f"{file}:{number}") for number, text in numbered]
     if not found:
         raise UsageError(f"{path} holds no prompts; write one a line")
     return found
@@ -375,13 +442,14 @@ def read_prompts(path: str, examples: int | None = None) -> list[Record]:
 
 def _prompt(row: Any, where: str) -> Record:
     """The prompt of a row: the field `prompt`, else `messages` without a last assistant turn."""
-    if not isinstance(row, Mapping) or not {"prompt", "messages"} & row.keys():
-        raise UsageError(f"{where}: no prompt; each line must be a JSON object with prompt or messages")
-    if "prompt" in row:
-        if not isinstance(row["prompt"], str) or not row["prompt"]:
-            raise UsageError(f"{where}: prompt is {row['prompt']!r}; it must be a text that is not empty")
-        return Record({"prompt": row["prompt"]}, where)
-    turns = row["messages"]
+    row = row if isinstance(row, Mapping) else {}
+    prompt, turns = row.get("prompt"), row.get("messages")
+    if prompt is None and turns is None:
+        raise UsageError(f"{where}: no prompt; each row must be a JSON object with prompt or messages")
+    if prompt or turns is None:
+        if not isinstance(prompt, str) or not prompt:
+            raise UsageError(f"{where}: prompt is {prompt!r}; it must be a text that is not empty")
+        return Record({"prompt": prompt}, where)
     if not isinstance(turns, list) or not all(
         isinstance(turn, Mapping) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
         for turn in turns
@@ -395,7 +463,7 @@ def _prompt(row: Any, where: str) -> Record:
     return Record({"messages": turns}, where)
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """What an exception of another library says, on one line of at most 300 characters."""
     return " ".join(str(error).split())[:300] or type(error).__name__
 
@@ -480,7 +548,9 @@ class HubStream:
             except Exception as error:
                 raise UsageError(f"data source {self._source.path} stopped: {one_line(error)}") from None
             self.index += 1
-            return _record(row, self._source, f"{self._source.path} {self._source.split} row {self.index - 1}")
+            return _record(
+                _as_written(row), self._source, f"{self._source.path} {self._source.split} row {self.index - 1}"
+            )
         s, count = self._shard
         part = "" if count == 1 else f" in shard {s + 1} of {count}; lower data.shards"
         raise UsageError(f"data source {self._source.path} is empty{part or '; give at least one document'}")

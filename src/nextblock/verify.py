@@ -44,6 +44,7 @@ AR_WEIGHT = 0.5
 
 
 Unit = Literal["relative", "tokens", "entries"]
+OnCheck = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ def verify(
     attention: str = "auto",
     dtype: torch.dtype = torch.float32,
     device: str | torch.device | None = None,
+    on_check: OnCheck = lambda done, total, name: None,
 ) -> list[Check]:
     """Run the identities that apply on a checkpoint; nothing on disk is changed.
 
@@ -86,6 +88,7 @@ def verify(
         attention: "auto", "sdpa", "flex_attention" or "eager".
         dtype: of the computation; float32 shows errors that bfloat16 hides.
         device: None: CUDA if there is one.
+        on_check: called before each check: checks done, checks in all, and its name.
     Raises:
         UsageError: the model cannot be loaded or ignores the mask or the positions that it is given, or the mask
             token is not in its vocabulary.
@@ -99,10 +102,10 @@ def verify(
         mask_id = decoder.vocabulary - 1
     settings = settings or BlockDiffusionSettings(mask_token_id=mask_id)
     settings = settings.model_copy(update={"mask_token_id": mask_id})
-    return verify_model(BlockDiffusionLM(model, None, settings))
+    return verify_model(BlockDiffusionLM(model, None, settings), on_check)
 
 
-def verify_model(lm: BlockDiffusionLM) -> list[Check]:
+def verify_model(lm: BlockDiffusionLM, on_check: OnCheck = lambda done, total, name: None) -> list[Check]:
     """Run the identities on a model in memory, which must have settings (block size, mask token, recipe)."""
     assert lm.settings is not None
     block_size = lm.settings.block_size if 1 < lm.settings.block_size < 8 else 8
@@ -121,7 +124,11 @@ def verify_model(lm: BlockDiffusionLM) -> list[Check]:
         ("6  prompt in a batch = prompt alone, speculative", lambda s: _batching(s, "speculative"), 0, "tokens"),
         ("7  speculative greedy = ar greedy", _speculative, 0, "tokens"),
     ]
-    return [_measure(subject, *check) for check in checks]
+    done: list[Check] = []
+    for check in checks:
+        on_check(len(done), len(checks), check[0])
+        done.append(_measure(subject, *check))
+    return done
 
 
 def table(checks: Iterable[Check]) -> Table:

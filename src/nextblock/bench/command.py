@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from nextblock.adapt import environment
 from nextblock.bench.contest import MEMORY_MEANING
@@ -19,18 +17,8 @@ from nextblock.bench.forwards import POSITIONS, random_prompts, time_forwards
 from nextblock.bench.prompts import Options, Prompts, file_prompts, task_prompts
 from nextblock.config import UsageError
 from nextblock.generate import BlockDiffusionLM
+from nextblock.live import progress
 from nextblock.request import end_tokens
-
-Update = Callable[[int, int], None]
-
-
-@contextmanager
-def progress(label: str) -> Iterator[Update]:
-    """A bar on standard error; yields update(done, total)."""
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-    with Progress(TextColumn(label), *columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(label, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def wide_console() -> Console:

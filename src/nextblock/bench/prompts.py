@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from nextblock.config import BlockDiffusionSettings, UsageError, nearest
 from nextblock.generate import BlockDiffusionLM
 from nextblock.request import make_request, resolve_config
 from nextblock.sampling import MODES, DecodingConfig
+from nextblock.sources import read_prompts
 from nextblock.tasks import Example, Task, get_task
 
 # Every contestant decodes greedily and to the same length, or their speeds would not be comparable.
@@ -48,49 +48,16 @@ def task_prompts(name: str, split: str, count: int) -> Prompts:
     Raises:
         UsageError: unknown task or split, or fewer than one.
     """
-    _check_count(count)
+    if count < 1:
+        raise UsageError(f"examples={count} must be at least 1")
     task = get_task(name)
     cases = tuple(task.example(split, index) for index in range(count))
     return Prompts(f"task {name} ({split} split)", [case.prompt for case in cases], task, cases)
 
 
 def file_prompts(path: Path | str, count: int) -> Prompts:
-    r"""The first `count` prompts of a file.
-
-    A name that ends in .jsonl holds objects with `prompt` (a text) or `messages` (a chat); any other file one
-    text a line, with \n for a line break. Empty lines are left out.
-
-    Raises:
-        UsageError: unreadable, no prompts, or a line that is neither.
-    """
-    _check_count(count)
-    path = Path(path)
-    try:
-        lines = path.read_bytes().decode("utf-8").split("\n")  # not what else Unicode calls a line
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read the prompts {path}: {error}; give a text file or a .jsonl file") from None
-    numbered = [(number, line.removesuffix("\r")) for number, line in enumerate(lines, 1) if line.strip()][:count]
-    if not numbered:
-        raise UsageError(f"{path} holds no prompts; write one a line")
-    if path.suffix != ".jsonl":
-        return Prompts(str(path), [line.replace("\\n", "\n") for _, line in numbered])
-    return Prompts(str(path), [_json_prompt(path, number, line) for number, line in numbered])
-
-
-def _check_count(count: int) -> None:
-    if count < 1:
-        raise UsageError(f"examples={count} must be at least 1")
-
-
-def _json_prompt(path: Path, number: int, line: str) -> Any:
-    try:
-        value = json.loads(line)
-    except ValueError as error:
-        raise UsageError(f"{path}, line {number} is not JSON ({error})") from None
-    found = [value[key] for key in ("prompt", "messages") if key in value] if isinstance(value, dict) else []
-    if len(found) != 1:
-        raise UsageError(f"{path}, line {number} needs either `prompt` or `messages`")
-    return found[0]
+    """The first `count` prompts of a file, as `sources.read_prompts` reads them. UsageError likewise."""
+    return Prompts(str(path), [record.item for record in read_prompts(str(path), count)])
 
 
 def parse_variant(text: str) -> Options:

@@ -17,7 +17,8 @@ then left out::
     decoding      [{"model": "parent" | "adapted", "task": str, "mode": "ar" | "diffusion" | "speculative",
                     "threshold": float | null (one token per denoising step), "block_size": int,
                     "accuracy": 0..1, "examples": int, "tokens_per_forward": float,
-                    "tokens_per_second": float, "equal_to_ar": 0..1 | null (share of prompts)}]
+                    "tokens_per_second": float, "equal_to_ar": 0..1 | null (share of prompts),
+                    "speedup", "speedup_low", "speedup_high": float, optional (`bench.scores.score_modes`)}]
     samples       [{"task": str, "prompt": str, "mode": str, "answer": str,
                     "steps": [[token text | null (masked), ...], ...],
                     "confidence": same shape, optional}]

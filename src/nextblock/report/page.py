@@ -139,13 +139,19 @@ def decoding_table(results: Mapping[str, Any]) -> Table:
     """The decoding results as a table for a terminal of 80 columns; without rows when there are none."""
     decoding = results.get("decoding") or []
     tasks = tasks_of(decoding)
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title_justify="left")
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, title_justify="left")
     if len(tasks) == 1:
         table.title = escape_markup(f"{_words(tasks[0]).capitalize()}, {_prompts(decoding)}")
     table.add_column("Model and mode", no_wrap=True, vertical="bottom")
     shown = [number for number, name in enumerate(MEASURES, start=1) if name != INTERVAL]  # 80 columns
     for number in shown:
-        name = MEASURES[number - 1].replace(" per ", "/\n").replace(" to ", "\nto ").replace("-up", "-\nup")
+        name = (
+            MEASURES[number - 1]
+            .replace(" per ", "/\n")
+            .replace(" to ", "\nto ")
+            .replace("-up", "-\nup")
+            .replace("ura", "u-\nra")
+        )
         table.add_column(name, justify="right", vertical="bottom")
     for task in tasks:
         entries = [entry for entry in decoding if entry["task"] == task]
@@ -175,6 +181,8 @@ def _decoding_rows(entries: Sequence[Entry]) -> list[tuple[str, ...]]:
         if mode == "diffusion":
             name += ", 1 token/step" if threshold is None else f" ≥ {threshold:g}"
         name += _block_size(entry, blockwise) if mode != "ar" else ""
+        ratio = entry.get("speedup") or (speed / pace if speed and pace else None)
+        spread = (entry["speedup_high"] - entry["speedup_low"]) / 2 if entry.get("speedup_low") else None
         low, high = _wilson(entry["accuracy"], entry["examples"])
         rows.append(
             (
@@ -183,7 +191,7 @@ def _decoding_rows(entries: Sequence[Entry]) -> list[tuple[str, ...]]:
                 f"{100 * low:.0f}–{100 * high:.0f}",
                 _number(entry.get("tokens_per_forward"), 2),
                 _number(speed, 0 if speed and speed >= 100 else 1),
-                f"{speed / pace:.2f}×" if speed and pace else DASH,
+                f"{ratio:.2f}{f'±{spread:.2f}' if spread else ''}×" if ratio else DASH,
                 _percent(entry.get("equal_to_ar")),
             )
         )

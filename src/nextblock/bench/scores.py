@@ -1,0 +1,81 @@
+"""Models and modes on a built-in task: accuracy of each, and their speeds, for which they take turns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from statistics import median
+from typing import Any
+
+from nextblock.bench.contest import alternate, our_mode
+from nextblock.bench.decoding import speedups
+from nextblock.bench.prompts import Options, task_prompts
+from nextblock.evaluate import score_task
+from nextblock.generate import BlockDiffusionLM
+from nextblock.request import end_tokens
+from nextblock.tasks import Task
+
+TIMED, ROUNDS = 4, 4  # prompts of a round, decoded one at a time; rounds
+
+
+def score_modes(
+    wanted: Sequence[tuple[str, BlockDiffusionLM, Options]],
+    task: Task,
+    *,
+    examples: int,
+    first: int = 0,
+    batch_size: int = 25,
+    max_new_tokens: int = 160,
+    on_prompt: Callable[[int, int], None] = lambda done, total: None,
+) -> list[dict[str, Any]]:
+    """Score each model and mode on a task, then time all of them in turns, at batch 1.
+
+    Args:
+        wanted: name, model and decoding options of each; the models must share a tokenizer. Modes are compared with
+            the answers of the last ar mode before them.
+        examples, first, batch_size: as of `score_task`.
+        on_prompt: called with prompts done and prompts in all.
+    Returns:
+        For each, in order, the fields of `TaskScore`, `model` (the name) and `tokens_per_second`, the median over
+        rounds. Where one is in ar mode also `speedup` over the first of those, the median of the ratios within a
+        round, with the least and the largest (`speedup_low`, `speedup_high`).
+    """
+    timed, done = min(TIMED, examples), 0
+    total = len(wanted) * (examples + ROUNDS * timed)
+
+    def advance(count: int = 1) -> None:
+        nonlocal done
+        done += count
+        on_prompt(done, total)
+
+    rows: list[dict[str, Any]] = []
+    reference: list[str] | None = None
+    for name, lm, options in wanted:
+        in_ar = options["mode"] == "ar"
+        score, answers = score_task(
+            lm,
+            task,
+            examples=examples,
+            first=first,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            reference=None if in_ar else reference,
+            on_example=advance,
+            **options,
+        )
+        reference = answers if in_ar else reference
+        rows.append({"model": name, **score.as_dict()})
+
+    lm = wanted[0][1]
+    prompts = [[ids] for ids in task_prompts(task.name, "test", timed).encode(lm)]
+    ends = end_tokens(lm.decoder, lm.tokenizer)
+    contestants = [our_mode(lm, options, max_new_tokens, ends) for _, lm, options in wanted]
+    for contestant in contestants:
+        contestant.run(prompts[0])  # warm up
+    results = alternate(contestants, [prompts] * ROUNDS, advance)
+    modes = [options["mode"] for _, _, options in wanted]
+    for row, own in zip(rows, results, strict=True):
+        row["tokens_per_second"] = median(each.tokens_per_second for each in own)
+        if "ar" in modes:
+            ratios = speedups(own, results[modes.index("ar")])
+            row |= {"speedup": median(ratios), "speedup_low": min(ratios), "speedup_high": max(ratios)}
+    return rows
