@@ -44,8 +44,9 @@ What `nb.load` reads back. `decoding` holds defaults for the options of the next
 DECODING_HEAD = """## Decoding options
 
 Keyword arguments of `lm.generate`, `lm.stream` and `lm.stream_text`. Order of precedence: the call, then
-`block_diffusion.decoding` of the checkpoint, then these defaults. Prompts, seeds, stop strings and end tokens are
-described in [decoding](decoding.md)."""
+`block_diffusion.decoding` of the checkpoint, then these defaults. So on the command line: an option that is given
+(`--temperature 0`) goes before the stored one, and one that is left out leaves it. Prompts, seeds, stop strings and
+end tokens are described in [decoding](decoding.md)."""
 
 MEANINGS = {
     ("Source", "format"): "auto: by the path (see [data](data.md))",
