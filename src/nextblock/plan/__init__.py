@@ -169,22 +169,8 @@ def plan(
         raise ValueError("this run has stages, which plan_stages plans")
     device, devices = device or config.machine.gpu, config.machine.gpus if devices is None else devices
     check_machine(device, parallel, mfu)
-    rows = config.training.batch_rows
-    if devices < 1 or rows % devices:
-        raise UsageError(
-            f"training.batch_rows={rows} does not divide over {devices} devices; "
-            f"use {max(1, rows // max(1, devices)) * max(1, devices)} rows"
-        )
-    shape = model_shape(config.model)
-    longest = getattr(shape, "max_position_embeddings", None)
-    if longest is not None and config.data.row_length > longest:
-        raise UsageError(
-            f"data.row_length={config.data.row_length} is over the model's {longest} positions; use at most {longest}"
-        )
-    if config.model.attention == "flex_attention" and device == "cpu":
-        raise UsageError("model.attention=flex_attention has no backward pass on CPU; use sdpa, or auto")
-    if config.model.quantization and device == "cpu":
-        raise UsageError(f"model.quantization={config.model.quantization} needs a CUDA device; leave it out on cpu")
+    shape, rows = model_shape(config.model), config.training.batch_rows
+    check_run(config, shape, device, devices)
     parallel = parallel or ("fsdp2" if config.training.fsdp else "ddp")
     sharding = devices if parallel == "fsdp2" else 1
     if sharding > 1:
@@ -272,6 +258,25 @@ def shortfall(found: Plan | StagedPlan, config: AdaptConfig) -> str | None:
         f"this run does not fit on {short.devices} x {short.device}: {short.peak_bytes / GIB:,.1f} GiB at the peak of "
         f"one are over {USABLE:.0%} of its {room:.0f} GiB; what makes it less: {ways}"
     )
+
+
+def check_run(config: AdaptConfig, shape: PreTrainedConfig, device: str, devices: int) -> None:
+    """UsageError for what `adapt` refuses on such devices: rows that do not divide or are too long, a CPU."""
+    rows = config.training.batch_rows
+    if devices < 1 or rows % devices:
+        raise UsageError(
+            f"training.batch_rows={rows} does not divide over {devices} devices; "
+            f"use {max(1, rows // max(1, devices)) * max(1, devices)} rows"
+        )
+    longest = getattr(shape, "max_position_embeddings", None)
+    if longest is not None and config.data.row_length > longest:
+        raise UsageError(
+            f"data.row_length={config.data.row_length} is over the model's {longest} positions; use at most {longest}"
+        )
+    if config.model.attention == "flex_attention" and device == "cpu":
+        raise UsageError("model.attention=flex_attention has no backward pass on CPU; use sdpa, or auto")
+    if config.model.quantization and device == "cpu":
+        raise UsageError(f"model.quantization={config.model.quantization} needs a CUDA device; leave it out on cpu")
 
 
 def check_machine(device: str, parallel: str | None, mfu: float) -> None:
