@@ -54,6 +54,10 @@ DraftPaths = Annotated[int | None, typer.Option(help="speculative: paths of a dr
 DraftAdapterFolder = Annotated[
     str | None, typer.Option("--draft-adapter", help="folder of a draft adapter for this model, or tiny-draft")
 ]
+Settings = Annotated[
+    str | None,
+    typer.Option(help="block-diffusion settings in place of config.json's: nbdiff-7b, {mask_token_id: 7}, or a file"),
+]
 Dtype = Annotated[str | None, typer.Option(help="float32 or bfloat16; default: float32 on CPU, else as saved")]
 Compile = Annotated[
     bool | None,
@@ -206,6 +210,7 @@ def generate(
     seed: Seed = None,
     stop: Annotated[list[str] | None, typer.Option(help="text that ends an answer; may be given again")] = None,
     draft_adapter: DraftAdapterFolder = None,
+    settings: Settings = None,
     dtype: Dtype = None,
     compile: Compile = None,
     live: Annotated[bool, typer.Option("--live", help="watch the first answer being denoised")] = False,
@@ -245,6 +250,7 @@ def generate(
                 source,
                 output,
                 draft_adapter=draft_adapter,
+                settings=settings,
                 dtype=torch_dtype(dtype),
                 compile=compile,
                 examples=examples,
@@ -257,7 +263,7 @@ def generate(
             )
         print(f"wrote {written} answers to {output}" if written else f"{output} is finished; nothing was left to do")
         return
-    lm = load_lm(model, dtype, draft_adapter, compile)
+    lm = load_lm(model, dtype, draft_adapter, compile, settings)
     if lm.settings is None:
         options.setdefault("mode", "ar")
     texts = [prompt.replace("\\n", "\n") for prompt in prompts] if prompts else [sys.stdin.read()]
@@ -322,17 +328,22 @@ def torch_dtype(name: str | None) -> Any:
 
 
 def load_lm(
-    model: str, dtype: str | None = None, draft_adapter: str | None = None, compile: bool | None = None
+    model: str,
+    dtype: str | None = None,
+    draft_adapter: str | None = None,
+    compile: bool | None = None,
+    settings: str | None = None,
 ) -> Any:
     """`nextblock.load` with a dtype by name, and without transformers' own progress bars."""
     from transformers.utils.logging import disable_progress_bar
 
     from nextblock.generate import load
+    from nextblock.model import no_tokenizer
 
     disable_progress_bar()
-    lm = load(model, dtype=torch_dtype(dtype), draft_adapter=draft_adapter, compile=compile)
+    lm = load(model, dtype=torch_dtype(dtype), draft_adapter=draft_adapter, compile=compile, settings=settings)
     if lm.tokenizer is None:
-        raise UsageError(f"model {model} has no tokenizer; use it from Python with token ids")
+        raise UsageError(f"{no_tokenizer(model)}; use it from Python with token ids")
     return lm
 
 
@@ -348,12 +359,13 @@ def chat(
     draft_paths: DraftPaths = None,
     temperature: Temperature = 0.0,
     draft_adapter: DraftAdapterFolder = None,
+    settings: Settings = None,
     dtype: Dtype = None,
 ) -> None:
     """Talk to a model; an empty line or end of input leaves."""
     options = {"max_new_tokens": max_new_tokens, **decoding_options(locals())}
 
-    lm = load_lm(model, dtype, draft_adapter)
+    lm = load_lm(model, dtype, draft_adapter, settings=settings)
     if lm.settings is None:
         options.setdefault("mode", "ar")
     messages: list[dict[str, str]] = []
@@ -388,6 +400,7 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(help="prompts decoded together")] = 25,
     output: Annotated[Path | None, typer.Option(help="write the figures as JSON")] = None,
     draft_adapter: DraftAdapterFolder = None,
+    settings: Settings = None,
     dtype: Dtype = None,
 ) -> None:
     """Score a model on a built-in task: accuracy, tokens per forward, tokens per second, agreement with AR mode."""
@@ -403,16 +416,16 @@ def evaluate(
     at_least_one(examples=examples, batch_size=batch_size)
     thresholds = [number(value, "threshold") for value in threshold or ("none", "0.9")]
     check_output(output)
-    lm = load_lm(model, dtype, draft_adapter)
+    lm = load_lm(model, dtype, draft_adapter, settings=settings)
     modes = mode or (["ar", "speculative", "diffusion"] if lm.settings else ["ar"])
-    settings: list[dict[str, Any]] = []
+    variants: list[dict[str, Any]] = []
     for name in modes:
-        settings += [{"mode": name, "threshold": t} for t in thresholds] if name == "diffusion" else [{"mode": name}]
+        variants += [{"mode": name, "threshold": t} for t in thresholds] if name == "diffusion" else [{"mode": name}]
     rows, reference = [], None
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("scoring", total=examples * len(settings))
-        for options in settings:
+        bar = progress.add_task("scoring", total=examples * len(variants))
+        for options in variants:
             score, answers = score_task(
                 lm,
                 chosen,
@@ -469,6 +482,7 @@ def bench_decode(
     ] = None,
     output: Results = None,
     draft_adapter: DraftAdapterFolder = None,
+    settings: Settings = None,
     dtype: Dtype = None,
     compile: Compile = None,
 ) -> None:
@@ -490,7 +504,7 @@ def bench_decode(
     if shape:
         lm = random_model(shape, dtype=torch_dtype(dtype), compile=compile)
     else:
-        lm = load_lm(str(model), dtype, draft_adapter, compile)
+        lm = load_lm(str(model), dtype, draft_adapter, compile, settings)
     assisted: list[tuple[str, dict[str, Any]]] = []
     if prompt_lookup:
         assisted.append(("prompt lookup", {"prompt_lookup_num_tokens": 10}))
@@ -631,6 +645,7 @@ def tune(
     write: Annotated[bool, typer.Option("--write", help="make the choice the checkpoint's default")] = False,
     output: Results = None,
     draft_adapter: DraftAdapterFolder = None,
+    settings: Settings = None,
     dtype: Dtype = None,
 ) -> None:
     """Find the fastest settings that lose no more than you allow, draw the curve, and save the choice."""
@@ -639,11 +654,15 @@ def tune(
     from nextblock.bench.figures import plot_tuning, tuning_table
     from nextblock.bench.prompts import parse_variant
 
+    if write and settings:
+        raise UsageError(
+            "--write changes settings in config.json; put the block_diffusion section there, not --settings"
+        )
     folder = tuning.writable_folder(model) if write else None
     check_output(output)
     given = read_prompts(task, prompts, examples, "train")
     extra = [parse_variant(text) for text in variant or ()]
-    lm = load_lm(model, dtype, draft_adapter)
+    lm = load_lm(model, dtype, draft_adapter, settings=settings)
     with progress("tuning") as update:
         found = tuning.tune(
             lm,
@@ -673,6 +692,7 @@ def verify(
         int | None, typer.Option(help="mask token id; default: as saved, or made for the test")
     ] = None,
     attention: Annotated[str, typer.Option(help="auto, sdpa, flex_attention or eager")] = "auto",
+    settings: Settings = None,
 ) -> None:
     """Run the identities that define "correct" on your own model, and print a table; exit status 1 if one fails."""
     from rich.console import Console
@@ -680,7 +700,7 @@ def verify(
     from nextblock.verify import table
     from nextblock.verify import verify as run
 
-    checks = run(model, mask_token=mask_token, attention=attention)
+    checks = run(model, mask_token=mask_token, attention=attention, settings=settings)
     Console().print(table(checks))
     if any(check.status == "failed" for check in checks):
         raise typer.Exit(1)

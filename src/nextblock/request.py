@@ -13,7 +13,7 @@ from torch import Tensor
 from nextblock.batch import Row
 from nextblock.config import BlockDiffusionSettings, UsageError, validate
 from nextblock.events import Finish
-from nextblock.model import Decoder
+from nextblock.model import Decoder, no_tokenizer
 from nextblock.sampling import DecodingConfig, Mode, Sampler, generator
 from nextblock.sources import one_line
 from nextblock.text import TextStream
@@ -127,7 +127,7 @@ def make_request(
     if isinstance(limits, Sequence):
         rest["max_new_tokens"] = min(limits, default=1)  # the one that could be too small
     config = resolve_config(settings, rest, drafted=decoder.adapter is not None)
-    encoded = _encode(tokenizer, prompts, attention_mask)
+    encoded = _encode(tokenizer, prompts, attention_mask, decoder.model.name_or_path)
     _check_prompts(decoder, [ids for _, ids in encoded])
     count = len(encoded)
     limits = _for_each(
@@ -164,14 +164,16 @@ def end_tokens(decoder: Decoder, tokenizer: Any) -> list[int]:
     return []
 
 
-def _encode(tokenizer: Any, prompts: Any, attention_mask: Tensor | None) -> list[tuple[list[int], list[int]]]:
-    """(left padding, prompt ids) of every row."""
+def _encode(
+    tokenizer: Any, prompts: Any, attention_mask: Tensor | None, model_path: str
+) -> list[tuple[list[int], list[int]]]:
+    """(left padding, prompt ids) of every row. `model_path`: to say why there is no tokenizer."""
     if isinstance(prompts, Tensor):
         return _from_tensor(prompts, None if attention_mask is None else torch.as_tensor(attention_mask))
     if attention_mask is not None:
         raise UsageError("attention_mask goes with token ids alone; texts and chats need none")
     if tokenizer is None:
-        raise UsageError("this model has no tokenizer; give token ids as a LongTensor [B, T]")
+        raise UsageError(f"{no_tokenizer(model_path)}; give token ids as a LongTensor [B, T]")
     items = [prompts] if isinstance(prompts, str) else list(prompts)
     if items and isinstance(items[0], Mapping):
         items = [items]  # one chat

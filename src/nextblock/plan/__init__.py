@@ -13,11 +13,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from nextblock.config import AdaptConfig, ModelConfig, UsageError, nearest, stage_configs
 from nextblock.launcher import check_sharding
-from nextblock.model import check_architecture, replace_values, resolve, scratch_config
+from nextblock.model import check_architecture, config_as_stored, replace_values, resolve, scratch_config
 from nextblock.plan.memory import GIB, step_memory
 from nextblock.plan.work import (
     Flops,
@@ -263,9 +263,7 @@ def _shape(config: ModelConfig) -> PreTrainedConfig:
     source = resolve(config.path)
     try:
         code = config.trust_remote_code
-        shape = AutoConfig.from_pretrained(
-            source, revision=config.revision, local_files_only=True, trust_remote_code=code
-        )
+        shape = config_as_stored(source, revision=config.revision, local_files_only=True, trust_remote_code=code)
     except Exception as error:  # transformers raises many kinds here; each means that there is no config to read
         if Path(source).is_dir():
             raise UsageError(f"cannot read the config of model {config.path}: {one_line(error)}") from None
