@@ -215,7 +215,7 @@ def test_a_folder_without_a_tokenizer_takes_token_ids(lm, tmp_path):
 def test_a_folder_without_settings_takes_them_from_the_caller(lm, tmp_path):
     lm.model.save_pretrained(tmp_path)
     prompt = torch.tensor([[5, 6]])
-    given = load(tmp_path, settings={"block_size": 8, "mask_token_id": BYTES + 1})
+    given: Any = load(tmp_path, settings={"block_size": 8, "mask_token_id": BYTES + 1})
     for mode in MODES:
         options: Any = {"mode": mode, "max_new_tokens": 9}
         assert given.generate(prompt, **options).answers == lm.generate(prompt, **options).answers

@@ -505,7 +505,7 @@ def test_an_openpangu_folder_is_adapted_to_an_ordinary_llama_that_decodes_in_eve
     nb.adapt(config, {"model.tokenizer": "bytes"})
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (written["model_type"], "auto_map" in written) == ("llama", False)
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    plain: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     lm, tokens = nb.load(tmp_path / "out"), torch.arange(3, 13)[None]
     expected = plain.generate(tokens, max_new_tokens=8, do_sample=False, eos_token_id=None)
     for mode in ("ar", "speculative", "diffusion"):

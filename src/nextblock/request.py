@@ -127,7 +127,7 @@ def make_request(
     if isinstance(limits, Sequence):
         rest["max_new_tokens"] = min(limits, default=1)  # the one that could be too small
     config = resolve_config(settings, rest, drafted=decoder.adapter is not None)
-    encoded = _encode(tokenizer, prompts, attention_mask, decoder.model.name_or_path)
+    encoded = _encode(tokenizer, prompts, attention_mask, decoder.model.name_or_path or "")
     _check_prompts(decoder, [ids for _, ids in encoded])
     count = len(encoded)
     limits = _for_each(
