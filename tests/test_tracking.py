@@ -28,7 +28,7 @@ from nextblock.live import TrainingBar
 from nextblock.model import Decoder
 from nextblock.objective import TwoViewLoss
 from nextblock.report import read_log
-from nextblock.tracking import NOISE_LEVELS, LossProfile, scalars, useful_flops
+from nextblock.tracking import NOISE_LEVELS, LossProfile, Products, scalars
 from nextblock.train import StepMetrics, prepare, train, trim_log
 
 
@@ -84,7 +84,7 @@ def test_useful_operations_are_those_that_run_less_the_pairs_that_may_not_look()
     width, layers = 32, 2
     unseen = length * length - length * (length + 1) // 2
     ran = counter.get_total_flops() - 3 * 4 * width * layers * unseen
-    assert useful_flops(Decoder(model), view, trained=True) == ran
+    assert Products.of(model).of_view("full", view, score_ar=True).useful == ran
 
 
 # ------------------------------------------------------------------------------- a short run
