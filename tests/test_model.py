@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, MambaConfig, PreTrainedModel, Pre
 import nextblock as nb
 from families import EOS_ID, FAMILIES, MASK_ID, VOCABULARY, tiny_model
 from layouts import CHAT, PLAIN, PROMPTED, make_rows
+from nextblock.adapt import adapt
 from nextblock.attention_mask import Places, block_diffusion_rule
 from nextblock.checkpoint import export
 from nextblock.config import BlockDiffusionSettings, ModelConfig, RecipeConfig, UsageError
@@ -500,9 +501,9 @@ def test_an_openpangu_folder_is_adapted_to_an_ordinary_llama_that_decodes_in_eve
         "output": str(tmp_path / "out"),
     }
     with pytest.raises(UsageError, match=r"tokenizer of .* is code in its folder.*set model.tokenizer"):
-        nb.adapt(config)
+        adapt(config)
     assert not (tmp_path / "out").exists()
-    nb.adapt(config, {"model.tokenizer": "bytes"})
+    adapt(config, {"model.tokenizer": "bytes"})
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (written["model_type"], "auto_map" in written) == ("llama", False)
     plain: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
