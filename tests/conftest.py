@@ -17,7 +17,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from families import FAMILIES, tiny_model
+from families import FAMILIES, pangu_folder, tiny_model
 
 # Models here are tiny: more threads cost more than they give, and sums keep one order.
 torch.set_num_threads(1)
@@ -57,6 +57,13 @@ def family_model(family: str) -> PreTrainedModel:
 def llama() -> PreTrainedModel:
     """A fresh tiny random Llama, for laws that do not depend on the family."""
     return tiny_model("llama")
+
+
+@pytest.fixture
+def pangu(tmp_path: Path) -> tuple[Path, PreTrainedModel]:
+    """A folder in openPangu-Embedded's layout, and its model as a Llama."""
+    folder = tmp_path / "pangu"
+    return folder, pangu_folder(folder)
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,8 @@ test that compares two computations would pass whatever they did.
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -73,3 +75,28 @@ def tiny_model(family: str, *, seed: int = 0, std: float = 0.25, **overrides: An
                 else:
                     parameter.add_(torch.randn_like(parameter), alpha=0.1)
     return model.eval()
+
+
+def pangu_folder(folder: Path) -> PreTrainedModel:
+    """Write a tiny random folder in the layout of openPangu-Embedded and NBDiff; returns the same model as a Llama.
+
+    Configuration, model and tokenizer name code of their own, which must not be run.
+    """
+    model = tiny_model("llama", vocab_size=300, attention_bias=True)
+    model.save_pretrained(folder)
+    saved = json.loads((folder / "config.json").read_text())
+    kept = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    kept += ("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "eos_token_id", "tie_word_embeddings")
+    code = {
+        "AutoConfig": "configuration_openpangu_dense.PanguEmbeddedConfig",
+        "AutoModelForCausalLM": "modeling_openpangu_dense.PanguEmbeddedForCausalLM",
+    }
+    own = {"model_type": "PanguEmbedded", "bias": True, "rope_theta": 10000.0, "torch_dtype": "float32"}
+    config = {name: saved[name] for name in kept} | own | {"auto_map": code}
+    (folder / "config.json").write_text(json.dumps(config))
+    tokenizer = {"AutoTokenizer": ["tokenization_openpangu.PanguTokenizer", None]}
+    tokenizer_config = {"tokenizer_class": "PanguTokenizer", "auto_map": tokenizer}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
+    for module in ("configuration_openpangu_dense", "modeling_openpangu_dense", "tokenization_openpangu"):
+        (folder / f"{module}.py").write_text("raise RuntimeError('code of the folder was run')")
+    return model

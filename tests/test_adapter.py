@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import nextblock as nb
 from families import EOS_ID, FAMILIES, tiny_model
@@ -27,7 +28,7 @@ from nextblock.config import (
 )
 from nextblock.corruption import corrupt
 from nextblock.data import RowStream
-from nextblock.model import Decoder, byte_tokenizer, load_parent, recompute_activations, without_dropout
+from nextblock.model import Decoder, byte_tokenizer, load_parent, probe_adapter, recompute_activations, without_dropout
 from nextblock.objective import DraftLoss
 from nextblock.train import train
 
@@ -251,9 +252,109 @@ def test_training_saves_resumes_and_leaves_the_parent_alone(tmp_path):
     assert lm.settings.mask_token_id == lm.decoder.vocabulary
 
 
+MIXTURES: dict[str, dict[str, Any]] = {
+    "phimoe": {"num_local_experts": 4},
+    "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2, "head_dim": 8},
+    "longcat_flash": {
+        "num_layers": 1,
+        "num_key_value_heads": 4,
+        "n_routed_experts": 4,
+        "moe_topk": 2,
+        "zero_expert_num": 1,
+        "expert_ffn_hidden_size": 16,
+        "ffn_hidden_size": 64,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 8,
+        "head_dim": 8,
+    },
+    "qwen2_moe": {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 32},
+    "gemma4_text": {  # no mixture, but it looks up more than the input embedding by the ids
+        "head_dim": 8,
+        "global_head_dim": 8,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 264,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "num_kv_shared_layers": 0,
+    },
+}
+
+
+def mixture(kind: str) -> Any:
+    """A tiny random model with experts."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "max_position_embeddings": 512, "vocab_size": 264, "num_experts_per_tok": 2}
+    config = AutoConfig.for_model(kind, **{**sizes, "eos_token_id": 256, **MIXTURES[kind]})
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+@pytest.mark.parametrize("recipe", ["draft_adapter", "lora"])
+def test_all_linear_leaves_routers_alone_and_trains(kind, recipe, tmp_path):
+    if recipe == "lora":
+        pytest.importorskip("peft")
+    model = mixture(kind)
+    words = {word for name in target_names(model, "all-linear") for word in name.split(".")}
+    assert {"q_proj", "o_proj"} <= words or "q_b_proj" in words
+    assert not words & {"gate", "router", "wg", "shared_expert_gate"}
+    with pytest.raises(UsageError, match="match nothing"):
+        target_names(model, ("router", "wg", "shared_expert_gate"))
+    export(tmp_path / "parent", model, byte_tokenizer(), None)
+    values = {
+        "model": {"path": str(tmp_path / "parent")},
+        recipe: {"rank": 4},
+        "data": {"sources": [{"path": "task:algebra"}], "row_length": 64},
+        "growth": {"b_0": 4, "b_max": 4},
+        "training": {"steps": 1, "batch_rows": 2},
+        "output": str(tmp_path / "out"),
+    }
+    run = train(load_config(values))
+    assert all(p.isfinite().all() for p in run.trained.parameters())
+    if recipe == "draft_adapter":
+        lm = nb.load(tmp_path / "parent", draft_adapter=tmp_path / "out")
+        tokens = torch.arange(3, 13)[None]
+        answers = [lm.generate(tokens, mode=mode, max_new_tokens=8).answers for mode in ("ar", "speculative")]
+        assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("kind", ["qwen2_moe", "gemma4_text"])
+def test_the_gate_opens_the_same_positions_in_layers_that_see_a_flattened_batch(kind):
+    model = mixture(kind)
+    adapter = DraftAdapter(model, DraftAdapterConfig(rank=2))
+    decoder, generator = Decoder(model, adapter), torch.Generator().manual_seed(0)
+    tokens, position = torch.randint(3, 250, (2, 7), generator=generator), torch.arange(7).expand(2, 7)
+    tokens[0, 5] = adapter.mask_token_id
+    gate = position > 2
+    with torch.no_grad():
+        for second in adapter.lora_B:
+            second.normal_(0, 0.1, generator=generator)
+        both = decoder.hidden(tokens, position, None, noised=gate)
+        alone = [decoder.hidden(tokens[i : i + 1], position[:1], None, noised=gate[:1]) for i in range(2)]
+        torch.testing.assert_close(both, torch.cat(alone))
+        adapter.merge_copies()
+        torch.testing.assert_close(decoder.hidden(tokens, position, None, noised=gate), both, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(both[:, :3], decoder.hidden(tokens[:, :3], position[:, :3], None))
+
+
+def test_a_model_that_cannot_run_with_a_draft_adapter_is_refused_before_training(llama):
+    decoder = Decoder(llama, DraftAdapter(llama, DraftAdapterConfig(rank=2)))
+    probe_adapter(decoder)
+    forward = llama.model.forward
+
+    def without_ids(*arguments, input_ids=None, **options):
+        if input_ids is not None:
+            raise ValueError("no ids here")
+        return forward(*arguments, **options)
+
+    llama.model.forward = without_ids
+    with pytest.raises(UsageError, match=r"'llama' cannot run with a draft adapter .*no ids here"):
+        probe_adapter(decoder)
+
+
 def test_peft_reads_the_folder(tmp_path):
     peft = pytest.importorskip("peft")
-    from transformers import AutoModelForCausalLM
 
     folder = tmp_path / "parent"
     export(folder, tiny_model("llama", vocab_size=264), byte_tokenizer(), None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from families import tiny_model
 from nextblock import checkpoint
@@ -21,9 +22,9 @@ from nextblock.checkpoint import (
     remove_partial,
     save_checkpoint,
 )
-from nextblock.config import UsageError
+from nextblock.config import BlockDiffusionSettings, UsageError
 from nextblock.generate import load
-from nextblock.model import byte_tokenizer
+from nextblock.model import byte_tokenizer, load_model, load_tokenizer
 from nextblock.request import end_tokens
 from test_files import largest_file
 
@@ -39,6 +40,37 @@ def trained(seed: int, width: int = 8) -> tuple[nn.Module, torch.optim.Optimizer
         optimizer.step()
         optimizer.zero_grad()
     return model, optimizer
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_an_export_loads_wherever_a_parent_with_code_beside_it_does(own, tmp_path):
+    """Code that transformers did without is not named any more; code that was used comes along."""
+    parent, out = tmp_path / "parent", tmp_path / "out"
+    tiny_model("phi3", vocab_size=260).save_pretrained(parent)
+    byte_tokenizer().save_pretrained(parent)
+    code = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    changes = {
+        "config.json": {"auto_map": code, **({"model_type": "own_phi3"} if own else {})},
+        "tokenizer_config.json": {"auto_map": {"AutoTokenizer": [None, "tokenization_own.OwnTokenizer"]}},
+    }
+    for name, values in changes.items():
+        saved = json.loads((parent / name).read_text())
+        (parent / name).write_text(json.dumps({**saved, **values}))
+    lines = {
+        "configuration_own": "class OwnConfig(transformers.Phi3Config): model_type = 'own_phi3'",
+        "modeling_own": "from .configuration_own import OwnConfig\n"
+        "class OwnForCausalLM(transformers.Phi3ForCausalLM): config_class = OwnConfig",
+        "tokenization_own": "class OwnTokenizer(transformers.PreTrainedTokenizerFast): pass",
+    }
+    for module, text in lines.items():
+        (parent / f"{module}.py").write_text(f"import transformers\n{text}\n")
+    model, tokenizer = load_model(parent, trust_remote_code=own), load_tokenizer(parent, trust_remote_code=own)
+    export(out, model, tokenizer, BlockDiffusionSettings(mask_token_id=5))
+    tokens = torch.arange(3, 23)[None]
+    for trust in (True,) if own else (True, False):
+        again = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=trust)
+        assert torch.equal(again(tokens).logits, model(tokens).logits)
+        assert AutoTokenizer.from_pretrained(out, trust_remote_code=trust)("abc")["input_ids"] == [64, 65, 66]
 
 
 def values_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:

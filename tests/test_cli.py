@@ -473,6 +473,18 @@ def test_a_chat_shows_and_remembers_what_generate_answers(run, tmp_path, monkeyp
     assert run("chat", folder, "--max-new-tokens", "8")[1] == f"model: {wanted}\n"
 
 
+def test_settings_can_be_given_to_a_folder_that_has_none(run, parent, pangu, tmp_path):
+    given = "{mask_token_id: 263, block_size: 4}"
+    options = ["generate", parent, "a", "--max-new-tokens", "4", "--mode", "speculative"]
+    assert "works in ar mode only" in run(*options)[2]
+    wanted = run(*options[:-1], "ar")[1]
+    assert run(*options, "--settings", given)[:2] == (0, wanted)
+    status, out, _ = run("verify", pangu[0], "--settings", given)
+    assert (status, "failed" in out) == (0, False)
+    refused(run, ["generate", pangu[0], "a", "--settings", given], "is code in its folder", tmp_path / "out")
+    refused(run, ["tune", parent, "--write", "--settings", given], "put the block_diffusion section", tmp_path / "out")
+
+
 def test_documents_that_were_cut_at_the_end_of_a_row_are_told(run, parent, tmp_path):
     rows = [{"prompt": "words " * 3, "completion": "more " * size} for size in (1, 100)]
     (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 40))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,10 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+import nextblock as nb
 from families import EOS_ID, MASK_ID, tiny_model
+from nextblock.checkpoint import export
 from nextblock.config import BlockDiffusionSettings, UsageError
 from nextblock.events import BlockFinished, Committed, Prefilled, Rejected, RowFinished
 from nextblock.generate import BlockDiffusionLM, load, look_at
+from nextblock.model import byte_tokenizer
 from nextblock.request import make_request
 from test_text import byte_level
 
@@ -234,6 +238,41 @@ def test_a_folder_without_a_tokenizer_takes_token_ids(lm, tmp_path):
     assert loaded.generate(torch.tensor([[5, 6]]), mode="ar", max_new_tokens=3).texts == []
     with pytest.raises(UsageError, match="no tokenizer; give token ids"):
         loaded.generate("hello", mode="ar")
+
+
+def test_a_folder_without_settings_takes_them_from_the_caller(lm, tmp_path):
+    lm.model.save_pretrained(tmp_path)
+    prompt = torch.tensor([[5, 6]])
+    given: Any = load(tmp_path, settings={"block_size": 8, "mask_token_id": BYTES + 1})
+    for mode in MODES:
+        options: Any = {"mode": mode, "max_new_tokens": 9}
+        assert given.generate(prompt, **options).answers == lm.generate(prompt, **options).answers
+    inside: Any = {"custom_generate": nb.block_diffusion, "mode": "diffusion", "max_new_tokens": 9}
+    wanted = lm.generate(prompt, mode="diffusion", max_new_tokens=9).sequences
+    assert torch.equal(given.model.generate(prompt, **inside), wanted)
+    with pytest.raises(UsageError, match=r"settings.mask_token_id=45830 is outside the vocabulary"):
+        load(tmp_path, settings="nbdiff-7b")
+    with pytest.raises(UsageError, match="settings and a draft adapter do not go together"):
+        load(tmp_path, settings="nbdiff-7b", draft_adapter="tiny-draft")
+
+
+def test_a_tokenizer_that_reads_another_mask_token_than_the_settings_is_told(tmp_path):
+    model, tokenizer = tiny_model("llama", vocab_size=260), byte_tokenizer()
+    tokenizer.add_special_tokens({"mask_token": "<|mask|>"})
+    export(tmp_path, model, tokenizer, BlockDiffusionSettings(mask_token_id=257))
+    with warnings.catch_warnings(action="error"):
+        load(tmp_path)
+    export(tmp_path, model, tokenizer, BlockDiffusionSettings(mask_token_id=7))
+    with pytest.warns(UserWarning, match="reads its mask token as id 257, the model was trained with 7"):
+        load(tmp_path)
+
+
+def test_text_for_a_tokenizer_that_is_code_is_refused_in_one_line(pangu):
+    folder, _ = pangu
+    lm = load(folder, settings={"block_size": 4, "mask_token_id": 299})
+    assert lm.generate(torch.tensor([[5, 6]]), max_new_tokens=3).texts == []
+    with pytest.raises(UsageError, match=r"tokenizer of .*pangu is code in its folder.*; give token ids"):
+        lm.generate("hello")
 
 
 def test_a_checkpoint_without_settings_works_in_ar_mode_only(llama):

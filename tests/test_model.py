@@ -12,12 +12,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, MambaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, MambaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+import nextblock as nb
 from families import EOS_ID, FAMILIES, MASK_ID, VOCABULARY, tiny_model
 from layouts import CHAT, PLAIN, PROMPTED, make_rows
+from nextblock.adapt import adapt
 from nextblock.attention_mask import Places, block_diffusion_rule
 from nextblock.checkpoint import export
 from nextblock.config import BlockDiffusionSettings, ModelConfig, RecipeConfig, UsageError
@@ -27,6 +30,7 @@ from nextblock.model import (
     MASK_TOKEN,
     Decoder,
     byte_tokenizer,
+    check_round_trip,
     choose_mask_token,
     layer_windows,
     load_model,
@@ -224,13 +228,63 @@ def test_a_new_mask_token_is_saved_with_the_tokenizer_and_the_model_and_found_ag
         (300, "mask_token=300 is outside the vocabulary; ids run from 0 to 299"),
         (-1, "mask_token=-1 is outside the vocabulary"),
         ("[nope]", "'[nope]' is not in the tokenizer's vocabulary"),
-        (256, "is the end token"),
+        (256, "mask token id 256 is an end token"),
+        (255, "mask token id 255 is an end token"),
     ],
 )
 def test_a_wrong_mask_token_is_refused(wanted, said):
+    model = tiny_model("llama", vocab_size=300)
+    model.generation_config.eos_token_id = [256, 255]
     with pytest.raises(UsageError) as refused:
-        choose_mask_token(Decoder(tiny_model("llama", vocab_size=300)), byte_tokenizer(), wanted)
+        choose_mask_token(Decoder(model), byte_tokenizer(), wanted)
     assert said in str(refused.value)
+
+
+def test_a_tokenizer_with_a_mask_token_of_its_own_follows_the_one_that_is_chosen():
+    tokenizer = with_mask_token()
+    choose_mask_token(Decoder(tiny_model("llama", vocab_size=300)), tokenizer, 7)
+    assert tokenizer.mask_token_id == 7
+
+
+def holed_tokenizer() -> Any:
+    """Bytes whose ids leave out 128 to 132, and the end token 261."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    ids = {symbol: i if i < 128 else i + 5 for i, symbol in enumerate(alphabet)}
+    core = Tokenizer(models.BPE(vocab={**ids, "<|end|>": 261}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|end|>")
+
+
+def test_a_vocabulary_that_an_added_token_would_renumber_is_refused_and_takes_an_unused_id(tmp_path):
+    model = tiny_model("llama", vocab_size=262)
+    tokenizer = holed_tokenizer()
+    with pytest.raises(UsageError, match=r"once saved and loaded as .* set model.mask_token to an unused id"):
+        check_round_trip(tokenizer, choose_mask_token(Decoder(model), tokenizer, None))
+    tokenizer = holed_tokenizer()
+    check_round_trip(tokenizer, choose_mask_token(Decoder(model), tokenizer, 130))
+    export(tmp_path, model, tokenizer, BlockDiffusionSettings(mask_token_id=130))
+    text = "".join(map(chr, range(32, 256)))
+    assert load_tokenizer(tmp_path)(text)["input_ids"] == tokenizer(text)["input_ids"]  # type: ignore[misc]
+
+
+@pytest.fixture
+def untied_in_fact(tmp_path) -> Path:
+    """A folder whose config.json says that the head is the embedding, while its file holds another head."""
+    tiny_model("llama", vocab_size=257).save_pretrained(tmp_path / "parent")
+    config = json.loads((tmp_path / "parent" / "config.json").read_text())
+    (tmp_path / "parent" / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    return tmp_path / "parent"
+
+
+def test_a_head_in_the_file_stays_whatever_the_config_says(untied_in_fact, tmp_path):
+    tokens, model = torch.arange(3, 23)[None], load_model(untied_in_fact)
+    before = model(tokens).logits
+    mask_id = choose_mask_token(Decoder(model), byte_tokenizer(), None)
+    assert torch.equal(model(tokens).logits[..., :mask_id], before)
+    export(tmp_path / "out", model, None, BlockDiffusionSettings(mask_token_id=mask_id))
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(again(tokens).logits[..., :mask_id], before)
 
 
 # ------------------------------------------------------------------------------- export
@@ -413,3 +467,81 @@ def test_activations_are_computed_again_under_either_name_of_transformers(llama,
     llama.model.layers[0].mlp.register_forward_pre_hook(lambda *_: passes.append(1))
     llama(torch.zeros(1, 3, dtype=torch.int64)).logits.sum().backward()
     assert len(passes) == 2
+
+
+# ------------------------------------------------------------------------- openPangu and NBDiff
+
+
+def test_an_openpangu_folder_is_a_llama_with_biases_in_attention_and_runs_no_code_of_its_own(pangu):
+    folder, llama = pangu
+    model = load_model(folder)
+    assert type(model) is type(llama)
+    tokens = torch.arange(3, 23)[None]
+    assert torch.equal(model(tokens).logits, llama(tokens).logits)
+    assert load_tokenizer(folder) is None
+    assert read_config(folder, trust_remote_code=True).model_type == "llama"
+
+
+def test_an_openpangu_config_keeps_its_own_defaults(pangu):
+    folder, _ = pangu
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "rope_theta"}))
+    assert read_config(folder).rope_parameters["rope_theta"] == 1.6e7
+    (folder / "config.json").write_text(json.dumps({**config, "bias": False}))
+    assert not read_config(folder).attention_bias
+
+
+def test_an_openpangu_folder_is_adapted_to_an_ordinary_llama_that_decodes_in_every_mode(pangu, tmp_path):
+    folder, _ = pangu
+    config = {
+        "model": {"path": str(folder), "mask_token": 299},
+        "data": {"sources": [{"path": "task:algebra"}], "row_length": 64},
+        "growth": {"b_max": 4, "delta": 1},
+        "training": {"steps": 4, "batch_rows": 2, "evaluate_rows": 0},
+        "output": str(tmp_path / "out"),
+    }
+    with pytest.raises(UsageError, match=r"tokenizer of .* is code in its folder.*set model.tokenizer"):
+        adapt(config)
+    assert not (tmp_path / "out").exists()
+    adapt(config, {"model.tokenizer": "bytes"})
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (written["model_type"], "auto_map" in written) == ("llama", False)
+    plain: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    lm, tokens = nb.load(tmp_path / "out"), torch.arange(3, 13)[None]
+    expected = plain.generate(tokens, max_new_tokens=8, do_sample=False, eos_token_id=None)
+    for mode in ("ar", "speculative", "diffusion"):
+        out = lm.generate(tokens, mode=mode, max_new_tokens=8, eos_token_id=[]).sequences
+        assert torch.equal(out, expected) or mode == "diffusion"
+        assert out.shape == expected.shape
+
+
+# ------------------------------------------------------------------------------ settings given
+
+
+def test_given_settings_take_the_place_of_the_checkpoints_own(llama, tmp_path):
+    config, whole = llama.config, BlockDiffusionSettings(mask_token_id=5)
+    assert read_settings(config, whole) is whole
+    assert read_settings(config, {"mask_token_id": 5}) == whole
+    assert read_settings(config, "{mask_token_id: 5}") == whole
+    (tmp_path / "settings.json").write_text('{"mask_token_id": 5}')
+    assert read_settings(config, str(tmp_path / "settings.json")) == whole
+    assert read_settings(config, "nbdiff-7b") == BlockDiffusionSettings(block_size=32, mask_token_id=45830)
+    config.block_diffusion = {"block_size": 4, "mask_token_id": 9}
+    assert read_settings(config, {"mask_token_id": 5}) == BlockDiffusionSettings(block_size=4, mask_token_id=5)
+    assert read_settings(config) == BlockDiffusionSettings(block_size=4, mask_token_id=9)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("nbdif-7b", "did you mean 'nbdiff-7b'"),
+        ("{mask_token_id: [", "settings {mask_token_id: ["),
+        ("{block_size: 4}", "mask_token_id is missing"),
+        ({"mask_token_id": 5, "blocksize": 4}, "did you mean 'block_size'"),
+    ],
+)
+def test_settings_that_cannot_be_read_are_refused_in_one_line(llama, given, said):
+    with pytest.raises(UsageError) as refused:
+        read_settings(llama.config, given)
+    assert said in str(refused.value)
+    assert "\n" not in str(refused.value)

@@ -37,6 +37,14 @@ def test_every_family_passes_all_identities_without_settings_or_tokenizer(family
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def test_an_openpangu_folder_passes_under_given_settings(pangu):
+    folder, _ = pangu
+    checks = verify(folder, settings="{mask_token_id: 299, block_size: 4}")
+    assert [check for check in checks if check.status != "passed"] == []
+    with pytest.raises(UsageError, match="mask_token_id of the checkpoint=45830 is outside the vocabulary"):
+        verify(folder, settings="nbdiff-7b")
+
+
 @pytest.mark.parametrize("family", ["mistral", "gemma3", "phi3"])
 def test_a_short_sliding_window_is_exceeded_and_passes(family, tmp_path):
     tiny_model(family, sliding_window=9).save_pretrained(tmp_path)

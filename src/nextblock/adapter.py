@@ -31,6 +31,8 @@ from nextblock.config import BlockDiffusionSettings, DraftAdapterConfig, UsageEr
 WEIGHTS, PEFT_CONFIG, SETTINGS = "adapter_model.safetensors", "adapter_config.json", "draft_adapter.json"
 MASK_VECTOR = "mask_vector.safetensors"
 PEFT_PREFIX = "base_model.model."
+ROUTER = re.compile(r"[Rr]outer|[Gg]ating$|Gate$|^gate$|_gate$")
+"""Names of modules, and of their classes, that choose or weigh experts; `gate_proj` of an MLP is none."""
 SAMPLED = 4096
 """Bytes of each tensor that enter the fingerprint."""
 
@@ -42,11 +44,13 @@ class _Pass(threading.local):
     """Where adapters act in the pass that this thread runs: of the pass, because a model may run several at once.
 
     opens_at: the position from which on they act in every row, where merged copies exist and there is one.
+    at_mask: bool [B, T], where the pass has mask tokens; None for none.
     """
 
     def __init__(self) -> None:
         self.gate: Gate = False
         self.opens_at: int | None = None
+        self.at_mask: Tensor | None = None
 
 
 _running = _Pass()
@@ -80,13 +84,18 @@ class GatedLinear(nn.Module):
         self.__dict__.update(lora_A=lora_A, lora_B=lora_B, owner=owner)
         self.merged: Tensor | None = None
 
+    @property
+    def weight(self) -> Tensor:
+        """The frozen layer's own, which some models read beside calling the layer."""
+        return cast(Tensor, self.base.weight)
+
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in] -> [..., out]; x is [B, T, in] where the gate is a tensor."""
+        """[..., in] -> [..., out]; x is [B, T, in], or [B * T, in], where the gate is a tensor."""
         owner = cast(DraftAdapter, self.owner)
         gate, opens_at = owner.always or _running.gate, _running.opens_at
         if gate is False:
             return self.base(x)
-        if self.merged is not None and opens_at is not None:
+        if self.merged is not None and opens_at is not None and (x.ndim == 3 or opens_at == 0):
             bias = getattr(self.base, "bias", None)
             if opens_at == 0:
                 return functional.linear(x, self.merged, bias)
@@ -95,7 +104,7 @@ class GatedLinear(nn.Module):
         low = functional.linear(functional.dropout(x, owner.dropout, owner.training), self.lora_A.to(x.dtype))
         update = functional.linear(low, self.lora_B.to(x.dtype)) * owner.scale
         if isinstance(gate, Tensor):
-            update = update * gate.unsqueeze(-1)
+            update = update * gate.reshape(*x.shape[:-1], 1)
         return self.base(x) + update
 
 
@@ -146,12 +155,14 @@ class DraftAdapter(nn.Module):
             layer = GatedLinear(model.get_submodule(name), first, second, self)
             model.set_submodule(name, layer)
             self.layers.append(layer)
+        self._hook_embedding(model)
 
     def detach(self, model: PreTrainedModel) -> None:
         """Put the parent's own layers back."""
         for name, layer in zip(self.names, self.layers, strict=True):
             model.set_submodule(name, layer.base)
         self.layers = []
+        self.hook.remove()
 
     @contextmanager
     def removed(self, model: PreTrainedModel) -> Iterator[None]:
@@ -164,6 +175,7 @@ class DraftAdapter(nn.Module):
             self.layers = layers
             for name, layer in zip(self.names, layers, strict=True):
                 model.set_submodule(name, layer)
+            self._hook_embedding(model)
 
     def merge(self) -> None:
         """Refused: merged weights would no longer be the parent's, and its output neither."""
@@ -183,11 +195,28 @@ class DraftAdapter(nn.Module):
         rest = torch.arange(gate.shape[1], device=gate.device) >= closed
         return closed if torch.equal(gate, rest.expand_as(gate)) else None
 
-    def embed(self, model: PreTrainedModel, tokens: Tensor) -> Tensor:
-        """Input embeddings [B, T, D] of int64 `tokens` [B, T], with the mask vector at mask tokens."""
-        masked = tokens == self.mask_token_id
-        embedded = model.get_input_embeddings()(tokens.masked_fill(masked, 0))
-        return torch.where(masked.unsqueeze(-1), self.mask_vector.to(embedded.dtype), embedded)
+    @contextmanager
+    def masked(self, tokens: Tensor) -> Iterator[Tensor]:
+        """Embed mask tokens of int64 `tokens` [B, T] by the mask vector inside the `with` block.
+
+        Yields the ids to give to the model, token 0 in place of the mask token: some families look up more than the
+        input embedding by them.
+        """
+        _running.at_mask = at_mask = tokens == self.mask_token_id
+        try:
+            yield tokens.masked_fill(at_mask, 0)
+        finally:
+            _running.at_mask = None
+
+    def _hook_embedding(self, model: PreTrainedModel) -> None:
+        """Let the model's input embedding give the mask vector where a pass has mask tokens."""
+
+        def embed(module: Any, inputs: Any, embedded: Tensor) -> Tensor:
+            if _running.at_mask is None:
+                return embedded
+            return torch.where(_running.at_mask.unsqueeze(-1), self.mask_vector.to(embedded.dtype), embedded)
+
+        self.hook = cast(nn.Embedding, model.get_input_embeddings()).register_forward_hook(embed)
 
     @torch.no_grad()
     def merge_copies(self) -> None:
@@ -203,13 +232,21 @@ class DraftAdapter(nn.Module):
 
 
 def target_names(model: PreTrainedModel, targets: str | Sequence[str], section: str = "draft_adapter") -> list[str]:
-    """Names of the linear layers to adapt: `all-linear` (but the head), a regular expression, or name endings.
+    """Names of the linear layers to adapt: `all-linear`, a regular expression, or name endings.
+
+    All are the projections in the text decoder's layers, experts among them where they are linear layers; never the
+    head, a router, or the gate of an expert.
 
     Raises:
         UsageError: they match nothing, one of the endings does not, or no regular expression.
     """
-    head = model.get_output_embeddings()
-    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
+    decoder, head = set(model.get_decoder().modules()), model.get_output_embeddings()
+    linear = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module in decoder and module is not head
+        if not _is_router(model, name)
+    ]
     if targets == "all-linear":
         return linear
     wanted: dict[str, list[str]] = {}
@@ -230,6 +267,13 @@ def target_names(model: PreTrainedModel, targets: str | Sequence[str], section: 
         raise UsageError(f"{section}.target_modules={missed or list(targets)} match nothing{close}")
     found = {name for names in wanted.values() for name in names}
     return [name for name in linear if name in found]
+
+
+def _is_router(model: nn.Module, name: str) -> bool:
+    """Whether a module or what it is part of is called a router or a gate, by its name or its class's."""
+    parts = name.split(".")
+    owners = [type(model.get_submodule(".".join(parts[:depth]))).__name__ for depth in range(1, len(parts) + 1)]
+    return any(ROUTER.search(word) for word in (*parts, *owners))
 
 
 def _features(layer: nn.Module) -> tuple[int, int]:

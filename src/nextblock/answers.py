@@ -19,7 +19,7 @@ from nextblock.adapter import fingerprint
 from nextblock.config import UsageError
 from nextblock.events import Finish
 from nextblock.generate import load
-from nextblock.model import read_config, read_settings, resolve, resolve_adapter, weights_folder
+from nextblock.model import GivenSettings, read_config, read_settings, resolve, resolve_adapter, weights_folder
 from nextblock.request import make_request, with_stored
 from nextblock.sources import Record, read_prompts
 from nextblock.text import INCOMPLETE
@@ -31,6 +31,7 @@ def write_answers(
     output: str | Path,
     *,
     draft_adapter: str | Path | None = None,
+    settings: GivenSettings | None = None,
     dtype: torch.dtype | None = None,
     compile: bool | None = None,
     examples: int | None = None,
@@ -50,7 +51,7 @@ def write_answers(
     the last whole row, and ends with the same file; a finished file is left as it is.
 
     Args:
-        model, draft_adapter, dtype, compile: as of `load`.
+        model, draft_adapter, settings, dtype, compile: as of `load`.
         source, examples: as of `sources.read_prompts`.
         output: a .jsonl file.
         batch_size: prompts decoded together; no row depends on it.
@@ -68,7 +69,7 @@ def write_answers(
     if batch_size < 1:
         raise UsageError(f"batch_size={batch_size} must be at least 1")
     records = read_prompts(source, examples)
-    section = read_settings(read_config(model))
+    section = read_settings(read_config(model), settings)
     if section is None and draft_adapter is None:
         options = {"mode": "ar", **options}
     config = with_stored(section, options)
@@ -79,15 +80,16 @@ def write_answers(
         "prompts": _digest(records),
         "seed": seed if config.temperature else None,
         "stop": list(stop),
+        **({"settings": section.model_dump()} if section and settings else {}),
         **config.model_dump(),
     }
-    settings = output.with_name(f"{output.name}.settings")
+    record_of = output.with_name(f"{output.name}.settings")
     done, size = _whole_rows(output)
-    begun = _check_settings(output, settings, identity)
+    begun = _check_settings(output, record_of, identity)
     if done >= len(records):
         return 0
 
-    lm = load(model, draft_adapter=draft_adapter, dtype=dtype, compile=compile)
+    lm = load(model, draft_adapter=draft_adapter, settings=settings, dtype=dtype, compile=compile)
     if lm.tokenizer is None:
         raise UsageError(f"model {model} has no tokenizer; answers are written as text")
     with warnings.catch_warnings(action="ignore"):  # decoding gives them once more
@@ -99,9 +101,9 @@ def write_answers(
                 raise UsageError(f"{record.where}: {error}".replace(" prompt 0 ", " the prompt ")) from None
     try:
         if not begun:
-            part = settings.with_name(f".{settings.name}.part")
+            part = record_of.with_name(f".{record_of.name}.part")
             part.write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
-            part.replace(settings)
+            part.replace(record_of)
         with output.open("ab") as stream:
             stream.truncate(size)
             if on_batch:

@@ -279,6 +279,9 @@ def export_settings(
 ) -> None:
     """Write all that `export` writes but the weights."""
     folder.mkdir(parents=True, exist_ok=True)
+    for part, values in ((model, vars(model.config)), (tokenizer, getattr(tokenizer, "init_kwargs", {}))):
+        if type(part).__module__.startswith("transformers."):  # else its code is written too, by save_pretrained
+            values.pop("auto_map", None)  # names files that transformers did without, and so can the export
     if settings is not None:
         model.config.block_diffusion = settings.model_dump()
         (folder / "custom_generate").mkdir(exist_ok=True)

@@ -58,6 +58,10 @@ DraftPaths = Annotated[int | None, typer.Option(help="speculative: paths of a dr
 DraftAdapterFolder = Annotated[
     str | None, typer.Option("--draft-adapter", help="folder of a draft adapter for this model, or tiny-draft")
 ]
+Settings = Annotated[
+    str | None,
+    typer.Option(help="block-diffusion settings in place of config.json's: nbdiff-7b, {mask_token_id: 7}, or a file"),
+]
 Dtype = Annotated[str | None, typer.Option(help="float32 or bfloat16; default: float32 on CPU, else as saved")]
 Compile = Annotated[
     bool | None,
@@ -227,6 +231,7 @@ def generate(
     seed: Seed = None,
     stop: Annotated[list[str] | None, typer.Option(help="text that ends an answer; may be given again")] = None,
     draft_adapter: DraftAdapterFolder = None,
+    settings: Settings = None,
     dtype: Dtype = None,
     compile: Compile = None,
     live: Annotated[bool, typer.Option("--live", help="watch the first answer being denoised")] = False,
@@ -267,6 +272,7 @@ def generate(
                 source,
                 output,
                 draft_adapter=draft_adapter,
+                settings=settings,
                 dtype=torch_dtype(dtype),
                 compile=compile,
                 examples=examples,
@@ -281,7 +287,7 @@ def generate(
     texts = prompts or [sys.stdin.read()]
     for number, text in enumerate(texts):
         check_characters(text, f"prompt {number}")
-    lm = load_lm(model, dtype, draft_adapter, compile)
+    lm = load_lm(model, dtype, draft_adapter, compile, settings)
     if lm.settings is None:
         options.setdefault("mode", "ar")
     common: dict[str, Any] = {"seed": seed, "stop": stop or (), **options}
@@ -343,17 +349,22 @@ def torch_dtype(name: str | None) -> Any:
 
 
 def load_lm(
-    model: str, dtype: str | None = None, draft_adapter: str | None = None, compile: bool | None = None
+    model: str,
+    dtype: str | None = None,
+    draft_adapter: str | None = None,
+    compile: bool | None = None,
+    settings: str | None = None,
 ) -> Any:
     """`nextblock.load` with a dtype by name, and without transformers' own progress bars."""
     from transformers.utils.logging import disable_progress_bar
 
     from nextblock.generate import load
+    from nextblock.model import no_tokenizer
 
     disable_progress_bar()
-    lm = load(model, dtype=torch_dtype(dtype), draft_adapter=draft_adapter, compile=compile)
+    lm = load(model, dtype=torch_dtype(dtype), draft_adapter=draft_adapter, compile=compile, settings=settings)
     if lm.tokenizer is None:
-        raise UsageError(f"model {model} has no tokenizer; use it from Python with token ids")
+        raise UsageError(f"{no_tokenizer(model)}; use it from Python with token ids")
     return lm
 
 
@@ -368,12 +379,13 @@ def chat(
     draft_paths: DraftPaths = None,
     temperature: Temperature = None,
     draft_adapter: DraftAdapterFolder = None,
+    settings: Settings = None,
     dtype: Dtype = None,
 ) -> None:
     """Talk to a model; an empty line or end of input leaves."""
     options = decoding_options(locals())
 
-    lm = load_lm(model, dtype, draft_adapter)
+    lm = load_lm(model, dtype, draft_adapter, settings=settings)
     if lm.settings is None:
         options.setdefault("mode", "ar")
     messages: list[dict[str, str]] = []
@@ -408,6 +420,7 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(help="prompts decoded together")] = 25,
     output: Annotated[Path | None, typer.Option(help="write the figures as JSON")] = None,
     draft_adapter: DraftAdapterFolder = None,
+    settings: Settings = None,
     dtype: Dtype = None,
 ) -> None:
     """Score a model on a built-in task: accuracy, tokens per forward, tokens per second, agreement with AR mode."""
@@ -423,13 +436,13 @@ def evaluate(
     at_least_one(examples=examples, batch_size=batch_size)
     thresholds = [number(value, "threshold") for value in threshold or ("none", "0.9")]
     check_output(output)
-    lm = load_lm(model, dtype, draft_adapter)
-    settings: list[dict[str, Any]] = []
+    lm = load_lm(model, dtype, draft_adapter, settings=settings)
+    variants: list[dict[str, Any]] = []
     for name in mode or (["ar", "speculative", "diffusion"] if lm.settings else ["ar"]):
         common = {"mode": name} if name == "ar" or block_size is None else {"mode": name, "block_size": block_size}
-        settings += [{**common, "threshold": t} for t in thresholds] if name == "diffusion" else [common]
+        variants += [{**common, "threshold": t} for t in thresholds] if name == "diffusion" else [common]
     with progress("scoring") as update:
-        wanted = [(model, lm, options) for options in settings]
+        wanted = [(model, lm, options) for options in variants]
         rows = score_modes(wanted, chosen, examples=examples, first=first, batch_size=batch_size, on_prompt=update)
     Console().print(decoding_table({"decoding": rows}))
     if output is not None:
@@ -474,6 +487,7 @@ def bench_decode(
     ] = None,
     output: Results = None,
     draft_adapter: DraftAdapterFolder = None,
+    settings: Settings = None,
     dtype: Dtype = None,
     compile: Compile = None,
 ) -> None:
@@ -495,7 +509,7 @@ def bench_decode(
     if shape:
         lm = random_model(shape, dtype=torch_dtype(dtype), compile=compile)
     else:
-        lm = load_lm(str(model), dtype, draft_adapter, compile)
+        lm = load_lm(str(model), dtype, draft_adapter, compile, settings)
     assisted: list[tuple[str, dict[str, Any]]] = []
     if prompt_lookup:
         assisted.append(("prompt lookup", {"prompt_lookup_num_tokens": 10}))
@@ -591,6 +605,7 @@ def tune(
     write: Annotated[bool, typer.Option("--write", help="make the choice the checkpoint's default")] = False,
     output: Results = None,
     draft_adapter: DraftAdapterFolder = None,
+    settings: Settings = None,
     dtype: Dtype = None,
 ) -> None:
     """Find the fastest settings that lose no more than you allow, draw the curve, and save the choice."""
@@ -600,11 +615,15 @@ def tune(
     from nextblock.bench.prompts import parse_variant
     from nextblock.live import progress
 
+    if write and settings:
+        raise UsageError(
+            "--write changes settings in config.json; put the block_diffusion section there, not --settings"
+        )
     folder = tuning.writable_folder(model) if write else None
     check_output(output)
     given = read_prompts(task, prompts, examples, "train")
     extra = [parse_variant(text) for text in variant or ()]
-    lm = load_lm(model, dtype, draft_adapter)
+    lm = load_lm(model, dtype, draft_adapter, settings=settings)
     with progress("tuning") as update:
         found = tuning.tune(
             lm,
@@ -634,6 +653,7 @@ def verify(
         int | None, typer.Option(help="mask token id; default: as saved, or made for the test")
     ] = None,
     attention: Annotated[str, typer.Option(help="auto, sdpa, flex_attention or eager")] = "auto",
+    settings: Settings = None,
 ) -> None:
     """Run the identities that define "correct" on your own model, and print a table; exit status 1 if one fails."""
     from rich.console import Console
@@ -643,7 +663,7 @@ def verify(
     from nextblock.verify import verify as run
 
     with progress("verifying") as update:
-        checks = run(model, mask_token=mask_token, attention=attention, on_check=update)
+        checks = run(model, mask_token=mask_token, attention=attention, settings=settings, on_check=update)
     Console().print(table(checks))
     if any(check.status == "failed" for check in checks):
         raise typer.Exit(1)

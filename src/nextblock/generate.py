@@ -6,6 +6,7 @@ Letters: B prompts, T tokens.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from nextblock.decode import decode
 from nextblock.events import Committed, Event, Finish, RowFinished, Stats
 from nextblock.model import (
     Decoder,
+    GivenSettings,
     check_mask_token,
     choose_attention,
     load_model,
@@ -250,6 +252,7 @@ def load(
     revision: str | None = None,
     trust_remote_code: bool = False,
     compile: bool | None = None,
+    settings: GivenSettings | None = None,
 ) -> BlockDiffusionLM:
     """Load a checkpoint with its tokenizer and settings; a plain AR model loads too, for ar mode.
 
@@ -260,14 +263,17 @@ def load(
         device: None: CUDA if there is one.
         attention: "auto" (SDPA, or eager where scores are soft-capped), "sdpa" or "eager".
         compile: decode with `torch.compile` and a static cache; None: on CUDA alone. The first calls compile.
+        settings: in place of those in config.json; see `model.GivenSettings`.
     Raises:
         UsageError: what cannot be loaded.
     """
     choices = ("auto", "sdpa", "eager")
     if attention not in choices:
         raise UsageError(f"attention={attention!r} cannot decode with dense masks{nearest(attention, choices)}")
+    if settings is not None and draft_adapter is not None:
+        raise UsageError("settings and a draft adapter do not go together: an adapter brings its own; leave one out")
     config = read_config(path, revision, trust_remote_code)
-    settings = read_settings(config)
+    given, settings = settings, read_settings(config, settings)
     adapter_folder = None if draft_adapter is None else resolve_adapter(draft_adapter)
     if attention == "auto":
         attention = choose_attention(config, "auto", torch.device("cpu"))
@@ -282,8 +288,17 @@ def load(
     look_at(model)
     tokenizer, adapter = load_tokenizer(path, revision, trust_remote_code), None
     if settings is not None:
-        name = "block_diffusion.mask_token_id of the checkpoint"
+        name = "block_diffusion.mask_token_id of the checkpoint" if given is None else "settings.mask_token_id"
         check_mask_token(settings.mask_token_id, Decoder(model).vocabulary, name)
+        read_as = getattr(tokenizer, "mask_token_id", None)
+        if given is not None:
+            model.config.block_diffusion = settings.model_dump()  # where `model.generate` and `save_pretrained` look
+        elif read_as not in (None, settings.mask_token_id):
+            warnings.warn(
+                f"{path}: the tokenizer reads its mask token as id {read_as}, the model was trained with "
+                f"{settings.mask_token_id}; text that holds either may be read wrongly",
+                stacklevel=2,
+            )
     if adapter_folder is not None:
         adapter, settings = load_adapter(adapter_folder, model, weights_folder(path, revision))
     return BlockDiffusionLM(model, tokenizer, settings, adapter, compile)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
@@ -25,6 +27,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    LlamaConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -32,6 +35,7 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils.hub import cached_file
 
 from nextblock.adapter import DraftAdapter, Gate, attached_adapter, recomputation
@@ -45,12 +49,22 @@ from nextblock.attention_mask import (
     within_window,
 )
 from nextblock.config import BlockDiffusionSettings, ModelConfig, UsageError, nearest, validate
+from nextblock.shapes import shape_values
 from nextblock.split_attention import SPLIT, split_mask
 
 SHIPPED = ("tiny-ar", "tiny-bd")
 SHIPPED_ADAPTERS = ("tiny-draft",)
 MASK_TOKEN = "<|mask|>"
+KNOWN_SETTINGS = {
+    "nbdiff-7b": BlockDiffusionSettings(
+        block_size=32, mask_token_id=45830, context="context_causal", prediction="shifted"
+    )
+}
+"""Settings of released models whose config.json has no `block_diffusion` section."""
 AttentionMask = Tensor | BlockMask | dict[str, Tensor | BlockMask]
+GivenSettings = BlockDiffusionSettings | Mapping[str, Any] | str
+"""What `read_settings` reads: whole settings, some keys, a name of `KNOWN_SETTINGS`, or a YAML (or JSON) mapping or
+file."""
 
 
 @dataclass(frozen=True)
@@ -109,9 +123,8 @@ class Decoder:
         }
         if self.adapter is None or noised is False:
             return self.model.base_model(input_ids=tokens, **common).last_hidden_state
-        with self.adapter.open(noised):
-            embedded = self.adapter.embed(self.model, tokens)
-            return self.model.base_model(inputs_embeds=embedded, **common).last_hidden_state
+        with self.adapter.open(noised), self.adapter.masked(tokens) as readable:
+            return self.model.base_model(input_ids=readable, **common).last_hidden_state
 
     @property
     def logit_scale(self) -> float:
@@ -270,12 +283,30 @@ def read_config(
     """The model's config with some values replaced, refused in one line where the architecture cannot be adapted."""
     source = resolve(path)
     try:
-        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+        config = config_as_stored(source, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises many kinds here; each means the same to the user
         raise UsageError(f"cannot load model {path}: {_first_line(error)}{_suggest(str(path))}") from None
     check_architecture(config)
     replace_values(config, override or {})
     return config
+
+
+def config_as_stored(source: str, trust_remote_code: bool = False, **options: Any) -> PreTrainedConfig:
+    """The config of a folder or Hub id, not yet checked; `options` of `from_pretrained`, whose errors these are."""
+    values, _ = PreTrainedConfig.get_config_dict(source, **options)
+    if values.get("model_type") == "PanguEmbedded":
+        return _pangu_as_llama(values)
+    return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
+
+
+def _pangu_as_llama(values: Mapping[str, Any]) -> PreTrainedConfig:
+    """openPangu-Embedded's config as Llama's: it computes the same from weights of the same names, without its code.
+
+    Its one flag `bias` gives biases to the projections of attention (q, k, v, o) and to nothing else.
+    """
+    values = {**shape_values("openpangu-7b"), "attention_bias": values.get("bias", True), **values}
+    values |= {"model_type": "llama", "mlp_bias": False}
+    return LlamaConfig.from_dict({name: value for name, value in values.items() if name not in ("auto_map", "bias")})
 
 
 def weight_shapes(config: PreTrainedConfig, trust_remote_code: bool = False) -> dict[str, torch.Size]:
@@ -376,6 +407,12 @@ def load_model(
             f"cannot load model {path}: its files lack {len(missing)} of the weights that architecture "
             f"'{config.model_type}' needs, the first {missing[0]}; restore them, or repair config.json"
         )
+    head = model.get_output_embeddings()
+    if getattr(head, "weight", None) is not model.get_input_embeddings().weight:
+        # The files hold a head of their own, whatever config.json says: nothing may tie the two later.
+        for part in (model.config, model.config.get_text_config()):
+            if getattr(part, "tie_word_embeddings", False):
+                part.tie_word_embeddings = False
     return model.eval() if quantization else cast(Any, model).to(target).eval()
 
 
@@ -397,7 +434,7 @@ def choose_attention(config: PreTrainedConfig, wanted: str, device: torch.device
 def load_tokenizer(
     path: str | Path, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase | None:
-    """The model's tokenizer, or None where a local folder has none (token ids still work)."""
+    """The model's tokenizer; None where none can be had (`no_tokenizer` says why): token ids still work."""
     source = resolve(path)
     names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
     if Path(source).is_dir() and not any((Path(source) / name).is_file() for name in names):
@@ -405,7 +442,23 @@ def load_tokenizer(
     try:
         return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:
+        if not trust_remote_code and _tokenizer_code(source, revision):
+            return None
         raise UsageError(f"cannot load the tokenizer of {path}: {_first_line(error)}") from None
+
+
+def _tokenizer_code(source: str, revision: str | None = None) -> bool:
+    """Whether a tokenizer comes with code of its own."""
+    return bool(get_tokenizer_config(source, revision=revision).get("auto_map"))
+
+
+def no_tokenizer(path: str | Path, revision: str | None = None) -> str:
+    """Why `load_tokenizer` gives none, as the first half of a message; an empty path: a model that has none."""
+    if not str(path):
+        return "this model has no tokenizer"
+    if _tokenizer_code(str(Path(path).expanduser()), revision):
+        return f"the tokenizer of {path} is code in its folder, which runs only with trust_remote_code"
+    return f"model {path} has no tokenizer"
 
 
 def byte_tokenizer() -> PreTrainedTokenizerBase:
@@ -431,7 +484,7 @@ def parent_tokenizer(config: ModelConfig) -> Any:
     source = config.tokenizer or config.path
     tokenizer = load_tokenizer(source, config.revision, config.trust_remote_code)
     if tokenizer is None:
-        raise UsageError(f"model {config.path} has no tokenizer; adapting reads text: set model.tokenizer")
+        raise UsageError(f"{no_tokenizer(source, config.revision)}; adapting reads text: set model.tokenizer")
     return tokenizer
 
 
@@ -482,10 +535,34 @@ def load_parent(config: ModelConfig, device: torch.device | str | None = None) -
     return Decoder(cast(Any, model).to(target).eval())
 
 
-def read_settings(config: PreTrainedConfig) -> BlockDiffusionSettings | None:
-    """The `block_diffusion` section of a checkpoint, None for a plain AR model."""
+def read_settings(config: PreTrainedConfig, given: GivenSettings | None = None) -> BlockDiffusionSettings | None:
+    """The `block_diffusion` section of a checkpoint, with what is given in its place; None for a plain AR model.
+
+    Raises:
+        UsageError: settings that cannot be read, an unknown key, or a value out of range.
+    """
     section = getattr(config, "block_diffusion", None)
-    return None if section is None else validate(BlockDiffusionSettings, section)
+    if isinstance(given, str):
+        given = KNOWN_SETTINGS.get(given) or _mapping(given)
+    if isinstance(given, BlockDiffusionSettings):
+        return given
+    if section is None and given is None:
+        return None
+    return validate(BlockDiffusionSettings, {**(section or {}), **(given or {})})
+
+
+def _mapping(text: str) -> Mapping[str, Any]:
+    """The mapping that a YAML text, or a file of that name, holds."""
+    try:
+        values = yaml.safe_load(Path(text).read_text(encoding="utf-8") if Path(text).is_file() else text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UsageError(f"settings {text}: {' '.join(str(error).split())}") from None
+    if not isinstance(values, Mapping):
+        raise UsageError(
+            f"settings={text!r} is no mapping, no file and no name{nearest(text, list(KNOWN_SETTINGS))}; "
+            "write {block_size: 32, mask_token_id: 7}"
+        )
+    return values
 
 
 def choose_mask_token(decoder: Decoder, tokenizer: Any, wanted: int | str | None) -> int:
@@ -495,7 +572,7 @@ def choose_mask_token(decoder: Decoder, tokenizer: Any, wanted: int | str | None
     row of a padded vocabulary; a new row.
 
     Raises:
-        UsageError: an id outside the vocabulary, a token that is not in it, or the end token.
+        UsageError: an id outside the vocabulary, a token that is not in it, or an end token.
     """
     settings = read_settings(decoder.model.config)
     if wanted is not None:
@@ -508,9 +585,37 @@ def choose_mask_token(decoder: Decoder, tokenizer: Any, wanted: int | str | None
         check_mask_token(mask_id, decoder.vocabulary, "the tokenizer's mask token")
     else:
         return _add_mask_token(decoder, tokenizer)
-    if tokenizer is not None and mask_id == tokenizer.eos_token_id:
-        raise UsageError(f"model.mask_token={wanted!r} is the end token (id {mask_id}); choose another")
+    model = decoder.model
+    for source in (model.generation_config, model.config, tokenizer):
+        ends = getattr(source, "eos_token_id", None)
+        if mask_id in (ends if isinstance(ends, list) else [ends]):
+            raise UsageError(f"mask token id {mask_id} is an end token; set model.mask_token to another")
+    if tokenizer is not None and tokenizer.mask_token_id not in (None, mask_id):  # what is exported tells one story
+        tokenizer.mask_token = tokenizer.convert_ids_to_tokens(mask_id)
     return mask_id
+
+
+def check_round_trip(tokenizer: Any, mask_id: int) -> None:
+    """Save and read a tokenizer, as an export and its user will.
+
+    Raises:
+        UsageError: it cannot be saved, some tokens then have other ids (added ones do where the vocabulary has holes),
+            or the mask token shares its id with another.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            tokenizer.save_pretrained(folder)
+            after = type(tokenizer).from_pretrained(folder).get_vocab()
+        except Exception as error:  # tokenizers raise anything
+            raise UsageError(f"the tokenizer cannot be saved and loaded again: {_first_line(error)}") from None
+    for token, number in tokenizer.get_vocab().items():
+        if after.get(token) != number:
+            raise UsageError(
+                f"the tokenizer reads {token!r} as id {number}, but once saved and loaded as {after.get(token)}: its "
+                "ids have holes, which an added token upsets; set model.mask_token to an unused id or token of its own"
+            )
+    if len(tokens := [token for token, number in after.items() if number == mask_id]) > 1:
+        raise UsageError(f"the tokenizer reads {tokens} as one id, {mask_id}; set model.mask_token to an unused one")
 
 
 def _wanted_mask(decoder: Decoder, tokenizer: Any, wanted: int | str) -> int:
@@ -642,6 +747,24 @@ def probe(decoder: Decoder) -> None:
             f"architecture '{kind}' stays causal whatever mask it is given "
             f"(attention: {decoder.attention}); it is not supported"
         )
+
+
+@torch.no_grad()
+def probe_adapter(decoder: Decoder) -> None:
+    """Run a draft adapter on a few tokens, one of them noised.
+
+    Raises:
+        UsageError: the model cannot run with it.
+    """
+    assert decoder.adapter is not None
+    tokens = torch.tensor([[0, 1, decoder.adapter.mask_token_id]], device=decoder.device)
+    try:
+        decoder.hidden(tokens, torch.arange(3, device=decoder.device)[None], None, noised=tokens > 1)
+    except Exception as error:  # of whatever kind a model raises at what it does not know
+        raise UsageError(
+            f"architecture '{decoder.model.config.model_type}' cannot run with a draft adapter on these layers "
+            f"({_first_line(error)}); name others in draft_adapter.target_modules"
+        ) from None
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from nextblock.batch import Row
 from nextblock.config import BlockDiffusionSettings, UsageError, validate
 from nextblock.encoding import encode_prompt
 from nextblock.events import Finish
-from nextblock.model import Decoder
+from nextblock.model import Decoder, no_tokenizer
 from nextblock.sampling import DecodingConfig, Mode, Sampler, generator
 from nextblock.sources import check_characters
 from nextblock.text import TextStream
@@ -137,7 +137,7 @@ def make_request(
     longest = decoder.max_positions
     if longest is not None and rest.get("block_size") is not None and (config.block_size or 0) > longest:
         raise UsageError(f"block_size={config.block_size} is larger than the model's context of {longest}; use less")
-    encoded = _encode(tokenizer, prompts, attention_mask)
+    encoded = _encode(tokenizer, prompts, attention_mask, decoder.model.name_or_path or "")
     _check_prompts(decoder, [ids for _, ids in encoded])
     count = len(encoded)
     limits = _for_each(
@@ -174,8 +174,10 @@ def end_tokens(decoder: Decoder, tokenizer: Any) -> list[int]:
     return []
 
 
-def _encode(tokenizer: Any, prompts: Any, attention_mask: Tensor | None) -> list[tuple[list[int], list[int]]]:
-    """(left padding, prompt ids) of every row."""
+def _encode(
+    tokenizer: Any, prompts: Any, attention_mask: Tensor | None, model_path: str
+) -> list[tuple[list[int], list[int]]]:
+    """(left padding, prompt ids) of every row. `model_path`: to say why there is no tokenizer."""
     if isinstance(prompts, Mapping) and "input_ids" in prompts:  # what a tokenizer returns
         attention_mask = prompts.get("attention_mask") if attention_mask is None else attention_mask
         return _from_ids(_plain(prompts["input_ids"]), _plain(attention_mask))
@@ -186,7 +188,7 @@ def _encode(tokenizer: Any, prompts: Any, attention_mask: Tensor | None) -> list
     if attention_mask is not None:
         raise UsageError("attention_mask goes with token ids alone; texts and chats need none")
     if tokenizer is None:
-        raise UsageError("this model has no tokenizer; give token ids as a LongTensor [B, T]")
+        raise UsageError(f"{no_tokenizer(model_path)}; give token ids as a LongTensor [B, T]")
     items = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
     if items and isinstance(items[0], Mapping):
         items = [items]  # one chat

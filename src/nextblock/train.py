@@ -59,11 +59,13 @@ from nextblock.launcher import check_batch, make_accelerator
 from nextblock.lora import LoraAdapter
 from nextblock.model import (
     Decoder,
+    check_round_trip,
     choose_mask_token,
     load_parent,
     parent_config,
     parent_tokenizer,
     probe,
+    probe_adapter,
     recompute_activations,
     run_in_parts,
     weight_shapes,
@@ -737,8 +739,10 @@ def load(
     if config.draft_adapter is not None:
         adapter = DraftAdapter(decoder.model, config.draft_adapter)
         decoder, mask_token_id = Decoder(decoder.model, adapter), adapter.mask_token_id
+        probe_adapter(decoder)
     elif masks:
         mask_token_id = choose_mask_token(decoder, tokenizer, model.mask_token)
+        check_round_trip(tokenizer, mask_token_id)
     else:
         mask_token_id = None
     # Look at the first batch, so that most bad data stops before anything is written.

@@ -32,7 +32,7 @@ from nextblock.corruption import TwoView, corrupt
 from nextblock.data import Rows
 from nextblock.events import Stats
 from nextblock.generate import BlockDiffusionLM
-from nextblock.model import Decoder, choose_mask_token, load_model, load_tokenizer, probe, read_settings
+from nextblock.model import Decoder, GivenSettings, choose_mask_token, load_model, load_tokenizer, probe, read_settings
 from nextblock.objective import TwoViewLoss
 from nextblock.sampling import DecodingConfig, Mode
 
@@ -78,6 +78,7 @@ def verify(
     attention: str = "auto",
     dtype: torch.dtype = torch.float32,
     device: str | torch.device | None = None,
+    settings: GivenSettings | None = None,
     on_check: OnCheck = lambda done, total, name: None,
 ) -> list[Check]:
     """Run the identities that apply on a checkpoint; nothing on disk is changed.
@@ -88,21 +89,24 @@ def verify(
         attention: "auto", "sdpa", "flex_attention" or "eager".
         dtype: of the computation; float32 shows errors that bfloat16 hides.
         device: None: CUDA if there is one.
+        settings: as of `load`.
         on_check: called before each check: checks done, checks in all, and its name.
     Raises:
         UsageError: the model cannot be loaded or ignores the mask or the positions that it is given, or the mask
             token is not in its vocabulary.
     """
     model = load_model(path, dtype=dtype, attention=attention, device=device)
-    decoder, tokenizer, settings = Decoder(model), load_tokenizer(path), read_settings(model.config)
+    decoder, tokenizer, given = Decoder(model), load_tokenizer(path), read_settings(model.config, settings)
+    if given is not None:
+        model.config.block_diffusion = given.model_dump()
     probe(decoder)
-    if mask_token is not None or settings is not None or getattr(tokenizer, "mask_token_id", None) is not None:
+    if mask_token is not None or given is not None or getattr(tokenizer, "mask_token_id", None) is not None:
         mask_id = choose_mask_token(decoder, tokenizer, mask_token)
     else:
         mask_id = decoder.vocabulary - 1
-    settings = settings or BlockDiffusionSettings(mask_token_id=mask_id)
-    settings = settings.model_copy(update={"mask_token_id": mask_id})
-    return verify_model(BlockDiffusionLM(model, None, settings), on_check)
+    given = given or BlockDiffusionSettings(mask_token_id=mask_id)
+    given = given.model_copy(update={"mask_token_id": mask_id})
+    return verify_model(BlockDiffusionLM(model, None, given), on_check)
 
 
 def verify_model(lm: BlockDiffusionLM, on_check: OnCheck = lambda done, total, name: None) -> list[Check]:

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any, cast
 
 from huggingface_hub import is_offline_mode
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from nextblock.config import AdaptConfig, ModelConfig, UsageError, nearest, stage_configs
 from nextblock.launcher import check_sharding
-from nextblock.model import check_architecture, replace_values, resolve, scratch_config
+from nextblock.model import check_architecture, config_as_stored, replace_values, resolve, scratch_config
 from nextblock.plan.memory import GIB, evaluation_memory, step_memory
 from nextblock.plan.work import (
     count_parameters,
@@ -307,7 +307,7 @@ def _shape(config: ModelConfig) -> PreTrainedConfig:
     known = config.path in HUB_IDS
     options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     try:  # of a model that is known nothing is downloaded, of another its config alone
-        shape = AutoConfig.from_pretrained(source, local_files_only=known, **options)
+        shape = config_as_stored(source, local_files_only=known, **options)
     except Exception as error:  # transformers raises many kinds here; each means that there is no config to read
         if Path(source).is_dir():
             raise UsageError(f"cannot read the config of model {config.path}: {one_line(error)}") from None
