@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig
 from typer.testing import CliRunner
 
 from layouts import make_rows
@@ -440,13 +439,13 @@ def test_a_known_hub_id_needs_no_network_and_an_unknown_one_is_refused(tmp_path)
 def test_online_a_config_is_downloaded_alone_and_that_of_a_known_model_is_not(tmp_path, monkeypatch):
     asked: list[tuple[str, bool]] = []
 
-    def from_pretrained(source: str, *, local_files_only: bool, **_: Any) -> Any:
+    def stored(source: str, *, local_files_only: bool, **_: Any) -> Any:
         asked.append((source, local_files_only))
         if local_files_only:
             raise OSError("not in the cache")
         return scratch_config(LLAMA)
 
-    monkeypatch.setattr(AutoConfig, "from_pretrained", from_pretrained)
+    monkeypatch.setattr("nextblock.plan.config_as_stored", stored)
     found = plan(config_of(None, tmp_path, model__path="someone/else"), device="l4")
     assert found.parameters == plan(config_of(LLAMA, tmp_path), device="l4").parameters
     model_shape(config_of(None, tmp_path, model__path="Qwen/Qwen3-8B-Base").model)
