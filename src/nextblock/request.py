@@ -128,7 +128,7 @@ def make_request(
         rest["max_new_tokens"] = min(limits, default=1)  # the one that could be too small
     config = resolve_config(settings, rest, drafted=decoder.adapter is not None)
     encoded = _encode(tokenizer, prompts, attention_mask)
-    _check_prompts(decoder, [ids for _, ids in encoded])
+    context = _check_prompts(decoder, [ids for _, ids in encoded])
     count = len(encoded)
     limits = _for_each(
         "max_new_tokens", limits if isinstance(limits, Sequence) else [config.max_new_tokens] * count, count
@@ -144,7 +144,7 @@ def make_request(
         Row(
             number=i,
             prompt=ids,
-            limit=min(limits[i], (decoder.max_positions or 2**62) - len(ids)),
+            limit=min(limits[i], context - len(ids)),
             end_tokens=frozenset(ends[i]),
             stop=_stopper(tokenizer, stops[i]) if stops[i] else None,
             random=generator(seeds[i]) if seeds else None,
@@ -216,20 +216,28 @@ def _from_tensor(tokens: Tensor, attention_mask: Tensor | None) -> list[tuple[li
     return encoded
 
 
-def _check_prompts(decoder: Decoder, prompts: list[list[int]]) -> None:
+def _check_prompts(decoder: Decoder, prompts: list[list[int]]) -> int:
+    """The positions that the call may use; UsageError for prompts that do not fit them or the vocabulary."""
     if not prompts:
         raise UsageError("prompts is empty; give at least one")
-    longest, vocabulary = decoder.max_positions, decoder.vocabulary
+    context, vocabulary = decoder.context(min(map(len, prompts))) or 2**62, decoder.vocabulary
+    declared = getattr(decoder.config, "max_position_embeddings", None) or 2**62
     for number, ids in enumerate(prompts):
         if not ids:
             raise UsageError(f"prompt {number} is empty; give each at least one token")
-        if longest is not None and len(ids) >= longest:
+        if context <= len(ids) < declared:
             raise UsageError(
-                f"prompt {number} has {len(ids)} tokens, but the model's context is {longest}; leave room for at "
+                f"prompt {number} has {len(ids)} tokens and another at most {context}, beyond which the model's "
+                "longrope factors change; decode the longer prompts apart from the others"
+            )
+        if len(ids) >= context:
+            raise UsageError(
+                f"prompt {number} has {len(ids)} tokens, but the model's context is {context}; leave room for at "
                 "least one new token"
             )
         if min(ids) < 0 or max(ids) >= vocabulary:
             raise UsageError(f"prompt {number} has token ids outside the vocabulary of {vocabulary}")
+    return context
 
 
 def _for_each(name: str, values: Sequence[Any], count: int) -> list[Any]:

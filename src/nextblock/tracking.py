@@ -70,10 +70,10 @@ def useful_flops(decoder: Decoder, view: TwoView, *, trained: bool, clean_traine
         trained: the model's own weights have gradients; False with adapters.
         clean_trained: False where the clean half runs without gradient (draft adapter).
     """
-    config: Any = decoder.model.config
+    config = decoder.config
     head: Any = decoder.model.get_output_embeddings()
     weights = 0
-    for layer in decoder.model.modules():  # by their sizes: weights in 4 bit have fewer elements
+    for layer in decoder.model.get_decoder().modules():  # by their sizes: weights in 4 bit have fewer elements
         if isinstance(layer, nn.Linear) and layer.weight is not head.weight:
             weights += layer.in_features * layer.out_features
         elif isinstance(layer, Conv1D):

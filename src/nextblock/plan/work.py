@@ -6,6 +6,7 @@ Letters: B rows, L clean tokens of a row, N noised ones, b block size, k views.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from nextblock import schedules
 from nextblock.config import AdaptConfig, Context
+from nextblock.model import text_config
 from nextblock.plan.fakes import bare_model, low_rank_updates
 
 
@@ -90,16 +92,17 @@ def count_parameters(config: AdaptConfig, shape: PreTrainedConfig) -> Counts:
         model = bare_model(shape, torch.float32)
         counts = Counts(parent=sum(p.numel() for p in model.parameters()))
         head = model.get_output_embeddings()
-        linear = [m for m in model.modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
+        linear = [m for m in model.get_decoder().modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
         counts.linear = sum(m.weight.numel() for m in linear)
         counts.trained = counts.parent
         adapter = low_rank_updates(config, model)
         if adapter is not None:
             counts.trained = sum(p.numel() for p in adapter.parameters())
             counts.low_rank = counts.trained - adapter.mask_vector.numel()
-    counts.layers = shape.num_hidden_layers
-    heads = shape.num_attention_heads
-    counts.heads_times_size = heads * (getattr(shape, "head_dim", None) or shape.hidden_size // heads)
+    text: Any = text_config(shape)
+    counts.layers = text.num_hidden_layers
+    heads = text.num_attention_heads
+    counts.heads_times_size = heads * (getattr(text, "head_dim", None) or text.hidden_size // heads)
     return counts
 
 
@@ -122,7 +125,8 @@ def step_flops(config: AdaptConfig, shape: PreTrainedConfig, counts: Counts, blo
     drafting = kind == "draft adapter"
     clean = half(length, clean_pairs, 1 if drafting else passes, 1 if drafting else 3, 0 if drafting else updates)
     noisy = half(noised, noised_pairs, passes, 3, updates)
-    logits = rows * 2 * shape.vocab_size * shape.hidden_size
+    text: Any = text_config(shape)
+    logits = rows * 2 * text.vocab_size * text.hidden_size
     scored = scored_tokens(config, block_size, length) * logits
     ar = 0 if drafting or not scores_ar(config, block_size) else (length - 1) * logits
     taught = scored if config.recipe.soft_weight else 0  # the teacher's logits
