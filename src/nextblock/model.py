@@ -615,6 +615,10 @@ def without_dropout(model: nn.Module) -> None:
             module.attention_dropout = 0.0  # type: ignore[assignment]
 
 
+class NotFiniteError(UsageError):
+    """Logits are NaN or infinite: the model is of no use in any mode."""
+
+
 @torch.no_grad()
 def probe(decoder: Decoder) -> None:
     """Run the model on a few tokens and stop if it does not do what the method needs.
@@ -695,14 +699,14 @@ def _mixed_documents(decoder: Decoder, alone: list[Tensor], steps: list[Tensor])
 
 
 def _check_finite(model: PreTrainedModel, logits: list[Tensor]) -> None:
-    """UsageError for logits with NaN or infinite values, naming the first weight that holds such."""
+    """NotFiniteError for logits with NaN or infinite values, naming the first weight that holds such."""
     if all(bool(part.isfinite().all()) for part in logits):
         return
     weights = ((n, p) for n, p in model.named_parameters() if p.is_floating_point())
     bad = next((name for name, weight in weights if not weight.isfinite().all()), None)
     if bad:
-        raise UsageError(f"weight {bad} holds NaN or infinite values, so logits are not finite; restore the weights")
-    raise UsageError(f"logits are not finite in {str(model.dtype).removeprefix('torch.')}; use a wider dtype")
+        raise NotFiniteError(f"weight {bad} holds NaN or infinite values; restore the weights")
+    raise NotFiniteError(f"logits are not finite in {str(model.dtype).removeprefix('torch.')}; use a wider dtype")
 
 
 def _check_window(decoder: Decoder, tokens: Tensor, position: Tensor) -> None:
@@ -729,7 +733,7 @@ def _check_window(decoder: Decoder, tokens: Tensor, position: Tensor) -> None:
     if _differs(decoder.hidden(tokens, position, mask), decoder.hidden(tokens, position, None)):
         raise UsageError(
             f"architecture '{decoder.model.config.model_type}' declares a sliding window of {window} that its own "
-            f"forward pass does not apply; set max_position_embeddings to at most {window}"
+            f"forward pass does not apply; set max_position_embeddings (model.override, or config.json) to {window}"
         )
 
 
