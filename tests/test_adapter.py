@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -11,13 +13,21 @@ from safetensors.torch import load_file
 
 import nextblock as nb
 from families import EOS_ID, FAMILIES, tiny_model
+from layouts import PLAIN, PROMPTED, make_rows
 from nextblock.adapter import DraftAdapter, GatedLinear, fingerprint, load_adapter, save_adapter, target_names
 from nextblock.attention_mask import block_diffusion_rule
 from nextblock.checkpoint import export
-from nextblock.config import BlockDiffusionSettings, DraftAdapterConfig, ModelConfig, UsageError, load_config
+from nextblock.config import (
+    BlockDiffusionSettings,
+    DraftAdapterConfig,
+    ModelConfig,
+    RecipeConfig,
+    UsageError,
+    load_config,
+)
 from nextblock.corruption import corrupt
 from nextblock.data import RowStream
-from nextblock.model import Decoder, byte_tokenizer, load_parent
+from nextblock.model import Decoder, byte_tokenizer, load_parent, recompute_activations, without_dropout
 from nextblock.objective import DraftLoss
 from nextblock.train import train
 
@@ -318,7 +328,6 @@ def test_bad_adapters_are_refused_in_one_line(tmp_path, llama):
     ("key", "value", "words"),
     [
         ("growth.b_0", 1, "nothing to learn"),
-        ("training.gradient_checkpointing", True, "lower training.micro_batch_rows"),
         ("recipe.context", "block_causal", "changes the clean half"),
         ("model.scratch", {"model_type": "llama"}, "no weights"),
     ],
@@ -327,6 +336,90 @@ def test_settings_without_sense_for_an_adapter_are_refused(key, value, words):
     base = {"data": {"sources": [{"path": "x"}]}, "draft_adapter": {}, "growth": {"b_0": 32}}
     with pytest.raises(UsageError, match=words):
         load_config(base, {key: value})
+
+
+def test_calls_in_two_threads_get_what_each_gets_alone():
+    lm = nb.load("tiny-ar", draft_adapter="tiny-draft")
+    prompts = [
+        f"Q: Leo has {n} bags with 7 coins in each. He loses 13. How many coins does Leo have?\nA:" for n in "89"
+    ]
+
+    def answer(prompt: str) -> list[list[int]]:
+        return [lm.generate(prompt, mode="speculative", max_new_tokens=24).answers[0] for _ in range(4)]
+
+    expected = [answer(prompt) for prompt in prompts]
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(answer, prompts)) == expected
+
+
+@pytest.mark.parametrize("gate", [True, torch.tensor([[False, True, True, False]])], ids=["all", "some"])
+def test_a_layer_that_is_computed_again_has_the_gate_of_its_pass_on_whatever_thread(llama, gate):
+    adapter = DraftAdapter(llama, DraftAdapterConfig(rank=3))
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.normal_(0.0, 0.3)
+    tokens = torch.tensor([[5, 6, 7, adapter.mask_token_id]])
+
+    def gradients() -> list[torch.Tensor]:
+        adapter.zero_grad()
+        hidden = Decoder(llama, adapter).hidden(tokens, torch.arange(4)[None], None, noised=gate)
+        thread = threading.Thread(target=hidden.square().sum().backward)
+        thread.start()
+        thread.join()
+        return [parameter.grad.clone() for parameter in adapter.parameters() if parameter.grad is not None]
+
+    expected = gradients()
+    recompute_activations(llama)
+    found = gradients()
+    assert len(found) == len(expected) == len(list(adapter.parameters()))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_compiled_model_sees_the_gate_of_each_pass(llama):
+    adapter = DraftAdapter(llama, DraftAdapterConfig(rank=3)).eval()
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.normal_(0.0, 0.3)
+    decoder, tokens, position = Decoder(llama, adapter), torch.tensor([[5, 6, 7, 8]]), torch.arange(4)[None]
+    gates: list[Any] = [False, True, torch.tensor([[False, False, True, True]]), False]
+
+    def hidden() -> list[torch.Tensor]:
+        with torch.no_grad():
+            return [decoder.hidden(tokens, position, None, noised=gate) for gate in gates]
+
+    expected = hidden()
+    torch._dynamo.reset()
+    llama.base_model.compile(backend="eager")
+    for a, b in zip(hidden(), expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_activations_computed_again_give_the_same_loss_and_gradients(family_model, dropout):
+    without_dropout(family_model.train())
+    adapter = DraftAdapter(family_model, DraftAdapterConfig(rank=3, dropout=dropout))
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.normal_(0.0, 0.3)
+    recipe = RecipeConfig(views=2, soft_weight=0.5)
+    rows, mask = make_rows([PLAIN, PROMPTED], 28), adapter.mask_token_id
+    view = corrupt(rows, 4, mask_token_id=mask, end_token_id=EOS_ID, recipe=recipe, seed=1, step=0)
+    results = []
+    for again in (False, True):
+        if again:
+            recompute_activations(family_model)
+        adapter.zero_grad()
+        torch.manual_seed(7)
+        ran: list[int] = []
+        hook = adapter.layers[0].base.register_forward_hook(lambda *_, ran=ran: ran.append(1))
+        loss = DraftLoss(Decoder(family_model, adapter))(view, block_diffusion_rule(), soft=True)
+        loss.total(0.0, 2, 0.5).backward()
+        hook.remove()
+        assert len(ran) == (3 if again else 2)  # the clean half once, the noised one once or twice
+        results.append([loss.diffusion.detach(), loss.soft.detach(), *(p.grad.clone() for p in adapter.parameters())])
+    for plain, recomputed in zip(*results, strict=True):
+        torch.testing.assert_close(recomputed, plain, rtol=0, atol=0)
 
 
 def test_the_gate_decides_position_by_position(llama):

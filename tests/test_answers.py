@@ -19,7 +19,8 @@ from nextblock.adapter import DraftAdapter, save_adapter
 from nextblock.answers import write_answers
 from nextblock.checkpoint import export
 from nextblock.config import BlockDiffusionSettings, DraftAdapterConfig, Source, UsageError, load_config
-from nextblock.data import RowStream, encode
+from nextblock.data import RowStream
+from nextblock.encoding import encode
 from nextblock.model import byte_tokenizer
 from nextblock.sources import Records, read_prompts, read_source
 

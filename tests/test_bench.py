@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-import re
-from types import SimpleNamespace
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from families import tiny_model
-from nextblock.attention_mask import block_diffusion_rule
-from nextblock.bench import packing, training
 from nextblock.bench.command import run_bench, write_results
 from nextblock.bench.contest import (
     Call,
@@ -26,18 +21,13 @@ from nextblock.bench.contest import (
     transformers_generate,
 )
 from nextblock.bench.decoding import bench_decode, count_calls, speedups
-from nextblock.bench.figures import packer_lines, plot_bench, plot_train, train_table
+from nextblock.bench.figures import plot_bench
 from nextblock.bench.forwards import random_model, random_prompts, time_forwards
 from nextblock.bench.prompts import file_prompts, make_variants, parse_variant, task_prompts, variant_name
 from nextblock.cli import app
-from nextblock.config import BlockDiffusionSettings, RecipeConfig, UsageError, load_config
-from nextblock.corruption import corrupt
-from nextblock.data import Rows
-from nextblock.feed import Feed
+from nextblock.config import BlockDiffusionSettings, UsageError
 from nextblock.generate import BlockDiffusionLM
-from nextblock.model import Decoder, byte_tokenizer
-from nextblock.objective import TwoViewLoss
-from nextblock.presets import preset
+from nextblock.model import byte_tokenizer
 from nextblock.shapes import SHAPES
 from nextblock.static import StaticPasses
 from nextblock.tasks import get_task
@@ -375,143 +365,5 @@ def test_random_weights_are_timed_without_tokenizer_or_end_tokens():
 )
 def test_the_command_refuses_bad_input_before_it_loads(arguments, message):
     result = CliRunner().invoke(app, ["bench", "decode", *arguments])
-    assert isinstance(result.exception, UsageError)
-    assert message in str(result.exception)
-
-
-# -------------------------------------------------------------------------------------- training steps
-
-
-@pytest.mark.parametrize("block_size", [1, 4, 16])
-def test_the_plain_way_computes_this_projects_loss(block_size):
-    """Two programs, one loss: the whole noised half and all logits change nothing but the cost."""
-    model = tiny_model("llama")
-    tokens = torch.randint(0, 90, (3, 32), generator=torch.Generator().manual_seed(1))
-    masked = training.random_masks(tokens, block_size, 5)
-    rows, recipe = training.whole_rows(tokens), RecipeConfig()
-
-    drawn = iter(masked.view(3, -1, block_size).numpy())
-    view = corrupt(
-        rows,
-        block_size,
-        mask_token_id=96,
-        end_token_id=None,
-        recipe=recipe,
-        seed=0,
-        step=0,
-        draw=lambda generator, maskable: [next(drawn)],
-    )
-    sums = TwoViewLoss(Decoder(model))(view, block_diffusion_rule())
-    ours = sums.total(training.AR_WEIGHT) / tokens.numel()
-    plain = training.plain_loss(Decoder(model), tokens, masked, block_size)
-    torch.testing.assert_close(ours, plain)
-
-
-@pytest.fixture
-def parent(tmp_path):
-    """The folder of a tiny parent."""
-    tiny_model("llama", std=0.08).save_pretrained(tmp_path / "parent")
-    return tmp_path / "parent"
-
-
-def test_bench_train_times_every_way_and_leaves_their_ratios(parent, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "fresh_process_peak_gib", lambda work, way: 0.25 if way.kind == "plain" else 0.125)
-    steps = []
-    work = training.Work(str(parent), row_length=32, rows=2, block_size=8)
-    results = training.bench_train(work, (1, 2), draft_adapter=True, rounds=2, on_step=lambda: steps.append(1))
-    entries = {entry["name"]: entry for entry in results["train"]}
-    names = ["this step", "plain way", "AR step", "this step, 2 views", "draft adapter", "draft adapter, 2 views"]
-    assert list(entries) == names
-    assert len(steps) == training.count_steps((1, 2), True, 2)
-    assert (entries["plain way"]["speedup"], entries["AR step"]["ar_steps"]) == (1, 1)
-    assert entries["this step"]["memory_ratio"] == 0.5
-    assert all(entry["tokens_per_second"] > 0 for entry in entries.values())
-    output, plot = write_results(results, plot_train(results), tmp_path / "t.json")
-    assert json.loads(output.read_text())["train"] == results["train"]
-    assert plot.read_bytes().startswith(b"\x89PNG")
-    assert train_table(results).row_count == 6
-
-
-def test_the_packers_tokens_are_those_of_the_rows_and_mixed_lengths_fill_98_percent_of_them(monkeypatch):
-    taken, real, clock = [], Feed.next, itertools.count(0, 0.25)  # every look at the clock finds a quarter of a second
-
-    def next_rows(self):
-        taken.append(real(self))
-        return taken[-1]
-
-    monkeypatch.setattr(Feed, "next", next_rows)
-    monkeypatch.setattr(packing, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-    for name, length, least in (("the demo's documents", 320, 0.9), ("mixed lengths", 512, 0.98)):
-        taken.clear()
-        speed = packing.time_packer(
-            name, byte_tokenizer(), batch_rows=3, row_length=length, step_seconds=0.5, rounds=2
-        )
-        rows = Rows.cat(taken)
-        batches = (len(taken) - 22) // 2  # 22 warm up: one chunk of 64 rows
-        assert batches * 3 * length >= packing.ROUND_TOKENS
-        assert rows.number.tolist() == list(range(len(rows)))
-        own = (rows.document[66:] >= 0).view(2, -1).sum(1).tolist()
-        assert speed.density == sum(own) / (2 * batches * 3 * length)
-        assert speed.density >= least
-        assert speed.tokens_per_second == sum(own) / 2 / 0.25
-        assert speed.batches_per_step == batches * 0.5 / 0.25
-
-
-def test_the_demos_documents_are_those_of_its_preset():
-    sources = load_config(preset("demo")).data.sources
-    assert tuple(source.path for source in sources) == packing.PACKER_DATA["the demo's documents"]
-
-
-def test_bench_train_prints_the_packer_beside_its_first_step(parent, monkeypatch):
-    monkeypatch.setattr(training, "fresh_process_peak_gib", lambda work, way: None)
-    monkeypatch.setattr(packing, "ROUND_TOKENS", 1)
-    byte_tokenizer().save_pretrained(parent)
-    steps = []
-    work = training.Work(str(parent), row_length=256, rows=2, block_size=8)
-    results = training.bench_train(work, (2, 1), packer=True, rounds=2, on_step=lambda: steps.append(1))
-    assert len(steps) == training.count_steps((2, 1), False, 2, packer=True)
-    assert [entry["data"] for entry in results["packer"]] == list(packing.PACKER_DATA)
-    seconds = results["train"][0]["seconds"]
-    for line, entry in zip(packer_lines(results), results["packer"], strict=True):
-        rows_a_second = entry["tokens_per_second"] / entry["density"] / 256
-        assert entry["batches_per_step"] == pytest.approx(rows_a_second / 2 * seconds, rel=0.2)
-        said = r"[\d,]+ tokens per second, [\d.]+ × what this step, 2 views takes, rows [\d.]+ % full"
-        assert re.fullmatch(f"packer, {entry['data']}: {said}", line)
-
-
-def test_a_drafts_step_changes_the_adapter_alone_and_the_others_the_model_alone(parent):
-    ways = training.make_ways([1], True)
-    contest = training.Contest(training.Work(str(parent), row_length=32, rows=2, block_size=8), ways)
-    assert contest.adapter is not None
-    model = contest.decoder.model.model.embed_tokens.weight
-    for way in ways:
-        # Learning rates are 0 but for this project's own steps, which set it by schedule.
-        before = model.detach().clone(), contest.adapter.mask_vector.detach().clone()
-        contest.run(way, 1)
-        changed = [not torch.equal(a, b) for a, b in zip(before, (model, contest.adapter.mask_vector), strict=True)]
-        assert not changed[way.kind != "draft adapter"]
-        assert model.grad is None
-        assert contest.adapter.mask_vector.grad is None
-
-
-def test_a_steps_memory_is_above_that_of_its_logits(parent):
-    found = training.step_peak_gib(training.Work(str(parent), row_length=32, rows=2, block_size=8), training.Way("ar"))
-    assert found is None or found >= 0
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--shape", "qwen3-4"], "did you mean 'qwen3-4b'"),
-        (["--row-length", "100"], "row_length=100 is not a multiple of block_size=16; use 96"),
-        (["--row-length", "4096"], "row_length=4096 is over the model's 2048 positions"),
-        (["--views", "0"], "give numbers of at least 1"),
-        (["--rounds", "0"], "rounds=0 must be at least 1"),
-        (["--shape", "qwen3-0.6b", "--packer"], "--packer needs a tokenizer; give a MODEL"),
-        (["--output", "results"], "is not the name of a .json file"),
-    ],
-)
-def test_bench_train_refuses_bad_input(arguments, message):
-    result = CliRunner().invoke(app, ["bench", "train", *arguments])
     assert isinstance(result.exception, UsageError)
     assert message in str(result.exception)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
-from families import MASK_ID
+from families import MASK_ID, tiny_model
+from nextblock import batch as batch_module
+from nextblock import split_attention
 from nextblock.batch import Batch, Row
 from nextblock.cache import Masks, SlotCache
 from nextblock.config import BlockDiffusionSettings, validate
@@ -143,3 +147,46 @@ def test_a_noised_block_of_the_parallel_pass_equals_its_cached_denoising_step(fa
         expected = parallel.logits[0, start : start + block]
         torch.testing.assert_close(decoder.logits(step)[0], expected, rtol=1e-4, atol=1e-4)
         batch.forward(clean[None, start : start + block], [start], [True])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("window", [None, 6])
+def test_a_pass_brings_a_mask_only_where_a_query_is_kept_from_a_key_and_copies_no_key(monkeypatch, window):
+    model = tiny_model("mistral", sliding_window=window)  # two query heads for each key head
+    settings = BlockDiffusionSettings(block_size=4, mask_token_id=MASK_ID)
+    prompts = torch.randint(3, 96, (2, 9)).tolist()
+
+    def passes(starts: list[int]) -> list[torch.Tensor]:
+        rows = [Row(i, prompt, limit=8) for i, prompt in enumerate(prompts)]
+        batch = Batch(Decoder(model), settings, validate(DecodingConfig, {"block_size": 4}), rows, Stats())
+        widths = (4, 4, 1)
+        tokens = torch.arange(8).view(2, 4) + 5
+        kinds = zip(widths, (False, True, True), strict=True)
+        return [batch.prefill()] + [batch.forward(tokens[:, :w], starts, [causal] * 2) for w, causal in kinds]
+
+    def masks_of(starts: list[int]) -> list[int]:
+        seen.clear()
+        found = passes(starts)
+        for a, b in zip(found, expected[tuple(starts)], strict=True):
+            torch.testing.assert_close(a, b)
+        return seen[:: model.config.num_hidden_layers]
+
+    expected: dict[tuple[int, ...], list[torch.Tensor]] = {}
+    for starts in ([9, 9], [9, 7]):
+        with monkeypatch.context() as patch:  # as transformers does it, every mask written out
+            patch.setattr(batch_module, "can_run_split", lambda model: False)
+            patch.setattr(batch_module, "running_split", nullcontext)
+            expected[tuple(starts)] = passes(starts)
+    seen: list[int] = []
+    attend = split_attention.scaled_dot_product_attention
+
+    def look(query, key, value, attn_mask=None, **options):
+        assert key.shape[1] == 2
+        seen.append(0 if attn_mask is None else attn_mask.numel())
+        return attend(query, key, value, attn_mask=attn_mask, **options)
+
+    monkeypatch.setattr(split_attention, "scaled_dot_product_attention", look)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", look)
+    windowed = 0 if window is None else 1
+    assert masks_of([9, 9]) == [windowed * 2 * 81, windowed * 4 * 13, 4 * 13, windowed * 10]
+    assert masks_of([9, 7])[1:] == [2 * 4 * 13, 2 * 4 * 13, 2 * 10]

@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
+from families import tiny_model
 from nextblock import checkpoint
 from nextblock.checkpoint import (
+    export,
     list_checkpoints,
     load_checkpoint,
     newest_whole_checkpoint,
@@ -19,6 +22,9 @@ from nextblock.checkpoint import (
     save_checkpoint,
 )
 from nextblock.config import UsageError
+from nextblock.generate import load
+from nextblock.model import byte_tokenizer
+from nextblock.request import end_tokens
 from test_files import largest_file
 
 
@@ -212,3 +218,16 @@ def test_what_a_killed_save_left_is_removed(tmp_path):
     (tmp_path / "checkpoints" / ".partial-step-00000007").mkdir()
     remove_partial(tmp_path)
     assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
+
+
+def test_an_exported_model_ends_with_the_turns_of_its_chat_template(tmp_path):
+    model, tokenizer = tiny_model("llama", vocab_size=264), byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    export(tmp_path, model, tokenizer, None)
+    assert GenerationConfig.from_pretrained(tmp_path).eos_token_id == [256, 258]
+    lm = load(tmp_path)
+    assert end_tokens(lm.decoder, lm.tokenizer) == [256, 258]

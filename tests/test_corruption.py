@@ -191,6 +191,17 @@ def test_the_last_block_of_an_ended_span_is_filled_with_end_tokens_and_they_are_
     assert text[5] == EOS_ID
 
 
+def test_a_span_that_another_end_token_ends_is_filled_with_that_one():
+    rows, whole = make_rows([[[-3, 6]]], 32, ended=True), RecipeConfig(full_mask_share=1.0)
+    turn_end = EOS_ID + 1
+    rows.tokens[0, 8] = turn_end
+    ends = [EOS_ID, turn_end]
+    view = corrupt(rows, 4, mask_token_id=MASK_ID, end_token_id=ends, recipe=whole, seed=0, step=0)
+    slots = noised_slots(view, 0)
+    assert [slot["position"] for slot in slots] == list(range(3, 11))
+    assert [slot["target"] for slot in slots][-4:] == [turn_end] * 3 + [UNSCORED]
+
+
 def test_a_span_without_an_end_token_is_not_filled():
     rows = make_rows([[[-3, 6]]], 32)
     slots = noised_slots(view_of(rows, 4, RecipeConfig(full_mask_share=1.0)), 0)

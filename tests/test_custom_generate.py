@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria
@@ -153,6 +155,35 @@ def test_streamers_get_the_answer_in_order_and_an_end(adapted, mode):
     out = adapted.generate(**inputs, max_new_tokens=20, custom_generate=block_diffusion, mode=mode, streamer=streamer)
     assert streamer.tokens == out[0].tolist()
     assert streamer.ended
+
+
+def test_the_streamer_is_found_behind_a_function_of_the_callers(adapted):
+    @functools.wraps(block_diffusion)
+    def through(*args, **kwargs):
+        return block_diffusion(*args, **kwargs)
+
+    inputs, streamer = left_padded((6,)), Collector()
+    out = adapted.generate(**inputs, max_new_tokens=9, custom_generate=through, mode="ar", streamer=streamer)
+    assert streamer.tokens == out[0].tolist()
+
+
+@pytest.mark.parametrize("how", [{"mode": "ar"}, {"mode": "speculative"}, {"mode": "speculative", "draft_paths": 3}])
+def test_a_row_that_goes_along_costs_no_further_call_of_a_processor(adapted, how):
+    class Counts(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            calls.append(len(input_ids))
+            return scores
+
+    calls: list[int] = []
+    counts = []
+    for rows in (1, 3):
+        calls.clear()
+        inputs = {name: part.expand(rows, -1) for name, part in left_padded((6,)).items()}
+        options = {"max_new_tokens": 12, "do_sample": False, "logits_processor": [Counts()]}
+        adapted.generate(**inputs, **options, custom_generate=block_diffusion, **how)
+        assert set(calls) == {rows}
+        counts.append(len(calls))
+    assert counts[0] == counts[1]
 
 
 def test_the_dict_form_and_several_answers_per_prompt(adapted):

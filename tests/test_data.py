@@ -17,7 +17,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from nextblock.config import DataConfig, UsageError
-from nextblock.data import Document, Rows, RowStream, best_subset, check_tokens, collate, cut, encode, pack
+from nextblock.data import Document, Rows, RowStream, best_subset, check_tokens, collate, cut, pack
+from nextblock.encoding import encode
 
 SPECIAL = ["<|end|>", "<|begin|>", "<|turn|>"]
 CHAT = (

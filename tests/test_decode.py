@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from families import EOS_ID, FAMILIES, MASK_ID, tiny_model
 from nextblock.batch import Batch, Row
 from nextblock.config import BlockDiffusionSettings, validate
-from nextblock.events import BlockFinished, Rejected, Stats
+from nextblock.events import BlockFinished, Committed, Rejected, Stats
 from nextblock.generate import BlockDiffusionLM
 from nextblock.sampling import DecodingConfig
 from nextblock.speculate import Draft, _check_and_draft, _check_tree, _drafted_ahead, _known
@@ -246,7 +246,6 @@ def test_speculative_mode_gives_the_tokens_of_ar_mode(family_model):
 @given(
     seed=st.integers(0, 1000),
     block=st.sampled_from([1, 2, 3, 8, 16]),
-    draft_steps=st.sampled_from([1, 2, 5]),
     draft_length=st.sampled_from([None, 1, 4, "auto"]),
     draft_ahead=st.sampled_from([0, 0, 1, 3, 9]),
     draft_paths=st.sampled_from([1, 2, 5, 40]),
@@ -255,7 +254,7 @@ def test_speculative_mode_gives_the_tokens_of_ar_mode(family_model):
 )
 @settings(max_examples=25, deadline=None, derandomize=True)
 def test_speculative_mode_is_lossless_whatever_the_draft(
-    seed, block, draft_steps, draft_length, draft_ahead, draft_paths, prediction, repeats
+    seed, block, draft_length, draft_ahead, draft_paths, prediction, repeats
 ):
     draft_ahead = draft_ahead if block > 2 else 0
     draft_paths = 1 if draft_ahead else draft_paths
@@ -268,7 +267,6 @@ def test_speculative_mode_is_lossless_whatever_the_draft(
         **batch,
         mode="speculative",
         max_new_tokens=[9, 20, 1, 14],
-        draft_steps=1 if draft_ahead or draft_paths > 1 else draft_steps,
         draft_length=draft_length,
         draft_ahead=draft_ahead,
         draft_paths=draft_paths,
@@ -285,6 +283,41 @@ def test_right_drafts_are_kept_whole():
     assert out.answers == [[0] * 25]
     assert out.stats.row_forwards == {"prefill": 1, "denoise": 3, "check": 3}
     assert out.stats.tokens_per_forward == 25 / 7
+
+
+# ------------------------------------------------------------------------------------------- filters
+
+
+FILTERED = [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-4}]
+
+
+@pytest.mark.parametrize("filtered", FILTERED, ids=str)
+@pytest.mark.parametrize(
+    "how",
+    [{"mode": "ar"}]
+    + [
+        {"mode": "diffusion", "sampler": sampler, "threshold": level, "sub_blocks": 2}
+        for sampler, level in (("confidence", 0.1), ("entropy", 0.1), ("margin", 0.05), ("entropy_bound", 1.0))
+    ]
+    + [
+        {"mode": "speculative", **more}
+        for more in ({}, {"draft_ahead": 2}, {"draft_paths": 3}, {"draft_length": "auto"})
+    ],
+    ids=str,
+)
+def test_a_draw_that_has_no_choice_decides_what_greedy_decoding_decides_at_the_same_cost(llama, how, filtered):
+    """How sure the model is does not depend on what a filter leaves to draw from."""
+    lm, batch = language_model(llama), padded([prompt(n) for n in LENGTHS])
+    greedy = lm.stream(**batch, max_new_tokens=25, **how)
+    seen = [event for event in greedy if isinstance(event, Committed)]
+    drawn = lm.stream(**batch, max_new_tokens=25, seed=1, **{"temperature": 1.0, **filtered}, **how)
+    found = [event for event in drawn if isinstance(event, Committed)]
+    assert [row.answer for row in drawn.rows] == [row.answer for row in greedy.rows]
+    if how["mode"] == "diffusion":  # each token in the same pass
+        assert [(e.row, e.offset, e.step) for e in found] == [(e.row, e.offset, e.step) for e in seen]
+        assert drawn.stats.row_forwards == greedy.stats.row_forwards
+    confidences = {(e.row, e.offset): e.confidence for e in seen}
+    assert {(e.row, e.offset): e.confidence for e in found} == pytest.approx(confidences, abs=1e-5)
 
 
 # ------------------------------------------------------------------------------------------- batches
@@ -439,7 +472,7 @@ def test_a_batch_costs_each_row_the_passes_that_it_takes_alone(llama, mode):
 
 @pytest.mark.parametrize(
     "options",
-    [{"draft_ahead": 1}, {"draft_ahead": 3}, {"draft_length": "auto"}, {"draft_steps": 3}, {"draft_paths": 3}],
+    [{"draft_ahead": 1}, {"draft_ahead": 3}, {"draft_length": "auto"}, {"draft_paths": 3}],
     ids=str,
 )
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

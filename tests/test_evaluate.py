@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import weakref
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from nextblock.model import Decoder
 from nextblock.tasks import get_task
 
 ROWS = make_rows([PLAIN, PROMPTED, CHAT], 28)
+end: Any = import_module("nextblock.adapt")  # its function has the same name
 
 
 class TwoBytes:
@@ -138,3 +141,46 @@ def test_a_task_score_is_that_of_the_answers_graded_one_by_one():
     assert later == answers[3:]
     changed = [answers[0] + "!", *answers[1:]]
     assert score_task(lm, task, mode="speculative", examples=5, timed=1, reference=changed)[0].equal_to_ar == 0.8
+
+
+@pytest.mark.parametrize("section", [{}, {"draft_adapter": {"rank": 2}}, {"lora": {"rank": 2}}])
+def test_the_final_evaluation_holds_one_model_at_a_time_and_no_optimizer(section, tmp_path, monkeypatch):
+    tiny_model("llama", vocab_size=260, std=0.08).save_pretrained(tmp_path / "parent")
+    alive: dict[str, Any] = {}
+    seen: list[str] = []
+    real = {name: getattr(end, name) for name in ("train", "bits_per_byte", "load_parent")}
+
+    def train(*arguments: Any, **options: Any) -> Any:
+        run = real["train"](*arguments, **options)
+        moments = next(iter(run.optimizer.state.values()))["exp_avg"]
+        alive.update(adapted=weakref.ref(run.decoder.model), optimizer=weakref.ref(moments))
+        return run
+
+    def bits(*arguments: Any, **options: Any) -> Any:
+        assert alive["optimizer"]() is None
+        seen.append("parent" if alive["adapted"]() is None else "adapted")
+        return real["bits_per_byte"](*arguments, **options)
+
+    def load_parent(*arguments: Any) -> Any:
+        assert alive["adapted"]() is None
+        return real["load_parent"](*arguments)
+
+    for own in (train, bits, load_parent):
+        monkeypatch.setattr(end, "bits_per_byte" if own is bits else own.__name__, own)
+    config = {
+        "model": {"path": str(tmp_path / "parent"), "tokenizer": "bytes"},
+        "data": {"sources": [{"path": "task:algebra", "examples": 60}], "row_length": 64, "held_out": 0.3},
+        "growth": {"b_0": 4, "b_max": 4},
+        "training": {"steps": 1, "batch_rows": 2, "evaluate_rows": 2},
+        "output": str(tmp_path / "run"),
+        **section,
+    }
+    found = end.adapt(config).results["bits_per_byte"]
+    assert seen == ["adapted", "parent"]
+    assert [(one["model"], one["measure"]) for one in found] == [
+        ("parent", "AR (exact)"),
+        ("adapted", "AR (exact)"),
+        ("adapted", "diffusion (bound)"),
+    ]
+    if "draft_adapter" in section:  # the clean half is the parent
+        assert found[0]["value"] == pytest.approx(found[1]["value"])

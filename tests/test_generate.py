@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -315,6 +316,43 @@ def test_bad_input_ends_in_one_line(lm, prompts, options, message):
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "options", [{"mode": "ar"}, {"mode": "speculative"}, {"mode": "speculative", "temperature": 1.0}]
+)
+def test_the_confidence_of_tokens_is_worked_out_only_for_those_who_read_events(monkeypatch, options):
+    lm, tokens = ids_only(), torch.tensor([[5, 6, 7], [9, 8, 4]])
+    told = [event for event in lm.stream(tokens, max_new_tokens=9, **options) if isinstance(event, Committed)]
+    assert all(0 < event.confidence <= 1 + 1e-6 for event in told)
+    if not options.get("temperature"):
+        monkeypatch.setattr("nextblock.batch.probability_of", lambda *_: pytest.fail("nobody reads it"))
+        assert lm.generate(tokens, max_new_tokens=9, **options).stats.new_tokens == len(told)
+
+
+def test_the_clock_is_read_once_a_pass_and_not_for_each_event(monkeypatch):
+    reads = []
+    clock = SimpleNamespace(perf_counter=lambda: float(len(reads.append(1) or reads)))
+    monkeypatch.setattr("nextblock.generate.time", clock)
+    out = ids_only().generate(torch.tensor([[5, 6, 7]] * 4), mode="ar", max_new_tokens=10, eos_token_id=[])
+    assert out.stats.new_tokens == 40
+    assert len(reads) == out.stats.forwards + 2  # the beginning and the end
+
+
+def test_streams_in_turns_leave_a_models_own_attention_alone():
+    """FlexAttention takes no dense masks: each pass runs SDPA, whoever else decodes the model meanwhile."""
+    lm = ids_only()
+    prompts = [torch.tensor([[5, 6, 7]]), torch.tensor([[9, 8, 4, 3, 50]])]
+    options: dict[str, Any] = {"mode": "speculative", "eos_token_id": []}
+    limits = [8, 20]  # the first to end must not set attention back under the other
+    expected = [lm.generate(p, max_new_tokens=n, **options).answers[0] for p, n in zip(prompts, limits, strict=True)]
+    lm.model.set_attn_implementation("flex_attention")
+    streams = [lm.stream(p, max_new_tokens=n, **options) for p, n in zip(prompts, limits, strict=True)]
+    for _ in range(400):
+        for stream in streams:
+            next(stream, None)
+            assert lm.model.config._attn_implementation == "flex_attention"
+    assert [stream.rows[0].answer for stream in streams] == expected
+
+
 def test_flex_attention_is_not_a_decoding_backend(tmp_path):
     with pytest.raises(UsageError, match="attention='flex_attention' cannot decode"):
         load(tmp_path, attention="flex_attention")
@@ -329,6 +367,22 @@ def test_an_end_token_that_completes_a_stop_string_is_cut_off_with_it(lm):
         options = {"mode": mode, "max_new_tokens": 12, "eos_token_id": [last], "stop": [letter]}
         streamed = "".join(piece for _, piece in lm.stream_text("one two", **options))
         assert lm.generate("one two", **options).texts == [streamed]
+
+
+def test_an_answer_ends_at_a_special_token_that_is_a_stop_string_and_does_not_show_it(lm):
+    free = lm.generate("one two", mode="ar", max_new_tokens=12, eos_token_id=[]).answers[0]
+    tokenizer, place = byte_level(), next(n for n in range(1, 10) if free[n] not in free[:n])
+    turn = str(tokenizer.convert_ids_to_tokens(free[place]))
+    tokenizer.add_special_tokens({"additional_special_tokens": [turn]})
+    ids = torch.tensor([tokenizer("one two")["input_ids"]])
+    rules: Any = {"max_new_tokens": 12, "eos_token_id": None, "suppress_tokens": [BYTES + 1], "do_sample": False}
+    plain = lm.model.generate(ids, **rules, stop_strings=[turn], tokenizer=tokenizer)
+    lm = BlockDiffusionLM(lm.model, tokenizer, lm.settings)
+    for mode in ("ar", "speculative"):
+        out = lm.generate("one two", mode=mode, max_new_tokens=12, eos_token_id=[], stop=turn)
+        assert out.finish == ["stop_string"]
+        assert out.sequences.tolist() == plain.tolist()
+        assert out.texts == [tokenizer.decode(free[:place])]
 
 
 def test_masks_are_taken_as_lists_and_for_one_row_and_refused_for_texts(lm):
@@ -348,6 +402,12 @@ def test_an_option_of_the_call_puts_aside_those_of_the_checkpoint_that_must_fit_
     assert lm.generate(prompt, max_new_tokens=8, draft_paths=2).answers == expected
     lm = ids_only(decoding={"mode": "diffusion", "sub_blocks": 2, "steps": 4})
     assert lm.generate(prompt, max_new_tokens=5, block_size=5).answers
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_number_of_draft_steps_that_an_older_version_stored_is_passed_over(steps):
+    lm, prompt = ids_only(decoding={"mode": "speculative", "draft_steps": steps}), torch.tensor([[5, 6, 7]])
+    assert lm.generate(prompt, max_new_tokens=8).answers == lm.generate(prompt, mode="ar", max_new_tokens=8).answers
 
 
 def test_a_model_that_ignores_positions_decodes_one_prompt_in_ar_mode_and_no_batch():

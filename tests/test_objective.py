@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,11 +19,12 @@ from families import EOS_ID, MASK_ID, tiny_model
 from layouts import CHAT, PLAIN, PROMPTED, make_rows
 from nextblock import objective
 from nextblock.attention_mask import block_diffusion_rule
-from nextblock.config import RecipeConfig
+from nextblock.config import BlockDiffusionSettings, RecipeConfig
 from nextblock.corruption import TwoView, corrupt
 from nextblock.data import Rows
+from nextblock.evaluate import bits_per_byte
 from nextblock.model import Decoder
-from nextblock.objective import LossSums, TwoViewLoss, cross_entropy_sum
+from nextblock.objective import LossSums, TwoViewLoss, cross_entropy
 
 ROWS = make_rows([PLAIN, PROMPTED, CHAT], 28)
 AR_WEIGHT = 0.5
@@ -237,7 +239,8 @@ def test_divergence_and_its_gradient_equal_the_plain_computation_and_the_teacher
         teacher = torch.randn(50, 32, dtype=torch.float64, generator=generator).requires_grad_(True)
         if elements:
             monkeypatch.setattr(objective, "LOGIT_ELEMENTS", elements)
-            sums = objective.soft_cross_entropy_sums(Decoder(model), hidden, target, teacher, taught, weight)
+            scores = cross_entropy(Decoder(model), hidden, target, weight, teacher=(teacher, taught))
+            sums = torch.stack([scores.total, scores.soft])
         else:
             q, p = model.lm_head(hidden).softmax(-1), model.lm_head(teacher).softmax(-1).detach()
             counts = torch.ones(50) if weight is None else weight
@@ -288,7 +291,7 @@ def test_the_chunk_loop_equals_plain_cross_entropy_and_its_gradient_in_float64(e
         hidden = torch.randn(50, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
         hidden.requires_grad_(True)
         if chunked:
-            loss = cross_entropy_sum(Decoder(model), hidden, target, weight)
+            loss = cross_entropy(Decoder(model), hidden, target, weight).total
         else:
             logits = model.lm_head(hidden)
             logits = logits * 0.7 / 3.0 if head == "scaled" else logits
@@ -321,7 +324,7 @@ def test_ligers_loss_and_gradient_are_those_of_our_loop(head, monkeypatch):
     for liger in (True, False):
         monkeypatch.setattr(objective, "takes_liger", lambda decoder, hidden, liger=liger: liger)
         hidden = torch.randn(50, 32, generator=torch.Generator().manual_seed(3)).to(model.device).requires_grad_(True)
-        loss = cross_entropy_sum(Decoder(model), hidden, target)
+        loss = cross_entropy(Decoder(model), hidden, target).total
         found = gradients(model, loss / 7)
         results.append((loss.detach(), hidden.grad, *(found[name] for name in sorted(found))))
     for theirs, ours in zip(*results, strict=True):
@@ -342,17 +345,74 @@ def test_no_chunk_holds_more_logits_than_the_limit_and_none_is_computed_twice(mo
 
     hidden = torch.randn(50, 32, requires_grad=True)
     with Seen():
-        cross_entropy_sum(Decoder(model), hidden, torch.randint(0, 97, (50,))).backward()
+        cross_entropy(Decoder(model), hidden, torch.randint(0, 97, (50,))).total.backward()
     assert max(sizes) <= 97 * 8
     assert sum(sizes) == 50 * 97
 
 
-@torch.no_grad()
-def test_without_gradients_the_loss_is_the_same():
-    model = tiny_model("llama")
-    hidden, target = torch.randn(50, 32), torch.randint(0, 97, (50,))
-    plain = functional.cross_entropy(model.lm_head(hidden), target, reduction="sum")
-    torch.testing.assert_close(cross_entropy_sum(Decoder(model), hidden, target), plain)
+def of_each_head(model: Any, head: str) -> None:
+    """Give the model a head of another kind."""
+    if head == "wrapped":
+        model.lm_head = Wrapped(model.lm_head)
+    elif head == "capped":
+        model.config.final_logit_softcapping = 1.5
+
+
+@pytest.mark.parametrize("head", ["plain", "capped", "wrapped"])
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_losses_of_single_tokens_add_up_to_the_sum_with_or_without_gradients(head, soft, weighted, monkeypatch):
+    monkeypatch.setattr(objective, "LOGIT_ELEMENTS", 97 * 7)
+    model = tiny_model("llama").double()
+    of_each_head(model, head)
+    decoder, target, weight = Decoder(model), torch.randint(0, 97, (50,)), torch.rand(50) if weighted else None
+    hidden = torch.randn(50, 32, dtype=torch.float64)
+    teacher = (torch.randn(50, 32, dtype=torch.float64), torch.rand(50) < 0.7) if soft else None
+    wanted = functional.cross_entropy(decoder.logits(hidden), target, reduction="none").detach()
+    for train in (True, False):
+        with torch.set_grad_enabled(train):
+            found = cross_entropy(decoder, hidden, target, weight, teacher=teacher, each=True)
+        assert not found.nats.requires_grad
+        torch.testing.assert_close(found.nats, wanted)
+        torch.testing.assert_close(found.total.detach(), (wanted * weight).sum() if weighted else wanted.sum())
+        assert (float(found.soft.detach()) > 0) == soft
+
+
+class Widest(TorchDispatchMode):
+    """The most elements of a tensor as wide as the vocabulary, but for the head's matrix and its gradient."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.matrix, self.elements = model.lm_head.weight.T.shape, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for one in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(one, Tensor) and one.shape[-1:] == self.matrix[-1:] and one.shape != self.matrix:
+                self.elements = max(self.elements, one.numel())
+        return out
+
+
+@pytest.mark.parametrize("head", ["plain", "wrapped"])
+@pytest.mark.parametrize("what", ["training", "profile", "soft targets", "evaluation", "bits per byte"])
+def test_no_more_logits_than_the_limit_are_made_at_a_time_whatever_is_scored(what, head, monkeypatch):
+    monkeypatch.setattr(objective, "LOGIT_ELEMENTS", 97 * 8)
+    model = tiny_model("llama").double()
+    widest = Widest(model)
+    of_each_head(model, head)
+    loss, view = TwoViewLoss(Decoder(model)), view_of(ROWS, 4)
+    settings = BlockDiffusionSettings(block_size=4, mask_token_id=MASK_ID)
+    tokenizer: Any = SimpleNamespace(eos_token_id=EOS_ID, decode=lambda ids, **_: "x" * len(ids))
+    with widest:
+        if what == "bits per byte":
+            bits_per_byte(Decoder(model), tokenizer, ROWS, settings, draws=1)
+        elif what == "evaluation":
+            with torch.no_grad():
+                loss(view, block_diffusion_rule())
+        else:
+            profile, soft = what == "profile", what == "soft targets"
+            loss(view, block_diffusion_rule(), soft=soft, profile=profile).total(0.5, soft_weight=1.0).backward()
+    assert 0 < widest.elements <= 97 * 8
 
 
 def test_autocast_scores_as_the_plain_computation_does():
@@ -362,7 +422,7 @@ def test_autocast_scores_as_the_plain_computation_does():
         hidden = torch.randn(50, 32, generator=torch.Generator().manual_seed(3)).requires_grad_(True)
         with torch.autocast("cpu", torch.bfloat16):
             if chunked:
-                loss = cross_entropy_sum(Decoder(model), hidden, target)
+                loss = cross_entropy(Decoder(model), hidden, target).total
             else:
                 loss = functional.cross_entropy(model.lm_head(hidden).float(), target, reduction="sum")
         results.append((loss.detach(), gradients(model, loss)["lm_head.weight"], hidden.grad))
@@ -374,7 +434,7 @@ def test_autocast_scores_as_the_plain_computation_does():
 def test_bfloat16_hidden_states_are_scored_in_float32():
     model = tiny_model("llama").bfloat16()
     hidden, target = torch.randn(9, 32, dtype=torch.bfloat16), torch.randint(0, 97, (9,))
-    loss = cross_entropy_sum(Decoder(model), hidden, target)
+    loss = cross_entropy(Decoder(model), hidden, target).total
     plain = functional.cross_entropy(model.lm_head(hidden).float(), target, reduction="sum")
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, plain)

@@ -32,6 +32,7 @@ from nextblock.plan.work import (
     step_flops,
 )
 from nextblock.shapes import DEVICES, shape_values
+from nextblock.tracking import Products, kind_of_training
 from nextblock.train import prepare, train_step
 
 LLAMA: dict[str, Any] = {
@@ -152,7 +153,7 @@ def test_multiply_adds_of_the_linear_layers_are_those_that_torch_counts(tmp_path
     with FlopCounterMode(display=False) as counter:
         decoder.hidden(tokens, torch.arange(50).expand(2, -1), None)
     counted = sum(n for name, n in counter.get_flop_counts()["Global"].items() if "mm" in str(name))
-    assert counted == 2 * counts.linear * tokens.numel()
+    assert counted == 2 * counts.products.linear * tokens.numel()
 
 
 def test_full_training_is_three_forward_passes_and_a_drafts_clean_half_is_one(tmp_path):
@@ -166,6 +167,24 @@ def test_full_training_is_three_forward_passes_and_a_drafts_clean_half_is_one(tm
     assert step_flops(again, shape, count_parameters(again, shape), 16).recomputed == pytest.approx(
         (ours.clean + ours.noised) / 3
     )
+
+
+@pytest.mark.parametrize("section", [{}, {"lora": {"rank": 4}}, {"draft_adapter": {"rank": 4}}])
+@pytest.mark.parametrize("recipe", [{}, {"views": 2, "soft_weight": 0.5, "ar_weight": 0.0}])
+def test_a_plan_expects_the_operations_that_a_run_counts(section, recipe, tmp_path):
+    overrides = {f"recipe__{key}": value for key, value in recipe.items()}
+    config = config_of(None, tmp_path, recipe__fill_last_block=False, training__batch_rows=100, **overrides, **section)
+    shape = model_shape(config.model)
+    planned = step_flops(config, shape, count_parameters(config, shape), 16)
+    run = prepare(config)
+    rows = make_rows([[[256]]] * 100, 256)
+    view = corrupt(rows, 16, mask_token_id=96, end_token_id=None, recipe=config.recipe, seed=0, step=0)
+    kind = kind_of_training(config)
+    products = Products.of(run.decoder.model, run.trained.parameters() if section else ())
+    counted = products.of_view(kind, view, config.recipe.ar_weight > 0, config.recipe.soft_weight > 0)
+    assert counted.clean == planned.clean
+    assert counted.noised == pytest.approx(planned.noised, rel=0.03)
+    assert counted.head == pytest.approx(planned.head, rel=0.03)
 
 
 def test_soft_targets_take_the_teachers_logits_and_those_of_both_again(tmp_path):
@@ -211,7 +230,7 @@ def test_lora_computes_a_tied_heads_logits_and_its_own_updates_twice(tmp_path):
     found, again = (step_flops(c, shape, counts, 16) for c in (once, twice))
     assert found.recomputed == found.head / 2  # a frozen head: logits, and the gradient of what enters it
     tokens = 4 * (256 + noised_tokens(once, 16, 256))
-    updates = 2 * tokens * counts.low_rank
+    updates = 2 * tokens * counts.products.low_rank
     forward = config_of(tied, tmp_path, training__gradient_checkpointing=True)
     layers = step_flops(forward, shape, count_parameters(forward, shape), 16).recomputed
     assert again.recomputed == found.recomputed + layers + updates

@@ -21,11 +21,11 @@ from nextblock.generate import BlockDiffusionLM
 from nextblock.sampling import (
     DecodingConfig,
     accepted,
-    choose_tokens,
     commit,
     draw,
     filter_logits,
     generator,
+    probability_of,
     residual,
     scores,
     uniforms,
@@ -39,7 +39,7 @@ from nextblock.speculate import Draft, _branches, _verify_sampled
 @pytest.mark.parametrize("top_p", [None, 0.6])
 def test_filters_are_those_of_transformers(temperature, top_k, top_p):
     logits = torch.randn(9, 20) * 2
-    ours = filter_logits(logits.clone(), mask_token_id=None, temperature=temperature, top_k=top_k, top_p=top_p)
+    ours = filter_logits(logits, temperature, top_k, top_p)
     theirs = TemperatureLogitsWarper(temperature)(None, logits.clone())  # type: ignore[arg-type]
     if top_k is not None:
         theirs = TopKLogitsWarper(top_k)(None, theirs)  # type: ignore[arg-type]
@@ -48,10 +48,14 @@ def test_filters_are_those_of_transformers(temperature, top_k, top_p):
     torch.testing.assert_close(ours.softmax(-1), theirs.softmax(-1))
 
 
-def test_the_mask_token_goes_before_anything_else():
-    logits = torch.tensor([[1.0, 9.0, 0.5]])
-    kept = filter_logits(logits, mask_token_id=1, temperature=0.0, top_k=1, top_p=None)
-    assert kept.softmax(-1).tolist() == [[1.0, 0.0, 0.0]]
+@pytest.mark.parametrize(("temperature", "expected"), [(1e-46, [0.0, 1.0, 0.0]), (1e39, [0.5, 0.5, 0.0])])
+def test_a_temperature_beyond_float32_is_the_limit_that_it_stands_for(temperature, expected):
+    logits = torch.tensor([[1.0, 9.0, -math.inf]])
+    assert filter_logits(logits, temperature, None, None).softmax(-1).tolist() == [expected]
+
+
+def test_of_a_nucleus_however_small_the_likeliest_token_is_left():
+    assert filter_logits(torch.tensor([[1.0, 9.0]]), 1.0, None, 1e-46).softmax(-1).tolist() == [[0.0, 1.0]]
 
 
 def test_a_draw_inverts_the_cumulative_distribution_and_skips_what_has_no_weight():
@@ -62,9 +66,9 @@ def test_a_draw_inverts_the_cumulative_distribution_and_skips_what_has_no_weight
 
 def test_equal_logits_give_the_lowest_token_and_equal_scores_the_first_position():
     logits = torch.zeros(3, 5)
-    token, probability = choose_tokens(logits, 0.0, None)
+    token = logits.argmax(-1)
     assert token.tolist() == [0, 0, 0]
-    torch.testing.assert_close(probability, torch.full((3,), 0.2))
+    torch.testing.assert_close(probability_of(logits, token), torch.full((3,), 0.2))
     assert commit([0.5, 0.5, 0.5], [0.5] * 3, sampler="confidence", threshold=None, steps_left=None) == [0]
 
 
@@ -210,7 +214,6 @@ def chi_square_p(counts, expected):
     [
         {"mode": "ar"},
         {"mode": "speculative"},
-        {"mode": "speculative", "draft_steps": 2},
         {"mode": "speculative", "draft_ahead": 2},
         {"mode": "speculative", "draft_paths": 2},
         {"mode": "speculative", "draft_paths": 4, "draft_length": "auto"},
@@ -262,14 +265,14 @@ def test_two_tokens_checked_against_a_bad_draft_have_the_target_distribution(pat
     logits = draft_of.log().expand(count, 2, 5)
     drawn = torch.tensor([row.draw(2) for row in rows], dtype=torch.float64)
     drafts = torch.stack([draw(logits[:, i].softmax(-1), drawn[:, i]) for i in range(2)], dim=1)
-    branches = _branches(batch, logits, drafts, [2] * count) if paths > 1 else []
+    branches = _branches(batch, logits, logits.softmax(-1), drafts, [2] * count) if paths > 1 else []
     draft = Draft(drafts, [2] * count, logits.softmax(-1), branches)
     target = torch.full((count, 6, 5), 0.2)
     target[:, 0] = first
     for index, found in enumerate(draft.paths):
         for path in found:
             target[index, path.nodes[1]] = second[path.tokens[0]]
-    verdict = _verify_sampled(batch, target.log(), draft)
+    verdict = _verify_sampled(batch, target.log(), target, draft)
     # Where only one token was gained, the next pass would draw the second from the target itself.
     missing = draw(second[[gained[0] for gained in verdict.tokens]], torch.tensor([row.draw(1)[0] for row in rows]))
     pairs = [(*gained, last)[:2] for gained, last in zip(verdict.tokens, missing.tolist(), strict=True)]
@@ -279,7 +282,7 @@ def test_two_tokens_checked_against_a_bad_draft_have_the_target_distribution(pat
 
 
 @pytest.mark.parametrize(
-    "how", [{}, {"draft_steps": 2}, {"draft_ahead": 2}, {"draft_length": "auto"}, {"top_k": 5, "top_p": 0.9}], ids=str
+    "how", [{}, {"draft_ahead": 2}, {"draft_length": "auto"}, {"top_k": 5, "top_p": 0.9}], ids=str
 )
 def test_sampling_with_a_draft_adapter_has_the_distribution_of_the_bare_parent(how):
     """Enumerated before the adapter is there; its mask token is no token of the parent, so none is left out."""
@@ -329,10 +332,8 @@ def test_the_chi_square_test_can_tell_a_wrong_sampler():
         ({"top_k": 0}, "top_k=0 must be at least 1"),
         ({"block_size": 0}, "block_size=0 must be at least 1"),
         ({"steps": 0}, "steps=0 must be at least 1"),
-        ({"draft_steps": 2, "draft_ahead": 1}, "does not go with draft_ahead"),
         ({"draft_paths": 0}, "draft_paths=0 must be at least 1"),
         ({"draft_paths": 2, "draft_ahead": 1}, "draft_paths=2 does not go with draft_ahead"),
-        ({"draft_paths": 2, "draft_steps": 2}, "draft_paths=2 does not go with draft_steps"),
         ({"draft_length": "long"}, "draft_length"),
         ({"treshold": 0.5}, "unknown key 'treshold'; did you mean 'threshold'"),
     ],

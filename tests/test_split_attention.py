@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.integrations import sdpa_attention
 
 from families import MASK_ID, tiny_model
 from layouts import CHAT, LAYOUTS, PLAIN, PROMPTED, make_rows, may_look, places_of, slots_of_row
@@ -191,3 +192,37 @@ def test_ordinary_masks_are_those_of_sdpa(llama):
     for bad in ({"dropout": 0.1}, {"softcap": 3.0}):
         with pytest.raises(ValueError, match="no dropout, soft cap"):
             parts.split_attention(nn.Module(), query, key, value, mask, **bad)
+
+
+@pytest.mark.parametrize("grouped", [("cpu",), ()], ids=["by the kernel", "folded"])
+@pytest.mark.parametrize("mask_rows", [1, 3])
+def test_grouped_heads_attend_as_in_sdpa_without_copies(monkeypatch, grouped, mask_rows):
+    query = torch.randn(3, 6, 5, 8, requires_grad=True)
+    key, value = (torch.randn(3, 2, 9, 8, requires_grad=True) for _ in range(2))
+    mask = torch.zeros(mask_rows, 1, 5, 9).masked_fill_(torch.rand(mask_rows, 1, 5, 9) > 0.7, -torch.inf)
+    module, weights = nn.Module(), torch.randn(3, 5, 6, 8)
+    module.num_key_value_groups = 3  # type: ignore[assignment]
+    expected = sdpa_attention.sdpa_attention_forward(module, query, key, value, mask)[0]
+    open_expected = sdpa_attention.sdpa_attention_forward(module, query, key, value, torch.zeros_like(mask))[0]
+    gradients = torch.autograd.grad((expected * weights).sum(), (query, key, value))
+    monkeypatch.setattr(sdpa_attention, "repeat_kv", lambda *_: pytest.fail("keys were copied"))
+    monkeypatch.setattr(parts, "GROUPED", grouped)
+    found = parts.split_attention(module, query, key, value, mask)[0]
+    torch.testing.assert_close(found, expected)
+    for a, b in zip(torch.autograd.grad((found * weights).sum(), (query, key, value)), gradients, strict=True):
+        torch.testing.assert_close(a, b)
+    nothing = parts.split_attention(module, query, key, value, torch.zeros(1, 1, 1, 1))[0]
+    torch.testing.assert_close(nothing, open_expected)
+
+
+def test_what_the_kernels_cannot_do_is_refused_or_done_by_sdpa():
+    query, key = torch.randn(1, 4, 3, 8), torch.randn(1, 2, 3, 8)
+    module = nn.Module()
+    module.num_key_value_groups = 2  # type: ignore[assignment]
+    bias, mask = torch.randn(1, 4, 3, 3), torch.zeros(1, 1, 3, 3)
+    found = parts.split_attention(module, query, key, key, mask, position_bias=bias)[0]
+    assert torch.equal(
+        found, sdpa_attention.sdpa_attention_forward(module, query, key, key, mask, position_bias=bias)[0]
+    )
+    with pytest.raises(ValueError, match="softcap"):
+        parts.split_attention(module, query, key, key, mask, softcap=30.0)

@@ -17,6 +17,7 @@ from families import MASK_ID, tiny_model
 from nextblock.adapter import DraftAdapter
 from nextblock.config import BlockDiffusionSettings, DraftAdapterConfig
 from nextblock.generate import BlockDiffusionLM, compiled_passes
+from nextblock.request import make_request
 from nextblock.static import StaticCache, StaticPasses, rounded_capacity, rounded_rows, rounded_width
 
 LENGTHS, LIMITS = (5, 11, 1, 7, 9), [30, 7, 18, 25, 12]
@@ -120,10 +121,11 @@ def test_few_sizes_each_holding_what_is_rounded_up_to_it():
     for number in range(1, 5000):
         for rounded, excess in ((rounded_rows, 2), (rounded_width, 8), (rounded_capacity, 256)):
             assert number <= rounded(number) <= excess * number
-        assert rounded_capacity(number) - number < max(256, number / 4)
+        assert rounded_capacity(number) < max(257, 2 * number)
     assert {rounded_rows(n) for n in range(1, 65)} == {1, 2, 4, 8, 16, 32, 64}
     assert {rounded_width(n) for n in range(1, 97)} == {1, 8, 16, 32, 64, 96}
-    assert len({rounded_capacity(n) for n in range(1, 8193)}) == 16
+    assert len({rounded_capacity(n) for n in range(1, 8193)}) == 6
+    assert len({rounded_capacity(n) for n in range(4096, 32769)}) == 4  # each is compiled for every width
 
 
 def addresses(passes):
@@ -158,6 +160,9 @@ def test_two_streams_read_in_turns_do_not_write_over_each_other(llama):
     ordinary, static = pair(llama)
     batches = [prompts(5, 3), prompts(4, 7, seed=1)]
     streams = [static.stream(**batch, mode="speculative", max_new_tokens=20) for batch in batches]
+    next(streams[0])
+    with pytest.warns(UserWarning, match="this one goes without torch.compile; read streams to their end, or close"):
+        next(streams[1])
     for _ in range(400):
         for stream in streams:
             next(stream, None)
@@ -168,12 +173,63 @@ def test_two_streams_read_in_turns_do_not_write_over_each_other(llama):
 
 def test_a_stream_that_is_given_up_gives_the_memory_back(llama):
     _, static = pair(llama)
-    stream = static.stream(**prompts(5, 3), mode="ar", max_new_tokens=20)
-    next(stream)
-    assert not isinstance(static.passes.cache(1, 10, 1), StaticCache)
-    del stream
-    gc.collect()
-    assert isinstance(static.passes.cache(1, 10, 1), StaticCache)
+    for give_up in ("dropped", "closed", "left"):
+        stream = static.stream(**prompts(5, 3), mode="ar", max_new_tokens=20)
+        next(stream)
+        with pytest.warns(UserWarning, match="without torch.compile"):
+            assert not isinstance(static.passes.cache(1, 10, 1), StaticCache)
+        if give_up == "dropped":
+            del stream
+            gc.collect()
+        elif give_up == "closed":
+            stream.close()
+            assert next(stream, None) is None
+        else:
+            with stream:
+                next(stream)
+        cache = static.passes.cache(1, 10, 1)
+        assert isinstance(cache, StaticCache)
+        static.passes.release(cache)
+
+
+def test_a_call_that_fails_gives_the_memory_back_even_if_its_exception_is_kept(llama):
+    ordinary, static = pair(llama)
+
+    def refuse(answer):
+        raise ValueError("no more")
+
+    request = make_request(static.decoder, None, static.settings, prompts(5)["prompts"], {"max_new_tokens": 9})
+    request.rows[0].stop = refuse
+    kept = []
+    try:
+        list(static.run(request, 0.0))
+    except ValueError as error:
+        kept.append(error)
+    assert kept
+    with warnings.catch_warnings(action="error"):
+        assert_same(ordinary, static, mode="speculative")
+
+
+def test_memory_that_runs_out_ends_compiled_passes_for_that_call_alone(llama):
+    left = [3, 1000]
+
+    def runs_out(function):
+        def run(*arguments):
+            left[0] -= 1
+            if left[0] == 0:
+                raise torch.OutOfMemoryError("out of memory, tried to allocate 2 GiB")
+            return function(*arguments)
+
+        return run
+
+    ordinary, static = pair(llama, StaticPasses(runs_out))
+    expected = ordinary.generate(**prompts(*LENGTHS), max_new_tokens=LIMITS)
+    with pytest.warns(UserWarning, match="without torch.compile to the end of this call: out of memory"):
+        assert static.generate(**prompts(*LENGTHS), max_new_tokens=LIMITS).answers == expected.answers
+    before = left[0]
+    with warnings.catch_warnings(action="error"):
+        assert_same(ordinary, static, mode="speculative")
+    assert left[0] < before
 
 
 # ------------------------------------------------------------------------------------------ compilation

@@ -83,3 +83,14 @@ def test_the_beginning_of_a_stop_string_is_held_back_only_while_it_may_become_on
     pieces = [stream.put(token) for token in tokens]
     assert pieces == ["a", "", "", "STo", "b", "", "", "", ""]
     assert stream.stopped
+
+
+@pytest.mark.parametrize(
+    ("stop", "text"), [("<t>", "abc"), ("c<t>", "ab"), ("<t>d", "abc"), ("bc<t>de", "a"), ("<t><t>", "abcdefgh")]
+)
+def test_a_stop_string_sees_special_tokens_which_the_text_does_not_show(stop, text):
+    tokenizer = byte_level()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<t>"]})
+    pieces, stopped = shown(tokenizer, tokenizer("abc<t>def<t>gh")["input_ids"], [stop])
+    assert "".join(pieces) == text
+    assert stopped == (text != "abcdefgh")

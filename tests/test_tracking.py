@@ -18,7 +18,7 @@ from accelerate.utils import LoggerType
 from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
-from families import EOS_ID, MASK_ID, tiny_model
+from families import EOS_ID, MASK_ID, nested_model, tiny_model
 from layouts import CHAT, PLAIN, PROMPTED, make_rows
 from nextblock.adapt import adapt, first_prompt
 from nextblock.attention_mask import block_diffusion_rule
@@ -28,8 +28,12 @@ from nextblock.live import TrainingBar
 from nextblock.model import Decoder
 from nextblock.objective import TwoViewLoss
 from nextblock.report import read_log
-from nextblock.tracking import NOISE_LEVELS, LossProfile, scalars, useful_flops
+from nextblock.tracking import NOISE_LEVELS, LossProfile, Products, scalars
 from nextblock.train import StepMetrics, prepare, train, trim_log
+
+
+def test_products_are_those_of_the_text_model_where_images_come_with_it():
+    assert Products.of(nested_model(9)) == Products.of(tiny_model("gemma3"))
 
 
 @pytest.mark.parametrize("prediction", ["shifted", "aligned"])
@@ -84,7 +88,7 @@ def test_useful_operations_are_those_that_run_less_the_pairs_that_may_not_look()
     width, layers = 32, 2
     unseen = length * length - length * (length + 1) // 2
     ran = counter.get_total_flops() - 3 * 4 * width * layers * unseen
-    assert useful_flops(Decoder(model), view, trained=True) == ran
+    assert Products.of(model).of_view("full", view, score_ar=True).useful == ran
 
 
 # ------------------------------------------------------------------------------- a short run

@@ -493,6 +493,17 @@ def test_resuming_a_finished_run_trains_no_further_and_leaves_the_same_weights(p
     assert weights(tmp_path) == before
 
 
+@pytest.mark.filterwarnings("ignore:.*is read as text")
+def test_a_mask_token_spelled_in_the_data_is_text_and_a_resumed_run_reads_it_alike(place, tmp_path):
+    (tmp_path / "data.jsonl").write_text(
+        '{"text": "the <|mask|> token"}\n{"text": "no <|mask|>."}\n', encoding="utf-8"
+    )
+    data = {"data__sources": [{"path": str(tmp_path / "data.jsonl")}]}
+    train(config_of(place, tmp_path / "whole", **data))
+    train(stopped_run(place, tmp_path / "stopped", 3, **data), resume=True)
+    assert weights(tmp_path / "whole") == weights(tmp_path / "stopped")
+
+
 def test_a_resume_under_a_changed_configuration_names_each_difference(place, tmp_path):
     stopped_run(place, tmp_path, 5)
     changed = config_of(place, tmp_path, optimizer__lr=0.1, growth__b_max=2, recipe__ar_weight=0.25)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nextblock import schedules
 from nextblock.attention_mask import block_diffusion_rule
-from nextblock.config import AdaptConfig, load_config, stage_configs
+from nextblock.config import AdaptConfig, BlockDiffusionSettings, load_config, stage_configs
 from nextblock.corruption import corrupt
 from nextblock.data import Rows
 from nextblock.evaluate import BitsPerByte, bits_per_byte
@@ -173,7 +173,7 @@ def evaluate_midway(run: Run, rows: Rows) -> dict[str, Any]:
             rows.slice(start, min(start + size, len(rows))),
             block_size,
             mask_token_id=run.mask_token_id or 0,
-            end_token_id=run.tokenizer.eos_token_id,
+            end_token_id=run.span_ends,
             recipe=recipe.model_copy(update={"offset_decay": None}),  # as every token counts, whatever is trained
             seed=config.training.seed,
             step=0,
@@ -216,33 +216,46 @@ def first_prompt(rows: Rows) -> Tensor:
     return tokens[: context or max(1, min(PROMPT_TOKENS, len(tokens) // 2))]
 
 
+def evaluation_rows(config: AdaptConfig) -> int:
+    """Rows of one forward pass of the final evaluation: no more than a process takes while training."""
+    return min(4, config.training.micro_batch_rows or 4)
+
+
 def held_out_bits(run: Run, received: list[int]) -> list[dict[str, Any]]:
     """Bits per byte of the parent (AR) and of the adapted model (AR and the diffusion bound).
+
+    Each is alone on the device: what the run holds goes before, so that it is of no more use, and the adapted model
+    before the parent is loaded, as it was for training (in 4 bits, if the run held it so).
 
     Raises:
         SigtermReceived: a signal came, before or meanwhile (`received`, of `stop_on_sigterm`).
     """
 
+    def measure(decoder: Decoder, settings: BlockDiffusionSettings | None = None) -> list[BitsPerByte]:
+        size = evaluation_rows(config)
+        return bits_per_byte(decoder, tokenizer, rows, settings, batch_rows=size, on_pass=leave_on_signal)
+
     def leave_on_signal() -> None:
         if received:
             raise SigtermReceived
 
-    rows = run.held_out
+    config, rows, tokenizer, accelerator = run.config, run.held_out, run.tokenizer, run.accelerator
     if rows is None:
-        run.accelerator.print("no document is held out, so bits per byte are not measured; raise data.held_out")
+        accelerator.print("no document is held out, so bits per byte are not measured; raise data.held_out")
         return []
-    found: list[tuple[str, BitsPerByte]] = []
-    model = run.config.model
-    if model.scratch is None:
-        parent = load_parent(model.model_copy(update={"quantization": None}), run.decoder.device)
-        found += [
-            ("parent", measure) for measure in bits_per_byte(parent, run.tokenizer, rows, on_pass=leave_on_signal)
-        ]
+    decoder, settings, sharded, output = run.decoder, run.settings, run.is_sharded, run.output
+    device, dtype = decoder.device, decoder.model.dtype
     run.loss.eval()
-    decoder = run.decoder
-    if run.is_sharded:  # only this rank measures, and it holds a part of the weights
-        code = model.trust_remote_code
-        decoder = Decoder(load_model(run.output, dtype=decoder.model.dtype, trust_remote_code=code))
-    measures = bits_per_byte(decoder, run.tokenizer, rows, run.settings, on_pass=leave_on_signal)
-    found += [("adapted", measure) for measure in measures]
-    return [{"model": model, **asdict(measure)} for model, measure in found]
+    vars(run).clear()
+    if sharded:  # only this rank measures, and it holds a part of the weights
+        del decoder
+        accelerator.free_memory()
+        code = config.model.trust_remote_code
+        decoder = Decoder(load_model(output, dtype=dtype, device=device, trust_remote_code=code))
+    accelerator.free_memory()
+    found = [("adapted", one) for one in measure(decoder, settings)]
+    if config.model.scratch is None:
+        del decoder
+        accelerator.free_memory()
+        found = [("parent", one) for one in measure(load_parent(config.model, device))] + found
+    return [{"model": model, **asdict(one)} for model, one in found]

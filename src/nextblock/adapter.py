@@ -12,8 +12,9 @@ import hashlib
 import json
 import math
 import re
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -37,6 +38,35 @@ Gate = bool | Tensor
 """Where the adapter acts: nowhere, everywhere, or at the True entries of a bool tensor [B, T]."""
 
 
+class _Pass(threading.local):
+    """Where adapters act in the pass that this thread runs: of the pass, because a model may run several at once.
+
+    opens_at: the position from which on they act in every row, where merged copies exist and there is one.
+    """
+
+    def __init__(self) -> None:
+        self.gate: Gate = False
+        self.opens_at: int | None = None
+
+
+_running = _Pass()
+
+
+@contextmanager
+def _opened(gate: Gate, opens_at: int | None) -> Iterator[None]:
+    before = _running.gate, _running.opens_at
+    _running.gate, _running.opens_at = gate, opens_at
+    try:
+        yield
+    finally:
+        _running.gate, _running.opens_at = before
+
+
+def recomputation() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """`context_fn` of torch's checkpoint: a layer is computed again, on whatever thread, with the gate of its pass."""
+    return nullcontext(), _opened(_running.gate, _running.opens_at)
+
+
 class GatedLinear(nn.Module):
     """A frozen linear layer plus, where the gate is open, a low-rank update: x W + gate * scale * (x A) B."""
 
@@ -53,26 +83,26 @@ class GatedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]; x is [B, T, in] where the gate is a tensor."""
         owner = cast(DraftAdapter, self.owner)
-        if owner.gate is False:
+        gate, opens_at = owner.always or _running.gate, _running.opens_at
+        if gate is False:
             return self.base(x)
-        if self.merged is not None and owner.opens_at is not None:
+        if self.merged is not None and opens_at is not None:
             bias = getattr(self.base, "bias", None)
-            if owner.opens_at == 0:
+            if opens_at == 0:
                 return functional.linear(x, self.merged, bias)
-            closed, noised = x[:, : owner.opens_at].contiguous(), x[:, owner.opens_at :]
+            closed, noised = x[:, :opens_at].contiguous(), x[:, opens_at:]
             return torch.cat([self.base(closed), functional.linear(noised, self.merged, bias)], dim=1)
         low = functional.linear(functional.dropout(x, owner.dropout, owner.training), self.lora_A.to(x.dtype))
         update = functional.linear(low, self.lora_B.to(x.dtype)) * owner.scale
-        if isinstance(owner.gate, Tensor):
-            update = update * owner.gate.unsqueeze(-1)
+        if isinstance(gate, Tensor):
+            update = update * gate.unsqueeze(-1)
         return self.base(x) + update
 
 
 class DraftAdapter(nn.Module):
     """The trained part: A and B of every adapted layer, and the vector that embeds the mask token.
 
-    gate: where it acts in the pass that is running; set by `open`.
-    opens_at: the position from which on it acts in every row, where merged copies exist and there is one.
+    always: it acts in every pass, wherever `open` would have it.
     mask_token_id: one past the parent's vocabulary, so no token of it and no row of its head.
     settings: what a sampler needs to know; None until it is loaded.
     """
@@ -91,8 +121,7 @@ class DraftAdapter(nn.Module):
         self.config = config
         self.scale = config.alpha / config.rank
         self.dropout = config.dropout
-        self.gate: Gate = False
-        self.opens_at: int | None = None
+        self.always = False
         self.mask_token_id = embedding.num_embeddings
         self.names = target_names(model, config.target_modules)
         self.lora_A = nn.ParameterList()
@@ -140,14 +169,9 @@ class DraftAdapter(nn.Module):
         """Refused: merged weights would no longer be the parent's, and its output neither."""
         raise UsageError("a draft adapter cannot be merged: it would change the parent; load it beside the parent")
 
-    @contextmanager
-    def open(self, gate: Gate) -> Iterator[None]:
-        """Let the adapter act at `gate` inside the `with` block."""
-        self.gate, self.opens_at = gate, self._first_open(gate)
-        try:
-            yield
-        finally:
-            self.gate, self.opens_at = False, None
+    def open(self, gate: Gate) -> AbstractContextManager[None]:
+        """Let the adapter act at `gate` in the passes of this thread inside the `with` block."""
+        return _opened(gate, self._first_open(gate))
 
     def _first_open(self, gate: Gate) -> int | None:
         """Where a gate opens for the rest of every row, if it does; looked up only where copies are merged."""

@@ -10,7 +10,9 @@ Letters: B rows, Q tokens of a pass, D hidden size, V vocabulary, N positions wh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +24,8 @@ from nextblock.cache import Masks, SlotCache
 from nextblock.config import BlockDiffusionSettings
 from nextblock.events import Committed, Event, Finish, Prefilled, RowFinished, Stats
 from nextblock.model import AttentionMask, Decoder
-from nextblock.sampling import DecodingConfig, choose_tokens, filter_logits, uniforms
+from nextblock.sampling import DecodingConfig, draw, filter_logits, probability_of, uniforms
+from nextblock.split_attention import can_run_split, running_split
 from nextblock.static import StaticCache, StaticPasses
 
 Processor = Callable[[Tensor, Tensor], Tensor]
@@ -72,7 +75,7 @@ class Row:
 class Batch:
     """Rows decoded together: their cache, and the forward pass they share.
 
-    `rows` holds those still being decoded, in the order of the cache.
+    `rows` holds those still being decoded, in the order of the cache. Without `confidence` that of events is nan.
     """
 
     def __init__(
@@ -84,8 +87,10 @@ class Batch:
         stats: Stats,
         processor: Processor | None = None,
         passes: StaticPasses | None = None,
+        confidence: bool = True,
     ) -> None:
         self.decoder = decoder
+        self.tells_confidence = confidence
         self.mask_token_id = None if settings is None else settings.mask_token_id
         self.shifted = settings is None or settings.prediction == "shifted"
         self.block_causal = settings is not None and settings.context == "block_causal"
@@ -102,6 +107,8 @@ class Batch:
         self.max_positions = decoder.context(min(len(row.prompt) for row in rows)) or capacity
         self.windows = {k: w if w is not None and w < capacity else None for k, w in decoder.windows.items()}
         self.masks = Masks(capacity, decoder.model.dtype, self.device)
+        self.open = torch.zeros(1, 1, 1, 1, dtype=decoder.model.dtype, device=self.device)
+        self.skips_masks = can_run_split(decoder.model)
         self.span = torch.arange(capacity, device=self.device)
 
     def forward(self, tokens: Tensor, starts: list[int], causal: list[bool]) -> Tensor:
@@ -114,18 +121,18 @@ class Batch:
         Returns:
             Final hidden states [B, Q, D].
         """
-        self._count_pass()
         whole = tokens.shape[1] - 1
         last = [-1 if c else start + whole for start, c in zip(starts, causal, strict=True)]
         noised = None if any(causal) and not all(causal) else not all(causal)
-        hidden = self._static(tokens, starts, last, noised)
-        return self._forward(tokens, starts, causal) if hidden is None else hidden
+        with self._pass():
+            hidden = self._static(tokens, starts, last, noised)
+            return self._forward(tokens, starts, causal) if hidden is None else hidden
 
     def _static(
         self, tokens: Tensor, starts: list[int], last: list[int], noised: Gate | None, **places: Any
     ) -> Tensor | None:
         """The same pass in fixed shapes, if this batch has them; arguments as in `StaticPasses.run`."""
-        if not isinstance(self.cache, StaticCache) or self.cache.passes.failed:
+        if not isinstance(self.cache, StaticCache) or not self.cache.compiled:
             return None
         known = {"windows": self.windows, "max_positions": self.max_positions, "noised": noised}
         return self.cache.passes.run(self.decoder, self.cache, tokens, starts, last, **known, **places)
@@ -168,26 +175,38 @@ class Batch:
         Returns:
             Final hidden states [B, Q, D].
         """
-        self._count_pass()
         width = tokens.shape[1]
         seen = {window: visible(window) for window in set(self.windows.values())}
-        hidden = self._static(tokens, starts, [-1] * len(starts), noised, position=position, seen=seen)
-        if hidden is not None:
-            return hidden
-        self.cache.aim(starts, width, torch.tensor(starts, device=self.device)[:, None] + self.span[:width])
-        mask = self._by_kind(lambda window: self.masks.additive(seen[window].unsqueeze(1)))
-        return self.decoder.hidden(tokens, position.clamp_max(self.max_positions - 1), mask, self.cache, noised)
+        with self._pass():
+            hidden = self._static(tokens, starts, [-1] * len(starts), noised, position=position, seen=seen)
+            if hidden is not None:
+                return hidden
+            self.cache.aim(starts, width, torch.tensor(starts, device=self.device)[:, None] + self.span[:width])
+            mask = self._by_kind(lambda window: self.masks.additive(seen[window].unsqueeze(1)))
+            return self.decoder.hidden(tokens, position.clamp_max(self.max_positions - 1), mask, self.cache, noised)
 
-    def _count_pass(self) -> None:
+    @contextmanager
+    def _pass(self) -> Iterator[None]:
+        """One forward pass, counted, with attention that takes the masks that it is given."""
         self.stats.forwards += 1
         for row in self.rows:
             row.passes += 1
+        with running_split(self.decoder.model):
+            yield
 
     def _aligned_mask(self, start: int, width: int, causal: bool) -> AttentionMask | None:
         """None where transformers makes plain causal attention of it by itself, without or with a cheap mask."""
-        if causal and (start == 0 or (width == 1 and not any(self.windows.values()))):
+        causal = causal and width > 1
+        if start == 0 and causal:
             return None
-        return self._by_kind(lambda window: self.masks.aligned(start, width, causal, window))
+
+        def build(window: int | None) -> Tensor:
+            sees_all = not causal and (window is None or start + width <= window)
+            if sees_all and self.skips_masks:
+                return self.open
+            return self.masks.aligned(start, width, causal, window)
+
+        return self._by_kind(build)
 
     def _by_kind(self, build: Callable[[int | None], Tensor]) -> AttentionMask:
         """One mask for each kind of layer, built once per window."""
@@ -200,52 +219,95 @@ class Batch:
         longest = max(lengths)
         tokens = torch.tensor([row.prompt + [0] * (longest - len(row.prompt)) for row in self.rows])
         # Padding stands behind the prompt, where no token of it looks, and is overwritten by the answer.
-        self._count_pass()
-        hidden = self._forward(tokens.to(self.device), [0] * len(self.rows), [True] * len(self.rows))
+        with self._pass():
+            hidden = self._forward(tokens.to(self.device), [0] * len(self.rows), [True] * len(self.rows))
         self.stats.count("prefill", len(self.rows))
         last = torch.tensor(lengths, device=self.device) - 1
         return hidden[torch.arange(len(lengths), device=self.device), last]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Filtered float32 logits [N, V] of hidden states [N, D]; the mask token is never among them."""
-        return self._filtered(self.decoder.logits(hidden))
+        """The model's own float32 logits [N, V] of hidden states [N, D], without the mask token."""
+        logits = self.decoder.logits(hidden).float()
+        if self.mask_token_id is not None:  # a draft adapter's lies outside the vocabulary: an empty slice
+            logits[:, self.mask_token_id : self.mask_token_id + 1] = -torch.inf
+        return logits
 
-    def next_logits(self, hidden: Tensor, prefixes: Iterable[tuple[Row, list[int]]]) -> Tensor:
+    def next_logits(self, hidden: Tensor, prefixes: Iterable[tuple[Row, list[int] | None]]) -> Tensor:
         """As `logits`, for next tokens: through the processors, which see each position's own prefix.
 
         Args:
             hidden: [N, D].
-            prefixes: for each position its row and that row's answer up to there.
+            prefixes: for each position its row and that row's answer up to there; None where nobody looks.
         """
-        logits = self.decoder.logits(hidden)
+        logits = self.logits(hidden)
         if self.processor is not None:
-            logits = logits.float()
-            if self.mask_token_id is not None:
-                logits[:, self.mask_token_id : self.mask_token_id + 1] = -torch.inf
-            processed = []
-            for index, (row, answer) in enumerate(prefixes):
-                prefix = torch.tensor([row.padding + row.prompt + answer], device=self.device)
-                # Some processors keep a number for each row of the caller's batch: put ours in its place.
-                scores = logits[index : index + 1].repeat(self.stats.rows, 1)
-                scores = self.processor(prefix.repeat(self.stats.rows, 1), scores)
-                processed.append(scores[row.number : row.number + 1])
-            logits = torch.cat(processed)
-        return self._filtered(logits)
+            logits = self._processed(logits, prefixes, self.processor)
+        return logits
 
-    def _filtered(self, logits: Tensor) -> Tensor:
+    def _processed(
+        self, logits: Tensor, prefixes: Iterable[tuple[Row, list[int] | None]], processor: Processor
+    ) -> Tensor:
+        """One call for each length of prefix, of all rows that have a place with one; with tree drafts, of one path.
+
+        Some processors keep a number for each row of the caller's batch: each row is in its own place there, and where
+        one takes no part stands a copy of another.
+        """
+        calls: dict[tuple[int, int], dict[int, tuple[int, list[int]]]] = {}
+        for index, (row, answer) in enumerate(prefixes):
+            if answer is None:
+                continue
+            prefix, again = row.padding + row.prompt + answer, 0
+            while row.number in (call := calls.setdefault((len(prefix), again), {})):
+                again += 1
+            call[row.number] = index, prefix
+        processed = logits.clone()
+        for _, call in sorted(calls.items()):
+            some = next(iter(call.values()))
+            places, tokens = zip(*(call.get(number, some) for number in range(self.stats.rows)), strict=True)
+            found = processor(torch.tensor(tokens, device=self.device), logits[list(places)])
+            processed[[place for place, _ in call.values()]] = found[list(call)].to(processed)
+        return processed
+
+    def distribution(self, logits: Tensor) -> Tensor | None:
+        """What is drawn from: probabilities [N, V] after temperature, top-k and top-p; None when greedy."""
         config = self.config
-        return filter_logits(
-            logits,
-            mask_token_id=self.mask_token_id,
-            temperature=config.temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-        )
+        if not config.temperature:
+            return None
+        return filter_logits(logits, config.temperature, config.top_k, config.top_p).softmax(-1)
 
-    def choose(self, logits: Tensor, uniform: list[float]) -> tuple[Tensor, Tensor]:
-        """Tokens int64 [N] and their probabilities [N] of filtered logits [N, V]."""
-        numbers = torch.tensor(uniform, dtype=torch.float64, device=self.device) if uniform else None
-        return choose_tokens(logits, self.config.temperature, numbers)
+    def choose(self, logits: Tensor, uniform: list[float], distribution: Tensor | None = None) -> Tensor:
+        """Pick a token at each place, greedily (the likeliest, the lowest id of equals) or by a draw: int64 [N].
+
+        Args:
+            logits: [N, V], unfiltered.
+            uniform: N numbers in [0, 1); none when greedy.
+            distribution: that of `logits`, if it is known already.
+        """
+        if not self.config.temperature:
+            return logits.argmax(-1)
+        distribution = self.distribution(logits) if distribution is None else distribution
+        assert distribution is not None
+        return draw(distribution, torch.tensor(uniform, dtype=torch.float64, device=self.device))
+
+    def confidence(self, logits: Tensor, token: Tensor) -> Tensor:
+        """The model's probabilities of tokens int64 [N] by unfiltered logits [N, V]: before temperature, top-k and
+        top-p, which say how to draw, not how sure the model is. nan where nobody reads them.
+        """
+        if self.tells_confidence:
+            return probability_of(logits, token)
+        return torch.full(token.shape, torch.nan, device=token.device)
+
+    def tell(self, logits: Tensor, token: Tensor) -> tuple[list[int], list[float]]:
+        """Tokens int64 [N] and their `confidence`, in one copy to the host."""
+        if not self.tells_confidence:
+            return token.tolist(), [math.nan] * len(token)
+        tokens, confidence = torch.stack([token.double(), self.confidence(logits, token).double()]).tolist()
+        return [int(number) for number in tokens], confidence
+
+    def close(self) -> None:
+        """Give memory that outlives the batch back, for the next one."""
+        if isinstance(self.cache, StaticCache):
+            self.cache.passes.release(self.cache)
 
     def leave(self) -> list[int]:
         """Take finished rows out of the batch and the cache.
@@ -272,8 +334,8 @@ def begin(batch: Batch, first_token: bool) -> Iterator[Event]:
         yield Prefilled(row.number, len(row.prompt))
     if first_token:
         logits = batch.next_logits(hidden, [(row, row.answer) for row in batch.rows])
-        tokens, probabilities = batch.choose(logits, [u for row in batch.rows for u in row.draw(1)])
-        for row, token, probability in zip(batch.rows, tokens.tolist(), probabilities.tolist(), strict=True):
+        tokens = batch.choose(logits, [u for row in batch.rows for u in row.draw(1)])
+        for row, token, probability in zip(batch.rows, *batch.tell(logits, tokens), strict=True):
             yield from push(row, [token], [probability])
 
 

@@ -23,6 +23,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from nextblock import zero
 from nextblock.config import BlockDiffusionSettings, UsageError
+from nextblock.encoding import span_ends
 from nextblock.files import PARTIAL, unwritten
 from nextblock.ranks import is_main, together
 
@@ -271,6 +272,9 @@ def export(
             generation.eos_token_id = model.config.eos_token_id = end
             generation.bos_token_id = model.config.bos_token_id = tokenizer.bos_token_id
             generation.pad_token_id = model.config.pad_token_id = None
+        ends = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
+        if more := [token for token in span_ends(tokenizer) if token not in ends]:  # a turn of chat ends with these
+            generation.eos_token_id = [*ends, *more]
         if generation.pad_token_id is None:
             pad = tokenizer.pad_token_id
             generation.pad_token_id = end if pad is None else pad

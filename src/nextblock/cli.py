@@ -46,7 +46,6 @@ Steps = Annotated[int | None, typer.Option(help="diffusion: denoising steps per 
 DraftLength = Annotated[
     str | None, typer.Option(help="speculative: tokens per draft, or 'auto': by what was kept lately")
 ]
-DraftSteps = Annotated[int | None, typer.Option(help="speculative: denoising passes per draft")]
 DraftAhead = Annotated[
     int | None, typer.Option(help="speculative: draft in the check's own pass, for so many points of acceptance")
 ]
@@ -197,7 +196,6 @@ def generate(
     threshold: Threshold = None,
     steps: Steps = None,
     draft_length: DraftLength = None,
-    draft_steps: DraftSteps = None,
     draft_ahead: DraftAhead = None,
     draft_paths: DraftPaths = None,
     temperature: Temperature = 0.0,
@@ -283,8 +281,7 @@ def generate(
 
 def decoding_options(given: dict[str, Any]) -> dict[str, Any]:
     """The decoding options that were given; the others stay the checkpoint's, or `generate`'s own."""
-    names = ("mode", "block_size", "sub_blocks", "sampler", "steps", "top_p", "top_k", "draft_steps")
-    names += ("draft_ahead", "draft_paths")
+    names = ("mode", "block_size", "sub_blocks", "sampler", "steps", "top_p", "top_k", "draft_ahead", "draft_paths")
     options = {name: given[name] for name in names if given.get(name) is not None}
     if given["temperature"]:
         options["temperature"] = given["temperature"]
@@ -343,7 +340,6 @@ def chat(
     max_new_tokens: MaxNewTokens = 256,
     steps: Steps = None,
     draft_length: DraftLength = None,
-    draft_steps: DraftSteps = None,
     draft_ahead: DraftAhead = None,
     draft_paths: DraftPaths = None,
     temperature: Temperature = 0.0,
@@ -522,61 +518,6 @@ def bench_decode(
         print(*write_results(results, plot_bench(results), output))
 
 
-@bench_app.command("train")
-def bench_train(
-    model: Annotated[str, typer.Argument(help="local folder, Hub id, tiny-ar or tiny-bd")] = "tiny-ar",
-    shape: Annotated[
-        str | None, typer.Option(help="random weights instead of MODEL: large-vocabulary, qwen3-0.6b, qwen3-4b, ...")
-    ] = None,
-    row_length: Annotated[int, typer.Option(help="clean tokens in a row")] = 256,
-    rows: Annotated[int, typer.Option(help="rows in a step")] = 8,
-    block_size: Annotated[int, typer.Option(help="tokens in a block")] = 16,
-    views: Annotated[list[int] | None, typer.Option(help="noised views of a step; may be given again")] = None,
-    draft_adapter: Annotated[
-        bool, typer.Option("--draft-adapter", help="also time a draft adapter's step, at the same numbers of views")
-    ] = False,
-    packer: Annotated[
-        bool, typer.Option("--packer", help="also time reading and packing, which must stay ahead of the step")
-    ] = False,
-    rounds: Annotated[int, typer.Option(help="steps of each; medians are taken over them")] = 5,
-    compile: Annotated[bool, typer.Option("--compile", help="torch.compile the model for all of them")] = False,
-    output: Results = None,
-    dtype: Dtype = None,
-) -> None:
-    """Time a training step against the plain way and an ordinary AR step, in turns, on the same rows."""
-    from nextblock.bench import training
-    from nextblock.bench.command import check_output, progress, wide_console, write_results
-    from nextblock.bench.figures import packer_lines, plot_train, train_table
-
-    check_output(output)
-    work = training.Work(
-        model=shape or model,
-        random_weights=shape is not None,
-        row_length=row_length,
-        rows=rows,
-        block_size=block_size,
-        dtype=torch_dtype(dtype),
-        compile=compile,
-    )
-    numbers, done = views or [1], 0
-    total = training.count_steps(numbers, draft_adapter, rounds, packer)
-    with progress("timing") as update:
-
-        def advance() -> None:
-            nonlocal done
-            done += 1
-            update(done, total)
-
-        results = training.bench_train(
-            work, numbers, draft_adapter=draft_adapter, packer=packer, rounds=rounds, on_step=advance
-        )
-    wide_console().print(train_table(results))
-    for line in packer_lines(results):
-        print(line)
-    if output is not None:
-        print(*write_results(results, plot_train(results), output))
-
-
 @app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
     epilog="Every key of the configuration is an option, as for `nextblock adapt`.",
@@ -585,9 +526,13 @@ def plan(
     context: typer.Context,
     config: Annotated[str, typer.Argument(help="YAML file, or the name of a preset: qwen3-0.6b, qwen3-8b, ...")],
     gpu: Annotated[
-        str, typer.Option(help="h200, h100, a100-80g, a100-40g, l40s, l4, rtx5090, rtx4090, b200; cpu: memory alone")
-    ] = "h100",
-    gpus: Annotated[int, typer.Option(help="how many of them")] = 1,
+        str | None,
+        typer.Option(
+            help="h200, h100, a100-80g, a100-40g, l40s, l4, rtx5090, rtx4090, b200; cpu: memory alone; "
+            "default: machine.gpu of the configuration"
+        ),
+    ] = None,
+    gpus: Annotated[int | None, typer.Option(help="how many of them; default: machine.gpus")] = None,
     parallel: Annotated[
         str | None,
         typer.Option(help="ddp: copies; fsdp2: sharded weights, gradients and optimizer; default: as training.fsdp"),
@@ -595,11 +540,14 @@ def plan(
     mfu: Annotated[float, typer.Option(help="share of the GPU's peak that useful FLOPs reach, for the time")] = 0.4,
     json_: Annotated[bool, typer.Option("--json", help="print JSON instead of the table")] = False,
 ) -> None:
-    """Say what a run takes before it starts: parameters, memory by kind, the longest row, FLOPs, days, GPU-hours."""
+    """Say what a run takes before it starts: parameters, memory by kind, the longest row, FLOPs, days, GPU-hours.
+
+    Without options: what `nextblock adapt` of the same configuration will do. Exit status 1 if it does not fit.
+    """
     from nextblock.bench.command import wide_console
     from nextblock.config import load_config
     from nextblock.plan import plan as run
-    from nextblock.plan import plan_stages
+    from nextblock.plan import plan_stages, shortfall
     from nextblock.plan.table import plan_table, stages_table
     from nextblock.presets import find_config
 
@@ -615,6 +563,9 @@ def plan(
         print(json.dumps(found.as_dict(), indent=1))
     else:
         wide_console().print(table)
+    if line := shortfall(found, checked):
+        print(line, file=sys.stderr)
+        raise typer.Exit(1)
 
 
 @app.command()

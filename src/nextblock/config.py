@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 
 class UsageError(ValueError):
@@ -225,6 +225,13 @@ class LoraConfig(DraftAdapterConfig):
     """LoRA: the full recipe through low-rank updates (peft), and the mask token's row; the rest stays frozen."""
 
 
+class MachineConfig(Section):
+    """What the run is meant for, as `nextblock plan` takes it; the run itself takes what it is started on."""
+
+    gpu: str = Field(default="h100", description="h200, h100, a100-80g, rtx4090, ... ; cpu: none")
+    gpus: int = Field(default=1, ge=1, description="how many of them, on all machines")
+
+
 class Stage(Section):
     """One stage of a run: what differs from the run's own sections."""
 
@@ -257,6 +264,7 @@ class AdaptConfig(Section):
     lora: LoraConfig | None = Field(
         default=None, description="train low-rank updates of the parent; the result is saved both apart and merged"
     )
+    machine: MachineConfig = Field(default_factory=lambda: MachineConfig())
     stages: tuple[Stage, ...] = Field(
         default=(), description="parts of the run, one after another, each from the weights of the one before"
     )
@@ -351,11 +359,6 @@ class AdaptConfig(Section):
         return self
 
     def _check_draft_adapter(self) -> None:
-        if self.training.gradient_checkpointing:  # a layer that is computed again reads no cache
-            raise ValueError(
-                "training.gradient_checkpointing=true does not go with a draft adapter, whose noised views read the "
-                "clean half's cache; lower training.micro_batch_rows instead"
-            )
         if self.training.fsdp:
             raise ValueError("training.fsdp=true has no use for a draft adapter, which is small; leave it out")
         if self.growth.b_0 == 1 and self.recipe.prediction == "shifted":
@@ -432,6 +435,12 @@ class BlockDiffusionSettings(Section):
     context: Context = "context_causal"
     prediction: Prediction = "shifted"
     decoding: dict[str, Any] = Field(default_factory=dict, description="default arguments of `generate`")
+
+    @field_validator("decoding")
+    @classmethod
+    def _forget(cls, decoding: dict[str, Any]) -> dict[str, Any]:
+        """Without `draft_steps`, which older versions stored: it changed how fast an answer came, not the answer."""
+        return {name: value for name, value in decoding.items() if name != "draft_steps"}
 
 
 def load_config(source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> AdaptConfig:

@@ -6,7 +6,7 @@ Letters: B rows, L tokens of a row, N slots of the noised half, T = N + L.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -90,7 +90,7 @@ def corrupt(
     block_size: int,
     *,
     mask_token_id: int,
-    end_token_id: int | None,
+    end_token_id: int | Sequence[int] | None,
     recipe: RecipeConfig,
     seed: int,
     step: int,
@@ -101,14 +101,15 @@ def corrupt(
     The noised half holds only blocks in which something was masked. With shifted prediction a block's
     first token is never masked, so that at b = 1 the noised half is empty and the pass is plain AR training.
 
-    The last block of a span that ended with the end token is filled up to b slots with end tokens
+    The last block of a span that ended with an end token is filled up to b slots with that token
     (`recipe.fill_last_block`): decoding always meets whole blocks, and cut ones would tell the model
     where the text ends.
 
     Args:
         rows: packed rows, [B, L].
         block_size: b.
-        mask_token_id, end_token_id: ids in the model's vocabulary.
+        mask_token_id: its id in the model's vocabulary.
+        end_token_id: one or several tokens that end a span (`encoding.span_ends`).
         recipe: noise and prediction options.
         seed, step: with each row's epoch and number, the whole source of randomness.
         draw: which tokens are masked; default: `draw_by_level(recipe)`. Called until there are `recipe.views` views.
@@ -210,8 +211,8 @@ def random_starts(offset: np.ndarray, block_size: int, share: float, generator: 
     return np.where(offset >= late, offset - late, -1)
 
 
-def block_grid(rows: Rows, row: int, offset: np.ndarray, block_size: int, fill_token_id: int | None) -> BlockGrid:
-    """Cut a row's spans into blocks; an ended span's last block is filled up with `fill_token_id`, if given."""
+def block_grid(rows: Rows, row: int, offset: np.ndarray, block_size: int, ends: Sequence[int]) -> BlockGrid:
+    """Cut a row's spans into blocks; the last block of a span that one of `ends` ends is filled up with that token."""
     tokens, document, position = (getattr(rows, name)[row].numpy() for name in ("tokens", "document", "position"))
     starts = (offset >= 0) & (offset % block_size == 0)
     first = np.flatnonzero(starts)
@@ -220,14 +221,11 @@ def block_grid(rows: Rows, row: int, offset: np.ndarray, block_size: int, fill_t
 
     slot = np.arange(block_size)
     real = slot < length[:, None]
-    present, fill = real, 0
     slot_position = position[first][:, None] + slot
-    if fill_token_id is not None and first.size:
-        fill = fill_token_id
-        ended = tokens[first + length - 1] == fill_token_id
-        # Not past the row's length, which the model's positions are known to allow.
-        present = real | (ended[:, None] & (slot_position < tokens.size))
-    clean = np.where(real, tokens[np.minimum(first[:, None] + slot, tokens.size - 1)], fill)
+    last = tokens[first + length - 1][:, None]
+    # Not past the row's length, which the model's positions are known to allow.
+    present = real | (np.isin(last, ends) & (slot_position < tokens.size))
+    clean = np.where(real, tokens[np.minimum(first[:, None] + slot, tokens.size - 1)], last)
     return BlockGrid(
         clean=clean,
         present=present,
@@ -242,15 +240,16 @@ def _grids(
     rows: Rows,
     row: int,
     block_size: int,
-    end_token_id: int | None,
+    end_token_id: int | Sequence[int] | None,
     recipe: RecipeConfig,
     generator: np.random.Generator,
 ) -> Iterator[BlockGrid]:
     """A row's blocks, with random starts drawn anew for each view or complementary pair of views."""
-    fill = end_token_id if recipe.fill_last_block else None
+    ends = [end_token_id] if isinstance(end_token_id, int) else list(end_token_id or ())
+    ends = ends if recipe.fill_last_block else []
     while True:
         offset = random_starts(rows.offset[row].numpy(), block_size, recipe.random_start_share, generator)
-        yield block_grid(rows, row, offset, block_size, fill)
+        yield block_grid(rows, row, offset, block_size, ends)
 
 
 def _noised_half(

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.generation.logits_process import (
     SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
@@ -48,7 +48,6 @@ def block_diffusion(
     sampler: str = _UNSET,
     threshold: float | None = _UNSET,
     steps: int | None = _UNSET,
-    draft_steps: int = _UNSET,
     draft_length: Any = _UNSET,
     draft_ahead: int = _UNSET,
     draft_paths: int = _UNSET,
@@ -77,7 +76,6 @@ def block_diffusion(
         "sampler": sampler,
         "threshold": threshold,
         "steps": steps,
-        "draft_steps": draft_steps,
         "draft_length": draft_length,
         "draft_ahead": draft_ahead,
         "draft_paths": draft_paths,
@@ -184,9 +182,7 @@ def _streamer_of_caller() -> Any:
 
     transformers (5.23) feeds it the prompt, but does not pass it on to a custom decoding method.
     """
-    frame = inspect.currentframe()
-    for _ in range(2):  # out of this function, out of `block_diffusion`
-        frame = frame.f_back if frame is not None else None
-    if frame is None or frame.f_code.co_name != "generate":
-        return None
-    return frame.f_locals.get("streamer")
+    code, frame = inspect.unwrap(GenerationMixin.generate).__code__, inspect.currentframe()
+    while frame is not None and frame.f_code is not code:  # the call, and not a name that resembles it
+        frame = frame.f_back
+    return None if frame is None else frame.f_locals["streamer"]

@@ -1,4 +1,4 @@
-"""Documents -> tokens -> packed rows [B, L], in an order that resumes exactly.
+"""Documents -> packed rows [B, L], in an order that resumes exactly.
 
 Letters: B rows in a batch, L tokens in a row, n tokens in a document.
 """
@@ -6,7 +6,7 @@ Letters: B rows in a batch, L tokens in a row, n tokens in a document.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from nextblock.config import DataConfig, UsageError
-from nextblock.sources import Cursor, HubStream, Record, Records, is_held_out, one_line, read_source
+from nextblock.encoding import Document, encode_batch
+from nextblock.sources import Cursor, HubStream, Record, Records, is_held_out, read_source
 
 CHUNK_ROWS = 64  # rows packed together at first: little to make again after a resume
 FULL, WORTH = 0.985, 0.25  # rows less full are packed with more, while that brings so much of what is missing
@@ -28,14 +29,6 @@ IDLE_BATCHES = 8  # batches without one usable document after which the data cou
 
 class NoDocument(UsageError):
     """A stream without one document that could be used."""
-
-
-@dataclass(frozen=True)
-class Document:
-    """One tokenised document: `tokens` int64 [n]; `offset` int64 [n] in the generated span, -1 context."""
-
-    tokens: np.ndarray
-    offset: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -72,148 +65,6 @@ class Rows:
     def to(self, device: torch.device | str) -> Rows:
         """The same rows on a device."""
         return Rows(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
-
-
-# ---------------------------------------------------------------- documents: text -> tokens
-
-
-def encode(record: Record | Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Document:
-    """Tokenise one record; see `encode_batch`."""
-    return encode_batch([record if isinstance(record, Record) else Record(record, "record")], tokenizer)[0]
-
-
-def encode_batch(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> list[Document]:
-    """Tokenise records, in one call of the tokenizer.
-
-    {"text"}: [begin token if the tokenizer adds one] text, end token; offset 0..n-1.
-    {"prompt", "completion"}: the two are tokenised apart, so their border is exact; offset -1 in the
-        prompt, 0.. over the completion and its end token.
-    {"messages"}: the tokenizer's chat template; each assistant turn with its end-of-turn token is a span
-        with offset 0.., all else is context.
-    A record that is not `ended` has no end token; of messages, the last turn then has no end-of-turn token.
-    A text that is empty, or nothing but white space, gives an empty document.
-
-    Raises:
-        UsageError: the tokenizer has no end token, or its chat template fails (file and line named).
-    """
-    end: Any = tokenizer.eos_token_id  # transformers types it too widely
-    if end is None:
-        raise UsageError("the tokenizer has no end token; set eos_token in its tokenizer_config.json")
-    begin: list[Any] = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    begin = begin if _ids([""], tokenizer, special=True)[0][:1] == begin else []
-    parts = [_segments(record, tokenizer) for record in records]
-    ids = iter(_ids([text for segments in parts for text, _ in segments], tokenizer))
-    documents = []
-    for record, segments in zip(records, parts, strict=True):
-        pieces = [(next(ids), generated) for _, generated in segments]
-        if "messages" not in record.value and any(piece for piece, _ in pieces):
-            pieces[0][0][:0] = begin
-            pieces[-1][0].extend([end] * record.ended)
-        tokens = [token for piece, _ in pieces for token in piece]
-        offsets = [np.arange(len(p)) if generated else np.full(len(p), -1) for p, generated in pieces]
-        documents.append(
-            Document(np.array(tokens, np.int64), np.concatenate(offsets or [np.empty(0)]).astype(np.int64))
-        )
-    return documents
-
-
-def _ids(texts: list[str], tokenizer: PreTrainedTokenizerBase, special: bool = False) -> list[list[int]]:
-    if not texts:
-        return []
-    encoded = tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False)
-    return encoded["input_ids"]  # pyright: ignore[reportReturnType]
-
-
-def _segments(record: Record, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
-    """The record as consecutive (text, generated?) segments."""
-    value = record.value
-    if "text" in value:
-        return [(value["text"] if value["text"].strip() else "", True)]
-    if "prompt" in value:
-        return [(value["prompt"], False), (value["completion"], True)]
-    return _chat_segments(value.get("messages"), value.get("tools"), record, tokenizer)
-
-
-def _chat_segments(
-    messages: Any, tools: Any, record: Record, tokenizer: PreTrainedTokenizerBase
-) -> list[tuple[str, bool]]:
-    """Split a rendered conversation at the borders of its assistant turns.
-
-    A turn starts where rendering all before it, with the generation prompt, ends: there decoding starts.
-    """
-    where = record.where
-    if not isinstance(messages, list) or not all(isinstance(m, Mapping) and "role" in m for m in messages):
-        raise UsageError(f"{where}: messages must be a list of objects with role and content")
-    for number, message in enumerate(messages, 1):
-        if not message.get("content") and not message.get("tool_calls") and message["role"] == "assistant":
-            raise UsageError(f"{where}: message {number} has no content and no tool_calls; give one, or leave it out")
-    if not tokenizer.chat_template:
-        raise UsageError(
-            f"{where}: the tokenizer has no chat template for messages; set model.tokenizer to one that has, or give "
-            "prompt and completion fields"
-        )
-
-    def render(part: list[Any], prompt: bool = False) -> str:
-        try:
-            text = tokenizer.apply_chat_template(part, tools=tools, tokenize=False, add_generation_prompt=prompt)
-        except Exception as error:  # templates raise anything
-            raise UsageError(f"{where}: the chat template fails: {one_line(error)}") from None
-        assert isinstance(text, str)
-        return text
-
-    whole, done, segments = render(messages), 0, []
-    ends = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
-    for turn, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = render(messages[:turn], prompt=True) if turn else _first_prompt(render, messages, where)
-        stop = _turn_end(whole, len(before), render, messages, turn)
-        if not whole.startswith(before) or len(before) < done or stop is None:
-            raise UsageError(
-                f"{where}: the chat template does not render message {turn + 1} as a continuation of those "
-                "before it; use a template that does, or prompt and completion fields"
-            )
-        text = whole[len(before) : stop]
-        if text.rstrip().endswith(tuple(ends)):
-            text = text.rstrip()  # white space after the end-of-turn token is never generated
-        segments += [(whole[done : len(before)], False), (text, True)]
-        done = len(before) + len(text)
-    if not record.ended and segments and messages[-1]["role"] == "assistant":
-        closing, text = _closing(render, messages, len(messages) - 1), segments[-1][0]
-        return [*segments[:-1], (text.rstrip().removesuffix(closing) if closing else text, True)]
-    return [*segments, (whole[done:], False)]
-
-
-def _first_prompt(render: Callable[..., str], messages: list[Any], where: str) -> str:
-    """What the template writes before an assistant turn that opens a chat: templates refuse an empty conversation."""
-    user = [{"role": "user", "content": "-"}]
-    opening = render(user, prompt=True).removeprefix(render(user))
-    whole = render(messages)
-    at = whole.find(opening) if opening else 0
-    if at < 0:
-        raise UsageError(
-            f"{where}: the chat template does not open a conversation with the assistant; put another turn first"
-        )
-    return whole[: at + len(opening)]
-
-
-def _turn_end(
-    whole: str, start: int, render: Callable[[list[Any]], str], messages: list[Any], turn: int
-) -> int | None:
-    """Where the assistant turn that starts at `start` ends in the rendered conversation, None if unclear."""
-    upto = render(messages[: turn + 1])
-    if whole.startswith(upto) and len(upto) >= start:
-        return len(upto)
-    # Some templates (Qwen3) show a turn otherwise once others follow: look for what closes any turn.
-    closing = _closing(render, messages, turn)
-    found = whole.find(closing, start) if closing else -1
-    return None if found < 0 else found + len(closing)
-
-
-def _closing(render: Callable[[list[Any]], str], messages: list[Any], turn: int) -> str:
-    """What the chat template writes behind the content of a turn."""
-    marker = "\u2060turn\u2060"
-    return render([*messages[:turn], {**messages[turn], "content": marker}]).rpartition(marker)[2].rstrip()
 
 
 # ---------------------------------------------------------------- rows: documents -> [B, L]

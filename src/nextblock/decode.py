@@ -13,19 +13,22 @@ from torch import Tensor
 
 from nextblock.batch import Batch, Row, begin, finished, push
 from nextblock.events import BlockFinished, Committed, Event
-from nextblock.sampling import commit, scores
+from nextblock.sampling import commit, probability_of, scores
 from nextblock.speculate import speculative
 
 
-def decode(batch: Batch) -> Iterator[Event]:
-    """Decode all rows in the mode that `batch.config` names; afterwards each row holds its answer."""
+def decode(batch: Batch) -> Iterator[list[Event]]:
+    """Decode all rows in the mode that `batch.config` names; afterwards each row holds its answer.
+
+    Yields the events of each step: of a pass, or in speculative mode of a draft and its check.
+    """
     modes = {"ar": autoregressive, "diffusion": diffusion, "speculative": speculative}
     return modes[batch.config.mode](batch)
 
 
-def autoregressive(batch: Batch) -> Iterator[Event]:
+def autoregressive(batch: Batch) -> Iterator[list[Event]]:
     """One causal pass per token."""
-    yield from begin(batch, first_token=True)
+    yield [*begin(batch, first_token=True)]
     batch.leave()
     while rows := batch.rows:
         last = torch.tensor([[row.answer[-1]] for row in rows], device=batch.device)
@@ -33,9 +36,9 @@ def autoregressive(batch: Batch) -> Iterator[Event]:
         hidden = batch.forward(last, starts, [True] * len(rows))
         batch.stats.count("decode", len(rows))
         logits = batch.next_logits(hidden[:, 0], [(row, row.answer) for row in rows])
-        tokens, probabilities = batch.choose(logits, [u for row in rows for u in row.draw(1)])
-        for row, token, probability in zip(rows, tokens.tolist(), probabilities.tolist(), strict=True):
-            yield from push(row, [token], [probability])
+        tokens = batch.choose(logits, [u for row in rows for u in row.draw(1)])
+        told = zip(rows, *batch.tell(logits, tokens), strict=True)
+        yield [event for row, token, probability in told for event in push(row, [token], [probability])]
         batch.leave()
 
 
@@ -74,7 +77,7 @@ def _new_block(batch: Batch, row: Row, start: int) -> _Block:
     return _Block(start, tokens, decided)
 
 
-def diffusion(batch: Batch) -> Iterator[Event]:
+def diffusion(batch: Batch) -> Iterator[list[Event]]:
     """Denoise block after block   (paper, section 6.1 and the released sampler).
 
     The block's first token comes from the causal pass over what precedes it (shifted prediction). Then
@@ -82,7 +85,7 @@ def diffusion(batch: Batch) -> Iterator[Event]:
     current sub-block. When nothing is masked, one causal pass writes the block to the cache and yields the
     next one's first token. Rows denoise and commit in the same passes.
     """
-    yield from begin(batch, first_token=batch.shifted)
+    yield [*begin(batch, first_token=batch.shifted)]
     batch.leave()
     blocks = [_new_block(batch, row, 0) for row in batch.rows]
     width = batch.block_size // batch.config.sub_blocks
@@ -95,15 +98,16 @@ def diffusion(batch: Batch) -> Iterator[Event]:
         denoising = sum(bool(positions) for positions in masked)
         batch.stats.count("denoise", denoising)
         batch.stats.count("commit", len(rows) - denoising)
-        proposals = _propose(batch, hidden, masked)
+        proposals, events = _propose(batch, hidden, masked), list[Event]()
         for index, row in enumerate(rows):
             block, (token, probability, score) = blocks[index], proposals[index]
             if masked[index]:
-                yield from _decide(batch, row, block, masked[index], token, probability, score)
+                events += _decide(batch, row, block, masked[index], token, probability, score)
             else:
-                yield BlockFinished(row.number, block.start, block.start + batch.block_size)
-                yield from push(row, token, probability)
+                events.append(BlockFinished(row.number, block.start, block.start + batch.block_size))
+                events += push(row, token, probability)
                 blocks[index] = _new_block(batch, row, block.start + batch.block_size)
+        yield events
         blocks = [blocks[index] for index in batch.leave()]
 
 
@@ -125,13 +129,15 @@ def _propose(batch: Batch, hidden: Tensor, masked: list[list[int]]) -> list[Prop
         return [([], [], [])] * len(sources)
     logits = batch.logits(hidden.flatten(0, 1)[torch.tensor(flat, device=batch.device)])
     uniform = [u for row, positions in zip(batch.rows, sources, strict=True) for u in row.draw(len(positions))]
-    token, probability = batch.choose(logits, uniform)
+    token = batch.choose(logits, uniform)
+    probability = probability_of(logits, token)
     score = scores(logits, probability, batch.config.sampler)
-    tokens, numbers = token.tolist(), torch.stack([probability, score]).tolist()
+    numbers = torch.stack([token.double(), probability.double(), score.double()]).tolist()  # one copy to the host
+    tokens = [int(number) for number in numbers[0]]
     proposals, low = [], 0
     for positions in sources:
         part = slice(low, low + len(positions))
-        proposals.append((tokens[part], numbers[0][part], numbers[1][part]))
+        proposals.append((tokens[part], numbers[1][part], numbers[2][part]))
         low += len(positions)
     return proposals
 
@@ -144,7 +150,7 @@ def _decide(
     tokens: list[int],
     probabilities: list[float],
     score: list[float],
-) -> Iterator[Event]:
+) -> list[Event]:
     """Commit what the rule chooses, and hand on to the answer what is decided without a gap."""
     config, events = batch.config, list[Event]()
     steps_left = None if config.steps is None else config.steps // config.sub_blocks - block.steps
@@ -157,9 +163,8 @@ def _decide(
         offset = block.start + position
         if offset < row.limit:
             events.append(Committed(row.number, offset, tokens[choice], probabilities[choice], row.passes))
-    # The answer grows before its events are told, so that whoever reads it at an event sees this pass.
     while (position := len(row.answer) - block.start) < len(block.tokens) and block.decided[position]:
         if row.push(block.tokens[position]):
             events += [BlockFinished(row.number, block.start, len(row.answer)), finished(row)]
             break
-    yield from events
+    return events

@@ -10,14 +10,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional
 
 from nextblock.attention_mask import block_diffusion_rule
 from nextblock.config import BlockDiffusionSettings, RecipeConfig, UsageError
 from nextblock.corruption import UNSCORED, MaskDraw, TwoView, corrupt
 from nextblock.data import Rows
+from nextblock.encoding import span_ends
 from nextblock.generate import BlockDiffusionLM
 from nextblock.model import Decoder
+from nextblock.objective import cross_entropy
 from nextblock.tasks import Task
 
 
@@ -93,7 +94,7 @@ def bits_per_byte(
     size = settings.block_size if settings else 1
     shifted = settings is None or settings.prediction == "shifted"
     recipe = RecipeConfig(prediction="shifted" if shifted else "aligned")
-    mask_id = settings.mask_token_id if settings else 0
+    mask_id, ends = settings.mask_token_id if settings else 0, span_ends(tokenizer)
     contexts = ["context_causal"] + ([settings.context] if settings else [])
     scored_bytes = _scored_bytes(rows, tokenizer)
     ar_nats = first_nats = bound_nats = 0.0
@@ -106,7 +107,7 @@ def bits_per_byte(
                 batch,
                 block_size,
                 mask_token_id=mask_id,
-                end_token_id=tokenizer.eos_token_id,
+                end_token_id=ends,
                 recipe=recipe,
                 seed=0,
                 step=draw,
@@ -152,8 +153,7 @@ def _nats(decoder: Decoder, view: TwoView, context: Any) -> torch.Tensor:
     hidden = decoder.hidden(view.tokens, view.places.position, mask, noised=noised)
     scored = view.target != UNSCORED
     nats = torch.zeros(view.target.shape, device=hidden.device)
-    logits = decoder.logits(hidden[scored]).float()
-    nats[scored] = functional.cross_entropy(logits, view.target[scored], reduction="none")
+    nats[scored] = cross_entropy(decoder, hidden[scored], view.target[scored], each=True).nats.float()
     return nats
 
 

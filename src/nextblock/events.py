@@ -22,7 +22,7 @@ class Committed:
     """A token was decided, for good.
 
     offset: its index in the answer; in diffusion mode tokens of a block come in any order.
-    confidence: the probability that the model gave it at this pass.
+    confidence: the probability that the model gave it at this pass, before temperature, top-k and top-p.
     step: forward passes that the row has taken part in, this one included.
     """
 

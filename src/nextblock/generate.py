@@ -6,8 +6,8 @@ Letters: B prompts, T tokens.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Unpack
@@ -62,10 +62,13 @@ class Generation:
     stats: Stats
 
 
-class Stream(Iterator[Event]):
-    """The events of one call, as they happen; `rows` and `stats` grow with them."""
+class Stream(Iterator[Event], AbstractContextManager["Stream"]):
+    """The events of one call, as they happen; `rows` and `stats` grow with them.
 
-    def __init__(self, request: Request, stats: Stats, events: Iterator[Event]) -> None:
+    One that is not read to its end keeps the memory of its cache until it is closed, as `with` does, or dropped.
+    """
+
+    def __init__(self, request: Request, stats: Stats, events: Generator[Event]) -> None:
         self.rows: list[Row] = request.rows
         self.stop = request.stop
         self.stats = stats
@@ -73,6 +76,13 @@ class Stream(Iterator[Event]):
 
     def __next__(self) -> Event:
         return next(self._events)
+
+    def close(self) -> None:
+        """Give up what is left."""
+        self._events.close()
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
 
 @dataclass
@@ -124,7 +134,7 @@ class BlockDiffusionLM:
     def stream(self, prompts: Prompts, **options: Unpack[GenerateOptions]) -> Stream:
         """The same as `generate`, as an iterator of events. Bad input is refused here, not at the first event."""
         request = make_request(self.decoder, self.tokenizer, self.settings, prompts, options)
-        return self.run(request, time.perf_counter())
+        return self.run(request, time.perf_counter(), confidence=True)
 
     def stream_text(self, prompts: Prompts, **options: Unpack[GenerateOptions]) -> Iterator[tuple[int, str]]:
         """The same as `generate`, as pieces (row, text); no piece splits a character or is ever taken back."""
@@ -135,21 +145,25 @@ class BlockDiffusionLM:
 
     def _pieces(self, stream: Stream) -> Iterator[tuple[int, str]]:
         texts = [TextStream(self.tokenizer, stop) for stop in stream.stop]
-        for event in stream:
-            row, text = stream.rows[event.row], texts[event.row]
-            # In diffusion mode a block is decided in any order: `answer` is what is decided without a gap.
-            for token in row.answer[len(text.tokens) :]:
-                if piece := text.put(token):
+        with stream:
+            for event in stream:
+                row, text = stream.rows[event.row], texts[event.row]
+                # In diffusion mode a block is decided in any order: `answer` is what is decided without a gap.
+                for token in row.answer[len(text.tokens) :]:
+                    if piece := text.put(token):
+                        yield event.row, piece
+                if isinstance(event, RowFinished) and (piece := text.end()):
                     yield event.row, piece
-            if isinstance(event, RowFinished) and (piece := text.end()):
-                yield event.row, piece
 
-    def run(self, request: Request, began: float, processor: Processor | None = None) -> Stream:
+    def run(
+        self, request: Request, began: float, processor: Processor | None = None, *, confidence: bool = False
+    ) -> Stream:
         """Decode a checked request.
 
         Args:
             began: `time.perf_counter()` when the clock started.
             processor: logits processors, for ar and speculative mode.
+            confidence: whether anybody reads that of `Committed`; else it is nan outside diffusion mode.
         Raises:
             UsageError: a model that ignores the mask or the positions which blocks and batches need.
         """
@@ -157,35 +171,43 @@ class BlockDiffusionLM:
         if refusal and (request.config.mode != "ar" or len(request.rows) > 1):
             raise UsageError(refusal)
         stats = Stats(rows=len(request.rows))
-        return Stream(request, stats, self._events(request, stats, began, processor))
+        return Stream(request, stats, self._events(request, stats, began, processor, confidence))
 
-    def _events(self, request: Request, stats: Stats, began: float, processor: Processor | None) -> Iterator[Event]:
-        rows, config = request.rows, request.config
+    def _events(
+        self, request: Request, stats: Stats, began: float, processor: Processor | None, confidence: bool
+    ) -> Generator[Event]:
+        rows, batch, steps = request.rows, None, None
         counted = [0] * len(rows)
-        with _dense_attention(self.model):
-            events: Iterator[Event] | None = None
+        try:
             while True:
-                # Entered anew for each event: an iterator must not leave a global switch on between two.
+                # Entered anew for each step: an iterator must not leave a global switch on between two events.
                 with torch.inference_mode():
-                    if events is None:
-                        batch = Batch(self.decoder, self.settings, config, rows, stats, processor, self.passes)
-                        events = decode(batch)
-                    event = next(events, None)
+                    if batch is None or steps is None:
+                        parts = self.decoder, self.settings, request.config, rows, stats, processor, self.passes
+                        batch = Batch(*parts, confidence=confidence)
+                        steps = decode(batch)
+                    events = next(steps, None)
                 stats.seconds = time.perf_counter() - began
-                if event is None:
+                if events is None:
                     return
-                if isinstance(event, Committed):
-                    stats.first_token_seconds = stats.first_token_seconds or stats.seconds
-                    counted[event.row] += 1
-                    stats.new_tokens += 1
-                elif isinstance(event, RowFinished):  # without what was decided behind an end token
-                    stats.new_tokens += event.tokens - counted[event.row]
-                yield event
+                for event in events:
+                    if isinstance(event, Committed):
+                        stats.first_token_seconds = stats.first_token_seconds or stats.seconds
+                        counted[event.row] += 1
+                        stats.new_tokens += 1
+                    elif isinstance(event, RowFinished):  # without what was decided behind an end token
+                        stats.new_tokens += event.tokens - counted[event.row]
+                    yield event
+        finally:
+            if batch is not None:
+                batch.close()  # now, and not when the last who keeps an exception lets go of it
 
     def _text(self, row: Row, stop: tuple[str, ...]) -> str:
-        text = self.tokenizer.decode(row.answer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        if not stop:
+            return self.tokenizer.decode(row.answer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         # Whatever ended the row: what only its last bytes made whole may hold a stop string, too.
-        return text[: min((at for s in stop if (at := text.find(s)) >= 0), default=len(text))]
+        text = TextStream(self.tokenizer, stop)
+        return "".join([*map(text.put, row.answer), text.end()])
 
     def _padding_id(self, rows: list[Row]) -> int:
         for source in (self.tokenizer, self.model.config):
@@ -216,19 +238,6 @@ def look_at(model: PreTrainedModel) -> None:
         except UsageError as error:
             refusal = str(error)
         setattr(model, REFUSAL, refusal)
-
-
-@contextmanager
-def _dense_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Decoding brings dense masks, which FlexAttention does not take: SDPA meanwhile."""
-    if model.config._attn_implementation != "flex_attention":
-        yield
-        return
-    model.set_attn_implementation("sdpa")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation("flex_attention")
 
 
 def sequences(rows: list[Row], padding: int) -> Tensor:

@@ -6,6 +6,7 @@ No family is known by name. What a model cannot do is found by running it (`prob
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 from collections.abc import Callable, Mapping
@@ -18,6 +19,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -29,9 +31,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.initialization import no_init_weights
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.hub import cached_file
 
-from nextblock.adapter import DraftAdapter, Gate
+from nextblock.adapter import DraftAdapter, Gate, attached_adapter, recomputation
 from nextblock.attention_mask import (
     Places,
     Rule,
@@ -237,7 +240,7 @@ def layer_windows(config: PreTrainedConfig) -> dict[str, int | None]:
     """
     config = text_config(config)
     window = getattr(config, "sliding_window", None)
-    declared = "sliding_window" in inspect.signature(type(config)).parameters
+    declared = "sliding_window" in _parameters(type(config))
     if not declared or getattr(config, "use_sliding_window", True) is False:
         window = None
     kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or []))
@@ -250,6 +253,11 @@ def layer_windows(config: PreTrainedConfig) -> dict[str, int | None]:
     if not kinds:
         return {"sliding_attention" if window else "full_attention": window}
     return {kind: window if kind == "sliding_attention" else None for kind in kinds}
+
+
+@functools.cache
+def _parameters(kind: type) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(kind).parameters
 
 
 def resolve(path: str | Path) -> str:
@@ -600,10 +608,24 @@ def _add_mask_token(decoder: Decoder, tokenizer: Any) -> int:
 
 def recompute_activations(model: PreTrainedModel, **options: Any) -> None:
     """Compute the layers' activations again in the backward pass, in train mode; `options` of torch's checkpoint."""
-    # Its old name, which transformers 5.23 deprecates, is all that 5.22 and older have.
-    enable: Any = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False, **options})
     model.train()
+    options["use_reentrant"] = False
+    if attached_adapter(model) is None:
+        # Its old name, which transformers 5.23 deprecates, is all that 5.22 and older have.
+        enable: Any = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable(options)
+        return
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:  # of a model's own code
+        raise UsageError(
+            f"training.gradient_checkpointing=true: architecture '{model.config.model_type}' has no layers that can "
+            "be computed again under a draft adapter; lower training.micro_batch_rows instead"
+        )
+    for layer in layers:
+        # Not by transformers, which takes the cache away: that of `DraftLoss` is only read when layers run again.
+        again = functools.partial(checkpoint, layer.forward, context_fn=recomputation, **options)
+        plain = layer.forward
+        layer.forward = lambda *x, a=again, p=plain, **y: (a if torch.is_grad_enabled() else p)(*x, **y)
 
 
 def without_dropout(model: nn.Module) -> None:

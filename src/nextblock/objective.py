@@ -52,31 +52,71 @@ class LossSums(NamedTuple):
         return diffusion + ar_weight * self.ar if ar_weight else diffusion
 
 
-def cross_entropy_sum(
-    decoder: Decoder, hidden: Tensor, target: Tensor, weight: Tensor | None = None, *, rows: int | None = None
-) -> Tensor:
-    """Sum of cross-entropies of `hidden` [S, D] against `target` int64 [S], in float32 or wider.
+class Scores(NamedTuple):
+    """What `cross_entropy` finds for S targets, in nats, in float32 or wider.
 
-    Each counts `weight` float32 [S], if given. `rows`: how many go through the head at a time; None: `chunk_rows`.
+    total: 0-d, the sum of their cross-entropies, each times its weight.
+    soft: 0-d, the same of KL(p_teacher || p); 0 without a teacher.
+    nats: [S], the cross-entropy of each, without gradient or weight; empty where not asked for and not at hand.
+    """
 
-    Chunks of scored positions go through head and loss one after another, so that no more than
-    LOGIT_ELEMENTS logits (GPU_CHUNKS times as many on a GPU) exist at a time: by Liger's kernel on CUDA where it
-    is installed, else by a loop of ours.
+    total: Tensor
+    soft: Tensor
+    nats: Tensor
+
+
+def cross_entropy(
+    decoder: Decoder,
+    hidden: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    teacher: tuple[Tensor, Tensor] | None = None,
+    each: bool = False,
+    rows: int | None = None,
+) -> Scores:
+    """Head and cross-entropy of scored positions, for training and for all that is measured.
+
+    Positions go through the head in chunks, so that no more than LOGIT_ELEMENTS logits (GPU_CHUNKS times as many on
+    a GPU), a teacher's among them, exist at a time: by Liger's kernel on CUDA where it is installed, by a loop that
+    computes loss and gradient together, or, under a teacher or a head that is no plain linear layer, by one that
+    computes each chunk again in the backward pass.
+
+    Args:
+        hidden: [S, D].
+        target: int64 [S].
+        weight: float32 [S], what each counts in the sums; None: 1.
+        teacher: hidden states [S, D] whose prediction is the soft target, and bool [S], whether it counts. No gradient
+            goes through them.
+        each: also give the cross-entropy of each target.
+        rows: how many go through the head at a time; None: as many as the limit allows.
     """
     head = decoder.model.get_output_embeddings()
+    size = rows or max(1, chunk_rows(decoder) // (1 if teacher is None else 2))
     # Exactly: a wrapped head computes something of its own, and of one that FSDP2 shares out only a part is here.
-    if type(head) is nn.Linear and not isinstance(head.weight, DTensor):
-        if weight is None and takes_liger(decoder, hidden):
-            return _liger_cross_entropy(decoder.logit_cap)(head.weight, hidden, target, head.bias)
+    if teacher is None and type(head) is nn.Linear and not isinstance(head.weight, DTensor):
+        if weight is None and not each and takes_liger(decoder, hidden):
+            total = _liger_cross_entropy(decoder.logit_cap)(head.weight, hidden, target, head.bias)
+            return Scores(total, torch.zeros_like(total), total.new_zeros(0))
         inputs = (hidden, head.weight, head.bias, target, weight)
-        return _LinearCrossEntropy.apply(*inputs, decoder, rows, torch.is_grad_enabled())  # type: ignore[return-value]
+        total, nats = cast(Any, _LinearCrossEntropy.apply(*inputs, decoder, size, torch.is_grad_enabled()))
+        return Scores(total, torch.zeros_like(total), nats)
 
-    def chunk_sum(chunk: Tensor, wanted: Tensor, *counts: Tensor) -> Tensor:
-        nats = functional.cross_entropy(_widened(decoder.logits(chunk)), wanted, reduction="none")
-        return _weighted_sum(nats, *counts)
+    def chunk_nats(chunk: Tensor, wanted: Tensor, *soft: Tensor) -> Tensor:
+        """[1 or 2, S]: cross-entropies, and divergences from a teacher."""
+        log_p = _log_probabilities(decoder, chunk)
+        hard = functional.nll_loss(log_p, wanted, reduction="none")
+        if not soft:
+            return hard[None]
+        with torch.no_grad():
+            wish = _log_probabilities(decoder, soft[0])
+        divergence = functional.kl_div(log_p, wish, reduction="none", log_target=True).sum(-1)
+        return torch.stack([hard, divergence.masked_fill(~soft[1], 0)])
 
-    counts = () if weight is None else (weight,)
-    return _in_chunks(chunk_sum, rows or chunk_rows(decoder), hidden, target, *counts)
+    soft = () if teacher is None else (teacher[0].detach(), teacher[1])
+    nats = _in_chunks(chunk_nats, size, hidden, target, *soft)
+    sums = nats.sum(1) if weight is None else nats @ weight.to(nats.dtype)
+    return Scores(sums[0], sums[1] if soft else torch.zeros_like(sums[0]), nats[0].detach())
 
 
 def chunk_rows(decoder: Decoder, device: str | None = None) -> int:
@@ -102,63 +142,22 @@ def _liger_cross_entropy(cap: float | None) -> Callable[..., Tensor]:
     return LigerFusedLinearCrossEntropyLoss(reduction="sum", softcap=cap, accum_dtype=torch.float32)
 
 
-def soft_cross_entropy_sums(
-    decoder: Decoder,
-    hidden: Tensor,
-    target: Tensor,
-    teacher: Tensor,
-    taught: Tensor,
-    weight: Tensor | None = None,
-    *,
-    rows: int | None = None,
-) -> Tensor:
-    """Cross-entropy and KL(p_teacher || p_student), both summed: [2], in float32 or wider.
-
-    Chunks as in `cross_entropy_sum`; one pass of the student's hidden states through the head serves both sums.
-
-    Args:
-        hidden: [S, D], the student's hidden states.
-        target: int64 [S].
-        teacher: [S, D], hidden states whose prediction is the soft target; no gradient goes through them.
-        taught: bool [S]; where False the token has no teacher and its KL counts as 0.
-        weight: float32 [S], what each token counts in both sums; None: 1.
-        rows: how many go through the head at a time; None: half of `chunk_rows`.
-    """
-
-    def chunk_sums(chunk: Tensor, wanted: Tensor, teaching: Tensor, has: Tensor, *counts: Tensor) -> Tensor:
-        student = _widened(decoder.logits(chunk)).log_softmax(-1)
-        with torch.no_grad():
-            soft = _widened(decoder.logits(teaching)).log_softmax(-1)
-        hard = functional.nll_loss(student, wanted, reduction="none")
-        divergence = functional.kl_div(student, soft, reduction="none", log_target=True).sum(-1)
-        return torch.stack([_weighted_sum(hard, *counts), _weighted_sum(divergence.masked_fill(~has, 0), *counts)])
-
-    size = rows or chunk_rows(decoder) // 2  # student's and teacher's logits are alive together
-    counts = () if weight is None else (weight,)
-    return _in_chunks(chunk_sums, size, hidden, target, teacher.detach(), taught, *counts)
+def _log_probabilities(decoder: Decoder, hidden: Tensor) -> Tensor:
+    logits = decoder.logits(hidden)
+    return logits.to(_wide(logits.dtype)).log_softmax(-1)
 
 
-def _weighted_sum(nats: Tensor, weight: Tensor | None = None) -> Tensor:
-    return nats.sum() if weight is None else torch.dot(nats, weight.to(nats.dtype))
-
-
-def _widened(logits: Tensor) -> Tensor:
-    return logits.to(_wide(logits.dtype))
-
-
-def _in_chunks(chunk_sum: Callable[..., Tensor], size: int, *parts: Tensor) -> Tensor:
-    """The sum of `chunk_sum` over chunks of `size` rows of the parts, each recomputed in the backward pass."""
-    size = max(1, size)
+def _in_chunks(function: Callable[..., Tensor], size: int, *parts: Tensor) -> Tensor:
+    """What `function` gives for chunks of `size` rows of the parts, each recomputed in the backward pass, joined."""
     if len(parts[0]) <= size:
-        return chunk_sum(*parts)
+        return function(*parts)
     chunks = zip(*(part.split(size) for part in parts), strict=True)
     options: Any = {"use_reentrant": False, "preserve_rng_state": False}  # nothing random here
-    sums = (cast(Tensor, checkpoint(chunk_sum, *chunk, **options)) for chunk in chunks)
-    return functools.reduce(torch.add, sums)
+    return torch.cat([cast(Tensor, checkpoint(function, *chunk, **options)) for chunk in chunks], dim=-1)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """`cross_entropy_sum` behind a plain linear head, whose gradients are computed along with the loss.
+    """`cross_entropy` behind a plain linear head, whose gradients are computed along with the loss.
 
     A chunk's logits become their own gradient in place: head and softmax run once, nothing is recomputed, and
     what stays for the backward pass is the gradient of the hidden states and, if it is trained, of the head.
@@ -173,10 +172,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         target: Tensor,
         counts: Tensor | None,
         decoder: Decoder,
-        rows: int | None,
+        size: int,
         train: bool,
-    ) -> Tensor:
-        """The sum, 0-d. `counts`: what each token counts. `train`: whether autograd records."""
+    ) -> tuple[Tensor, Tensor]:
+        """The sum, 0-d, and the cross-entropy of each. `counts`: its weight. `train`: whether autograd records."""
         kind, scale, cap = hidden.device.type, decoder.logit_scale, decoder.logit_cap
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
         wide = _wide(dtype)
@@ -187,8 +186,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for x, need in zip((hidden, weight, bias), needs, strict=True)
         ]
         grad_hidden, grad_weight, grad_bias = grads
-        head, total = weight.to(dtype), torch.zeros((), dtype=wide, device=hidden.device)
-        size = rows or chunk_rows(decoder)
+        head, nats = weight.to(dtype), torch.empty(len(target), dtype=wide, device=hidden.device)
         buffer = head.new_empty(min(size, len(target)), len(weight))
         for start in range(0, len(target), size):
             chunk, wanted = hidden[start : start + size].to(dtype), target[start : start + size, None]
@@ -205,16 +203,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
             chosen = p.gather(1, wanted)
             p.exp_()
             normalizer = p.sum(dim=1, keepdim=True)
-            count = None if counts is None else counts[start : start + size].to(wide)
-            total += _weighted_sum((normalizer.log() - chosen)[:, 0], count)
+            torch.sub(normalizer.log()[:, 0], chosen[:, 0], out=nats[start : start + size])
             if not any(grad is not None for grad in grads):
                 continue
             p /= normalizer
             p.scatter_add_(1, wanted, p.new_full(wanted.shape, -1.0))  # now the gradient of the logits
             if slope is not None:
                 p *= slope
-            if count is not None:
-                p *= count[:, None]
+            if counts is not None:
+                p *= counts[start : start + size, None]
             if scale != 1:
                 p *= scale
             low = p.to(dtype)
@@ -226,7 +223,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_bias += p.sum(dim=0)
         ctx.grads = grad_hidden, grad_weight, grad_bias
         ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
-        return total
+        ctx.mark_non_differentiable(nats)
+        return nats.sum() if counts is None else torch.dot(nats, counts.to(wide)), nats
 
     @staticmethod
     @once_differentiable
@@ -266,16 +264,31 @@ class TwoViewLoss(nn.Module):
             rule: the attention rule.
             score_ar: False leaves the clean half unscored (lambda = 0), which saves its head time.
             soft: also score masked tokens against the clean half's own predictions (w_soft > 0).
-            profile: also give each masked token's loss, for one more pass through the head.
+            profile: also give each masked token's loss.
         """
         decoder = Decoder(self.model)
         n, places = view.noised_length, view.places
         mask = decoder.two_view_masks(rule, places.part(0, n), places.part(n))
         hidden = decoder.hidden(view.tokens, places.position, mask)
-        diffusion = masked_sums(decoder, hidden[:, :n], view, hidden[:, n:] if soft else None)
-        ar = scored_sum(decoder, hidden[:, n:], view.target[:, n:] if score_ar else view.target[:, n:n])
-        nats = token_nats(decoder, hidden[:, :n], view.target[:, :n]) if profile else None
-        return LossSums(diffusion[0], ar[0], diffusion[1], ar[1], diffusion[2], nats)
+        masked = masked_scores(decoder, hidden[:, :n], view, hidden[:, n:] if soft else None, profile)
+        target = view.target[:, n:] if score_ar else view.target[:, n:n]
+        row, slot = (target != UNSCORED).nonzero(as_tuple=True)
+        ar = cross_entropy(decoder, hidden[:, n:][row, slot], target[row, slot])
+        tokens, ar_tokens, nats = masked_tokens(view), (target != UNSCORED).sum(), masked.nats if profile else None
+        return LossSums(masked.total, ar.total, tokens, ar_tokens, masked.soft, nats)
+
+
+class CleanCache(DynamicCache):
+    """Keys and values of the clean half: written in its own pass, then read alone, as often as layers are computed."""
+
+    written = False
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *rest: Any, **more: Any) -> Any:
+        """Keys and values [B, H, T, D] of a layer, cached ones in front."""
+        if not self.written:
+            return super().update(key_states, value_states, layer_idx, *rest, **more)
+        layer: Any = self.layers[layer_idx]
+        return torch.cat([layer.keys, key_states], dim=-2), torch.cat([layer.values, value_states], dim=-2)
 
 
 class DraftLoss(nn.Module):
@@ -305,60 +318,39 @@ class DraftLoss(nn.Module):
             nothing = torch.stack(sums).sum() * 0  # all of them, or DDP would wait
             return LossSums(nothing, nothing, nothing.long(), nothing.long(), nothing)
         clean, noised = places.part(n), places.part(0, n)
-        cache = DynamicCache()
+        cache = CleanCache()
         with torch.no_grad():
             parent = decoder.hidden(view.tokens[:, n:], clean.position, decoder.masks(rule, clean), cache)
+        cache.written = True
         mask = decoder.two_view_masks(rule, noised, clean, cached=True)
         hidden = decoder.hidden(view.tokens[:, :n], noised.position, mask, cache, noised=True)
-        diffusion, tokens, divergence = masked_sums(decoder, hidden, view, parent if soft else None)
-        nats = token_nats(decoder, hidden, view.target[:, :n]) if profile else None
-        return LossSums(diffusion, torch.zeros_like(diffusion), tokens, torch.zeros_like(tokens), divergence, nats)
+        masked = masked_scores(decoder, hidden, view, parent if soft else None, profile)
+        tokens, no_ar = masked_tokens(view), torch.zeros_like(masked.total)
+        nats = masked.nats if profile else None
+        return LossSums(masked.total, no_ar, tokens, torch.zeros_like(tokens), masked.soft, nats)
 
 
-def scored_sum(
-    decoder: Decoder, hidden: Tensor, target: Tensor, weight: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Sum of cross-entropies where there is a target, and how many there are.
-
-    Args:
-        hidden: [B, T, D].
-        target: int64 [B, T].
-        weight: float32 [B, T], what each counts in the sum; None: 1.
-    """
-    hidden = hidden[:, : target.shape[1]]
-    scored = target != UNSCORED
-    counts = None if weight is None else weight[scored]
-    return cross_entropy_sum(decoder, hidden[scored], target[scored], counts), scored.sum()
+def masked_tokens(view: TwoView) -> Tensor:
+    """How many masked tokens have a target, 0-d."""
+    return (view.target[:, : view.noised_length] != UNSCORED).sum()
 
 
-def masked_sums(
-    decoder: Decoder, hidden: Tensor, view: TwoView, clean: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Cross-entropy of the masked tokens, how many there are, and the KL from the clean half's predictions of them.
+def masked_scores(
+    decoder: Decoder, hidden: Tensor, view: TwoView, clean: Tensor | None = None, each: bool = False
+) -> Scores:
+    """Cross-entropy of the masked tokens, and the KL from the clean half's predictions of them.
 
     Args:
         hidden: [B, N, D], of the noised half.
         view: the two-view batch.
         clean: [B, L, D], hidden states of the clean half; None: the KL is not wanted and is 0.
+        each: also that of each, in row order.
     """
-    if clean is None:
-        total, count = scored_sum(decoder, hidden, view.target[:, : view.noised_length], view.weight)
-        return total, count, torch.zeros_like(total)
-    scored = view.target[:, : view.noised_length] != UNSCORED
-    row, slot = scored.nonzero(as_tuple=True)
-    index = view.teacher[row, slot]
-    teacher = clean[row, index.clamp_min(0)]
-    counts = None if view.weight is None else view.weight[row, slot]
+    row, slot = (view.target[:, : view.noised_length] != UNSCORED).nonzero(as_tuple=True)
+    weight = None if view.weight is None else view.weight[row, slot]
+    teacher = None
+    if clean is not None:
+        index = view.teacher[row, slot]
+        teacher = clean[row, index.clamp_min(0)], index != UNSCORED
     target = view.target[row, slot]
-    sums = soft_cross_entropy_sums(decoder, hidden[row, slot], target, teacher, index != UNSCORED, counts)
-    return sums[0], scored.sum(), sums[1]
-
-
-@torch.no_grad()
-def token_nats(decoder: Decoder, hidden: Tensor, target: Tensor) -> Tensor:
-    """-log p of every target there is, float32 [S] in row order, no gradient. `hidden` [B, T, D], `target` [B, T]."""
-    scored = target != UNSCORED
-    size = chunk_rows(decoder)
-    pairs = zip(hidden[scored].split(size), target[scored].split(size), strict=True)
-    parts = [functional.cross_entropy(decoder.logits(h).float(), wanted, reduction="none") for h, wanted in pairs]
-    return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
+    return cross_entropy(decoder, hidden[row, slot], target, weight, teacher=teacher, each=each)

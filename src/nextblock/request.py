@@ -12,16 +12,16 @@ from torch import Tensor
 
 from nextblock.batch import Row
 from nextblock.config import BlockDiffusionSettings, UsageError, validate
+from nextblock.encoding import encode_prompt
 from nextblock.events import Finish
 from nextblock.model import Decoder
 from nextblock.sampling import DecodingConfig, Mode, Sampler, generator
-from nextblock.sources import one_line
 from nextblock.text import TextStream
 
 Prompts = str | Sequence[str] | Sequence[Mapping[str, str]] | Sequence[Sequence[Mapping[str, str]]] | Tensor
 
 
-DEPENDENT = (("draft_steps", "draft_ahead", "draft_paths"), ("block_size", "sub_blocks", "steps"))
+DEPENDENT = (("draft_ahead", "draft_paths"), ("block_size", "sub_blocks", "steps"))
 """Options whose values must fit each other."""
 
 
@@ -50,7 +50,6 @@ class GenerateOptions(TypedDict, total=False):
     temperature: float
     top_p: float | None
     top_k: int | None
-    draft_steps: int
     draft_length: int | Literal["auto"] | None
     draft_ahead: int
     draft_paths: int
@@ -179,18 +178,11 @@ def _encode(tokenizer: Any, prompts: Any, attention_mask: Tensor | None) -> list
 
 
 def _from_text(tokenizer: Any, number: int, item: Any) -> list[int]:
-    """Ids of a text, or of a chat up to where the assistant speaks."""
-    if isinstance(item, str):
-        return list(tokenizer(item)["input_ids"])
-    if not isinstance(item, Sequence) or not all(isinstance(m, Mapping) and "content" in m for m in item):
+    """Ids of a text, or of a chat up to where the assistant speaks: what training would have seen there."""
+    chat = isinstance(item, Sequence) and all(isinstance(message, Mapping) for message in item)
+    if not isinstance(item, str) and not chat:
         raise UsageError(f"prompt {number} is neither a text nor a list of chat messages with role and content")
-    if not getattr(tokenizer, "chat_template", None):
-        raise UsageError("the tokenizer has no chat template; give plain text instead of chat messages")
-    try:
-        text = tokenizer.apply_chat_template(list(item), add_generation_prompt=True, tokenize=False)
-    except Exception as error:  # templates raise anything
-        raise UsageError(f"prompt {number} does not fit the chat template: {one_line(error)}") from None
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return encode_prompt(item, tokenizer, f"prompt {number}")
 
 
 def _from_tensor(tokens: Tensor, attention_mask: Tensor | None) -> list[tuple[list[int], list[int]]]:

@@ -17,6 +17,7 @@ from nextblock.config import Section, UsageError, nearest
 
 Mode = Literal["ar", "diffusion", "speculative"]
 Sampler = Literal["confidence", "entropy", "margin", "entropy_bound"]
+_TINY = 1e-30
 MODES: tuple[str, ...] = ("ar", "diffusion", "speculative")
 SAMPLERS: tuple[str, ...] = ("confidence", "entropy", "margin", "entropy_bound")
 
@@ -37,7 +38,6 @@ class DecodingConfig(Section):
     temperature: float = Field(0.0, description="0: greedy")
     top_p: float | None = Field(None, description="nucleus: fewest tokens whose probabilities reach this sum")
     top_k: int | None = Field(None, description="only the k likeliest tokens")
-    draft_steps: int = Field(1, description="speculative: denoising passes per draft, left to right")
     draft_length: int | Literal["auto"] | None = Field(
         None, description="speculative: tokens drafted per check; auto: by what was kept lately; default: the block"
     )
@@ -75,24 +75,13 @@ class DecodingConfig(Section):
             ("temperature", 0 <= self.temperature < math.inf, "must be 0 (greedy) or more"),
             ("top_p", self.top_p is None or 0 < self.top_p <= 1, "must lie in (0, 1]"),
             ("top_k", self.top_k is None or self.top_k >= 1, "must be at least 1"),
-            ("draft_steps", self.draft_steps >= 1, "must be at least 1"),
             ("draft_length", self.draft_length in (None, "auto") or int(self.draft_length) >= 1, "must be at least 1"),
             ("draft_ahead", self.draft_ahead >= 0, "must be 0 (draft in a pass of its own) or more"),
-            (
-                "draft_steps",
-                self.draft_steps == 1 or not self.draft_ahead,
-                "does not go with draft_ahead, which drafts in one pass; leave one of them out",
-            ),
             ("draft_paths", self.draft_paths >= 1, "must be at least 1"),
             (
                 "draft_paths",
                 self.draft_paths == 1 or not self.draft_ahead,
                 "does not go with draft_ahead, which would need a next draft behind every path; leave one of them out",
-            ),
-            (
-                "draft_paths",
-                self.draft_paths == 1 or self.draft_steps == 1,
-                "does not go with draft_steps, whose later passes go on from one path only; leave one of them out",
             ),
         )
         for name, holds, rule in rules:
@@ -117,26 +106,21 @@ class DecodingConfig(Section):
             )
 
 
-def filter_logits(
-    logits: Tensor, *, mask_token_id: int | None, temperature: float, top_k: int | None, top_p: float | None
-) -> Tensor:
+def filter_logits(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
     """Logits of the distribution that is drawn from: float32 [N, V], -inf where it is zero.
 
-    The mask token goes first, then temperature (0 leaves the scale), top-k, top-p, as in transformers.
-    `logits` may be written to.
+    Temperature goes first, then top-k, then top-p, as in transformers. `logits` stays as it is.
     """
-    logits = logits.float()
-    if mask_token_id is not None:  # a draft adapter's lies outside the vocabulary: an empty slice
-        logits[:, mask_token_id : mask_token_id + 1] = -math.inf
-    if temperature not in (0.0, 1.0):
-        logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # or a small one would overflow
+    if temperature != 1:
+        scale = min(max(temperature, _TINY), 1 / _TINY)  # beyond lie the limits of float32, 0 / 0 and inf / inf
+        logits = (logits - logits.amax(dim=-1, keepdim=True)) / scale  # or a small one would overflow
     if top_k is not None and top_k < logits.shape[-1]:
         kth = logits.topk(top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -math.inf)
     if top_p is not None and top_p < 1:
         ranked, order = logits.sort(dim=-1, descending=True, stable=True)
         before = ranked.softmax(-1).cumsum(-1) - ranked.softmax(-1)
-        dropped = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, order, before >= top_p)
+        dropped = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, order, before >= max(top_p, _TINY))
         logits = logits.masked_fill(dropped, -math.inf)
     return logits
 
@@ -151,25 +135,13 @@ def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
     return torch.minimum(token, last)[:, 0]
 
 
-def choose_tokens(logits: Tensor, temperature: float, uniform: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Pick a token at each position from filtered logits [N, V].
-
-    Args:
-        uniform: float64 [N] for temperature > 0.
-    Returns:
-        tokens int64 [N] (greedy: the likeliest, the lowest id of equals) and their probabilities float32 [N].
-    """
-    if temperature == 0:
-        token = logits.argmax(-1)
-    else:
-        assert uniform is not None
-        token = draw(logits.softmax(-1), uniform)
-    log_probability = logits.gather(-1, token[:, None])[:, 0] - logits.logsumexp(-1)
-    return token, log_probability.exp()
+def probability_of(logits: Tensor, token: Tensor) -> Tensor:
+    """Of `token` int64 [...] under `logits` [..., V]: float32 [...]."""
+    return (logits.gather(-1, token[..., None])[..., 0] - logits.logsumexp(-1)).exp()
 
 
 def scores(logits: Tensor, probability: Tensor, sampler: Sampler) -> Tensor:
-    """How sure each position is, float32 [N]; the highest is committed first.
+    """How sure the model is of each position, float32 [N], by its own logits; the highest is committed first.
 
     confidence: probability of the chosen token. entropy, entropy_bound: minus the entropy in nats.
     margin: probability of the likeliest token less that of the next.

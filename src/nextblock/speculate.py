@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nextblock.batch import Batch, Row, begin, push
 from nextblock.events import BlockFinished, Event, Rejected
-from nextblock.sampling import accepted, draw, residual, without
+from nextblock.sampling import accepted, draw, probability_of, residual, without
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Verdict:
     paths: list[int] = field(default_factory=list)
 
 
-def speculative(batch: Batch) -> Iterator[Event]:
+def speculative(batch: Batch) -> Iterator[list[Event]]:
     """Each cycle starts from one token that the AR head chose and drafts what may follow by denoising.
 
     One causal pass over token and drafts then gives the AR head's own choice after each of them. Greedy:
@@ -81,12 +81,12 @@ def speculative(batch: Batch) -> Iterator[Event]:
     rejection sampling decides. What was not kept is dropped by counting less far in the cache. So the answer
     is that of `autoregressive`, greedy, and has its distribution, sampling.
     """
-    yield from begin(batch, first_token=True)
+    yield [*begin(batch, first_token=True)]
     batch.leave()
     yield from _drafting_ahead(batch) if batch.config.draft_ahead else _drafting_apart(batch)
 
 
-def _drafting_apart(batch: Batch) -> Iterator[Event]:
+def _drafting_apart(batch: Batch) -> Iterator[list[Event]]:
     """Two passes a cycle: draft, check."""
     recent = {row.number: float(batch.block_size) for row in batch.rows}
     while rows := batch.rows:
@@ -105,7 +105,7 @@ def _drafting_apart(batch: Batch) -> Iterator[Event]:
                 batch.cache.move(index, start + own, start + path.shared + 1, kept - path.shared)
         for row, kept in zip(rows, verdict.kept, strict=True):
             recent[row.number] = 0.7 * recent[row.number] + 0.3 * kept
-        yield from _emit(batch, draft, verdict)
+        yield [*_emit(batch, draft, verdict)]
         batch.leave()
 
 
@@ -129,40 +129,36 @@ def _draft_length(batch: Batch, row: Row, recent: float) -> int:
 
 
 def _denoise(batch: Batch, known: Tensor, starts: list[int], lengths: list[int]) -> Draft:
-    """Tokens behind the known one, in `draft_steps` denoising passes from left to right.
-
-    Left to right, because rejection sampling needs each draft's distribution given those before it.
-    """
+    """Tokens behind the known one, from one denoising pass over the block."""
     rows, config = batch.rows, batch.config
     assert batch.mask_token_id is not None
-    longest = max(lengths)
+    if (longest := max(lengths)) == 0:
+        return Draft(known[:, :0], lengths)
     tokens = torch.full((len(rows), batch.block_size), batch.mask_token_id, device=batch.device)
     tokens[:, :1] = known
-    shift = 1 if batch.shifted else 0
-    distributions, branches = [], []
-    size = -(-longest // config.draft_steps) if longest else 1
-    for low in range(1, longest + 1, size):
-        high = min(low + size, longest + 1)
-        hidden = batch.forward(tokens, starts, [False] * len(rows))
-        batch.stats.count("denoise", len(rows))
-        prefixes = ((row, row.answer) for row in rows for _ in range(low, high))
-        logits = batch.next_logits(hidden[:, low - shift : high - shift].flatten(0, 1), prefixes)
-        # A row draws for its own drafts only, so that it draws the same numbers alone.
-        uniform = []
-        for row, length in zip(rows, lengths, strict=True):
-            own = row.draw(max(0, min(high, length + 1) - low))
-            uniform += own + [0.0] * (high - low - len(own)) if row.random is not None else []
-        chosen = batch.choose(logits, uniform)[0]
-        tokens[:, low:high] = chosen.unflatten(0, (len(rows), high - low))
-        if config.draft_paths > 1:
-            branches = _branches(batch, logits.unflatten(0, (len(rows), -1)), tokens[:, low:high], lengths)
-        if config.temperature:
-            distributions.append(logits.softmax(-1).unflatten(0, (len(rows), high - low)))
-    distribution = torch.cat(distributions, dim=1) if distributions else None
-    return Draft(tokens[:, 1 : longest + 1], lengths, distribution, branches)
+    hidden = batch.forward(tokens, starts, [False] * len(rows))
+    batch.stats.count("denoise", len(rows))
+    first = 0 if batch.shifted else 1
+    prefixes = ((row, row.answer) for row in rows for _ in range(longest))
+    logits = batch.next_logits(hidden[:, first : first + longest].flatten(0, 1), prefixes)
+    # A row draws for its own drafts only, so that it draws the same numbers alone.
+    uniform = [
+        u
+        for row, length in zip(rows, lengths, strict=True)
+        if row.random is not None
+        for u in row.draw(length) + [0.0] * (longest - length)
+    ]
+    distribution, shape = batch.distribution(logits), (len(rows), longest)
+    drafts = batch.choose(logits, uniform, distribution).view(shape)
+    logits = logits.unflatten(0, shape)
+    distribution = None if distribution is None else distribution.unflatten(0, shape)
+    branches = _branches(batch, logits, distribution, drafts, lengths) if config.draft_paths > 1 else []
+    return Draft(drafts, lengths, distribution, branches)
 
 
-def _branches(batch: Batch, logits: Tensor, drafts: Tensor, lengths: list[int]) -> list[list[tuple[int, int]]]:
+def _branches(
+    batch: Batch, logits: Tensor, distribution: Tensor | None, drafts: Tensor, lengths: list[int]
+) -> list[list[tuple[int, int]]]:
     """Where further paths leave the first one, and with which token: the second best, or a draw without the first.
 
     At the positions where that is likeliest to be of use: all drafts before are kept, and the second-likeliest
@@ -171,16 +167,18 @@ def _branches(batch: Batch, logits: Tensor, drafts: Tensor, lengths: list[int]) 
     """
     top = logits.softmax(-1).topk(2)
     likeliest, second = top.values.double().log().unbind(-1)
-    odds = (likeliest.cumsum(1) - likeliest + second).tolist()
+    odds = likeliest.cumsum(1) - likeliest + second
+    if distribution is not None:  # no second token where a filter leaves only one
+        odds = odds.masked_fill((distribution > 0).sum(-1) < 2, -math.inf)
     found = []
-    for line, length in zip(odds, lengths, strict=True):
+    for line, length in zip(odds.tolist(), lengths, strict=True):
         ranked = sorted((n for n in range(length) if line[n] > -math.inf), key=lambda n: -line[n])
         found.append(ranked[: batch.config.draft_paths - 1])
     flat = [(index, position) for index, positions in enumerate(found) for position in positions]
     at = torch.tensor(flat, dtype=torch.int64, device=batch.device).view(-1, 2).unbind(1)
-    if batch.config.temperature:
+    if distribution is not None:
         uniform = [u for row, positions in zip(batch.rows, found, strict=True) for u in row.draw(len(positions))]
-        weights = without(logits[at].softmax(-1), drafts[at])
+        weights = without(distribution[at], drafts[at])
         tokens = draw(weights, torch.tensor(uniform, dtype=torch.float64, device=batch.device))
     else:
         tokens = top.indices[..., 1][at]
@@ -238,14 +236,18 @@ def _forward_groups(
 def _verify(batch: Batch, hidden: Tensor, draft: Draft) -> Verdict:
     """Check drafts against the causal pass over the known token and them: `hidden` [B, N, D]."""
     logits = batch.next_logits(hidden.flatten(0, 1), _prefixes(batch.rows, draft, hidden.shape[1]))
-    logits = logits.unflatten(0, hidden.shape[:2])
-    return _verify_sampled(batch, logits, draft) if batch.config.temperature else _verify_greedy(batch, logits, draft)
+    target, logits = batch.distribution(logits), logits.unflatten(0, hidden.shape[:2])
+    if target is None:
+        return _verify_greedy(batch, logits, draft)
+    return _verify_sampled(batch, logits, target.view_as(logits), draft)
 
 
-def _prefixes(rows: list[Row], draft: Draft, width: int) -> Iterator[tuple[Row, list[int]]]:
-    """For each place of the check its row and the answer up to there; made only if a processor asks."""
+def _prefixes(rows: list[Row], draft: Draft, width: int) -> Iterator[tuple[Row, list[int] | None]]:
+    """For each place of the check its row and the answer up to there, None where nobody looks; made only if a
+    processor asks.
+    """
     for row, paths in zip(rows, draft.paths, strict=True):
-        answers = [row.answer] * width
+        answers: list[list[int] | None] = [None] * width
         for path in paths:
             for count, node in enumerate(path.nodes):
                 answers[node] = row.answer + path.tokens[:count]
@@ -255,12 +257,12 @@ def _prefixes(rows: list[Row], draft: Draft, width: int) -> Iterator[tuple[Row, 
 
 def _verify_greedy(batch: Batch, logits: Tensor, draft: Draft) -> Verdict:
     """Keep the path that is the AR head's own choice furthest, that far. `logits`: [B, N, V]."""
-    tokens, probabilities = batch.choose(logits.flatten(0, 1), [])
-    shape = logits.shape[:2]
+    flat, width = logits.flatten(0, 1), logits.shape[1]
+    tokens, confidence = batch.tell(flat, batch.choose(flat, []))
     verdict = Verdict()
-    for paths, chosen, probability in zip(
-        draft.paths, tokens.view(shape).tolist(), probabilities.view(shape).tolist(), strict=True
-    ):
+    for index, paths in enumerate(draft.paths):
+        own = slice(index * width, (index + 1) * width)
+        chosen, probability = tokens[own], confidence[own]
         agreed = [_agreed([chosen[node] for node in path.nodes], path.tokens) for path in paths]
         number = agreed.index(max(agreed))
         nodes = paths[number].nodes[: agreed[number] + 1]
@@ -276,15 +278,19 @@ def _agreed(chosen: list[int], drafts: list[int]) -> int:
     return next((n for n, token in enumerate(drafts) if token != chosen[n]), len(drafts))
 
 
-def _verify_sampled(batch: Batch, logits: Tensor, draft: Draft) -> Verdict:
+def _verify_sampled(batch: Batch, logits: Tensor, target: Tensor, draft: Draft) -> Verdict:
     """Rejection sampling: what is emitted has the AR distribution, whatever the draft's.
 
     (Leviathan et al., arXiv 2211.17192, Theorem 1.) Where another path leaves a draft that is rejected, its token
     is tried next: it was drawn from q without the first one, and is checked against what then is to be drawn from,
     max(p - q, 0); the same once more, so that the theorem holds for it (as in SpecInfer, arXiv 2305.09781).
-    Behind it that path goes on like the first one. `logits`: [B, N, V], filtered as the drafts' were.
+    Behind it that path goes on like the first one.
+
+    Args:
+        logits: [B, N, V], the AR head's own; what the probabilities that are told come from.
+        target: [B, N, V], what is drawn from, filtered as the drafts' distribution was.
     """
-    target, device = logits.softmax(-1), batch.device
+    device = batch.device
     # Behind a row's last draft nothing was proposed: q = 0 there, so that the head's own distribution remains.
     proposal = torch.zeros_like(target[:, : draft.tokens.shape[1] + 1])
     if draft.distribution is not None:
@@ -297,7 +303,7 @@ def _verify_sampled(batch: Batch, logits: Tensor, draft: Draft) -> Verdict:
     rest = residual(target[left], proposal[left])
     others = without(proposal[left], draft.tokens[left])
     rest, others = (weights / weights.sum(-1, keepdim=True) for weights in (rest, others))
-    chances = _chances(draft, target, proposal, rest, others)
+    chances = _chances(batch, draft, logits, target, proposal, rest, others)
 
     verdict, ends, failed = Verdict(), [], []
     uniform: list[float] = []
@@ -328,18 +334,18 @@ def _verify_sampled(batch: Batch, logits: Tensor, draft: Draft) -> Verdict:
         at_failed, branch = torch.tensor(failed, device=device).unbind(1)
         weights[at_failed] = residual(rest[branch], others[branch])
     last = draw(weights, torch.tensor(uniform, dtype=torch.float64, device=device))
-    for index, (token, chance) in enumerate(zip(last.tolist(), target[at, node, last].tolist(), strict=True)):
+    for index, (token, chance) in enumerate(zip(*batch.tell(logits[at, node], last), strict=True)):
         verdict.tokens[index].append(token)
         verdict.probabilities[index].append(chance)
     return verdict
 
 
 def _chances(
-    draft: Draft, target: Tensor, proposal: Tensor, rest: Tensor, others: Tensor
+    batch: Batch, draft: Draft, logits: Tensor, target: Tensor, proposal: Tensor, rest: Tensor, others: Tensor
 ) -> Iterator[tuple[list[float], list[float], list[float]]]:
     """For each path, from where it leaves the first one: p and q of its drafts, and the AR head's probabilities.
 
-    Those are p too, but for the second token, where a path begins: its p is of `rest` and its q of `others`.
+    p is of `target`, but for the second token, where a path begins: its p is of `rest` and its q of `others`.
     """
     places = [
         (index, path.nodes[count], count, path.tokens[count], number > 0 and count == path.shared)
@@ -349,10 +355,10 @@ def _chances(
     ]
     columns = torch.tensor(places, dtype=torch.int64, device=target.device).view(-1, 5).unbind(1)
     row, node, position, token, second = *columns[:4], columns[4].bool()
-    given = target[row, node, token]
-    p = given.masked_scatter(second, rest.gather(1, token[second, None]))
+    told = batch.confidence(logits[row, node], token)
+    p = target[row, node, token].masked_scatter(second, rest.gather(1, token[second, None]))
     q = proposal[row, position, token].masked_scatter(second, others.gather(1, token[second, None]))
-    numbers, low = torch.stack([p, q, given]).tolist(), 0
+    numbers, low = torch.stack([p, q, told]).tolist(), 0
     for path in (path for paths in draft.paths for path in paths):
         part = slice(low, low + len(path.tokens) - path.shared)
         yield numbers[0][part], numbers[1][part], numbers[2][part]
@@ -395,7 +401,7 @@ class _Pending:
         return sorted(range(len(odds)), key=lambda n: (-odds[n], n))[:count]
 
 
-def _drafting_ahead(batch: Batch) -> Iterator[Event]:
+def _drafting_ahead(batch: Batch) -> Iterator[list[Event]]:
     """One pass a cycle: behind the tokens to be checked lie the next block's masks, for G points of acceptance.
 
     Each group of b tokens begins with a copy of the last token that would be kept and sees what would then
@@ -416,7 +422,7 @@ def _drafting_ahead(batch: Batch) -> Iterator[Event]:
         batch.stats.count("check", len(rows))
         width = draft.tokens.shape[1] + 1
         verdict = _verify(batch, hidden[:, :width], draft)
-        yield from _emit(batch, draft, verdict)
+        yield [*_emit(batch, draft, verdict)]
         hits = [
             width + own.index(kept) * batch.block_size if kept in own and row.finish is None else None
             for row, own, kept in zip(rows, points, verdict.kept, strict=True)
@@ -480,9 +486,9 @@ def _drafted_ahead(batch: Batch, hidden: Tensor, hits: list[int | None]) -> list
     chosen = [hidden[index, hit + offset : hit + offset + length] for index, hit in enumerate(hits) if hit is not None]
     prefixes = ((row, row.answer) for row in rows for _ in range(length))
     logits = batch.next_logits(torch.cat(chosen), prefixes)
-    tokens, probability = batch.choose(logits, [u for row in rows for u in row.draw(length)])
-    distribution = logits.softmax(-1) if config.temperature else None
-    chances = probability if distribution is None else distribution.amax(-1)
+    distribution = batch.distribution(logits)
+    tokens = batch.choose(logits, [u for row in rows for u in row.draw(length)], distribution)
+    chances = probability_of(logits, logits.argmax(-1))
     drawn, odds = tokens.view(-1, length).tolist(), chances.view(-1, length).tolist()
     found = iter(range(len(rows)))
     for index, hit in enumerate(hits):

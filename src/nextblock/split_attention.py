@@ -1,4 +1,5 @@
-"""Attention of the two-view pass in parts: what a CPU computes where a GPU runs FlexAttention.
+"""Attention of ours: of the two-view pass in parts, which a CPU computes where a GPU runs FlexAttention, and of
+cached passes, whose keys and values are not copied for each query head.
 
 SDPA with one dense mask pays for every pair of [noised ; clean]. Here queries see clean keys in pieces, each of which
 spans only the keys that some query of it may see, and noised queries see, apart from these, their own block.
@@ -10,25 +11,31 @@ Letters: B rows, N noised slots, L clean tokens, T queries (N + L, or N), H head
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from transformers import AttentionInterface, AttentionMaskInterface
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from nextblock.attention_mask import Places, Rule, additive, to_dense
 
 SPLIT = "nextblock_sdpa_split"
-"""Name of the attention implementation; with masks other than a `SplitMask` it is transformers' `sdpa`."""
+"""Name of the attention implementation; with masks other than a `SplitMask` it gives what `sdpa` gives."""
 
 PIECE = 256
 """Most queries of a piece in a row; below 192 the kernel takes narrower steps, which cost more than is saved."""
 TILE = 16
 """Fewest slots of a tile: blocks smaller than this share one."""
+GROUPED = ("cpu",)
+"""Devices whose kernels take a mask with fewer key than query heads."""
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -264,7 +271,7 @@ def split_attention(
         ValueError: what the parts cannot do: dropout, a soft cap, sinks, biases of positions.
     """
     if not isinstance(attention_mask, SplitMask):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **options)
+        return _grouped_attention(module, query, key, value, attention_mask, dropout, scaling, **options)
     if dropout or any(options.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
         raise ValueError("attention in parts takes no dropout, soft cap, sinks or position bias")
     groups = query.shape[1] // key.shape[1]
@@ -283,6 +290,85 @@ def split_attention(
         value, clean_value = value.split([noised, clean], dim=2)
     out: Any = _TwoViewAttention.apply(query, clean_key, clean_value, key, value, attention_mask, scale)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _grouped_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """As transformers' `sdpa`, which copies keys and values for each query head wherever there is a mask."""
+    if attention_mask is not None and attention_mask.shape[-2:] == (1, 1):
+        # One number for all keys of a query changes nothing.
+        return sdpa_attention_forward(
+            module, query, key, value, None, dropout, scaling, **{**options, "is_causal": False}
+        )
+    groups = query.shape[1] // key.shape[1]
+    other = any(options.get(name) is not None for name in ("softcap", "position_bias", "cache"))
+    if attention_mask is None or groups == 1 or attention_mask.shape[1] > 1 or other:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **options)
+    width, native = query.shape[2], query.device.type in GROUPED
+    if not native:  # the heads of a group become queries of one head
+        query = query.unflatten(1, (-1, groups)).flatten(2, 3)
+        attention_mask = attention_mask.expand(-1, -1, width, -1).repeat(1, 1, groups, 1)
+    out = scaled_dot_product_attention(
+        query, key, value, attention_mask, dropout_p=dropout, scale=scaling, enable_gqa=native
+    )
+    return out.unflatten(2, (-1, width)).flatten(1, 2).transpose(1, 2).contiguous(), None
+
+
+class _Switch:
+    """The configs that name a model's attention, and how many of its passes run by ours."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        found = [getattr(module, "config", None) for module in model.modules()]
+        self.configs = list({id(c): c for c in found if isinstance(c, PreTrainedConfig)}.values())
+        self.before: list[str | None] = []
+        self.passes = 0
+
+
+_switches: WeakKeyDictionary[PreTrainedModel, _Switch] = WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+def can_run_split(model: PreTrainedModel) -> bool:
+    """Whether `running_split` has an effect: attention that takes, or for a while can take, dense masks by SDPA."""
+    return model.config._attn_implementation in (SPLIT, "sdpa", "flex_attention") and (
+        model._can_set_attn_implementation()
+    )
+
+
+@contextmanager
+def running_split(model: PreTrainedModel) -> Iterator[None]:
+    """Let a cached pass attend by `split_attention`: SDPA that copies less, and FlexAttention takes no dense masks.
+
+    For the pass alone, and counted: other streams and threads that decode the model, and whoever trains it between
+    two passes, find what they need.
+    """
+    with _lock:
+        if model not in _switches:
+            _switches[model] = _Switch(model)
+        switch = _switches[model]
+        if not switch.passes:
+            switch.before = [config._attn_implementation for config in switch.configs]
+            if can_run_split(model):
+                for config, before in zip(switch.configs, switch.before, strict=True):
+                    if before in ("sdpa", "flex_attention"):
+                        config._attn_implementation_internal = SPLIT
+        switch.passes += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            switch.passes -= 1
+            if not switch.passes:
+                for config, before in zip(switch.configs, switch.before, strict=True):
+                    config._attn_implementation_internal = before
 
 
 AttentionInterface.register(SPLIT, split_attention)

@@ -9,6 +9,7 @@ Letters: B rows, Q tokens of a pass, H key-value heads, C slots, D hidden or hea
 
 from __future__ import annotations
 
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +28,7 @@ from nextblock.model import Decoder
 LIMITS = {"recompile_limit": 256, "accumulated_recompile_limit": 256}
 """Shapes that may be compiled; torch stops at 8."""
 
+_lock = threading.Lock()
 cuda_graphs = partial(torch.compile, mode="reduce-overhead", fullgraph=True, dynamic=False)
 
 
@@ -41,15 +43,14 @@ def rounded_width(width: int) -> int:
 
 
 def rounded_capacity(slots: int) -> int:
-    """A multiple of 256 slots; of more than 2048, at most a quarter too many."""
-    step = 1 << max(8, slots.bit_length() - 3)
-    return -(-slots // step) * step
+    """A power of two, 256 or more: each size is compiled for each number of rows and tokens."""
+    return max(256, 1 << (slots - 1).bit_length())
 
 
 class StaticPasses:
     """Compiled passes of one model, and the memory of the cache that they are compiled for.
 
-    failed: a pass could not be compiled; from then on all are ordinary ones.
+    failed: a pass could not be compiled; from then on all are ordinary ones. Memory that ran out is no such failure.
     """
 
     def __init__(self, compiler: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] = cuda_graphs) -> None:
@@ -63,14 +64,29 @@ class StaticPasses:
     def cache(self, rows: int, capacity: int, widest: int) -> SlotCache:
         """A cache of at least `capacity` slots for a new batch whose passes have at most `widest` tokens.
 
-        An ordinary one while another batch has the memory, as when two streams are read in turns.
+        An ordinary one, after a warning, while another batch has the memory, as when two streams are read in turns.
         """
-        user = self._user and self._user()
-        if self.failed or (user is not None and user.rows):
+        if self.failed:
             return SlotCache(rows, capacity)
-        cache = StaticCache(self, rows, rounded_capacity(capacity + rounded_width(widest)))
-        self._user = weakref.ref(cache)
-        return cache
+        with _lock:
+            user = self._user and self._user()
+            if user is None or not user.rows:
+                cache = StaticCache(self, rows, rounded_capacity(capacity + rounded_width(widest)))
+                self._user = weakref.ref(cache)
+                return cache
+        warnings.warn(
+            "another call on this model is not at its end: this one goes without torch.compile; read streams to "
+            "their end, or close them",
+            stacklevel=2,
+        )
+        return SlotCache(rows, capacity)
+
+    def release(self, cache: StaticCache) -> None:
+        """Let the next batch have the memory of this cache, which is not used again."""
+        cache.compiled = False
+        with _lock:
+            if self._user is not None and self._user() is cache:
+                self._user = None
 
     def allocate(self, layer: int, part: str, rows: int, capacity: int, states: Tensor) -> Tensor:
         """Zeros [rows, H, capacity, D] for what is like `states` [..., H, _, D], in memory that is used again."""
@@ -149,21 +165,30 @@ class StaticPasses:
                 hidden = self._pass(decoder, cache, *arguments)
             self._compiled.add(key)
         except Exception as error:  # of many kinds; what is no fault of the compiler comes again in the ordinary pass
-            self.failed, cache.target = True, None
+            cause = getattr(error, "inner_exception", error)  # what the compiler stumbled over
+            self.failed = not isinstance(cause, torch.OutOfMemoryError)
+            cache.target = None
+            self.release(cache)
             self._memory.clear()  # this batch keeps its own until it ends
             self._slots.clear()
+            self._compiled.clear()
             kind, reason = decoder.model.config.model_type, str(error).strip().splitlines() or [type(error).__name__]
-            warnings.warn(f"decoding of '{kind}' goes on without torch.compile: {reason[0]}", stacklevel=2)
+            until = "" if self.failed else " to the end of this call"
+            warnings.warn(f"decoding of '{kind}' goes on without torch.compile{until}: {reason[0]}", stacklevel=2)
             return None
         return hidden[:rows, :width].clone()  # the next replay writes where `hidden` is
 
 
 class StaticCache(SlotCache):
-    """A `SlotCache` in the memory of `StaticPasses`; a static pass writes to `target` and sees every slot."""
+    """A `SlotCache` in the memory of `StaticPasses`; a static pass writes to `target` and sees every slot.
+
+    compiled: whether passes may still be static ones.
+    """
 
     def __init__(self, passes: StaticPasses, rows: int, capacity: int) -> None:
         super().__init__(rows, capacity)
         self.passes = passes
+        self.compiled = True
         self.target: Tensor | None = None
         self._rounded = 0
         self._layers: list[tuple[Tensor, ...]] = []

@@ -13,7 +13,7 @@ class TextStream:
 
     A character whose bytes are not all there yet is held back, and so is a tail that may be the beginning of a
     stop string. What `put` and `end` return, joined, is the text of the answer, cut before the first stop
-    string.
+    string. A stop string may hold special tokens, also where these are not shown.
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = (), skip_special_tokens: bool = True) -> None:
@@ -25,6 +25,7 @@ class TextStream:
         self._window = 0  # first token of the stretch that is decoded again
         self._read = 0  # tokens before this one are in `_held` or were returned
         self._held = ""
+        self._hidden: list[bool] = []  # for each character of `_held`: it is a special token's
 
     def put(self, token: int) -> str:
         """Append one token; the text that can be shown now, often "". `stopped` tells of a stop string."""
@@ -33,6 +34,8 @@ class TextStream:
         self.tokens.append(token)
         before = self._decode(self.tokens[self._window : self._read])
         now = self._decode(self.tokens[self._window :])
+        if self.stop and self.skip and now == before and not self._decode([token]):
+            return self._release(self.tokenizer.decode([token]), hidden=True)
         if now.endswith(INCOMPLETE) or len(now) <= len(before):
             return ""
         self._window, self._read = self._read, len(self.tokens)
@@ -47,21 +50,22 @@ class TextStream:
         self._window = self._read = len(self.tokens)
         shown = self._release(rest)
         if not self.stopped:
-            shown, self._held = shown + self._held, ""
+            self.stop = ()  # what may become a stop string never will
+            shown += self._release("")
         return shown
 
     def _decode(self, tokens: list[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=self.skip, clean_up_tokenization_spaces=False)
 
-    def _release(self, text: str) -> str:
+    def _release(self, text: str, hidden: bool = False) -> str:
         """Cut at a stop string, or hold back a tail that may become one."""
         text = self._held + text
+        self._hidden += [hidden] * (len(text) - len(self._held))
         found = [at for s in self.stop if (at := text.find(s)) >= 0]
-        if found:
-            self.stopped, self._held = True, ""
-            return text[: min(found)]
         hold = max(
             (n for s in self.stop for n in range(1, min(len(s), len(text) + 1)) if text.endswith(s[:n])), default=0
         )
-        self._held = text[len(text) - hold :]
-        return text[: len(text) - hold]
+        self.stopped, end = bool(found), min(found, default=len(text) - hold)
+        shown = "".join(c for c, h in zip(text[:end], self._hidden, strict=False) if not h)
+        self._held, self._hidden = text[end:], self._hidden[end:]
+        return shown

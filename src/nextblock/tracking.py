@@ -8,18 +8,21 @@ from __future__ import annotations
 import json
 import math
 import resource
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from nextblock.config import AdaptConfig
 from nextblock.corruption import NOISE_LEVELS, UNSCORED, TwoView
-from nextblock.model import Decoder
+from nextblock.model import text_config
 from nextblock.shapes import device_named
 
 PROJECT, TRACKERS = "nextblock", "trackers"
@@ -58,42 +61,104 @@ class LossProfile:
         return record if sum(record["tokens_by_noise"]) else None
 
 
-def useful_flops(decoder: Decoder, view: TwoView, *, trained: bool, clean_trained: bool = True) -> float:
-    """Floating-point operations that training on this view needs at least; padding and recomputing do not count.
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations of matrix products alone.
 
-    2 for each weight of a linear layer and position, and 4 * width for each layer and pair that may look, forward;
-    as many for the gradient of the activations, and as many for that of the weights.
-
-    Args:
-        decoder: the model.
-        view: a micro-batch, best on the CPU.
-        trained: the model's own weights have gradients; False with adapters.
-        clean_trained: False where the clean half runs without gradient (draft adapter).
+    clean, noised, head: what the method needs, forward and backward. recomputed: what gradient checkpointing adds.
     """
-    config = decoder.config
-    head: Any = decoder.model.get_output_embeddings()
-    weights = 0
-    for layer in decoder.model.get_decoder().modules():  # by their sizes: weights in 4 bit have fewer elements
-        if isinstance(layer, nn.Linear) and layer.weight is not head.weight:
-            weights += layer.in_features * layer.out_features
-        elif isinstance(layer, Conv1D):
-            weights += layer.nx * layer.nf
-    width = config.num_attention_heads * (
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    )
-    places, n = view.places, view.noised_length
-    real = places.document >= 0
-    block = int((places.position - places.block_start)[:, :n][real[:, :n]].max()) + 1 if n else 1
-    pairs = torch.where(places.view == 0, places.position + 1, places.block_start + block) * real
-    scored = view.target != UNSCORED
-    total = 0.0
-    for half, differentiated in ((slice(0, n), True), (slice(n, None), clean_trained)):
-        forward = 2.0 * weights * int(real[:, half].sum())
-        forward += 4.0 * width * config.num_hidden_layers * int(pairs[:, half].sum())
-        if differentiated:
-            forward += 2.0 * config.hidden_size * decoder.vocabulary * int(scored[:, half].sum())
-        total += forward * (1 + (1 + int(trained) if differentiated else 0))
-    return total
+
+    clean: float
+    noised: float
+    head: float
+    recomputed: float = 0.0
+
+    @property
+    def useful(self) -> float:
+        """All but what is computed twice; MFU counts these."""
+        return self.clean + self.noised + self.head
+
+
+@dataclass(frozen=True)
+class Products:
+    """Multiply-adds of a forward pass.
+
+    linear: of a token in all linear layers but the head. low_rank: of a token in their updates.
+    head: of a scored token. pair: of a query and a key that it may see, scores and values together.
+    """
+
+    linear: int
+    low_rank: int
+    head: int
+    pair: int
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, updates: Iterable[nn.Parameter] = ()) -> Products:
+        """Read off a model's modules. `updates`: what an adapter or LoRA trains; a vector of it is an embedding."""
+        config: Any = text_config(model.config)
+        head, updates = cast(Any, model.get_output_embeddings()), list(updates)
+        apart = {id(head.weight), *map(id, updates)}
+        linear = 0
+        for layer in model.get_decoder().modules():  # by their sizes: weights in 4 bit have fewer elements
+            if isinstance(layer, nn.Linear) and id(layer.weight) not in apart:
+                linear += layer.in_features * layer.out_features
+            elif isinstance(layer, Conv1D):
+                linear += layer.nx * layer.nf
+        heads = config.num_attention_heads
+        width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+        embedding = cast(nn.Embedding, model.get_input_embeddings())
+        return cls(
+            linear=linear,
+            low_rank=sum(p.numel() for p in updates if p.ndim == 2),
+            head=config.hidden_size * embedding.num_embeddings,
+            pair=2 * width * config.num_hidden_layers,
+        )
+
+    def flops(
+        self,
+        kind: str,
+        tokens: tuple[float, float],
+        pairs: tuple[float, float],
+        scored: float,
+        taught: float = 0,
+        again: bool = False,
+    ) -> Flops:
+        """Of training: 2 for a multiply-add; a backward pass is twice a forward one, or as much if weights are frozen.
+
+        Args:
+            kind: of `kind_of_training`. A draft adapter's clean half has no gradient.
+            tokens, pairs: of the clean half, and of the noised one.
+            scored: targets. taught: those that have a teacher, whose logits are computed, too.
+            again: with gradient checkpointing.
+        """
+        passes, drafting = 3 if kind == "full" else 2, kind == "draft adapter"
+
+        def half(which: int, weights: int, attention: int, updates: int) -> float:
+            own = self.linear * weights + self.low_rank * updates
+            return 2.0 * (tokens[which] * own + pairs[which] * self.pair * attention)
+
+        clean = half(0, 1, 1, 0) if drafting else half(0, passes, 3, 3)
+        recomputed = (half(1, 1, 1, 1) + (0 if drafting else half(0, 1, 1, 1))) if again else 0.0
+        return Flops(clean, half(1, passes, 3, 3), 2.0 * self.head * (scored * passes + taught), recomputed)
+
+    def of_view(self, kind: str, view: TwoView, score_ar: bool, soft: bool = False) -> Flops:
+        """What training on this view needs, best on the CPU; padding does not count. Arguments as of `TwoViewLoss`."""
+        places, n = view.places, view.noised_length
+        real = places.document >= 0
+        block = int((places.position - places.block_start)[:, :n][real[:, :n]].max()) + 1 if n else 1
+        pairs = torch.where(places.view == 0, places.position + 1, places.block_start + block) * real
+        tokens, seen, targets = (
+            (int(x[:, n:].sum()), int(x[:, :n].sum())) for x in (real, pairs, view.target != UNSCORED)
+        )
+        ar = targets[0] if score_ar and kind != "draft adapter" else 0
+        return self.flops(kind, tokens, seen, ar + targets[1], targets[1] if soft else 0)
+
+
+def kind_of_training(config: AdaptConfig) -> str:
+    """ "full", "lora" or "draft adapter"."""
+    if config.draft_adapter is not None:
+        return "draft adapter"
+    return "full" if config.lora is None else "lora"
 
 
 def peak_flops(device: torch.device) -> float | None:

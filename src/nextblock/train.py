@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ from nextblock.config import (
 )
 from nextblock.corruption import TwoView, corrupt
 from nextblock.data import NoDocument, Rows, RowStream, check_tokens
+from nextblock.encoding import span_ends
 from nextblock.feed import Feed, merged
 from nextblock.files import unwritten, whole_folder, write_whole
 from nextblock.launcher import check_batch, make_accelerator
@@ -68,7 +70,7 @@ from nextblock.model import (
 )
 from nextblock.objective import DraftLoss, TwoViewLoss
 from nextblock.ranks import gather, is_main, together
-from nextblock.tracking import LossProfile, peak_flops, peak_memory_gib, run_log, useful_flops
+from nextblock.tracking import LossProfile, Products, kind_of_training, peak_flops, peak_memory_gib, run_log
 
 LOG = "log.jsonl"
 RESOLVED_CONFIG = "nextblock.yaml"
@@ -87,6 +89,8 @@ MAY_CHANGE_ON_RESUME = (
     "training.gradient_checkpointing",
     "model.export_dtype",
     "model.attention",
+    "machine.gpu",
+    "machine.gpus",
 )
 
 
@@ -143,6 +147,11 @@ class Run:
     stage_number: int | None = None
     finished: bool = False
 
+    @cached_property
+    def span_ends(self) -> list[int]:
+        """Tokens that end a generated span: the end token and what ends a turn of chat."""
+        return span_ends(self.tokenizer)
+
     @property
     def trained(self) -> torch.nn.Module:
         """What has been learned, so what a checkpoint holds: LoRA's or the draft adapter's weights, or all."""
@@ -166,12 +175,13 @@ class Run:
         low = self.config.training.mixed_precision == "bf16" or self.config.model.dtype == "bfloat16"
         return peak_flops(self.accelerator.device) if low else None
 
-    def flops(self, view: TwoView) -> float:
+    def flops(self, view: TwoView, score_ar: bool) -> float:
         """Useful floating-point operations of a micro-batch; 0 where nothing is measured against them."""
         if self.peak_flops is None:
             return 0.0
-        whole = self.lora is None and self.decoder.adapter is None
-        return useful_flops(self.decoder, view, trained=whole, clean_trained=self.decoder.adapter is None)
+        model, trained, kind = self.decoder.model, self.trained, kind_of_training(self.config)
+        products = Products.of(model, () if kind == "full" else trained.parameters())
+        return products.of_view(kind, view, score_ar, self.config.recipe.soft_weight > 0).useful
 
     @property
     def settings(self) -> BlockDiffusionSettings | None:
@@ -209,12 +219,12 @@ def train_step(run: Run, step: int) -> StepMetrics:
             micro,
             block_size,
             mask_token_id=run.mask_token_id or 0,  # None: at b = 1 nothing is masked
-            end_token_id=run.tokenizer.eos_token_id,
+            end_token_id=run.span_ends,
             recipe=recipe,
             seed=config.training.seed,
             step=run.first_step + step,
         )
-        flops += run.flops(view)
+        flops += run.flops(view, ar_weight > 0)
         view = view.to(run.accelerator.device)
         with accumulation(run, last=number == len(batches) - 1) as backward:
             losses = run.loss(view, rule, score_ar=ar_weight > 0, soft=recipe.soft_weight > 0, profile=profiled)

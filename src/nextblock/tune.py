@@ -28,7 +28,7 @@ from nextblock.sampling import DecodingConfig
 
 TUNED = {  # what is tuned of each mode; the values left out of a name are the defaults of `DecodingConfig`
     "diffusion": ("block_size", "threshold", "sampler", "sub_blocks"),
-    "speculative": ("block_size", "draft_length", "draft_steps", "draft_ahead", "draft_paths"),
+    "speculative": ("block_size", "draft_length", "draft_ahead", "draft_paths"),
 }
 MODES = tuple(TUNED)
 THRESHOLDS = (0.99, 0.9, 0.75, 0.5)  # coarse; the fine pass goes halfway to the neighbours
@@ -212,10 +212,8 @@ def neighbours(options: Options) -> list[Options]:
             changes += [{"draft_ahead": n} for n in (ahead // 2, 2 * ahead) if n]
         elif (paths := options["draft_paths"]) > 1:
             changes += [{"draft_paths": n} for n in (paths // 2, 2 * paths)]
-        elif options["draft_steps"] > 1:
-            changes.append({"draft_steps": 2 * options["draft_steps"]})
-        else:  # more paths and more steps exclude each other
-            changes += [{"draft_paths": 2}, {"draft_steps": 2}]
+        else:
+            changes.append({"draft_paths": 2})
         return [{**options, **change} for change in changes]
     if (threshold := options["threshold"]) in THRESHOLDS:
         grid = (1.0, *THRESHOLDS, 0.0)

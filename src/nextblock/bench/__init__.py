@@ -4,7 +4,5 @@
 `contest`   the contestants, and the rounds in which they take turns
 `decoding`  `nextblock bench decode`: transformers' generate against the three modes
 `forwards`  one forward pass of 1, 2, 4, ... positions; random models of real shapes
-`training`  `nextblock bench train`: the training step against the plain way and an AR step
-`packing`   the packer, drained, beside that step
 `figures`   tables and plots
 """

@@ -123,58 +123,6 @@ def _forward_panels(row: Sequence[Axes], forwards: Sequence[Entry]) -> None:
     row[0].legend(fontsize=8.5, frameon=False)
 
 
-# --------------------------------------------------------------------------------------------- training
-
-
-def train_table(results: Mapping[str, Any]) -> Table:
-    """What `bench train` prints: one line for each way to train.
-
-    Args:
-        results: what `bench train` writes as JSON.
-    """
-    rows, length, size = (results[key] for key in ("rows", "row_length", "block_size"))
-    caption = f"{rows} x {length} clean tokens a step, blocks of {size}; memory: {results['memory']}"
-    table = Table(box=SIMPLE_HEAD, caption=caption, caption_justify="left")
-    table.add_column("step")
-    for heading in ("tokens/s", "× plain way", "seconds", "time / AR step", "memory", "/ plain way"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for entry in results["train"]:
-        memory, ratio = entry["peak_memory_gib"], entry["memory_ratio"]
-        table.add_row(
-            entry["name"],
-            f"{entry['tokens_per_second']:,.0f}",
-            f"{entry['speedup']:.2f}",
-            f"{entry['seconds']:.3f}",
-            f"{entry['ar_steps']:.2f}",
-            DASH if memory is None else f"{1024 * memory:,.0f} MiB",
-            DASH if ratio is None else f"{ratio:.2f}",
-        )
-    return table
-
-
-def packer_lines(results: Mapping[str, Any]) -> list[str]:
-    """What `bench train --packer` prints of each data set; `results` as for `train_table`."""
-    step = results["train"][0]["name"]
-    return [
-        f"packer, {entry['data']}: {entry['tokens_per_second']:,.0f} tokens per second, "
-        f"{entry['batches_per_step']:.1f} × what {step} takes, rows {100 * entry['density']:.1f} % full"
-        for entry in results["packer"]
-    ]
-
-
-def plot_train(results: Mapping[str, Any]) -> Figure:
-    """Tokens per second and peak memory of each way to train; `results` as for `train_table`."""
-    entries = [{**entry, "mib": 1024 * (entry["peak_memory_gib"] or 0.0)} for entry in results["train"]]
-    figure, axes = canvas(1, 2, 9.0, max(2.4, 0.8 + 0.32 * len(entries)))
-    colours = [ORANGE if entry["name"].startswith("this step") else INK for entry in entries]
-    _bars(axes[0, 0], entries, "tokens_per_second", [f"{entry['speedup']:.2f} ×" for entry in entries], colours)
-    _bars(axes[0, 1], entries, "mib", [f"{entry['mib']:,.0f}" for entry in entries], colours)
-    axes[0, 0].set_xlabel("clean tokens per second (× the plain way)", fontsize=9, color=MUTED)
-    axes[0, 1].set_xlabel("peak memory of a step, MiB", fontsize=9, color=MUTED)
-    axes[0, 1].set_yticklabels([])
-    return figure
-
-
 # ----------------------------------------------------------------------------------------------- tuning
 
 

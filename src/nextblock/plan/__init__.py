@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from huggingface_hub import is_offline_mode
 from transformers import AutoConfig, PreTrainedConfig
 
 from nextblock.config import AdaptConfig, ModelConfig, UsageError, nearest, stage_configs
@@ -25,11 +26,9 @@ from nextblock.model import (
     scratch_config,
     steady_positions,
 )
-from nextblock.plan.memory import GIB, step_memory
+from nextblock.plan.memory import GIB, evaluation_memory, step_memory
 from nextblock.plan.work import (
-    Flops,
     count_parameters,
-    kind_of_training,
     micro_rows,
     noised_tokens,
     run_flops,
@@ -37,6 +36,7 @@ from nextblock.plan.work import (
 )
 from nextblock.shapes import DEVICES, HUB_IDS, shape_values
 from nextblock.sources import one_line
+from nextblock.tracking import Flops, kind_of_training
 
 USABLE = 0.92
 """Share of a GPU's memory that a step may take; the rest is for the driver, libraries and fragments."""
@@ -48,7 +48,9 @@ PARALLEL = ("ddp", "fsdp2")
 class Plan:
     """What a run takes. Bytes and FLOPs are numbers of one device and of one step; `seconds` of the whole run.
 
-    memory: kind -> bytes on one device at the moment of the step's peak; they add up to `peak_bytes`.
+    memory: kind -> bytes on one device at the peak, of a step or of the final evaluation, whichever takes more; they
+        add up to `peak_bytes`.
+    evaluation_bytes: at the peak of the final evaluation, on the first device; 0 without one.
     largest_row: longest row that fits, up to the model's positions; None where memory is not known.
     """
 
@@ -67,6 +69,7 @@ class Plan:
     parallel: str | None
     memory: dict[str, int]
     peak_bytes: int
+    evaluation_bytes: int
     fits: bool | None
     largest_row: int | None
     flops: Flops
@@ -148,14 +151,19 @@ def _sum(values: Iterable[float | None]) -> float | None:
 
 
 def plan(
-    config: AdaptConfig, *, device: str = "h100", devices: int = 1, parallel: str | None = None, mfu: float = 0.4
+    config: AdaptConfig,
+    *,
+    device: str | None = None,
+    devices: int | None = None,
+    parallel: str | None = None,
+    mfu: float = 0.4,
 ) -> Plan:
     """Say what a run without stages, or one stage of another, takes, at the largest block size.
 
     Args:
         config: checked configuration, without stages; of the model only its shape is read.
-        device: a name in `DEVICES`; "cpu": a step with attention in parts, no time.
-        devices: how many there are.
+        device: a name in `DEVICES`; "cpu": a step with attention in parts, no time. None: `machine.gpu`.
+        devices: how many there are; None: `machine.gpus`.
         parallel: with more than one device: "ddp" copies everything, "fsdp2" shards weights, gradients and optimizer;
             None: as `training.fsdp` says.
         mfu: share of the device's peak that useful FLOPs reach.
@@ -166,6 +174,7 @@ def plan(
     """
     if config.stages:
         raise ValueError("this run has stages, which plan_stages plans")
+    device, devices = device or config.machine.gpu, config.machine.gpus if devices is None else devices
     check_machine(device, parallel, mfu)
     rows = config.training.batch_rows
     if devices < 1 or rows % devices:
@@ -184,7 +193,9 @@ def plan(
     if sharding > 1:
         check_sharding(config)
     kinds = step_memory(config, shape, device=device, devices=devices, sharding=sharding)
-    peak, room = sum(kinds.values()), DEVICES[device].memory_gib
+    evaluation, room = evaluation_memory(config, shape, device=device), DEVICES[device].memory_gib
+    kinds = max(kinds, evaluation, key=lambda moment: sum(moment.values()))
+    peak = sum(kinds.values())
     counts = count_parameters(config, shape)
     flops, tflops = step_flops(config, shape, counts, config.growth.b_max), DEVICES[device].tflops
     step_seconds = seconds = None
@@ -207,6 +218,7 @@ def plan(
         parallel=parallel if devices > 1 else None,
         memory=kinds,
         peak_bytes=peak,
+        evaluation_bytes=sum(evaluation.values()),
         fits=None if room is None else peak <= USABLE * room * GIB,
         largest_row=None if room is None else largest_row(config, shape, device, devices, sharding, peak),
         flops=flops,
@@ -219,14 +231,19 @@ def plan(
 
 
 def plan_stages(
-    config: AdaptConfig, *, device: str = "h100", devices: int = 1, parallel: str | None = None, mfu: float = 0.4
+    config: AdaptConfig,
+    *,
+    device: str | None = None,
+    devices: int | None = None,
+    parallel: str | None = None,
+    mfu: float = 0.4,
 ) -> StagedPlan:
     """Say what each stage of a run takes, and all of them. Arguments as of `plan`.
 
     Raises:
         UsageError: as `plan`, with the stage's name.
     """
-    check_machine(device, parallel, mfu)
+    check_machine(device or config.machine.gpu, parallel, mfu)
     found = []
     for number, (stage, own) in enumerate(zip(config.stages, stage_configs(config), strict=True)):
         try:
@@ -237,6 +254,28 @@ def plan_stages(
         flops = run_flops(own, shape, count_parameters(own, shape))
         found.append(StagePlan(stage.name, own.training.steps, flops, one))
     return StagedPlan(tuple(found))
+
+
+def shortfall(found: Plan | StagedPlan, config: AdaptConfig) -> str | None:
+    """One line where the run of `config` does not fit the GPU that it is planned for; None where it fits."""
+    plans = [stage.plan for stage in found.stages] if isinstance(found, StagedPlan) else [found]
+    short = max((one for one in plans if one.fits is False), key=lambda one: one.peak_bytes, default=None)
+    if short is None:
+        return None
+    training, room = config.training, cast(float, DEVICES[short.device].memory_gib)
+    cures = {
+        "training.fsdp=true": short.parallel == "ddp" and short.trained == "full" and config.optimizer.name == "adamw",
+        "training.gradient_checkpointing=true": not training.gradient_checkpointing,
+        "training.micro_batch_rows=1": short.micro_batch_rows > 1,
+        f"data.row_length={short.largest_row}": short.largest_row is not None,
+        "a larger GPU": True,
+        "more of them": short.parallel == "fsdp2",
+    }
+    ways = ", ".join(cure for cure, helps in cures.items() if helps)
+    return (
+        f"this run does not fit on {short.devices} x {short.device}: {short.peak_bytes / GIB:,.1f} GiB at the peak of "
+        f"one are over {USABLE:.0%} of its {room:.0f} GiB; what makes it less: {ways}"
+    )
 
 
 def check_machine(device: str, parallel: str | None, mfu: float) -> None:
@@ -250,7 +289,7 @@ def check_machine(device: str, parallel: str | None, mfu: float) -> None:
 
 
 def model_shape(config: ModelConfig) -> PreTrainedConfig:
-    """The parent's Hugging Face config without the network: `scratch`, a folder, the local cache, or a known shape.
+    """The parent's Hugging Face config: `scratch`, a folder, the cache, a known shape, or downloaded alone.
 
     Raises:
         UsageError: a model that is none of these.
@@ -264,18 +303,18 @@ def _shape(config: ModelConfig) -> PreTrainedConfig:
     if config.scratch is not None:
         return scratch_config(config.scratch)
     source = resolve(config.path)
-    try:
-        code = config.trust_remote_code
-        shape = AutoConfig.from_pretrained(
-            source, revision=config.revision, local_files_only=True, trust_remote_code=code
-        )
+    known = config.path in HUB_IDS
+    options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    try:  # of a model that is known nothing is downloaded, of another its config alone
+        shape = AutoConfig.from_pretrained(source, local_files_only=known, **options)
     except Exception as error:  # transformers raises many kinds here; each means that there is no config to read
         if Path(source).is_dir():
             raise UsageError(f"cannot read the config of model {config.path}: {one_line(error)}") from None
-        if config.path not in HUB_IDS:
+        if not known:
+            why = "the Hub is not asked (HF_HUB_OFFLINE)" if is_offline_mode() else f"the Hub says: {one_line(error)}"
             raise UsageError(
                 f"model {config.path} is not on this machine and its shape is not among those known "
-                f"({', '.join(sorted(set(HUB_IDS.values())))}); download its config.json, or set model.scratch"
+                f"({', '.join(sorted(set(HUB_IDS.values())))}); {why}; download its config.json, or set model.scratch"
             ) from None
         shape = scratch_config(shape_values(HUB_IDS[config.path]))
     check_architecture(shape)
@@ -291,8 +330,9 @@ def largest_row(
     longest = steady_positions(shape)
 
     def size(length: int) -> int:
-        memory = step_memory(config, shape, device=device, devices=devices, sharding=sharding, row_length=length)
-        return sum(memory.values())
+        step = step_memory(config, shape, device=device, devices=devices, sharding=sharding, row_length=length)
+        evaluation = evaluation_memory(config, shape, device=device, row_length=length)
+        return max(sum(step.values()), sum(evaluation.values()))
 
     low, high = (config.data.row_length, None) if peak <= room else (unit, config.data.row_length)
     low_size, high_size = (peak, 0) if high is None else (size(low), peak)

@@ -42,9 +42,9 @@ def fake_decoder(
     if config.model.quantization:
         for name in target_names(model, "all-linear"):  # as transformers does: all but the head
             model.set_submodule(name, FourBitLinear(model.get_submodule(name)))
+    adapter = low_rank_updates(config, model)
     if config.training.gradient_checkpointing:
         recompute_activations(model, preserve_rng_state=False)
-    adapter = low_rank_updates(config, model)
     if adapter is None:
         return Decoder(model), model
     return (Decoder(model) if config.lora else Decoder(model, adapter)), adapter
@@ -58,7 +58,7 @@ def low_rank_updates(config: AdaptConfig, model: PreTrainedModel) -> DraftAdapte
         model, config.lora.target_modules, section="lora"
     )  # so that what matches nothing is called by its name
     adapter = DraftAdapter(model, config.lora)
-    adapter.gate = True  # for good: at every position, and when activations are computed again
+    adapter.always = True
     embedding, head = cast(nn.Embedding, model.get_input_embeddings()), cast(nn.Linear, model.get_output_embeddings())
     if config.masks and head.weight is embedding.weight:
         embedding.mask_row = adapter.mask_vector

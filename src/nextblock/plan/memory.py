@@ -16,18 +16,17 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import (
-    DynamicCache,
-    PreTrainedConfig,
-)
+from transformers import PreTrainedConfig
 
+from nextblock.adapt import evaluation_rows
 from nextblock.config import AdaptConfig
 from nextblock.model import (
     Decoder,
 )
-from nextblock.objective import chunk_rows, cross_entropy_sum, soft_cross_entropy_sums
+from nextblock.objective import CleanCache, chunk_rows, cross_entropy
 from nextblock.plan.fakes import fake_decoder, fake_mask
-from nextblock.plan.work import kind_of_training, micro_rows, noised_tokens, scored_tokens
+from nextblock.plan.work import micro_rows, noised_tokens, scored_tokens
+from nextblock.tracking import kind_of_training
 
 GIB = 2**30
 
@@ -129,6 +128,33 @@ def step_memory(
     return kinds
 
 
+def evaluation_memory(
+    config: AdaptConfig, shape: PreTrainedConfig, *, device: str, row_length: int | None = None
+) -> dict[str, int]:
+    """Bytes by kind at the peak of the final evaluation: one process, whole weights in their own dtype, no gradient.
+
+    Empty where nothing is measured.
+    """
+    if not (config.training.evaluate_rows and config.data.held_out):
+        return {}
+    length, rows = row_length or config.data.row_length, evaluation_rows(config)
+    live, noised = Live(), length if config.masks else 0
+    with FakeTensorMode(allow_non_fake_inputs=True), live, torch.no_grad():
+        decoder, _ = fake_decoder(config, shape, device, getattr(torch, config.model.dtype))
+        decoder.model.eval()
+        live.most = 0  # what only loading takes is over
+        live.phase = "mask"
+        mask = fake_mask(decoder, rows, noised + length, noised + length, noised=0)  # not in parts
+        live.phase = "activations"
+        ids = torch.zeros(rows, noised + length, dtype=torch.int64)
+        states = decoder.hidden(ids, torch.zeros_like(ids), mask, noised=decoder.adapter is not None).flatten(0, 1)
+        live.phase = "head"
+        chosen, chunk = states[torch.zeros(len(states), dtype=torch.int64)], chunk_rows(decoder, device)
+        some = chosen[: 2 * chunk]  # further chunks take no more
+        cross_entropy(decoder, some, torch.zeros(len(some), dtype=torch.int64), each=True, rows=chunk)
+    return dict(live.peak)
+
+
 def _fake_losses(
     config: AdaptConfig, decoder: Decoder, rows: int, length: int, live: Live, device: str
 ) -> list[Tensor]:
@@ -157,15 +183,16 @@ def _fake_losses(
         # Other states and gradients, and other states of the teacher.
         rest = torch.zeros(2 if teacher is None else 3, targets - some, states.shape[-1], dtype=states.dtype)
         if teacher is None:
-            return [cross_entropy_sum(decoder, chosen, wanted, rows=chunk), rest]
+            return [cross_entropy(decoder, chosen, wanted, rows=chunk).total, rest]
         taught = teacher.reshape(-1, teacher.shape[-1])[wanted]
-        sums = soft_cross_entropy_sums(decoder, chosen, wanted, taught, wanted == 0, rows=chunk // 2)
-        return [sums.sum(), rest]
+        scores = cross_entropy(decoder, chosen, wanted, teacher=(taught, wanted == 0), rows=max(1, chunk // 2))
+        return [scores.total + scores.soft, rest]
 
     if drafting:
-        cache = DynamicCache()
+        cache = CleanCache()
         with torch.no_grad():
             parent = hidden(length, length, cache)
+        cache.written = True
         states = hidden(count, length + count, cache, gate=True)
         return head(states, 0, scored, parent if recipe.soft_weight else None)
     states = hidden(count + length, count + length)

@@ -26,6 +26,8 @@ def plan_table(found: Plan) -> Table:
     room = DEVICES[found.device].memory_gib
     verdict = "" if room is None else f"{'fits' if found.fits else 'does not fit'} {USABLE:.0%} of {room:.0f} GiB"
     table.add_row("memory at the peak", _gib(found.peak_bytes), verdict, style="bold")
+    if found.evaluation_bytes:
+        table.add_row("at the final evaluation", _gib(found.evaluation_bytes), "the first device")
     rows = f"{found.micro_batch_rows} x ({found.row_length} tokens + {found.noised_tokens} noised)"
     table.add_row("a pass on one device", "", f"{rows}, b = {found.block_size}")
     if room is not None:

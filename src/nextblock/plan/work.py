@@ -5,45 +5,15 @@ Letters: B rows, L clean tokens of a row, N noised ones, b block size, k views.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
-from transformers import (
-    PreTrainedConfig,
-)
-from transformers.pytorch_utils import Conv1D
+from transformers import PreTrainedConfig
 
 from nextblock import schedules
 from nextblock.config import AdaptConfig, Context
-from nextblock.model import text_config
 from nextblock.plan.fakes import bare_model, low_rank_updates
-
-
-@dataclass(frozen=True)
-class Flops:
-    """Floating-point operations of one optimizer step over the global batch, matrix products alone.
-
-    clean, noised, head: what the method needs, forward and backward. recomputed: what gradient checkpointing adds.
-    """
-
-    clean: float
-    noised: float
-    head: float
-    recomputed: float
-
-    @property
-    def useful(self) -> float:
-        """All but what is computed twice; MFU counts these."""
-        return self.clean + self.noised + self.head
-
-
-def kind_of_training(config: AdaptConfig) -> str:
-    """ "full", "lora" or "draft adapter"."""
-    if config.draft_adapter is not None:
-        return "draft adapter"
-    return "full" if config.lora is None else "lora"
+from nextblock.tracking import Flops, Products, kind_of_training
 
 
 def micro_rows(config: AdaptConfig, devices: int) -> int:
@@ -74,69 +44,49 @@ def scored_tokens(config: AdaptConfig, block_size: int, row_length: int) -> int:
     return round(recipe.views * row_length * maskable / block_size * share)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Counts:
-    """Numbers of parameters, and multiply-adds of one token in all linear layers but the head."""
+    """Numbers of parameters, and the multiply-adds of the model."""
 
-    parent: int = 0
-    trained: int = 0
-    linear: int = 0
-    low_rank: int = 0
-    layers: int = 0
-    heads_times_size: int = 0
+    parent: int
+    trained: int
+    products: Products
 
 
 def count_parameters(config: AdaptConfig, shape: PreTrainedConfig) -> Counts:
     """Read off the model's modules, on the meta device."""
     with torch.device("meta"):
         model = bare_model(shape, torch.float32)
-        counts = Counts(parent=sum(p.numel() for p in model.parameters()))
-        head = model.get_output_embeddings()
-        linear = [m for m in model.get_decoder().modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
-        counts.linear = sum(m.weight.numel() for m in linear)
-        counts.trained = counts.parent
+        parent = sum(p.numel() for p in model.parameters())
         adapter = low_rank_updates(config, model)
-        if adapter is not None:
-            counts.trained = sum(p.numel() for p in adapter.parameters())
-            counts.low_rank = counts.trained - adapter.mask_vector.numel()
-    text: Any = text_config(shape)
-    counts.layers = text.num_hidden_layers
-    heads = text.num_attention_heads
-    counts.heads_times_size = heads * (getattr(text, "head_dim", None) or text.hidden_size // heads)
-    return counts
+        updates = [] if adapter is None else list(adapter.parameters())
+        trained = sum(p.numel() for p in updates) if updates else parent
+        return Counts(parent, trained, Products.of(model, updates))
 
 
 def step_flops(config: AdaptConfig, shape: PreTrainedConfig, counts: Counts, block_size: int) -> Flops:
-    """Matrix products of one step at block size b: 2 per multiply-add; backward twice forward, or once if frozen.
+    """Matrix products of one step at block size b, over the global batch.
 
     Attention counts the pairs that the mask allows in rows of one document, so an upper bound for packed ones.
     """
-    length, rows = config.data.row_length, config.training.batch_rows
+    length, rows, kind = config.data.row_length, config.training.batch_rows, kind_of_training(config)
     noised = noised_tokens(config, block_size, length)
-    pair = 4 * counts.heads_times_size * counts.layers
-    kind = kind_of_training(config)
-    passes = 3 if kind == "full" else 2  # of frozen weights no gradient is computed
-    updates = 6 * counts.low_rank
-
-    def half(tokens: int, pairs: float, weight_passes: int, attention_passes: int, extra: int) -> float:
-        return rows * (tokens * (2 * counts.linear * weight_passes + extra) + pairs * pair * attention_passes)
-
     clean_pairs, noised_pairs = attention_pairs(noised, length, block_size, config.recipe.context)
-    drafting = kind == "draft adapter"
-    clean = half(length, clean_pairs, 1 if drafting else passes, 1 if drafting else 3, 0 if drafting else updates)
-    noisy = half(noised, noised_pairs, passes, 3, updates)
-    text: Any = text_config(shape)
-    logits = rows * 2 * text.vocab_size * text.hidden_size
-    scored = scored_tokens(config, block_size, length) * logits
-    ar = 0 if drafting or not scores_ar(config, block_size) else (length - 1) * logits
-    taught = scored if config.recipe.soft_weight else 0  # the teacher's logits
-    head = (scored + ar) * passes + taught
+    masked = scored_tokens(config, block_size, length)
+    ar = 0 if kind == "draft adapter" or not scores_ar(config, block_size) else length - 1
+    taught = masked if config.recipe.soft_weight else 0
     tied = kind == "lora" and config.masks and getattr(shape, "tie_word_embeddings", False)
+    found = counts.products.flops(
+        kind,
+        (rows * length, rows * noised),
+        (rows * clean_pairs, rows * noised_pairs),
+        rows * (masked + ar),
+        rows * taught,
+        config.training.gradient_checkpointing,
+    )
     # The head, where its gradient is not computed along with the loss.
-    recomputed = float((scored + taught if taught or tied else 0) + (ar if tied else 0))
-    if config.training.gradient_checkpointing:
-        recomputed += half(noised, noised_pairs, 1, 1, updates // 3) + half(length, clean_pairs, 1, 1, updates // 3)
-    return Flops(clean, noisy, head, recomputed)
+    again = (masked + taught if taught or tied else 0) + (ar if tied else 0)
+    return replace(found, recomputed=found.recomputed + 2.0 * counts.products.head * rows * again)
 
 
 def scores_ar(config: AdaptConfig, block_size: int) -> bool:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from html import escape
-from importlib.resources import files
-from string import Template
 from typing import Any
 
+from jinja2 import Environment, PackageLoader
+from markupsafe import Markup
 from rich import box
 from rich.markup import escape as escape_markup
 from rich.table import Table
@@ -24,22 +23,36 @@ DASH = "–"
 def render(results: Mapping[str, Any], log: Sequence[Entry] = (), profiles: Sequence[Entry] = ()) -> str:
     """The whole report as one HTML page; `log` and `profiles` are the records of a run's log."""
     decoding, training = results.get("decoding") or [], results.get("training") or {}
-    tiles = "".join(f"<li><b>{escape(head)}</b>{escape(text)}</li>" for head, text in findings(results))
-    sections = [
-        _training_section(log, training.get("growth"), training.get("stages")),
-        _profile_section(profiles),
-        _decoding_section(decoding),
-        _bits_per_byte_section(results.get("bits_per_byte") or []),
-        _samples_section(results.get("samples") or []),
-        _again_section(results),
-    ]
-    page = Template((files("nextblock.report") / "page.html").read_text(encoding="utf-8"))
-    return page.substitute(
-        title=escape(results.get("title") or "nextblock report"),
-        summary=escape(summary(results)),
-        findings=f'<ul class="findings">{tiles}</ul>' if tiles else "",
-        sections="\n".join(section for section in sections if section),
+    facts = {"created": results["created"]} if results.get("created") else {}
+    for part in ("settings", "environment"):
+        facts |= {_words(key): value for key, value in (results.get(part) or {}).items()}
+    page = Environment(loader=PackageLoader(__package__, "."), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return page.get_template("page.html").render(
+        title=results.get("title") or "nextblock report",
+        summary=summary(results),
+        findings=findings(results),
+        losses=_svg("losses", log and plot_losses(log, training.get("growth"), training.get("stages"))),
+        profile=_svg("profile", profiles and plot_profile(profiles)),
+        tradeoff=_svg("tradeoff", decoding and plot_tradeoff(decoding)),
+        tasks=[_task_table(task, decoding) for task in tasks_of(decoding)],
+        bits_per_byte=[_bits_row(entry) for entry in results.get("bits_per_byte") or []],
+        samples=[_sample(sample) for sample in results.get("samples") or []],
+        command=results.get("command"),
+        facts=list(facts.items()),
     )
+
+
+FIGURES = {
+    "losses": "Diffusion and AR loss against the training step",
+    "profile": "Diffusion loss by noise level and by offset in the block",
+    "tradeoff": "Accuracy against tokens per forward and per second",
+}
+"""What each figure shows, for those who cannot see it."""
+
+
+def _svg(name: str, figure: Any) -> Markup:
+    """A figure of `FIGURES` as an SVG element; nothing where there is none."""
+    return Markup(inline_svg(figure, name, FIGURES[name])) if figure else Markup()
 
 
 def summary(results: Mapping[str, Any]) -> str:
@@ -177,119 +190,31 @@ def _decoding_rows(entries: Sequence[Entry]) -> list[tuple[str, ...]]:
     return rows
 
 
-def _html_table(columns: Sequence[str], rows: Sequence[Sequence[str]], left: int, note: str) -> str:
-    """A table of numbers with a note below; its first `left` columns hold words."""
-    side = [' class="right"' if number >= left else "" for number in range(len(columns))]
-    head = "".join(f"<th{c}>{escape(text)}</th>" for c, text in zip(side, columns, strict=True))
-    body = "".join(
-        "<tr>" + "".join(f"<td{c}>{escape(text)}</td>" for c, text in zip(side, row, strict=True)) + "</tr>\n"
-        for row in rows
-    )
-    return (
-        f'<div class="scroll"><table class="numbers">\n'
-        f"<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>\n"
-        f'<p class="small">{escape(note)}</p>'
-    )
+def _task_table(task: str, decoding: Sequence[Entry]) -> dict[str, Any]:
+    """One task's part of the page: its name, its prompts in words, columns and rows."""
+    entries = [entry for entry in decoding if entry["task"] == task]
+    columns = ("Model and mode", *MEASURES)
+    name = _words(task).capitalize()
+    return {"name": name, "prompts": _prompts(entries), "columns": columns, "rows": _decoding_rows(entries)}
 
 
-# ------------------------------------------------------------------------------------------- sections
+def _bits_row(entry: Entry) -> tuple[str, ...]:
+    block, size = _number(entry.get("block_size"), 0), _number(entry.get("bytes"), 0)
+    return entry["model"], entry["measure"], block, _number(entry["value"], 3), size
 
 
-def _training_section(
-    log: Sequence[Entry], growth: Sequence[Sequence[int]] | None, stages: Sequence[tuple[int, str]] | None
-) -> str:
-    if not log:
-        return ""
-    svg = inline_svg(plot_losses(log, growth, stages), "losses", "Diffusion and AR loss against the training step")
-    return (
-        f'<h2>Training</h2>\n<figure><div class="scroll">{svg}</div>\n'
-        "<figcaption>Dashed lines: the block grows to b tokens; full lines: a stage begins. "
-        "With b = 1 there is nothing to denoise, so "
-        "only the AR loss is trained; a larger block is harder, so the diffusion loss may rise where the "
-        "block grows.</figcaption></figure>"
-    )
+# -------------------------------------------------------------------------------------------- samples
 
 
-def _profile_section(profiles: Sequence[Entry]) -> str:
-    if not profiles:
-        return ""
-    svg = inline_svg(plot_profile(profiles), "profile", "Diffusion loss by noise level and by offset in the block")
-    return (
-        f'<figure><div class="scroll">{svg}</div>\n'
-        "<figcaption>Diffusion loss of the masked tokens, at the last step of each block size that the log has a "
-        "profile of. Left: by how much of the block is masked. Right: by the token’s place in the block."
-        "</figcaption></figure>"
-    )
-
-
-def _decoding_section(decoding: Sequence[Entry]) -> str:
-    if not decoding:
-        return ""
-    svg = inline_svg(plot_tradeoff(decoding), "tradeoff", "Accuracy against tokens per forward and per second")
-    parts = [
-        f'<h2>Accuracy and speed</h2>\n<figure><div class="scroll">{svg}</div>\n'
-        "<figcaption>Up and to the right is better. Dashed: the parent’s accuracy. Labels on the "
-        "diffusion curve: a token is taken when the model is surer of it than this threshold; 1/step: the "
-        "surest token alone.</figcaption></figure>"
-    ]
-    tasks = tasks_of(decoding)
-    for task in tasks:
-        entries = [entry for entry in decoding if entry["task"] == task]
-        note = (
-            f"{_prompts(entries)}, exact answers. "
-            "95 %: Wilson interval of the accuracy, in percent. Every forward pass counts: prompt, "
-            "denoising, check and commit. Speed-up: tokens/s against the parent’s AR. Equal to AR: share of "
-            "prompts whose whole output is that of AR mode."
-        )
-        heading = f"<h3>{escape(_words(task).capitalize())}</h3>\n" if len(tasks) > 1 else ""
-        parts.append(heading + _html_table(("Model and mode", *MEASURES), _decoding_rows(entries), 1, note))
-    return "\n".join(parts)
-
-
-def _bits_per_byte_section(entries: Sequence[Entry]) -> str:
-    if not entries:
-        return ""
-    rows = [
-        (
-            e["model"],
-            e["measure"],
-            _number(e.get("block_size"), 0),
-            _number(e["value"], 3),
-            _number(e.get("bytes"), 0),
-        )
-        for e in entries
-    ]
-    note = "Held-out text; lower is better. AR is exact; diffusion is an upper bound on what the model reaches."
-    columns = ("Model", "Measure", "Block", "Bits per byte", "Bytes")
-    return "<h2>Bits per byte</h2>\n" + _html_table(columns, rows, 2, note)
-
-
-def _samples_section(samples: Sequence[Entry]) -> str:
-    if not samples:
-        return ""
-    return (
-        "<h2>Denoising, step by step</h2>\n<p>Each row is one denoising step of a block, each cell a token. "
-        'Its colour is the step that decided it: <span class="small">first<span class="ramp"></span>last '
-        "of its block</span>. Outlined: decided in this step; grey: still masked.</p>\n"
-        + "\n".join(_sample(sample) for sample in samples)
-    )
-
-
-def _sample(sample: Entry) -> str:
+def _sample(sample: Entry) -> dict[str, Any]:
     """One sample: prompt, answer, and a strip of cells for each block."""
     confidence = sample.get("confidence") or []
     blocks = split_blocks(sample.get("steps") or []) if sample["mode"] != "ar" else []  # AR: nothing to see
-    strips = "".join(_strip(steps, confidence[first : first + len(steps)], start) for first, start, steps in blocks)
     count = sum(len(steps) for _, _, steps in blocks)
-    kind = f"{_words(sample['task']).capitalize()}, {MODES.get(sample['mode'], sample['mode'])}"
-    kind += f": {count} steps, {len(blocks)} block{'s' * (len(blocks) != 1)}" if count else ""
-    return (
-        f'<section class="sample"><h3>{escape(kind)}</h3>\n<div class="label">Prompt</div>'
-        f"<pre>{escape(sample['prompt'])}</pre>\n"
-        f'<div class="label">Answer</div><pre>{escape(sample["answer"])}</pre>'
-        + (f'\n<div class="blocks">{strips}</div>' if strips else "")
-        + "</section>"
-    )
+    heading = f"{_words(sample['task']).capitalize()}, {MODES.get(sample['mode'], sample['mode'])}"
+    heading += f": {count} steps, {len(blocks)} block{'s' * (len(blocks) != 1)}" if count else ""
+    strips = [_strip(steps, confidence[first : first + len(steps)], start) for first, start, steps in blocks]
+    return {"heading": heading, "prompt": sample["prompt"], "answer": sample["answer"], "strips": strips}
 
 
 def split_blocks(steps: Sequence[Sequence[str | None]]) -> list[tuple[int, int, list[Sequence[str | None]]]]:
@@ -317,43 +242,33 @@ def split_blocks(steps: Sequence[Sequence[str | None]]) -> list[tuple[int, int, 
     return blocks
 
 
-def _strip(steps: Sequence[Sequence[str | None]], confidence: Sequence[Sequence[float | None]], start: int) -> str:
-    """A block's steps as rows of cells, coloured by the step in which each place was decided."""
+def _strip(
+    steps: Sequence[Sequence[str | None]], confidence: Sequence[Sequence[float | None]], start: int
+) -> list[list[dict[str, Any] | None]]:
+    """A block's steps as rows of cells; None: masked. `when`, 0 to 1: the step in which a place was decided."""
     width = max(len(row) for row in steps)
     decided = [
         next((s for s, row in enumerate(steps) if place < len(row) and row[place] is not None), None)
         for place in range(width)
     ]
-    rows = []
+    rows: list[list[dict[str, Any] | None]] = []
     for number, row in enumerate(steps):
-        cells = [f"<th>{number + 1}</th>"]
+        rows.append([])
         for place, text in enumerate(row):
             when = decided[place]
             if text is None or when is None:
-                cells.append('<td class="mask"></td>')
+                rows[-1].append(None)
                 continue
-            classes = ["sign"] * (text in SIGNS) + ["new"] * (when == number)
-            attributes = f' class="{" ".join(classes)}"' if classes else ""
-            attributes += f' style="--when:{when / max(1, len(steps) - 1):.2f}"'
             known = confidence[number] if number < len(confidence) and when == number else ()
-            sure = known[start + place] if start + place < len(known) else None
-            attributes += f' title="confidence {sure:.3f}"' if sure is not None else ""
-            cells.append(f"<td{attributes}>{escape(SIGNS.get(text, text))}</td>")
-        rows.append(f"<tr>{''.join(cells)}</tr>")
-    return f'<div class="block scroll"><table class="strip">{"".join(rows)}</table></div>'
-
-
-def _again_section(results: Mapping[str, Any]) -> str:
-    """How to make it again: the command, the environment, the settings."""
-    command, created = results.get("command"), results.get("created")
-    parts = [f"<pre>{escape(command)}</pre>"] if command else []
-    facts = {"created": created} if created else {}
-    facts |= {_words(key): value for key, value in (results.get("settings") or {}).items()}
-    facts |= {_words(key): value for key, value in (results.get("environment") or {}).items()}
-    if facts:
-        listed = "".join(f"<dt>{escape(key)}</dt><dd>{escape(str(value))}</dd>" for key, value in facts.items())
-        parts.append(f"<dl>{listed}</dl>")
-    return "<h2>How to make it again</h2>\n" + "\n".join(parts) if parts else ""
+            rows[-1].append(
+                {
+                    "text": SIGNS.get(text, text),
+                    "kind": " ".join(["sign"] * (text in SIGNS) + ["new"] * (when == number)),
+                    "when": when / max(1, len(steps) - 1),
+                    "confidence": known[start + place] if start + place < len(known) else None,
+                }
+            )
+    return rows
 
 
 # -------------------------------------------------------------------------------------------- numbers

@@ -1,4 +1,4 @@
-"""`nextblock bench train`: this project's training step against the plain way and an ordinary AR step.
+"""`python benchmarks/training.py`: this project's training step against the plain way and an ordinary AR step.
 
 All take turns on one model, one optimizer and the same clean rows. The plain way is written here, on its own, as
 block diffusion is often trained; the AR step is the floor, which no pass over two views can reach.
@@ -10,19 +10,21 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import json
 import multiprocessing
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import torch
+import typer
 from accelerate import Accelerator
 from torch import Tensor
 from torch.nn import functional
@@ -32,14 +34,13 @@ from nextblock.adapt import environment
 from nextblock.adapter import DraftAdapter
 from nextblock.bench.contest import GIB, high_water_mark_gib, synchronize
 from nextblock.bench.forwards import random_model
-from nextblock.bench.packing import PACKER_DATA, time_packer
-from nextblock.config import AdaptConfig, DraftAdapterConfig, UsageError, load_config
+from nextblock.config import AdaptConfig, DraftAdapterConfig, load_config
 from nextblock.data import Rows
-from nextblock.model import Decoder, load_model, load_tokenizer, read_settings, run_in_parts, without_dropout
+from nextblock.model import Decoder, load_model, read_settings, run_in_parts, without_dropout
 from nextblock.objective import DraftLoss, TwoViewLoss
 from nextblock.train import Run, train_step
 
-TRAIN_MEMORY_MEANING = {
+MEMORY_MEANING = {
     "cuda": "peak of torch's CUDA allocator over one step, less what it held before the step",
     "cpu": "one step in a fresh process: peak resident memory, less the resident memory before the step",
 }
@@ -53,7 +54,6 @@ class Work:
     model: path or shipped name; with `random_weights` the name of a shape.
     rows, row_length: B and L of a step; tokens are random, each row one document.
     block_size: b, from the first step on.
-    dtype: of the weights; None: float32 on CPU, bfloat16 elsewhere.
     threads: of torch, for the fresh processes that measure memory.
     """
 
@@ -62,7 +62,6 @@ class Work:
     row_length: int = 256
     rows: int = 8
     block_size: int = 16
-    dtype: torch.dtype | None = None
     compile: bool = False
     threads: int = 1
 
@@ -81,26 +80,6 @@ class Way:
         return named if self.views == 1 else f"{named}, {self.views} views"
 
 
-@dataclass(frozen=True)
-class StepTime:
-    """What one way took; medians over rounds.
-
-    tokens_per_second: clean tokens.
-    speedup: over the plain way in the same round. ar_steps: step time over the AR step's in the same round.
-    peak_memory_gib: as `TRAIN_MEMORY_MEANING` says; None where it could not be measured.
-    memory_ratio: over the plain way's.
-    """
-
-    name: str
-    views: int
-    seconds: float
-    tokens_per_second: float
-    speedup: float
-    ar_steps: float
-    peak_memory_gib: float | None
-    memory_ratio: float | None
-
-
 # ------------------------------------------------------------------------------------------ contestants
 
 
@@ -108,15 +87,10 @@ class Contest:
     """The model, its optimizer and the rows that all contestants share."""
 
     def __init__(self, work: Work, ways: Sequence[Way]) -> None:
-        """Load or make the model. Only what `ways` train gets an optimizer, whose state exists before any step.
-
-        Raises:
-            UsageError: rows that the model cannot take.
-        """
+        """Load or make the model. Only what `ways` train gets an optimizer, whose state exists before any step."""
         torch.manual_seed(0)
         self.work = work
         self.decoder = _open(work)
-        check_length(self.decoder, work)
         self.device = self.decoder.device
         self.two_view_attention = self.decoder.attention
         self.tokens = _random_tokens(self.decoder, work)
@@ -193,9 +167,7 @@ class Contest:
 
 
 def _open(work: Work) -> Decoder:
-    if work.random_weights:
-        return Decoder(random_model(work.model, dtype=work.dtype, attention="auto").model)
-    return Decoder(load_model(work.model, dtype=work.dtype))
+    return Decoder(random_model(work.model, attention="auto").model if work.random_weights else load_model(work.model))
 
 
 def _optimizer(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
@@ -234,20 +206,6 @@ def whole_rows(tokens: Tensor) -> Rows:
     position = torch.arange(length).expand(count, length).contiguous()
     number = torch.arange(count)
     return Rows(tokens, torch.zeros_like(tokens), position, position, torch.zeros_like(number), number)
-
-
-def check_length(decoder: Decoder, work: Work) -> None:
-    """Refuse rows that the model has no positions for."""
-    room = decoder.max_positions
-    if min(work.rows, work.row_length, work.block_size) < 1:
-        raise UsageError("rows, row_length and block_size must be at least 1")
-    if room is not None and work.row_length > room:
-        raise UsageError(f"row_length={work.row_length} is over the model's {room} positions; use at most {room}")
-    if work.row_length % work.block_size:
-        raise UsageError(
-            f"row_length={work.row_length} is not a multiple of block_size={work.block_size}; "
-            f"use {max(1, work.row_length // work.block_size) * work.block_size}"
-        )
 
 
 # -------------------------------------------------------------------------------------------- plain way
@@ -304,108 +262,48 @@ def plain_loss(
 # -------------------------------------------------------------------------------------------- measuring
 
 
-def bench_train(
-    work: Work, views: Sequence[int] = (1,), *, draft_adapter: bool = False, packer: bool = False, rounds: int = 5,
-    on_step: Callable[[], None] = lambda: None,
-) -> dict[str, Any]:  # fmt: skip
-    """Let all ways take turns, one step each in a round, and measure the memory of each.
+def compare(work: Work, ways: Sequence[Way], rounds: int) -> dict[str, Any]:
+    """Let the ways take turns, one step each in a round after one that warms up, and measure the memory of each.
 
     Args:
-        views: numbers of noised views (k) of this project's step, and of the draft adapter's.
-        draft_adapter: also time the step of a draft adapter, rank 32 on all linear layers.
-        packer: also time reading and packing, with the model's tokenizer.
-        rounds: after one that warms up.
-        on_step: called after each step, measurement of memory and round of the packer, `count_steps` times.
+        ways: the plain way and the AR step among them.
     Returns:
-        What is written as JSON: `train` holds a `StepTime` for each way as plain values, `packer` a `PackerSpeed`
-        for each data set.
+        What is written as JSON. `train` holds for each way medians over rounds: `tokens_per_second` of clean tokens,
+        `speedup` over the plain way in the same round, `ar_steps`, its time over the AR step's in the same round, and
+        `peak_memory_gib` as `MEMORY_MEANING` says, None where it could not be measured.
     """
-    if rounds < 1:
-        raise UsageError(f"rounds={rounds} must be at least 1")
-    if min(views, default=0) < 1:
-        raise UsageError(f"views={list(views)}: give numbers of at least 1")
-    tokenizer = load_tokenizer(work.model) if packer and not work.random_weights else None
-    if packer and tokenizer is None:
-        raise UsageError("--packer needs a tokenizer; give a MODEL that has one, or leave it out")
-    ways = make_ways(views, draft_adapter)
     contest = Contest(work, ways)
     seconds: dict[Way, list[float]] = {way: [] for way in ways}
     for number in range(rounds + 1):
         for way in ways:
             took = contest.run(way, number)
-            if number:
-                seconds[way].append(took)
-            on_step()
+            seconds[way] += [took] if number else []
     found = {
-        "model": work.model if not work.random_weights else f"random weights, shape {work.model}",
+        "model": work.model,
         "parameters": sum(p.numel() for p in contest.decoder.model.parameters()),
         "dtype": str(contest.decoder.model.dtype).removeprefix("torch."),
         "environment": environment(contest.device),
-        "row_length": work.row_length,
-        "rows": work.rows,
-        "block_size": work.block_size,
-        "compile": work.compile,
-        "rounds": rounds,
-        "memory": TRAIN_MEMORY_MEANING.get(contest.device.type),
+        "memory": MEMORY_MEANING.get(contest.device.type),
     }
     if contest.device.type == "cuda":
         memory = {way: _cuda_peak_gib(contest, way) for way in ways}
     else:
         del contest  # the fresh processes need the room,
         gc.collect()  # and the steps hold the contest that holds them
-        memory = {}
-        for way in ways:
-            memory[way] = fresh_process_peak_gib(work, way)
-            on_step()
-    packers = [
-        time_packer(
-            name,
-            tokenizer,
-            batch_rows=work.rows,
-            row_length=work.row_length,
-            step_seconds=median(seconds[ways[0]]),
-            rounds=rounds,
-            on_round=on_step,
-        )
-        for name in PACKER_DATA
-        if tokenizer is not None
+        memory = {way: fresh_process_peak_gib(work, way) for way in ways}
+    plain, ar = seconds[Way("plain")], seconds[Way("ar")]
+    found["train"] = [
+        {
+            "name": way.name,
+            "seconds": median(own),
+            "tokens_per_second": work.rows * work.row_length / median(own),
+            "speedup": median(p / s for s, p in zip(own, plain, strict=True)),
+            "ar_steps": median(s / a for s, a in zip(own, ar, strict=True)),
+            "peak_memory_gib": memory[way],
+        }
+        for way, own in seconds.items()
     ]
-    plain, ar = ways[1], ways[2]
-    tokens = work.rows * work.row_length
-    return found | {
-        "train": [
-            asdict(
-                StepTime(
-                    name=way.name,
-                    views=way.views,
-                    seconds=median(own),
-                    tokens_per_second=tokens / median(own),
-                    speedup=median(p / s for s, p in zip(own, seconds[plain], strict=True)),
-                    ar_steps=median(s / a for s, a in zip(own, seconds[ar], strict=True)),
-                    peak_memory_gib=memory[way],
-                    memory_ratio=_ratio(memory[way], memory[plain]),
-                )
-            )
-            for way, own in seconds.items()
-        ],
-        "packer": [asdict(speed) for speed in packers],
-    }
-
-
-def make_ways(views: Sequence[int], draft_adapter: bool) -> list[Way]:
-    """This step at the first number of views, the plain way, the AR step; then the other views, then drafts."""
-    first, *others = [Way("nextblock", k) for k in dict.fromkeys(views)]
-    drafts = [Way("draft adapter", k) for k in dict.fromkeys(views)] if draft_adapter else []
-    return [first, Way("plain"), Way("ar"), *others, *drafts]
-
-
-def count_steps(views: Sequence[int], draft_adapter: bool, rounds: int, packer: bool = False) -> int:
-    """How often `bench_train` calls `on_step` on CPU."""
-    return len(make_ways(views, draft_adapter)) * (rounds + 2) + (len(PACKER_DATA) * rounds if packer else 0)
-
-
-def _ratio(own: float | None, other: float | None) -> float | None:
-    return None if own is None or not other else own / other
+    return found
 
 
 def _cuda_peak_gib(contest: Contest, way: Way) -> float:
@@ -416,10 +314,10 @@ def _cuda_peak_gib(contest: Contest, way: Way) -> float:
 
 
 def fresh_process_peak_gib(work: Work, way: Way) -> float | None:
-    """`TRAIN_MEMORY_MEANING["cpu"]`; None where the system cannot tell, or ended the process for want of memory."""
-    work = replace(work, threads=torch.get_num_threads())
+    """`MEMORY_MEANING["cpu"]`; None where the system cannot tell, or ended the process for want of memory."""
     context = multiprocessing.get_context("forkserver")  # imports once, and forks a bare process each time
-    context.set_forkserver_preload(["nextblock.bench.training"])
+    # By name what takes long; this file is no module of a package, and each process reads it from its path.
+    context.set_forkserver_preload(["nextblock.train", "nextblock.adapt", "nextblock.bench.forwards"])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         try:
             return pool.submit(step_peak_gib, work, way).result()
@@ -443,3 +341,42 @@ def step_peak_gib(work: Work, way: Way) -> float | None:
     contest.run(way, 1)
     after = high_water_mark_gib()
     return None if before is None or after is None else after - before
+
+
+def main(
+    model: Annotated[str, typer.Argument(help="local folder, Hub id, tiny-ar or tiny-bd")] = "tiny-ar",
+    shape: Annotated[
+        str | None, typer.Option(help="random weights instead of MODEL: large-vocabulary, qwen3-0.6b, ...")
+    ] = None,
+    row_length: Annotated[int, typer.Option(help="clean tokens in a row; a multiple of the block")] = 256,
+    rows: Annotated[int, typer.Option(min=1, help="rows in a step")] = 8,
+    block_size: Annotated[int, typer.Option(help="tokens in a block")] = 16,
+    views: Annotated[list[int] | None, typer.Option(help="noised views of a step; may be given again")] = None,
+    draft_adapter: Annotated[
+        bool, typer.Option("--draft-adapter", help="also time a draft adapter's step, at the same numbers of views")
+    ] = False,
+    rounds: Annotated[int, typer.Option(min=1, help="steps of each; medians are taken over them")] = 5,
+    compile: Annotated[bool, typer.Option("--compile", help="torch.compile the model for all of them")] = False,
+    output: Annotated[Path | None, typer.Option(help="write the figures as JSON")] = None,
+) -> None:
+    """Time a training step against the plain way and an ordinary AR step, in turns, on the same rows."""
+    kinds = ["nextblock", *(["draft adapter"] if draft_adapter else [])]
+    ways = [Way("plain"), Way("ar"), *(Way(kind, k) for kind in kinds for k in views or [1])]
+    threads = torch.get_num_threads()
+    work = Work(shape or model, shape is not None, row_length, rows, block_size, compile, threads)
+    found = compare(work, ways, rounds)
+    print(f"{rows} x {row_length} clean tokens a step, blocks of {block_size}; memory: {found['memory']}")
+    print(f"{'step':26}{'tokens/s':>10}{'× plain way':>13}{'seconds':>10}{'time / AR step':>16}{'memory':>12}")
+    for entry in found["train"]:
+        memory = entry["peak_memory_gib"]
+        held = "-" if memory is None else f"{1024 * memory:,.0f} MiB"
+        print(
+            f"{entry['name']:26}{entry['tokens_per_second']:>10,.0f}{entry['speedup']:>13.2f}{entry['seconds']:>10.3f}"
+            f"{entry['ar_steps']:>16.2f}{held:>12}"
+        )
+    if output is not None:
+        output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    typer.run(main)

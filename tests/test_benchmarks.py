@@ -1,0 +1,110 @@
+"""The scripts of benchmarks/: they run shrunk, and what they compare with computes the same loss."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from families import tiny_model
+from nextblock.attention_mask import block_diffusion_rule
+from nextblock.config import RecipeConfig, load_config
+from nextblock.corruption import corrupt
+from nextblock.model import Decoder, byte_tokenizer
+from nextblock.objective import TwoViewLoss
+from nextblock.presets import preset
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+
+
+def script(name: str) -> Any:
+    """The names of a script, which is not run."""
+    return SimpleNamespace(**runpy.run_path(str(FOLDER / f"{name}.py")))
+
+
+def run(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    """Run a script as `python benchmarks/NAME.py ARGUMENTS` does."""
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
+    assert not ended.value.code
+
+
+@pytest.mark.parametrize("block_size", [1, 4, 16])
+def test_the_plain_way_computes_this_projects_loss(block_size):
+    """Two programs, one loss: the whole noised half and all logits change nothing but the cost."""
+    training, model = script("training"), tiny_model("llama")
+    tokens = torch.randint(0, 90, (3, 32), generator=torch.Generator().manual_seed(1))
+    masked = training.random_masks(tokens, block_size, 5)
+    drawn = iter(masked.view(3, -1, block_size).numpy())
+    view = corrupt(
+        training.whole_rows(tokens),
+        block_size,
+        mask_token_id=96,
+        end_token_id=None,
+        recipe=RecipeConfig(),
+        seed=0,
+        step=0,
+        draw=lambda generator, maskable: [next(drawn)],
+    )
+    sums = TwoViewLoss(Decoder(model))(view, block_diffusion_rule())
+    ours = sums.total(training.AR_WEIGHT) / tokens.numel()
+    torch.testing.assert_close(ours, training.plain_loss(Decoder(model), tokens, masked, block_size))
+
+
+def test_the_training_script_times_every_way_and_measures_its_memory_in_processes_of_their_own(
+    tmp_path, monkeypatch, capsys
+):
+    tiny_model("llama", std=0.08).save_pretrained(tmp_path / "parent")
+    sizes = ("--row-length", "32", "--rows", "2", "--block-size", "8", "--rounds", "1", "--views", "2")
+    output = tmp_path / "t.json"
+    run("training", monkeypatch, str(tmp_path / "parent"), *sizes, "--draft-adapter", "--output", str(output))
+    entries = {entry["name"]: entry for entry in json.loads(output.read_text())["train"]}
+    assert list(entries) == ["plain way", "AR step", "this step, 2 views", "draft adapter, 2 views"]
+    assert (entries["plain way"]["speedup"], entries["AR step"]["ar_steps"]) == (1, 1)
+    assert all(entry["tokens_per_second"] > 0 for entry in entries.values())
+    if Path("/proc/self/clear_refs").exists():
+        assert all(entry["peak_memory_gib"] >= 0 for entry in entries.values())
+    assert all(name in capsys.readouterr().out for name in ["draft adapter, 2 views"])
+
+
+def test_a_drafts_step_changes_the_adapter_alone_and_the_others_the_model_alone(tmp_path):
+    tiny_model("llama", std=0.08).save_pretrained(tmp_path / "parent")
+    training = script("training")
+    ways = [training.Way(kind) for kind in ("plain", "ar", "nextblock", "draft adapter")]
+    contest = training.Contest(training.Work(str(tmp_path / "parent"), row_length=32, rows=2, block_size=8), ways)
+    model = contest.decoder.model.model.embed_tokens.weight
+    for way in ways:
+        # Learning rates are 0 but for this project's own steps, which set it by schedule.
+        before = model.detach().clone(), contest.adapter.mask_vector.detach().clone()
+        contest.run(way, 1)
+        changed = [not torch.equal(a, b) for a, b in zip(before, (model, contest.adapter.mask_vector), strict=True)]
+        assert not changed[way.kind != "draft adapter"]
+        assert model.grad is None
+        assert contest.adapter.mask_vector.grad is None
+
+
+def test_mixed_lengths_fill_98_percent_of_rows(monkeypatch, capsys):
+    packing = script("packing")
+    sources = packing.DATA["mixed lengths"]
+    speed, full = packing.drain(sources, byte_tokenizer(), rows=3, row_length=512, rounds=2)
+    assert full >= 0.98
+    assert speed > 0
+    assert packing.DATA["the demo's documents"] == tuple(s.path for s in load_config(preset("demo")).data.sources)
+    sizes = ("--row-length", "256", "--rows", "2", "--rounds", "1", "--round-tokens", "1", "--step-seconds", "1")
+    run("packing", monkeypatch, *sizes)
+    lines = capsys.readouterr().out.splitlines()
+    said = r"(.+): ([\d,]+) tokens per second, ([\d.]+) × a step's, rows ([\d.]+) % full"
+    found = [re.fullmatch(said, line) for line in lines]
+    assert [match and match[1] for match in found] == list(packing.DATA)
+    for match in found:
+        assert match is not None
+        batches = float(match[2].replace(",", "")) / (float(match[4]) / 100) / 512
+        assert float(match[3]) == pytest.approx(batches, rel=0.01)
