@@ -188,6 +188,20 @@ def test_the_share_of_target_pairs_is_p():
         assert (pairs.mean(dim=0) - share).abs().max() < 6 * (share * (1 - share) / 256) ** 0.5
 
 
+def test_coins_of_neighbouring_keys_and_queries_are_independent():
+    """The correlation of any two places: over 5 of its standard errors with probability 6e-7."""
+    slots = [s for s in slots_of_row(make_rows([[[40]]], 40), 0, 40, noised=(1,)) if s.document >= 0]
+    noised = torch.tensor([slot.view == 1 for slot in slots])
+    for share in (0.1, 0.5, 0.8):
+        seen = torch.stack([annealed(slots, share, seed)[noised][:, noised] for seed in range(256)]).float()
+        coins = (seen - share) / (share * (1 - share)) ** 0.5  # mean 0, variance 1
+        for distance in range(1, 17):
+            queries, keys = torch.arange(8), torch.arange(8, 40 - distance)  # no query stands at a key
+            here = coins[:, queries[:, None], keys]
+            for other in (coins[:, queries[:, None], keys + distance], coins[:, (queries[:, None] + 1) % 8, keys]):
+                assert abs(float((here * other).mean())) < 5 / here.numel() ** 0.5
+
+
 def test_the_decode_mask_lets_a_query_see_the_slots_up_to_its_last_visible_position():
     position, last = torch.tensor([[4, 5, 6], [1, 2, 3]]), torch.tensor([[6, 6, 6], [1, 2, 3]])
     for window in (None, 3):

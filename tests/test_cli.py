@@ -284,6 +284,22 @@ def test_report_makes_the_page_again(run, parent, texts, tmp_path):
     assert page.read_text() == before
 
 
+def test_what_is_given_on_the_command_line_goes_before_the_checkpoint_and_only_that(run, tmp_path):
+    stored = {"mode": "ar", "temperature": 1.0, "max_new_tokens": 5}
+    settings = BlockDiffusionSettings(block_size=4, mask_token_id=263, decoding=stored)
+    export(tmp_path / "adapted", tiny_model("llama", vocab_size=264, eos_token_id=None), byte_tokenizer(), settings)
+    lm = nb.load(tmp_path / "adapted")
+    for given, options in (
+        ([], {}),
+        (["--temperature", "0"], {"temperature": 0.0}),
+        (["--max-new-tokens", "256"], {"max_new_tokens": 256}),
+    ):
+        expected = lm.generate("ab", seed=1, **options)
+        status, out, err = run("generate", tmp_path / "adapted", "ab", "--seed", 1, "--stats", *given)
+        assert (status, out) == (0, f"ab{expected.texts[0]}\n")
+        assert f"{expected.stats.new_tokens} tokens" in err
+
+
 def test_generate_answers_a_file_as_training_data(run, parent, tmp_path):
     output = tmp_path / "data.jsonl"
     call = ["generate", parent, "--input", "task:algebra", "--examples", "3", "--max-new-tokens", "4"]

@@ -171,6 +171,7 @@ def test_what_must_be_set_is_named():
             "growth.b_max=32 is not reached in training.steps=250; use at least 251 steps or a smaller growth.delta",
         ),
         ({"growth.s_0": 100, "training.steps": 350}, "use at least 351 steps"),
+        ({"model.dtype": "bfloat16"}, "set model.dtype=float32 and training.mixed_precision=bf16"),
         ({"recipe.views": 3, "recipe.complementary": True}, "recipe.views=3 is odd, but recipe.complementary"),
         (
             {"recipe.annealed_mask_steps": 10},
@@ -189,6 +190,12 @@ def test_keys_that_contradict_each_other_are_refused_with_rule_and_cure(override
 @pytest.mark.parametrize("steps", [251, 10_000])
 def test_a_growth_that_reaches_its_target_is_accepted(steps):
     assert load_config(MINIMAL, {"training.steps": steps}).training.steps == steps
+
+
+@pytest.mark.parametrize("section", ["lora", "draft_adapter"])
+def test_a_frozen_parent_may_be_in_bfloat16(section):
+    config = load_config(MINIMAL, {"model.dtype": "bfloat16", f"{section}.rank": 4, "growth.b_0": 2})
+    assert config.model.dtype == "bfloat16"
 
 
 def test_full_sequence_diffusion_is_a_block_as_long_as_the_row():

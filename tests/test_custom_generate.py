@@ -6,7 +6,12 @@ import functools
 
 import pytest
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StopStringCriteria,
+)
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from families import EOS_ID, MASK_ID, PAD_ID, tiny_model
@@ -15,6 +20,7 @@ from nextblock.config import UsageError
 from nextblock.custom_generate import block_diffusion
 from nextblock.generate import BlockDiffusionLM
 from nextblock.model import read_settings
+from test_text import byte_level
 
 SECTION = {"block_size": 8, "mask_token_id": MASK_ID}
 
@@ -80,13 +86,113 @@ def test_logits_processors_and_stopping_criteria_act_as_in_plain_generate(adapte
         "min_new_tokens": 12,
         "do_sample": False,
         "repetition_penalty": 1.3,
-        "logits_processor": [NoRepeat()],
+        "no_repeat_ngram_size": 1,
         "stopping_criteria": [After(22)],
     }
     inputs = left_padded()
     plain = adapted.generate(**inputs, **options)
     ours = adapted.generate(**inputs, **options, custom_generate=block_diffusion, **how)
     assert torch.equal(ours, plain)
+
+
+STATELESS = [
+    {"repetition_penalty": 1.3},
+    {"no_repeat_ngram_size": 2},
+    {"encoder_repetition_penalty": 1.4, "encoder_no_repeat_ngram_size": 1},
+    {"min_new_tokens": 15, "bad_words_ids": [[7], [8, 9]]},
+    {"min_length": 25, "exponential_decay_length_penalty": (5, 1.5), "forced_eos_token_id": 5},
+    {"suppress_tokens": [MASK_ID, 9, 10], "begin_suppress_tokens": [11], "sequence_bias": {(12,): 3.0, (13, 14): 2.0}},
+    {"remove_invalid_values": True, "renormalize_logits": True},
+]
+
+
+@pytest.mark.parametrize("how", [{}, {"draft_ahead": 2}, {"draft_paths": 3}], ids=str)
+@pytest.mark.parametrize("rule", STATELESS, ids=str)
+def test_what_depends_on_prefix_and_scores_alone_acts_in_speculative_mode_as_in_plain_generate(adapted, rule, how):
+    options = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": PAD_ID, **rule}
+    inputs = left_padded((4, 9, 6))
+    plain = adapted.generate(**inputs, **options)
+    options |= {"custom_generate": block_diffusion, "mode": "speculative"}
+    assert torch.equal(adapted.generate(**inputs, **options, **how), plain)
+
+
+class Counting(LogitsProcessor):
+    """Each call forbids other tokens: it depends on how often it was called before."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, input_ids, scores):
+        self.calls += 1
+        scores[:, self.calls % 3 :: 3] = -torch.inf
+        return scores
+
+
+STATEFUL = [
+    lambda: {"guidance_scale": 1.5},
+    lambda: {"guidance_scale": 2.0, "negative_prompt_ids": torch.tensor([[9, 8, 7], [6, 5, 4], [3, 9, 9]])},
+    lambda: {"logits_processor": [Counting()]},
+    lambda: {"prefix_allowed_tokens_fn": lambda row, ids: list(range(3 + row, 90, 1 + len(ids) % 3))},
+]
+
+
+@pytest.mark.parametrize("stateful", STATEFUL)
+@pytest.mark.parametrize("lengths", [(9,), (4, 9, 6)])
+def test_ar_mode_calls_any_processor_as_plain_generate_does_and_speculative_mode_refuses_it(
+    adapted, stateful, lengths
+):
+    inputs = left_padded((4, 9, 6))
+    if len(lengths) == 1:
+        inputs = {name: part[1:2] for name, part in inputs.items()}
+
+    def options():
+        made = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": PAD_ID, "eos_token_id": ends, **stateful()}
+        if "negative_prompt_ids" in made:
+            made["negative_prompt_ids"] = made["negative_prompt_ids"][: len(lengths)]
+        return made
+
+    ends = None
+    free = adapted.generate(**inputs, **options())
+    ends = int(free[0, -12])  # so that rows end at different times
+    plain = adapted.generate(**inputs, **options())
+    assert torch.equal(adapted.generate(**inputs, **options(), custom_generate=block_diffusion, mode="ar"), plain)
+    with pytest.raises(UsageError, match=r"logits processor \w+ may depend .* use mode='ar'"):
+        adapted.generate(**inputs, **options(), custom_generate=block_diffusion, mode="speculative")
+
+
+def test_a_processor_of_the_generation_config_is_refused_with_the_setting_that_makes_it(adapted):
+    adapted.generation_config.repetition_penalty = 1.05
+    inputs = left_padded((6,))
+    with pytest.raises(UsageError, match=r"made of repetition_penalty=1\.05 .*; set repetition_penalty=1\.0, or use"):
+        adapted.generate(**inputs, max_new_tokens=4, custom_generate=block_diffusion)
+    adapted.generation_config.bad_words_ids = [[5]]
+    cured = {"repetition_penalty": 1.0, "max_new_tokens": 4, "custom_generate": block_diffusion}
+    with pytest.raises(UsageError, match=r"set model\.generation_config\.bad_words_ids=None, or use"):
+        adapted.generate(**inputs, **cured)
+    adapted.generation_config.bad_words_ids = None
+    assert adapted.generate(**inputs, **cured).shape[1] > 6
+    with pytest.raises(UsageError, match=r"UnbatchedClassifierFreeGuidance.*set guidance_scale=1, or use mode='ar'$"):
+        adapted.generate(**inputs, **cured, guidance_scale=1.5)
+
+
+@pytest.mark.parametrize("mode", ["ar", "speculative"])
+def test_a_warper_of_the_callers_own_acts_beside_an_equal_one_of_the_config(adapted, mode):
+    inputs, options = left_padded((6,)), {"do_sample": True, "max_new_tokens": 20, "top_k": 0, "eos_token_id": None}
+    options |= {"custom_generate": block_diffusion, "mode": mode, "seed": 3, "pad_token_id": PAD_ID}
+    warper = LogitsProcessorList([TemperatureLogitsWarper(0.5)])
+    twice = adapted.generate(**inputs, **options, temperature=0.5, logits_processor=warper)
+    assert torch.equal(twice, adapted.generate(**inputs, **options, temperature=0.25))
+    assert not torch.equal(twice, adapted.generate(**inputs, **options, temperature=0.5))
+
+
+def test_stop_strings_come_as_a_stopping_criterion(adapted):
+    tokenizer = byte_level()
+    inputs, options = left_padded((6,)), {"max_new_tokens": 20, "do_sample": False}
+    stop = tokenizer.decode(adapted.generate(**inputs, **options)[0, 12:13])
+    plain = adapted.generate(**inputs, **options, stop_strings=[stop], tokenizer=tokenizer)
+    options |= {"stopping_criteria": [StopStringCriteria(tokenizer, [stop])], "custom_generate": block_diffusion}
+    for mode in ("ar", "speculative"):
+        assert torch.equal(adapted.generate(**inputs, **options, mode=mode), plain)
 
 
 def test_diffusion_mode_is_the_library_s_own(adapted):
@@ -140,7 +246,7 @@ def test_sampling_with_a_processor_keeps_its_rule(adapted, paths):
         **inputs,
         max_new_tokens=20,
         do_sample=True,
-        logits_processor=[NoRepeat()],
+        no_repeat_ngram_size=1,
         custom_generate=block_diffusion,
         mode="speculative",
         draft_paths=paths,
@@ -165,25 +271,6 @@ def test_the_streamer_is_found_behind_a_function_of_the_callers(adapted):
     inputs, streamer = left_padded((6,)), Collector()
     out = adapted.generate(**inputs, max_new_tokens=9, custom_generate=through, mode="ar", streamer=streamer)
     assert streamer.tokens == out[0].tolist()
-
-
-@pytest.mark.parametrize("how", [{"mode": "ar"}, {"mode": "speculative"}, {"mode": "speculative", "draft_paths": 3}])
-def test_a_row_that_goes_along_costs_no_further_call_of_a_processor(adapted, how):
-    class Counts(LogitsProcessor):
-        def __call__(self, input_ids, scores):
-            calls.append(len(input_ids))
-            return scores
-
-    calls: list[int] = []
-    counts = []
-    for rows in (1, 3):
-        calls.clear()
-        inputs = {name: part.expand(rows, -1) for name, part in left_padded((6,)).items()}
-        options = {"max_new_tokens": 12, "do_sample": False, "logits_processor": [Counts()]}
-        adapted.generate(**inputs, **options, custom_generate=block_diffusion, **how)
-        assert set(calls) == {rows}
-        counts.append(len(calls))
-    assert counts[0] == counts[1]
 
 
 def test_the_dict_form_and_several_answers_per_prompt(adapted):

@@ -285,6 +285,17 @@ def test_right_drafts_are_kept_whole():
     assert out.stats.tokens_per_forward == 25 / 7
 
 
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_drafts_of_automatic_length_are_shorter_where_few_are_kept(ahead):
+    """A wild model rejects most: of 7 drafts a cycle soon 2 or 3 are made."""
+    lm, ids = language_model(tiny_model("llama", std=0.25)), prompt(9)
+    rejected = []
+    for length in (None, "auto"):
+        stream = lm.stream(ids, mode="speculative", max_new_tokens=30, draft_length=length, draft_ahead=ahead)
+        rejected.append(sum(isinstance(event, Rejected) for event in stream))
+    assert rejected[1] < 0.7 * rejected[0]
+
+
 # ------------------------------------------------------------------------------------------- filters
 
 
@@ -472,7 +483,13 @@ def test_a_batch_costs_each_row_the_passes_that_it_takes_alone(llama, mode):
 
 @pytest.mark.parametrize(
     "options",
-    [{"draft_ahead": 1}, {"draft_ahead": 3}, {"draft_length": "auto"}, {"draft_paths": 3}],
+    [
+        {"draft_ahead": 1},
+        {"draft_ahead": 3},
+        {"draft_length": "auto"},
+        {"draft_length": "auto", "draft_ahead": 2},
+        {"draft_paths": 3},
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

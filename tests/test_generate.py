@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,6 +13,7 @@ from families import EOS_ID, MASK_ID, longrope_model, nested_model, tiny_model
 from nextblock.config import BlockDiffusionSettings, UsageError
 from nextblock.events import BlockFinished, Committed, Prefilled, Rejected, RowFinished
 from nextblock.generate import BlockDiffusionLM, load, look_at
+from nextblock.request import make_request
 from test_text import byte_level
 
 MODES = ["ar", "diffusion", "speculative"]
@@ -101,6 +103,31 @@ def test_a_model_with_weights_that_are_no_numbers_is_not_loaded(tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(UsageError, match=r"weight lm_head.weight holds NaN"):
         load(tmp_path)
+
+
+def test_what_a_tokenizer_returns_is_taken_as_token_ids_and_one_message_as_a_chat(lm):
+    TOKENIZER.pad_token = TOKENIZER.convert_ids_to_tokens(0)
+    texts: Any = ["hello", "yo"]
+    options: Any = {"mode": "ar", "max_new_tokens": 6}
+    expected = lm.generate(texts, **options).answers
+    for side in ("left", "right"):
+        encoded = TOKENIZER(texts, return_tensors="pt", padding=True, padding_side=side)
+        assert lm.generate(encoded, **options).answers == expected
+    assert lm.generate(TOKENIZER(texts), **options).answers == expected  # lists of unequal length
+    assert lm.generate(TOKENIZER(texts[0]), **options).answers == expected[:1]
+    assert lm.generate({"input_ids": TOKENIZER(texts[0])["input_ids"]}, **options).answers == expected[:1]
+    message = {"role": "user", "content": "hi"}
+    assert lm.generate(message, **options).answers == lm.generate([message], **options).answers
+
+
+def test_numbers_of_numpy_are_numbers(lm):
+    free = lm.generate("one two", mode="ar", max_new_tokens=9, eos_token_id=[]).answers[0]
+    plain: dict[str, Any] = {"eos_token_id": free[4], "max_new_tokens": 6, "seed": 3, "temperature": 0.5, "top_k": 9}
+    given = {name: np.asarray(value)[()] for name, value in plain.items()}
+    for more in ({}, {"mode": "speculative", "draft_length": np.int64(2)}):
+        assert lm.generate("one two", **given, **more).answers == lm.generate("one two", **plain, **more).answers
+    several = lm.generate(["a", "b"], mode="ar", max_new_tokens=np.array([2, 3]), eos_token_id=np.array([[], []]))
+    assert [len(answer) for answer in several.answers] == [2, 3]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -306,6 +333,18 @@ def test_a_block_above_the_trained_size_works_with_a_warning():
         (torch.tensor([[1, 2]]), {"attention_mask": torch.tensor([[1]])}, "they must be equal"),
         ("hi", {"stop": [""]}, "empty string"),
         ("hi", {"seed": [1, 2], "temperature": 1.0}, "seed has 2 values for 1 prompts"),
+        ("hi", {"seed": 2**64}, r"seed=18446744073709551616 must be a whole number from -2\*\*63"),
+        ("hi", {"seed": "x", "temperature": 1.0}, "seed='x' must be a whole number"),
+        ("hi", {"seed": [1, None]}, "seed=None must be a whole number"),
+        ("hi", {"stop": ["a", 5]}, "stop holds 5; give strings"),
+        (["hi", "ho"], {"stop": [["a"], 5]}, "stop holds 5; give strings"),
+        ("hi", {"max_new_tokens": ["x"]}, "max_new_tokens='x': Input should be a valid integer"),
+        ("hi", {"eos_token_id": "x"}, "eos_token_id holds 'x'; give whole numbers"),
+        ("hi", {"block_size": 10**6}, "block_size=1000000 is larger than the model's context of 256"),
+        (torch.tensor([[1, 2]]), {"attention_mask": [[1], [1, 1]]}, "they must be equal"),
+        ({"input_ids": [[1, 2]], "attention_mask": 1}, {}, "attention_mask holds something else than whole numbers"),
+        ({"input_ids": "ab"}, {}, "input_ids holds something else than whole numbers"),
+        ({"input": [1]}, {}, "neither a text nor a list of chat messages"),
         ([["hi"]], {}, "neither a text nor a list of chat messages"),
     ],
 )
@@ -326,6 +365,27 @@ def test_the_confidence_of_tokens_is_worked_out_only_for_those_who_read_events(m
     if not options.get("temperature"):
         monkeypatch.setattr("nextblock.batch.probability_of", lambda *_: pytest.fail("nobody reads it"))
         assert lm.generate(tokens, max_new_tokens=9, **options).stats.new_tokens == len(told)
+
+
+@pytest.mark.parametrize(
+    "options", [{"mode": "ar"}, {"mode": "speculative"}, {"mode": "speculative", "draft_paths": 3}]
+)
+def test_a_row_that_goes_along_costs_no_further_call_of_a_processor(options):
+    lm, counts = ids_only(), []
+    for rows in (1, 3):
+        calls: list[int] = []
+
+        def count(prefixes: torch.Tensor, logits: torch.Tensor, calls: list[int] = calls) -> torch.Tensor:
+            calls.append(len(prefixes))
+            return logits
+
+        asked = {"max_new_tokens": 12, "eos_token_id": [], **options}
+        request = make_request(lm.decoder, None, lm.settings, torch.tensor([[5, 6, 7]] * rows), asked)
+        with lm.run(request, 0.0, count) as stream:
+            assert list(stream)
+        assert set(calls) == {rows}
+        counts.append(len(calls))
+    assert counts[0] == counts[1]
 
 
 def test_the_clock_is_read_once_a_pass_and_not_for_each_event(monkeypatch):

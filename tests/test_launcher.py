@@ -24,6 +24,7 @@ def test_gradient_accumulation_of_a_launcher_changes_nothing(place, tmp_path, mo
 
 
 UNHEARD = {
+    "DeepSpeed": ({"ACCELERATE_USE_DEEPSPEED": "true"}, "set training.fsdp=true: FSDP2 shares out"),
     "another precision": ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "set training.mixed_precision"),
     "compiling": ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "set training.compile=true"),
     "tensor parallelism": ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "leave parallelism_config out"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -52,15 +53,32 @@ TINY: dict[str, Any] = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", REAL)
-def test_a_preset_of_a_real_model_can_be_planned_without_the_network(name, monkeypatch):
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in REAL else ()) for n in NAMES])
+def test_a_preset_runs_as_planned_on_the_machine_that_it_names(name, monkeypatch):
     monkeypatch.setattr(plan, "largest_row", lambda *_: None)  # several steps more; see test_plan
     config = load_config(preset(name))
-    parallel = "fsdp2" if config.lora is None else "ddp"
-    found = (plan.plan_stages if config.stages else plan.plan)(config, device="h200", devices=8, parallel=parallel)
-    assert found.fits
-    assert found.seconds is not None
+    found = (plan.plan_stages if config.stages else plan.plan)(config)
+    plans = [stage.plan for stage in found.stages] if isinstance(found, plan.StagedPlan) else [found]
+    for one in plans:
+        assert (one.device, one.devices) == (config.machine.gpu, config.machine.gpus)
+        assert one.parallel == (None if one.devices == 1 else "fsdp2" if config.training.fsdp else "ddp")
+    assert (found.fits, found.seconds is None) == ((None, True) if config.machine.gpu == "cpu" else (True, False))
+    assert plan.shortfall(found, config) is None
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_head_of_a_preset_says_no_more_than_the_preset(name):
+    """It plans without options, and starts as many processes as the machine has GPUs, each with its own shards."""
+    text, config = preset(name).read_text(encoding="utf-8"), load_config(preset(name))
+    assert not re.search(r"nextblock plan \S+ --", text)
+    counts = [int(n) for n in re.findall(r"--(?:nnodes|nproc-per-node) (\d+)", text)]
+    assert math.prod(counts) == config.machine.gpus
+    assert (config.training.checkpoint == "sharded") == config.training.fsdp == (config.machine.gpus > 1)
+    assert config.data.shards == config.machine.gpus
+    if config.machine.gpu != "cpu":
+        words = text.partition("\nmodel:")[0].lower()
+        size = {"rtx4090": "one 24 gb gpu", "a100-40g": "one 40 gb gpu"}
+        assert size.get(config.machine.gpu, f"{config.machine.gpus} {config.machine.gpu}") in words
 
 
 @pytest.fixture
@@ -87,6 +105,7 @@ def test_a_preset_takes_two_steps_at_toy_size(name, tmp_path):
         "data.sources": [{"path": str(tmp_path / "texts.jsonl")}],
         "data.row_length": 64,
         "data.held_out": 0.0,
+        "data.shards": 1,
         "growth.b_0": first,
         "growth.b_max": largest,
         "growth.delta": 1,

@@ -294,3 +294,4 @@ def test_data_that_vanish_for_one_rank_in_mid_run_stop_both_with_one_line(place,
     said = "".join((tmp_path / f"stderr-{rank}").read_text() for rank in range(2))
     assert said.count("error: data file sums.jsonl cannot be read") == 1
     assert len(losses(tmp_path / "run")) == 3
+    assert [folder.name for folder in list_checkpoints(tmp_path / "run")] == ["step-00000002", "step-00000003"]

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from nextblock.adapt import adapt
@@ -18,7 +19,7 @@ from nextblock.model import read_config
 from nextblock.report import read_log
 from nextblock.report.figures import plot_losses
 from nextblock.train import StepMetrics, train
-from test_train import config_of, start, weights
+from test_train import config_of, signal_at, start, weights
 
 
 def staged(place: Path, output: Path, **overrides: Any) -> AdaptConfig:
@@ -208,6 +209,32 @@ def killed_after(values: dict[str, Any], steps: int) -> None:
 
     torch.set_num_threads(1)
     train(load_config(values), on_step=stop)
+
+
+def test_a_resume_in_a_later_stage_reads_the_checkpoint_of_that_stage_alone_and_once(place, tmp_path, monkeypatch):
+    import nextblock.checkpoint as module
+
+    config = staged(place, tmp_path / "run")
+    train(config, on_step=lambda metrics: signal_at(metrics, 14))  # the second of stage 2
+    real, digested, loaded = module._digest, [], []
+
+    def digest(file: Path) -> str:
+        digested.append(file)
+        return real(file)
+
+    def load(path: Any, **options: Any) -> Any:
+        loaded.append(Path(path))
+        return safe_open(path, **options)
+
+    monkeypatch.setattr(module, "_digest", digest)
+    monkeypatch.setattr(module, "safe_open", load)
+    monkeypatch.setattr("nextblock.train.run_stage", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        train(config, resume=True)
+    (folder,) = {file.parent for file in digested}
+    assert folder.parent.parent.name == "stage-2-long"
+    assert len(digested) == len(set(digested)) == 3
+    assert loaded == [folder / "model.safetensors"]
 
 
 def test_a_finished_stage_that_is_changed_is_named_on_resume(place, tmp_path):

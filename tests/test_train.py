@@ -7,7 +7,9 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
+import socket
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -26,12 +28,12 @@ from conftest import VOCABULARY
 from families import tiny_model
 from layouts import CHAT, PLAIN, PROMPTED, make_rows
 from nextblock.adapt import adapt
-from nextblock.checkpoint import list_checkpoints
+from nextblock.checkpoint import list_checkpoints, newest_whole_checkpoint
 from nextblock.config import AdaptConfig, Source, UsageError, load_config
-from nextblock.data import Rows
+from nextblock.data import Rows, check_tokens
 from nextblock.model import load_tokenizer, read_config, read_settings
 from nextblock.sources import Records, is_held_out, read_source
-from nextblock.train import StepMetrics, prepare, train, train_step, trim_log, without_dropout
+from nextblock.train import StepMetrics, prepare, save, train, train_step, trim_log, without_dropout
 from test_files import largest_file
 
 
@@ -56,8 +58,10 @@ class GivenRows:
     def __init__(self, rows: Rows) -> None:
         self.rows = rows
 
-    def next(self) -> Rows:
+    def peek(self) -> Rows:
         return self.rows
+
+    next = peek
 
 
 class KeepGradients:
@@ -639,6 +643,164 @@ def test_a_report_that_the_disk_does_not_take_ends_in_one_line_and_leaves_no_hal
     assert not [path.name for path in tmp_path.iterdir() if path.name.endswith((".part", ".html"))]
     assert adapt(config, resume=True).finished
     assert (tmp_path / "report.html").is_file()
+
+
+def write_parent(place: Path, folder: Path, **generation: Any) -> str:
+    """A copy of the parent with this `generation_config.json`."""
+    shutil.copytree(place / "llama", folder)
+    (folder / "generation_config.json").write_text(json.dumps(generation), encoding="utf-8")
+    return str(folder)
+
+
+GREEDY = {"do_sample": False, "temperature": 0.9, "top_p": 0.6, "eos_token_id": 256}
+
+
+def test_a_greedy_config_with_sampling_values_is_exported_without_them_and_with_one_line(place, tmp_path):
+    parent = write_parent(place, tmp_path / "parent", **GREEDY)
+    with pytest.warns(UserWarning, match=r"sets temperature=0.9, top_p=0.6, which .* \(do_sample=False\)"):
+        train(config_of(place, tmp_path / "run", model__path=parent, training__steps=9))
+    written = json.loads((tmp_path / "run" / "generation_config.json").read_text())
+    assert (written["do_sample"], written["eos_token_id"], written["pad_token_id"]) == (False, 256, 256)
+    assert not {"temperature", "top_p"} & written.keys()
+
+
+def test_a_parent_whose_result_could_not_be_written_is_refused_before_the_first_step(place, tmp_path, monkeypatch):
+    def broken(*_: Any, **__: Any) -> None:
+        raise TypeError("Object of type dtype is not JSON serializable")
+
+    monkeypatch.setattr("transformers.PreTrainedConfig.save_pretrained", broken)
+    done: list[StepMetrics] = []
+    with pytest.raises(UsageError, match="the result of this parent could not be written: Object of type dtype"):
+        train(config_of(place, tmp_path / "run"), on_step=done.append)
+    assert not done
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_that_would_not_be_read_again_is_refused_before_the_first_step(place, tmp_path, monkeypatch):
+    monkeypatch.setattr("nextblock.checkpoint.export_settings", lambda *_: None)
+    monkeypatch.setattr("nextblock.train.export_settings", lambda *_: None)  # an empty folder
+    with pytest.raises(UsageError, match="the result of this parent could not be written"):
+        train(config_of(place, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_disk_without_room_for_what_the_run_leaves_is_refused_before_the_first_step(place, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=100_000))
+    with pytest.raises(UsageError, match=r"has 0.00 GiB of free space, .*lower training.keep_last"):
+        train(config_of(place, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("error", [ValueError("GenerationConfig is invalid"), RuntimeError("tensors share memory")])
+def test_a_run_that_failed_in_its_export_exports_when_it_is_resumed(place, tmp_path, monkeypatch, error):
+    def broken(*_: Any, **__: Any) -> None:
+        raise error
+
+    config, done = config_of(place, tmp_path / "run", training__steps=9), []
+    with monkeypatch.context() as patch:
+        patch.setattr("nextblock.train.export", broken)
+        with pytest.raises(type(error), match=str(error)):
+            train(config)
+    assert train(config, resume=True, on_step=done.append).finished
+    assert not done
+    assert (tmp_path / "run" / "model.safetensors").is_file()
+
+
+# ------------------------------------------------------------------------------- what a run that ends early leaves
+
+
+def fail_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """The rows of this step hold what the run refuses."""
+    real, taken = check_tokens, []
+
+    def check(rows: Rows, *rest: Any) -> None:
+        taken.append(rows)
+        if len(taken) > step + 1:  # one look at them comes before the run
+            raise UsageError("all.jsonl:77: message 1 has no content")
+        real(rows, *rest)
+
+    monkeypatch.setattr("nextblock.train.check_tokens", check)
+
+
+def test_bad_data_in_mid_run_leave_the_log_and_a_checkpoint_of_the_steps_until_there(
+    place, tmp_path, monkeypatch, undisturbed
+):
+    config = config_of(place, tmp_path / "run", training__checkpoint_every=1000)
+    with monkeypatch.context() as patch:
+        fail_at(patch, 5)
+        with pytest.raises(UsageError, match=r"no content; .*step-00000005 holds the steps until here"):
+            train(config)
+        assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 5
+        fail_at(patch, 0)
+        with pytest.raises(UsageError, match=r"no content; .*step-00000005 holds"):  # as long as nothing is mended
+            train(config, resume=True)
+    train(config, resume=True)
+    assert weights(tmp_path / "run") == undisturbed[0]
+
+
+def test_bad_data_before_the_first_step_leave_no_folder(place, tmp_path, monkeypatch):
+    fail_at(monkeypatch, 0)
+    with pytest.raises(UsageError, match="no content"):
+        train(config_of(place, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_first_step_that_fails_for_any_reason_leaves_the_output_folder_as_it_was(place, tmp_path, monkeypatch):
+    def broken(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("nextblock.train.train_step", broken)
+    (tmp_path / "empty").mkdir()
+    for output in (tmp_path / "run", tmp_path / "empty"):
+        with pytest.raises(RuntimeError, match="out of memory"):
+            train(config_of(place, output))
+    assert not (tmp_path / "run").exists()
+    assert not list((tmp_path / "empty").iterdir())
+
+
+def test_a_first_checkpoint_that_the_disk_does_not_take_leaves_the_log(place, tmp_path, undisturbed):
+    config = config_of(place, tmp_path / "run", training__checkpoint_every=6)
+    with largest_file(8000), pytest.raises(UsageError, match="cannot write checkpoint"):
+        train(config)
+    assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 6
+    assert newest_whole_checkpoint(tmp_path / "run") == (None, [])
+    train(config, resume=True)
+    assert weights(tmp_path / "run") == undisturbed[0]
+
+
+def test_a_run_in_the_same_folder_is_refused_while_one_goes_on_and_taken_when_it_was_killed(
+    place, processes, tmp_path, undisturbed
+):
+    config = config_of(place, tmp_path / "run")
+    first = start(processes, config, "nextblock.train.train_step", 4)  # dies at its fifth step
+    while first.is_alive() and not (tmp_path / "run" / ".lock").exists():
+        time.sleep(0.001)
+    os.kill(first.pid or 0, signal.SIGSTOP)
+    try:
+        assert first.is_alive()
+        with pytest.raises(UsageError, match=rf"is in use by process {first.pid} on {socket.gethostname()}; wait"):
+            train(config, resume=True)
+    finally:
+        os.kill(first.pid or 0, signal.SIGCONT)
+    first.join()
+    assert (tmp_path / "run" / ".lock").exists()  # of a dead process: nobody's
+    train(config, resume=True)
+    assert weights(tmp_path / "run") == undisturbed[0]
+    assert not (tmp_path / "run" / ".lock").exists()
+
+
+def test_the_seconds_of_a_run_are_those_of_checkpoints_and_evaluations_too(place, tmp_path, monkeypatch):
+    def slowly(run: Any) -> None:
+        time.sleep(0.3)
+        save(run)
+
+    monkeypatch.setattr("nextblock.train.save", slowly)
+    options = {"training__steps": 9, "training__checkpoint_every": 3}
+    config = config_of(place, tmp_path / "run", **options)
+    seconds = adapt(config, resume=True).results["training"]["seconds"]
+    steps = sum(json.loads(line)["step_seconds"] for line in (tmp_path / "run" / "log.jsonl").open())
+    assert seconds > steps + 3 * 0.3
 
 
 def signal_at(metrics, step):

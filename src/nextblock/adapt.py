@@ -21,6 +21,7 @@ from nextblock.corruption import corrupt
 from nextblock.data import Rows
 from nextblock.evaluate import BitsPerByte, bits_per_byte
 from nextblock.feed import merged
+from nextblock.files import locked
 from nextblock.generate import BlockDiffusionLM
 from nextblock.model import Decoder, load_model, load_parent
 from nextblock.ranks import gather
@@ -91,13 +92,13 @@ def adapt(
         if not run.finished or not run.accelerator.is_main_process:
             return RunResult(output, run.finished, steps, {})
         results = describe(run, config, lost)
-        if config.training.evaluate_rows:
-            say("measuring held-out bits per byte")
-            try:
-                results["bits_per_byte"] = held_out_bits(run, received)
-            except SigtermReceived:
-                return RunResult(output, False, steps, {})
-        with writing(output):
+        with writing(output), locked(output):
+            if config.training.evaluate_rows:
+                say("measuring held-out bits per byte")
+                try:
+                    results["bits_per_byte"] = held_out_bits(run, received)
+                except SigtermReceived:
+                    return RunResult(output, False, steps, {})
             write_report(results, output)
         return RunResult(output, True, steps, results)
 
@@ -127,7 +128,7 @@ def describe(run: Run, config: AdaptConfig, lost: Mapping[str, int]) -> dict[str
         "settings": run.settings.model_dump() if run.settings else None,
         "training": {
             "steps": first,
-            "seconds": sum(step["step_seconds"] for step in steps),
+            "seconds": run.seconds,
             "tokens": sum(step["tokens"] for step in steps),
             "growth": growth,
             "stages": borders,

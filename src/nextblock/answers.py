@@ -16,12 +16,11 @@ from typing import Any
 import torch
 
 from nextblock.adapter import fingerprint
-from nextblock.config import UsageError, validate
+from nextblock.config import UsageError
 from nextblock.events import Finish
 from nextblock.generate import load
 from nextblock.model import read_config, read_settings, resolve, resolve_adapter, weights_folder
-from nextblock.request import make_request
-from nextblock.sampling import DecodingConfig
+from nextblock.request import make_request, with_stored
 from nextblock.sources import Record, read_prompts
 from nextblock.text import INCOMPLETE
 
@@ -72,7 +71,7 @@ def write_answers(
     section = read_settings(read_config(model))
     if section is None and draft_adapter is None:
         options = {"mode": "ar", **options}
-    config = validate(DecodingConfig, {**(section.decoding if section else {}), **options})
+    config = with_stored(section, options)
     identity = {
         "model": _identity(model),
         "draft_adapter": draft_adapter and fingerprint(resolve_adapter(draft_adapter)),

@@ -97,13 +97,18 @@ def block_diffusion_rule(context: Context = "context_causal", target_share: floa
 
 
 def _coin(query: Places, key: Places) -> Tensor:
-    """Uniform [0, 1) number of a pair of positions: a hash, so every form of the mask flips the same coin."""
-    value = query.seed * 1_000_003 + query.document
-    for part in (query.position, key.position):
-        value = (value * 48_271 + part + 1) & 0x7FFF_FFFF
-        value = (((value >> 15) ^ value) * 73_244_475) & 0x7FFF_FFFF
-    value = ((value >> 13) ^ value) & 0xFF_FFFF
-    return value.to(torch.float32) / 2**24
+    """Uniform [0, 1) number of a pair of positions: a hash, so every form of the mask flips the same coin.
+
+    The finaliser of 32 bits (C. Wellons, "Prospecting for hash functions") follows each part, so that coins of
+    neighbouring keys and queries are independent. All products stay within int64.
+    """
+    value = query.seed
+    for part in (query.document, query.position, key.position, 0):
+        value = value & 0xFFFF_FFFF
+        value = ((value >> 15) ^ value) * 0x2C1B_3C6D & 0xFFFF_FFFF
+        value = ((value >> 12) ^ value) * 0x297A_2D39 & 0xFFFF_FFFF
+        value = ((value >> 15) ^ value) + part
+    return (value & 0xFF_FFFF).to(torch.float32) / 2**24
 
 
 def within_window(rule: Rule, window: int | None) -> Rule:

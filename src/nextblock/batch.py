@@ -11,6 +11,7 @@ Letters: B rows, Q tokens of a pass, D hidden size, V vocabulary, N positions wh
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -75,7 +76,8 @@ class Row:
 class Batch:
     """Rows decoded together: their cache, and the forward pass they share.
 
-    `rows` holds those still being decoded, in the order of the cache. Without `confidence` that of events is nan.
+    `rows` holds those still being decoded, in the order of the cache; `all_rows` all, in the caller's order. Without
+    `confidence` that of events is nan.
     """
 
     def __init__(
@@ -96,7 +98,7 @@ class Batch:
         self.block_causal = settings is not None and settings.context == "block_causal"
         self.config = config
         self.block_size = config.block_size or (1 if settings is None else settings.block_size)
-        self.rows = list(rows)
+        self.rows, self.all_rows = list(rows), tuple(rows)
         self.stats = stats
         self.processor = processor
         self.device = decoder.device
@@ -227,7 +229,9 @@ class Batch:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The model's own float32 logits [N, V] of hidden states [N, D], without the mask token."""
-        logits = self.decoder.logits(hidden).float()
+        return self._without_mask(self.decoder.logits(hidden).float())
+
+    def _without_mask(self, logits: Tensor) -> Tensor:
         if self.mask_token_id is not None:  # a draft adapter's lies outside the vocabulary: an empty slice
             logits[:, self.mask_token_id : self.mask_token_id + 1] = -torch.inf
         return logits
@@ -240,33 +244,33 @@ class Batch:
             prefixes: for each position its row and that row's answer up to there; None where nobody looks.
         """
         logits = self.logits(hidden)
-        if self.processor is not None:
-            logits = self._processed(logits, prefixes, self.processor)
-        return logits
+        return logits if self.processor is None else self._processed(self.processor, logits, list(prefixes))
 
-    def _processed(
-        self, logits: Tensor, prefixes: Iterable[tuple[Row, list[int] | None]], processor: Processor
-    ) -> Tensor:
-        """One call for each length of prefix, of all rows that have a place with one; with tree drafts, of one path.
+    def _processed(self, processor: Processor, logits: Tensor, prefixes: list[tuple[Row, list[int] | None]]) -> Tensor:
+        """One call for each length that prefixes have: as often as plain `generate` where a pass gives one token.
 
-        Some processors keep a number for each row of the caller's batch: each row is in its own place there, and where
-        one takes no part stands a copy of another.
+        Processors may keep something for each row of the caller's batch, so that a call has all of these rows, each
+        in its place, and where nothing is to be known of a row, what it has or had at that length.
         """
-        calls: dict[tuple[int, int], dict[int, tuple[int, list[int]]]] = {}
-        for index, (row, answer) in enumerate(prefixes):
+        calls: dict[tuple[int, int], dict[int, int]] = {}  # (length, how many before of that row) -> row -> place
+        met: Counter[tuple[int, int]] = Counter()
+        for place, (row, answer) in enumerate(prefixes):
             if answer is None:
                 continue
-            prefix, again = row.padding + row.prompt + answer, 0
-            while row.number in (call := calls.setdefault((len(prefix), again), {})):
-                again += 1
-            call[row.number] = index, prefix
-        processed = logits.clone()
-        for _, call in sorted(calls.items()):
-            some = next(iter(call.values()))
-            places, tokens = zip(*(call.get(number, some) for number in range(self.stats.rows)), strict=True)
-            found = processor(torch.tensor(tokens, device=self.device), logits[list(places)])
-            processed[[place for place, _ in call.values()]] = found[list(call)].to(processed)
-        return processed
+            length = len(row.padding) + len(row.prompt) + len(answer)
+            calls.setdefault((length, met[row.number, length]), {})[row.number] = place
+            met[row.number, length] += 1
+        for (length, _), places in sorted(calls.items()):
+            lines = []
+            for row in self.all_rows:
+                answer = (prefixes[places[row.number]][1] if row.number in places else None) or row.answer
+                line = [*row.padding, *row.prompt, *answer][:length]
+                lines.append(line + [min(row.end_tokens, default=0)] * (length - len(line)))
+            number, place = (torch.tensor([*part], device=self.device) for part in (places, places.values()))
+            scores = logits.new_zeros(len(lines), logits.shape[1])
+            scores[number] = logits[place]
+            logits[place] = processor(torch.tensor(lines, device=self.device), scores)[number].to(logits.dtype)
+        return self._without_mask(logits)
 
     def distribution(self, logits: Tensor) -> Tensor | None:
         """What is drawn from: probabilities [N, V] after temperature, top-k and top-p; None when greedy."""

@@ -186,6 +186,8 @@ class Chat:
 
     def _end_of(self, turn: int, whole: str, start: int, limit: int) -> int | None:
         """Where the turn that starts at `start`, and before `limit`, ends; None if that is unclear."""
+        if turn == len(self.messages) - 1:
+            return len(whole)
         found = whole.find(self._closing, start, limit) if self._closing else -1
         closed = None if found < 0 else found + len(self._closing)
         # No content holds a special token. But calls of tools may be closed by another one than contents are.

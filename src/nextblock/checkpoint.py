@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +22,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from nextblock import zero
 from nextblock.config import BlockDiffusionSettings, UsageError
 from nextblock.encoding import span_ends
 from nextblock.files import PARTIAL, unwritten
@@ -78,7 +78,7 @@ def save_checkpoint(
     Raises:
         UsageError: the disk is full or cannot be written; earlier checkpoints are left as they are.
     """
-    folder = output / CHECKPOINTS / f"step-{step:08d}"
+    folder = checkpoint_folder(output, step)
     partial = folder.with_name(f"{PARTIAL}{folder.name}")
     main = is_main()
     whole = None if sharded else (whole_weights(model), whole_moments(model, optimizer))
@@ -141,6 +141,11 @@ def _step(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
+def checkpoint_folder(output: Path, step: int) -> Path:
+    """Where the checkpoint after `step` steps lies."""
+    return output / CHECKPOINTS / f"step-{step:08d}"
+
+
 def list_checkpoints(output: Path) -> list[Path]:
     """Checkpoint folders of a run, oldest first: those named `step-` and digits. Others are the user's."""
     found = (output / CHECKPOINTS).glob("step-*")
@@ -176,8 +181,6 @@ def load_weights(folder: Path, model: nn.Module) -> None:
     with safe_open(str(folder / WEIGHTS), framework="pt") as file, torch.no_grad():
         for name in list(file.keys()):
             own[name].copy_(_placed(file.get_tensor(name), own[name]))
-        if zero.holds(model):
-            zero.set_weights(model, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
 
 
 def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -191,9 +194,6 @@ def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimi
         set_optimizer_state_dict(model, optimizer, optim_state_dict=moments)
         return
     saved = torch.load(folder / OPTIMIZER, weights_only=True, map_location="cpu", mmap=True)
-    if zero.holds(model):
-        zero.set_moments(optimizer, saved)
-        return
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for number, values in saved["state"].items():
         for name, value in values.items():
@@ -206,14 +206,13 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and saved buffers on the CPU of rank 0, tied ones once; all ranks call it together."""
     once = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
     own = model.state_dict()
-    values = zero.weights(model) if zero.holds(model) else own
-    found = gathered({name: value for name, value in values.items() if name in once and name in own})
+    found = gathered({name: value for name, value in own.items() if name in once})
     return {name: value.contiguous() for name, value in found.items() if value is not None}
 
 
 def whole_moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """The optimizer's state on the CPU of rank 0; all ranks call it together."""
-    return gathered(zero.moments(optimizer) if zero.holds(model) else optimizer.state_dict())
+    return gathered(optimizer.state_dict())
 
 
 def gathered(values: Any) -> Any:
@@ -259,6 +258,26 @@ def export(
         dtype: of the weights on disk; None: the model's.
         weights: to write in place of the model's own, which may be spread over ranks.
     """
+    export_settings(folder, model, tokenizer, settings)
+    if dtype is None or dtype == model.dtype:
+        model.save_pretrained(folder, state_dict=None if weights is None else dict(weights))
+        return
+    cast: dict[tuple[int, torch.Size], torch.Tensor] = {}  # by address: tied weights stay one tensor
+    state = {}
+    for name, value in (weights or model.state_dict()).items():
+        rounded = value.to(dtype) if value.is_floating_point() else value
+        state[name] = cast.setdefault((value.data_ptr(), value.shape), rounded)
+    model.save_pretrained(folder, state_dict=state)
+    # transformers has written the dtype of the model in memory into config.json.
+    own, model.config.dtype = model.config.dtype, dtype
+    model.config.save_pretrained(folder)
+    model.config.dtype = own
+
+
+def export_settings(
+    folder: Path, model: PreTrainedModel, tokenizer: Any, settings: BlockDiffusionSettings | None
+) -> None:
+    """Write all that `export` writes but the weights."""
     folder.mkdir(parents=True, exist_ok=True)
     if settings is not None:
         model.config.block_diffusion = settings.model_dump()
@@ -279,20 +298,31 @@ def export(
             pad = tokenizer.pad_token_id
             generation.pad_token_id = end if pad is None else pad
         tokenizer.save_pretrained(folder)
+    _leave_out_idle(generation)
     model.generation_config = generation
-    if dtype is None or dtype == model.dtype:
-        model.save_pretrained(folder, state_dict=None if weights is None else dict(weights))
-        return
-    cast: dict[tuple[int, torch.Size], torch.Tensor] = {}  # by address: tied weights stay one tensor
-    state = {}
-    for name, value in (weights or model.state_dict()).items():
-        rounded = value.to(dtype) if value.is_floating_point() else value
-        state[name] = cast.setdefault((value.data_ptr(), value.shape), rounded)
-    model.save_pretrained(folder, state_dict=state)
-    # transformers has written the dtype of the model in memory into config.json.
-    own, model.config.dtype = model.config.dtype, dtype
     model.config.save_pretrained(folder)
-    model.config.dtype = own
+    generation.save_pretrained(folder)
+
+
+def _leave_out_idle(generation: GenerationConfig) -> None:
+    """Unset values that the config's own way of decoding does not use, with one line on them.
+
+    A greedy config with a temperature is common among parents, and transformers does not save one that was changed.
+    """
+    try:
+        generation.validate(strict=True)
+    except ValueError as error:
+        idle = re.findall(r"^- `(\w+)`", str(error), re.MULTILINE)
+        if not idle:
+            raise
+        said = ", ".join(f"{name}={getattr(generation, name)}" for name in idle)
+        warnings.warn(
+            f"the parent's generation_config.json sets {said}, which its own way of decoding does not use "
+            f"(do_sample={generation.do_sample}); the result leaves that out",
+            stacklevel=2,
+        )
+        for name in idle:
+            setattr(generation, name, None)
 
 
 def _digest(file: Path) -> str:

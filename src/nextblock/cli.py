@@ -34,11 +34,14 @@ Mode = Annotated[
     typer.Option(help="ar: token by token. diffusion: a block at a time. speculative: a block at a time, AR's output"),
 ]
 MaxNewTokens = Annotated[int, typer.Option(help="longest answer, in tokens")]
+AnswerTokens = Annotated[
+    int | None, typer.Option("--max-new-tokens", help="longest answer, in tokens; default: the checkpoint's, else 256")
+]
 BlockSize = Annotated[int | None, typer.Option(help="tokens in a block; default: the checkpoint's")]
 SubBlocks = Annotated[int | None, typer.Option(help="runs in which a block is denoised; divides the block size")]
 Sampler = Annotated[str | None, typer.Option(help="confidence, entropy, margin or entropy_bound")]
 Threshold = Annotated[str | None, typer.Option(help="diffusion: commit all above it, 0 to 1; 'none': one a step")]
-Temperature = Annotated[float, typer.Option(help="0: greedy")]
+Temperature = Annotated[float | None, typer.Option(help="0: greedy; default: the checkpoint's, else 0")]
 TopP = Annotated[float | None, typer.Option(help="nucleus sampling")]
 TopK = Annotated[int | None, typer.Option(help="sample from the k likeliest tokens")]
 Seed = Annotated[int | None, typer.Option(help="of the random draws")]
@@ -189,7 +192,7 @@ def generate(
     model: Model,
     prompts: Annotated[list[str] | None, typer.Argument(help="texts to go on from; none: standard input")] = None,
     mode: Mode = None,
-    max_new_tokens: MaxNewTokens = 256,
+    max_new_tokens: AnswerTokens = None,
     block_size: BlockSize = None,
     sub_blocks: SubBlocks = None,
     sampler: Sampler = None,
@@ -198,7 +201,7 @@ def generate(
     draft_length: DraftLength = None,
     draft_ahead: DraftAhead = None,
     draft_paths: DraftPaths = None,
-    temperature: Temperature = 0.0,
+    temperature: Temperature = None,
     top_p: TopP = None,
     top_k: TopK = None,
     seed: Seed = None,
@@ -250,7 +253,6 @@ def generate(
                 seed=seed or 0,
                 stop=stop or (),
                 on_batch=lambda done, total: progress.update(bar, completed=done, total=total),
-                max_new_tokens=max_new_tokens,
                 **options,
             )
         print(f"wrote {written} answers to {output}" if written else f"{output} is finished; nothing was left to do")
@@ -259,7 +261,7 @@ def generate(
     if lm.settings is None:
         options.setdefault("mode", "ar")
     texts = [prompt.replace("\\n", "\n") for prompt in prompts] if prompts else [sys.stdin.read()]
-    common: dict[str, Any] = {"seed": seed, "stop": stop or (), "max_new_tokens": max_new_tokens, **options}
+    common: dict[str, Any] = {"seed": seed, "stop": stop or (), **options}
     if live:
         from rich.console import Console
 
@@ -281,10 +283,9 @@ def generate(
 
 def decoding_options(given: dict[str, Any]) -> dict[str, Any]:
     """The decoding options that were given; the others stay the checkpoint's, or `generate`'s own."""
-    names = ("mode", "block_size", "sub_blocks", "sampler", "steps", "top_p", "top_k", "draft_ahead", "draft_paths")
+    names = ("mode", "max_new_tokens", "block_size", "sub_blocks", "sampler", "steps", "temperature", "top_p", "top_k")
+    names += ("draft_ahead", "draft_paths")
     options = {name: given[name] for name in names if given.get(name) is not None}
-    if given["temperature"]:
-        options["temperature"] = given["temperature"]
     if given.get("threshold") is not None:
         options["threshold"] = number(given["threshold"], "threshold")
     if (length := given["draft_length"]) is not None:
@@ -337,17 +338,17 @@ def load_lm(
 def chat(
     model: Model,
     mode: Mode = None,
-    max_new_tokens: MaxNewTokens = 256,
+    max_new_tokens: AnswerTokens = None,
     steps: Steps = None,
     draft_length: DraftLength = None,
     draft_ahead: DraftAhead = None,
     draft_paths: DraftPaths = None,
-    temperature: Temperature = 0.0,
+    temperature: Temperature = None,
     draft_adapter: DraftAdapterFolder = None,
     dtype: Dtype = None,
 ) -> None:
     """Talk to a model; an empty line or end of input leaves."""
-    options = {"max_new_tokens": max_new_tokens, **decoding_options(locals())}
+    options = decoding_options(locals())
 
     lm = load_lm(model, dtype, draft_adapter)
     if lm.settings is None:

@@ -58,7 +58,10 @@ class ModelConfig(Section):
     tokenizer: str | None = Field(
         default=None, description="folder or Hub id of the tokenizer, or `bytes`; default: the model's own"
     )
-    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="dtype of the trained weights")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        description="dtype of the weights in memory; bfloat16 only for the frozen parent of an adapter or lora",
+    )
     export_dtype: Literal["float32", "bfloat16"] | None = Field(
         default=None, description="dtype of the exported weights; default: as trained"
     )
@@ -322,6 +325,12 @@ class AdaptConfig(Section):
             raise ValueError(
                 f"model.quantization={self.model.quantization} is for a frozen parent, but without draft_adapter or "
                 "lora its weights are trained; leave one out or set the other"
+            )
+        if self.model.dtype == "bfloat16" and self.lora is None and self.draft_adapter is None:
+            # With 8 bits of mantissa most updates are lost: at lr 1e-5 a weight above 0.004 never moves.
+            raise ValueError(
+                "model.dtype=bfloat16 would round most updates of trained weights away; set model.dtype=float32 and "
+                "training.mixed_precision=bf16"
             )
         if self.recipe.complementary and self.recipe.views % 2:
             raise ValueError(

@@ -8,17 +8,12 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.generation.logits_process import (
-    SuppressTokensLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers.generation import logits_process
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
@@ -30,7 +25,39 @@ from nextblock.generate import BlockDiffusionLM, Stream, look_at
 from nextblock.model import read_settings
 from nextblock.request import make_request, resolve_config
 
-_OWN_WARPERS = {TemperatureLogitsWarper: "temperature", TopKLogitsWarper: "top_k", TopPLogitsWarper: "top_p"}
+_OWN_WARPERS = {
+    logits_process.TemperatureLogitsWarper: "temperature",
+    logits_process.TopKLogitsWarper: "top_k",
+    logits_process.TopPLogitsWarper: "top_p",
+}
+_SETTINGS = {  # transformers' processors: the setting that each is made of, and the value that makes none
+    "EncoderNoRepeatNGramLogitsProcessor": ("encoder_no_repeat_ngram_size", 0),
+    "EncoderRepetitionPenaltyLogitsProcessor": ("encoder_repetition_penalty", 1.0),
+    "EpsilonLogitsWarper": ("epsilon_cutoff", 0.0),
+    "EtaLogitsWarper": ("eta_cutoff", 0.0),
+    "ExponentialDecayLengthPenalty": ("exponential_decay_length_penalty", None),
+    "ForcedBOSTokenLogitsProcessor": ("forced_bos_token_id", None),
+    "ForcedEOSTokenLogitsProcessor": ("forced_eos_token_id", None),
+    "InfNanRemoveLogitsProcessor": ("remove_invalid_values", False),
+    "LogitNormalization": ("renormalize_logits", False),
+    "MinLengthLogitsProcessor": ("min_length", 0),
+    "MinNewTokensLengthLogitsProcessor": ("min_new_tokens", 0),
+    "MinPLogitsWarper": ("min_p", None),
+    "NoBadWordsLogitsProcessor": ("bad_words_ids", None),
+    "NoRepeatNGramLogitsProcessor": ("no_repeat_ngram_size", 0),
+    "RepetitionPenaltyLogitsProcessor": ("repetition_penalty", 1.0),
+    "SequenceBiasLogitsProcessor": ("sequence_bias", None),
+    "SuppressTokensAtBeginLogitsProcessor": ("begin_suppress_tokens", None),
+    "SuppressTokensLogitsProcessor": ("suppress_tokens", None),
+    "TemperatureLogitsWarper": ("temperature", 1.0),
+    "TopHLogitsWarper": ("top_h", None),
+    "TopKLogitsWarper": ("top_k", 0),
+    "TopPLogitsWarper": ("top_p", 1.0),
+    "TypicalLogitsWarper": ("typical_p", 1.0),
+    "UnbatchedClassifierFreeGuidanceLogitsProcessor": ("guidance_scale", 1),
+    "WatermarkLogitsProcessor": ("watermarking_config", None),
+}
+"""All but guidance, which has a cache of its own, are functions of prefix and scores alone."""
 _OWN_CRITERIA = (MaxLengthCriteria, EosTokenCriteria)
 _UNSET: Any = object()
 
@@ -66,7 +93,8 @@ def block_diffusion(
     Returns:
         int64 [B, T] as `generate` returns it, or its dict form where the config asks for that.
     Raises:
-        UsageError: beam search, a logits processor in diffusion mode, or what `BlockDiffusionLM` refuses.
+        UsageError: beam search, a logits processor in diffusion mode, one that is not known to be a function of
+            prefix and scores in speculative mode, or what `BlockDiffusionLM` refuses.
     """
     streamer = streamer if streamer is not None else _streamer_of_caller()
     given = {
@@ -86,13 +114,8 @@ def block_diffusion(
     look_at(model)
     lm = BlockDiffusionLM(model, None, settings, adapter)
     _check_generation_config(generation_config)
-    diffusion = resolve_config(lm.settings, options).mode == "diffusion"
-    foreign = [p for p in logits_processor or () if not _is_own(p, lm, generation_config)]
-    if diffusion and foreign:
-        raise UsageError(
-            f"logits processor {type(foreign[0]).__name__} has no meaning in diffusion mode, where tokens are not "
-            "decided from left to right; use mode='ar' or 'speculative'"
-        )
+    foreign = _foreign(list(logits_processor or ()), lm, generation_config)
+    _check_processors(foreign, resolve_config(lm.settings, options).mode, generation_config)
     # Of sampling nothing is the checkpoint's: the generation config says it all.
     options |= {"temperature": 1.0 if generation_config.do_sample else 0.0, "top_k": None, "top_p": None}
     if generation_config.do_sample and not foreign:  # else they act in their place among the processors
@@ -108,6 +131,8 @@ def block_diffusion(
         "max_new_tokens": min([generation_config.max_length, *lengths]) - input_ids.shape[1],
     }
     request = make_request(lm.decoder, None, lm.settings, input_ids, options)
+    for row, ids in zip(request.rows, input_ids.tolist(), strict=True):  # processors see equal lengths, as the input's
+        row.padding = row.padding or ids[len(row.prompt) :]
     others = [c for c in criteria if not isinstance(c, _OWN_CRITERIA)]
     if others:
         for row in request.rows:
@@ -131,17 +156,49 @@ def _check_generation_config(config: Any) -> None:
         raise UsageError("prompt_lookup_num_tokens: block_diffusion drafts by itself; leave it out")
 
 
-def _is_own(processor: Any, lm: BlockDiffusionLM, config: Any) -> bool:
-    """Whether decoding does by itself what the processor does: the config's temperature, top-k, top-p; no mask token.
+def _foreign(processors: list[Any], lm: BlockDiffusionLM, config: Any) -> list[Any]:
+    """The processors that do what decoding does not do by itself.
 
-    A warper of the caller's own, whose value is not the config's, is a processor like any other.
+    By itself it leaves out the mask token and applies the config's temperature, top-k and top-p. A warper of the
+    caller's own, beside the config's or with another value, is a processor like any other.
     """
-    if isinstance(processor, SuppressTokensLogitsProcessor) and lm.settings is not None:
-        return set(processor.suppress_tokens.tolist()) <= {lm.settings.mask_token_id}
-    for kind, name in _OWN_WARPERS.items():
-        if isinstance(processor, kind):
-            return config.do_sample and getattr(processor, name) == getattr(config, name)
-    return False
+    kinds = [type(processor) for processor in processors]
+    foreign = []
+    for kind, processor in zip(kinds, processors, strict=True):
+        if kind is logits_process.SuppressTokensLogitsProcessor and lm.settings is not None:
+            own = set(processor.suppress_tokens.tolist()) <= {lm.settings.mask_token_id}
+        else:
+            name = _OWN_WARPERS.get(kind, "")
+            own = name and config.do_sample and kinds.count(kind) == 1
+            own = own and getattr(processor, name) == getattr(config, name)
+        if not own:
+            foreign.append(processor)
+    return foreign
+
+
+def _check_processors(processors: list[Any], mode: str, config: Any) -> None:
+    """UsageError for a processor that could not act in this mode as it does in plain `generate`."""
+    for kind in map(type, processors):
+        known = kind.__name__ if kind.__module__ == logits_process.__name__ else ""
+        setting, neutral = _SETTINGS.get(known, ("", None))
+        stateless = bool(setting) and setting != "guidance_scale"
+        if mode == "diffusion":
+            source, cure = "", "leave it out"
+            if setting and (value := getattr(config, setting, None)) not in (None, neutral):
+                source = f", made of {setting}={value} in the generation config,"
+                where = (
+                    "model.generation_config." if neutral is None else ""
+                )  # a call's None stands for the model's own
+                cure = f"set {where}{setting}={neutral}"
+            raise UsageError(
+                f"logits processor {kind.__name__}{source} has no meaning in diffusion mode, where tokens are not "
+                f"decided from left to right; {cure}, or use mode='ar'{' or speculative' * stateless}"
+            )
+        if mode == "speculative" and not stateless:
+            raise UsageError(
+                f"logits processor {kind.__name__} may depend on what it was called with before, and speculative mode "
+                "also calls it for drafts that are not kept; use mode='ar'"
+            )
 
 
 def _whole(input_ids: Tensor, rows: list[Row], padding: int) -> Tensor:
@@ -182,7 +239,7 @@ def _streamer_of_caller() -> Any:
 
     transformers (5.23) feeds it the prompt, but does not pass it on to a custom decoding method.
     """
-    code, frame = inspect.unwrap(GenerationMixin.generate).__code__, inspect.currentframe()
+    code, frame = inspect.unwrap(cast(Any, GenerationMixin).generate).__code__, inspect.currentframe()
     while frame is not None and frame.f_code is not code:  # the call, and not a name that resembles it
         frame = frame.f_back
     return None if frame is None else frame.f_locals["streamer"]

@@ -12,6 +12,7 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -259,7 +260,7 @@ class _Encoder:
 def _pieces_of(places: Sequence[tuple[int, int]], pieces: Pieces) -> np.ndarray | None:
     """The piece in which each token begins; None if a token lies across the beginning of a generated piece."""
     borders = np.cumsum([len(text) for text, _ in pieces])
-    first, stop = np.array(places, np.int64).reshape(-1, 2).T
+    first, stop = np.fromiter(chain.from_iterable(places), np.int64, 2 * len(places)).reshape(-1, 2).T
     stop = np.maximum.accumulate(stop)
     # Some tokenizers leave the space before a word out of its place.
     first = np.minimum(first, np.append(0, stop[:-1])) if len(stop) else first

@@ -6,14 +6,21 @@ import errno
 import os
 import re
 import shutil
+import socket
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from nextblock.config import UsageError
 
 PARTIAL = ".partial-"
 """How the names of folders begin that are not yet whole."""
 MARKS = ("config.json", "adapter_config.json")
 """Files by which a folder is known to hold a model or an adapter."""
+
+LOCK = ".lock"
+"""File in a run's folder that names the process which writes there."""
 
 UNWRITTEN = {
     errno.ENOSPC: "free space",
@@ -35,6 +42,56 @@ def unwritten(error: BaseException) -> tuple[str, str] | None:
     if isinstance(error, RuntimeError) and re.search("inline_container|iostream error", text):  # torch.save
         return "a file could not be written, most likely because the disk is full", "free space"
     return None
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it. UsageError where that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"output folder {folder} cannot be made: {error.strerror}; choose another") from None
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """A folder for this process alone; made if missing, and gone again if nothing was put there.
+
+    The lock ends with the process, however that ends, and holds on all machines that see the folder.
+
+    Raises:
+        UsageError: another process has it, or it cannot be made.
+    """
+    import fcntl  # here, because Windows has none, and decoding works there
+
+    made = not folder.exists()
+    make_folder(folder)
+    path = folder / LOCK
+    while True:
+        file = path.open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read() or "another process"
+            file.close()
+            raise UsageError(
+                f"output folder {folder} is in use by {holder}; wait for its end, or stop it first"
+            ) from None
+        except OSError as error:  # some network file systems
+            warnings.warn(f"{folder} cannot be locked ({error.strerror}); start no second run there", stacklevel=3)
+        if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+            break
+        file.close()  # the holder before has just removed the file that was opened here
+    with file:
+        try:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            if made and not any(folder.iterdir()):
+                folder.rmdir()
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -16,7 +15,6 @@ from accelerate.utils import (
 )
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from nextblock import zero
 from nextblock.config import AdaptConfig, UsageError, require
 from nextblock.ranks import join, together
 from nextblock.tracking import TRACKERS
@@ -103,10 +101,6 @@ def make_accelerator(config: AdaptConfig) -> Accelerator:
         log_with=list(config.training.trackers) or None,
         project_config=ProjectConfiguration(logging_dir=str(Path(config.output) / TRACKERS)),
     )
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        rows = config.training.batch_rows // accelerator.num_processes
-        plugin_of_launcher: Any = accelerator.state.deepspeed_plugin
-        zero.configure(plugin_of_launcher.deepspeed_config, config, rows)
     if plugin is not None and accelerator.distributed_type == DistributedType.MULTI_CPU:
         # accelerate leaves CPU processes to DDP, but FSDP2 runs there as well.
         join().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
@@ -93,8 +92,7 @@ def cross_entropy(
     """
     head = decoder.model.get_output_embeddings()
     size = rows or max(1, chunk_rows(decoder) // (1 if teacher is None else 2))
-    # Exactly: a wrapped head computes something of its own, and of one that FSDP2 shares out only a part is here.
-    if teacher is None and type(head) is nn.Linear and not isinstance(head.weight, DTensor):
+    if teacher is None and type(head) is nn.Linear:  # exactly: a wrapped head computes something of its own
         if weight is None and not each and takes_liger(decoder, hidden):
             total = _liger_cross_entropy(decoder.logit_cap)(head.weight, hidden, target, head.bias)
             return Scores(total, torch.zeros_like(total), total.new_zeros(0))
@@ -251,7 +249,7 @@ class TwoViewLoss(nn.Module):
 
     def __init__(self, decoder: Decoder) -> None:
         super().__init__()
-        self.model, self.config = decoder.model, decoder.model.config  # DeepSpeed looks for the hidden size
+        self.model = decoder.model
         self._no_split_modules = decoder.model._no_split_modules  # the layers that FSDP2 gathers one by one
 
     def forward(
@@ -301,7 +299,7 @@ class DraftLoss(nn.Module):
     def __init__(self, decoder: Decoder) -> None:
         super().__init__()
         assert decoder.adapter is not None
-        self.model, self.config = decoder.model, decoder.model.config
+        self.model = decoder.model
         self.adapter = decoder.adapter
 
     def forward(

@@ -10,16 +10,18 @@ from typing import Any, TypeVar
 import torch
 from accelerate import PartialState
 
-from nextblock import zero
-from nextblock.config import UsageError, require
+from nextblock.config import UsageError
 
 T = TypeVar("T")
 
 
 def join() -> PartialState:
     """The processes that torchrun or `accelerate launch` started, met on the first call; else this one alone."""
-    if zero.asked_for():
-        require("deepspeed", "deepspeed", "accelerate launch --use_deepspeed")
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":  # which would meet in its own way
+        raise UsageError(
+            "the launcher has set ACCELERATE_USE_DEEPSPEED=true, which a run of nextblock does not follow; start "
+            "without DeepSpeed, and set training.fsdp=true: FSDP2 shares out weights, gradients and optimizer"
+        )
     # accelerate takes CPU processes for unrelated ones unless it is told.
     return PartialState(cpu=int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available())
 

@@ -18,8 +18,9 @@ from nextblock.model import Decoder
 from nextblock.sampling import DecodingConfig, Mode, Sampler, generator
 from nextblock.text import TextStream
 
-Prompts = str | Sequence[str] | Sequence[Mapping[str, str]] | Sequence[Sequence[Mapping[str, str]]] | Tensor
-
+Message = Mapping[str, Any]
+Prompts = str | Message | Sequence[str] | Sequence[Message] | Sequence[Sequence[Message]] | Tensor
+"""Texts, chats, token ids, or what a tokenizer returns: a mapping that holds `input_ids`."""
 
 DEPENDENT = (("draft_ahead", "draft_paths"), ("block_size", "sub_blocks", "steps"))
 """Options whose values must fit each other."""
@@ -64,21 +65,26 @@ class Request:
     stop: list[tuple[str, ...]]
 
 
+def with_stored(settings: BlockDiffusionSettings | None, options: Mapping[str, Any]) -> DecodingConfig:
+    """Options given, else the checkpoint's `decoding`, else the defaults; UsageError for what contradicts itself."""
+    stored = dict(settings.decoding) if settings is not None else {}
+    for together in DEPENDENT:  # such options are all of the call, or all of the checkpoint
+        if any(name in options for name in together):
+            stored = {name: value for name, value in stored.items() if name not in together}
+    return validate(DecodingConfig, {**stored, **options})
+
+
 def resolve_config(
     settings: BlockDiffusionSettings | None, options: Mapping[str, Any], *, drafted: bool = False
 ) -> DecodingConfig:
-    """Options given, else the checkpoint's `decoding`, else the defaults; `block_size` is then a number.
+    """The options of a call, as `with_stored`, for this checkpoint; `block_size` is then a number.
 
     Args:
         drafted: the settings are those of a draft adapter.
     Raises:
         UsageError: unknown or contradictory options, or a mode or a block that the checkpoint cannot do.
     """
-    stored = dict(settings.decoding) if settings is not None else {}
-    for together in DEPENDENT:  # such options are all of the call, or all of the checkpoint
-        if any(name in options for name in together):
-            stored = {name: value for name, value in stored.items() if name not in together}
-    config = validate(DecodingConfig, {**stored, **options})
+    config = with_stored(settings, options)
     if settings is None:
         if config.mode != "ar":
             raise UsageError(
@@ -120,17 +126,21 @@ def make_request(
         UsageError: anything wrong, in one line.
     """
     rest = dict(options)
-    attention_mask, seed = rest.pop("attention_mask", None), rest.pop("seed", None)
+    attention_mask, seed = rest.pop("attention_mask", None), _plain(rest.pop("seed", None))
     stop, ends = rest.pop("stop", ()), rest.pop("eos_token_id", None)
-    limits = rest.get("max_new_tokens")
-    if isinstance(limits, Sequence):
-        rest["max_new_tokens"] = min(limits, default=1)  # the one that could be too small
+    limits = _plain(rest.get("max_new_tokens"))
+    if isinstance(limits, list):
+        del rest["max_new_tokens"]
+        limits = [validate(DecodingConfig, {"max_new_tokens": limit}).max_new_tokens for limit in limits]
     config = resolve_config(settings, rest, drafted=decoder.adapter is not None)
+    longest = decoder.max_positions
+    if longest is not None and rest.get("block_size") is not None and (config.block_size or 0) > longest:
+        raise UsageError(f"block_size={config.block_size} is larger than the model's context of {longest}; use less")
     encoded = _encode(tokenizer, prompts, attention_mask)
     context = _check_prompts(decoder, [ids for _, ids in encoded])
     count = len(encoded)
     limits = _for_each(
-        "max_new_tokens", limits if isinstance(limits, Sequence) else [config.max_new_tokens] * count, count
+        "max_new_tokens", limits if isinstance(limits, list) else [config.max_new_tokens] * count, count
     )
     ends = _lists_for_each("eos_token_id", end_tokens(decoder, tokenizer) if ends is None else ends, int, count)
     stops = _lists_for_each("stop", stop, str, count)
@@ -138,7 +148,7 @@ def make_request(
         raise UsageError("stop: stop strings need a tokenizer, and this model has none")
     if any(not string for strings in stops for string in strings):
         raise UsageError("stop holds an empty string, which every text contains; leave it out")
-    seeds = _seeds(seed, count) if config.temperature > 0 else []
+    seeds = _seeds(seed, count) if config.temperature > 0 or seed is not None else []
     rows = [
         Row(
             number=i,
@@ -146,7 +156,7 @@ def make_request(
             limit=min(limits[i], context - len(ids)),
             end_tokens=frozenset(ends[i]),
             stop=_stopper(tokenizer, stops[i]) if stops[i] else None,
-            random=generator(seeds[i]) if seeds else None,
+            random=generator(seeds[i]) if config.temperature > 0 else None,
             padding=padding,
         )
         for i, (padding, ids) in enumerate(encoded)
@@ -165,13 +175,18 @@ def end_tokens(decoder: Decoder, tokenizer: Any) -> list[int]:
 
 def _encode(tokenizer: Any, prompts: Any, attention_mask: Tensor | None) -> list[tuple[list[int], list[int]]]:
     """(left padding, prompt ids) of every row."""
+    if isinstance(prompts, Mapping) and "input_ids" in prompts:  # what a tokenizer returns
+        attention_mask = prompts.get("attention_mask") if attention_mask is None else attention_mask
+        return _from_ids(_plain(prompts["input_ids"]), _plain(attention_mask))
     if isinstance(prompts, Tensor):
-        return _from_tensor(prompts, None if attention_mask is None else torch.as_tensor(attention_mask))
+        if prompts.ndim not in (1, 2) or prompts.is_floating_point():
+            raise UsageError(f"prompts is a {prompts.dtype} tensor of shape {tuple(prompts.shape)}; give int64 [B, T]")
+        return _from_ids(prompts.tolist(), _plain(attention_mask))
     if attention_mask is not None:
         raise UsageError("attention_mask goes with token ids alone; texts and chats need none")
     if tokenizer is None:
         raise UsageError("this model has no tokenizer; give token ids as a LongTensor [B, T]")
-    items = [prompts] if isinstance(prompts, str) else list(prompts)
+    items = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
     if items and isinstance(items[0], Mapping):
         items = [items]  # one chat
     return [([], _from_text(tokenizer, number, item)) for number, item in enumerate(items)]
@@ -185,27 +200,29 @@ def _from_text(tokenizer: Any, number: int, item: Any) -> list[int]:
     return encode_prompt(item, tokenizer, f"prompt {number}")
 
 
-def _from_tensor(tokens: Tensor, attention_mask: Tensor | None) -> list[tuple[list[int], list[int]]]:
-    """Rows of a padded tensor as (left padding, ids)."""
-    tokens = tokens[None] if tokens.ndim == 1 else tokens
-    if tokens.ndim != 2 or tokens.is_floating_point():
-        raise UsageError(f"prompts is a {tokens.dtype} tensor of shape {tuple(tokens.shape)}; give int64 [B, T]")
+def _from_ids(tokens: Any, attention_mask: Any) -> list[tuple[list[int], list[int]]]:
+    """Rows of token ids, padded or not, as (left padding, ids); one row may come without its list."""
+    rows = _rows("input_ids", tokens)
     if attention_mask is None:
-        return [([], ids) for ids in tokens.tolist()]
-    attention_mask = attention_mask[None] if attention_mask.ndim == 1 else attention_mask
-    if attention_mask.shape != tokens.shape:
-        raise UsageError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}, the prompts {tuple(tokens.shape)}; "
-            "they must be equal"
-        )
+        return [([], ids) for ids in rows]
+    masks = _rows("attention_mask", attention_mask)
+    if [len(ids) for ids in rows] != [len(mask) for mask in masks]:
+        raise UsageError("attention_mask and the prompts have different shapes; they must be equal")
     encoded = []
-    for number, (ids, mask) in enumerate(zip(tokens.tolist(), attention_mask.bool().tolist(), strict=True)):
-        low = mask.index(True) if True in mask else len(mask)
-        high = low + sum(mask)
+    for number, (ids, mask) in enumerate(zip(rows, masks, strict=True)):
+        low = mask.index(1) if 1 in mask else len(mask)
+        high = low + mask.count(1)
         if not all(mask[low:high]):
             raise UsageError(f"attention_mask of prompt {number} has holes; pad on the left or on the right only")
         encoded.append((ids[:low], ids[low:high]))
     return encoded
+
+
+def _rows(name: str, value: Any) -> list[list[int]]:
+    rows = [value] if isinstance(value, list) and value and not isinstance(value[0], list) else value
+    if isinstance(rows, list) and all(isinstance(row, list) and all(isinstance(n, int) for n in row) for row in rows):
+        return rows
+    raise UsageError(f"{name} holds something else than whole numbers; give int64 [B, T]")
 
 
 def _check_prompts(decoder: Decoder, prompts: list[list[int]]) -> int:
@@ -240,18 +257,31 @@ def _for_each(name: str, values: Sequence[Any], count: int) -> list[Any]:
 
 def _lists_for_each(name: str, value: Any, kind: type, count: int) -> list[tuple[Any, ...]]:
     """From one item, items for all rows, or a list of items for each row."""
-    if isinstance(value, Tensor):
-        value = value.tolist()
-    value = [value] if isinstance(value, kind) else list(value or ())
-    if value and not isinstance(value[0], kind):
-        return [tuple(items) for items in _for_each(name, value, count)]
-    return [tuple(value)] * count
+    value = [] if value is None else _plain(value)
+    value = value if isinstance(value, list) else [value]
+    lists = _for_each(name, value, count) if value and isinstance(value[0], list) else [value] * count
+    for items in lists:
+        for item in items if isinstance(items, list) else [items]:
+            if not isinstance(item, kind) or isinstance(item, bool):
+                raise UsageError(f"{name} holds {item!r}; give {'whole numbers' if kind is int else 'strings'}")
+    return [tuple(items) for items in lists]
 
 
-def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
+def _seeds(seed: Any, count: int) -> list[int]:
     if seed is None:
         return torch.randint(2**62, (count,)).tolist()
-    return _for_each("seed", seed, count) if isinstance(seed, Sequence) else [int(seed) + i for i in range(count)]
+    seeds = seed if isinstance(seed, list) else [seed]
+    for one in seeds:
+        if not isinstance(one, int) or isinstance(one, bool) or not -(2**63) <= one < 2**63:
+            raise UsageError(f"seed={one!r} must be a whole number from -2**63 to 2**63 - 1")
+    return _for_each("seed", seeds, count) if isinstance(seed, list) else [seed + i for i in range(count)]
+
+
+def _plain(value: Any) -> Any:
+    """Tensors, arrays and their numbers as Python's own; sequences as lists."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return [_plain(item) for item in value] if isinstance(value, list | tuple | set | frozenset | range) else value
 
 
 def _stopper(tokenizer: Any, stop: tuple[str, ...]) -> Callable[[list[int]], Finish | None]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Literal, Self
 
 import torch
@@ -60,8 +61,10 @@ class DecodingConfig(Section):
     @field_validator("draft_length", mode="before")
     @classmethod
     def _length(cls, value: object) -> object:
-        if value in (None, "auto") or (isinstance(value, int) and not isinstance(value, bool)):
+        if value in (None, "auto"):
             return value
+        if isinstance(value, Integral) and not isinstance(value, bool):
+            return int(value)
         raise ValueError("is not a number of tokens; use 1 or more, or auto")
 
     @model_validator(mode="after")

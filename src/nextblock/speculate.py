@@ -83,12 +83,12 @@ def speculative(batch: Batch) -> Iterator[list[Event]]:
     """
     yield [*begin(batch, first_token=True)]
     batch.leave()
-    yield from _drafting_ahead(batch) if batch.config.draft_ahead else _drafting_apart(batch)
-
-
-def _drafting_apart(batch: Batch) -> Iterator[list[Event]]:
-    """Two passes a cycle: draft, check."""
     recent = {row.number: float(batch.block_size) for row in batch.rows}
+    yield from (_drafting_ahead if batch.config.draft_ahead else _drafting_apart)(batch, recent)
+
+
+def _drafting_apart(batch: Batch, recent: dict[int, float]) -> Iterator[list[Event]]:
+    """Two passes a cycle: draft, check. `recent`: for each row a moving average of how many drafts were kept."""
     while rows := batch.rows:
         known, starts = _known(batch)
         draft = _denoise(batch, known, starts, [_draft_length(batch, row, recent[row.number]) for row in rows])
@@ -103,9 +103,7 @@ def _drafting_apart(batch: Batch) -> Iterator[list[Event]]:
                 path = draft.paths[index][number]
                 own = path.nodes[path.shared + 1]
                 batch.cache.move(index, start + own, start + path.shared + 1, kept - path.shared)
-        for row, kept in zip(rows, verdict.kept, strict=True):
-            recent[row.number] = 0.7 * recent[row.number] + 0.3 * kept
-        yield [*_emit(batch, draft, verdict)]
+        yield [*_emit(batch, draft, verdict, recent)]
         batch.leave()
 
 
@@ -365,9 +363,10 @@ def _chances(
         low = part.stop
 
 
-def _emit(batch: Batch, draft: Draft, verdict: Verdict) -> Iterator[Event]:
+def _emit(batch: Batch, draft: Draft, verdict: Verdict, recent: dict[int, float]) -> Iterator[Event]:
     """Append what was gained to the answers."""
     for index, (row, (main, *others)) in enumerate(zip(batch.rows, draft.paths, strict=True)):
+        recent[row.number] = 0.7 * recent[row.number] + 0.3 * verdict.kept[index]
         first, gained = len(row.answer), verdict.tokens[index]
         yield from push(row, gained, verdict.probabilities[index])
         drafted = [*enumerate(main.tokens), *((path.shared, path.tokens[path.shared]) for path in others)]
@@ -401,7 +400,7 @@ class _Pending:
         return sorted(range(len(odds)), key=lambda n: (-odds[n], n))[:count]
 
 
-def _drafting_ahead(batch: Batch) -> Iterator[list[Event]]:
+def _drafting_ahead(batch: Batch, recent: dict[int, float]) -> Iterator[list[Event]]:
     """One pass a cycle: behind the tokens to be checked lie the next block's masks, for G points of acceptance.
 
     Each group of b tokens begins with a copy of the last token that would be kept and sees what would then
@@ -411,7 +410,7 @@ def _drafting_ahead(batch: Batch) -> Iterator[list[Event]]:
     """
     pending = [_Pending() for _ in batch.rows]
     while rows := batch.rows:
-        draft = _collect(batch, pending)
+        draft = _collect(batch, pending, recent)
         points = [
             waiting.points(batch.config.draft_ahead, length)
             for waiting, length in zip(pending, draft.lengths, strict=True)
@@ -422,7 +421,7 @@ def _drafting_ahead(batch: Batch) -> Iterator[list[Event]]:
         batch.stats.count("check", len(rows))
         width = draft.tokens.shape[1] + 1
         verdict = _verify(batch, hidden[:, :width], draft)
-        yield [*_emit(batch, draft, verdict)]
+        yield [*_emit(batch, draft, verdict, recent)]
         hits = [
             width + own.index(kept) * batch.block_size if kept in own and row.finish is None else None
             for row, own, kept in zip(rows, points, verdict.kept, strict=True)
@@ -431,12 +430,12 @@ def _drafting_ahead(batch: Batch) -> Iterator[list[Event]]:
         pending = [pending[index] for index in batch.leave()]
 
 
-def _collect(batch: Batch, pending: list[_Pending]) -> Draft:
-    """Pending drafts of all rows as one batch; shorter ones are filled up."""
-    lengths = [len(waiting.tokens) for waiting in pending]
-    for index, row in enumerate(batch.rows):
-        if row.random is None:
-            lengths[index] = min(lengths[index], row.limit - len(row.answer) - 1)
+def _collect(batch: Batch, pending: list[_Pending], recent: dict[int, float]) -> Draft:
+    """Pending drafts of all rows as one batch, as much of them as is to be checked; shorter ones are filled up."""
+    lengths = [
+        min(len(waiting.tokens), _draft_length(batch, row, recent[row.number]))
+        for row, waiting in zip(batch.rows, pending, strict=True)
+    ]
     longest = max(lengths)
     tokens = torch.tensor(
         [(waiting.tokens + [0] * longest)[:longest] for waiting in pending], dtype=torch.int64, device=batch.device

@@ -13,6 +13,7 @@ from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -20,13 +21,15 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, is_bnb_available
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
-from nextblock import schedules, zero
+from nextblock import schedules
 from nextblock.adapter import DraftAdapter, save_adapter
 from nextblock.attention_mask import block_diffusion_rule
 from nextblock.checkpoint import (
+    checkpoint_folder,
     export,
+    export_settings,
     list_checkpoints,
     load_checkpoint,
     load_optimizer,
@@ -51,7 +54,7 @@ from nextblock.corruption import TwoView, corrupt
 from nextblock.data import NoDocument, Rows, RowStream, check_tokens
 from nextblock.encoding import span_ends
 from nextblock.feed import Feed, merged
-from nextblock.files import unwritten, whole_folder, write_whole
+from nextblock.files import LOCK, locked, make_folder, unwritten, whole_folder, write_whole
 from nextblock.launcher import check_batch, make_accelerator
 from nextblock.lora import LoraAdapter
 from nextblock.model import (
@@ -70,7 +73,15 @@ from nextblock.model import (
 )
 from nextblock.objective import DraftLoss, TwoViewLoss
 from nextblock.ranks import gather, is_main, together
-from nextblock.tracking import LossProfile, Products, kind_of_training, peak_flops, peak_memory_gib, run_log
+from nextblock.tracking import (
+    TRACKERS,
+    LossProfile,
+    Products,
+    kind_of_training,
+    peak_flops,
+    peak_memory_gib,
+    run_log,
+)
 
 LOG = "log.jsonl"
 RESOLVED_CONFIG = "nextblock.yaml"
@@ -145,6 +156,8 @@ class Run:
     first_step: int = 0  # steps of the stages before this one
     stage: str | None = None
     stage_number: int | None = None
+    checkpoint: Path | None = None  # the last one that was written or gone on from
+    seconds: float = 0.0  # of training until now, with checkpoints, evaluations and what was done before a resume
     finished: bool = False
 
     @cached_property
@@ -163,11 +176,6 @@ class Run:
     def is_sharded(self) -> bool:
         """Whether each rank holds a part of the model only (FSDP2)."""
         return self.accelerator.distributed_type == DistributedType.FSDP
-
-    @property
-    def is_zero(self) -> bool:
-        """Whether DeepSpeed's engine wraps the model and makes the optimizer's steps."""
-        return self.accelerator.distributed_type == DistributedType.DEEPSPEED
 
     @property
     def peak_flops(self) -> float | None:
@@ -270,11 +278,6 @@ def accumulation(run: Run, *, last: bool) -> Iterator[Callable[[torch.Tensor], N
 
     But for FSDP2: to wait would be to hold all of the gradient, unshared, on each rank.
     """
-    if run.is_zero:
-        engine: Any = run.loss
-        engine.set_gradient_accumulation_boundary(last)
-        yield engine.backward  # accelerate's would go on to the optimizer's step
-        return
     with nullcontext() if last or run.is_sharded else run.accelerator.no_sync(run.loss):
         yield run.accelerator.backward
 
@@ -283,25 +286,16 @@ def update(run: Run, step: int, loss: float, rows: Rows) -> float:
     """The optimizer's step on clipped gradients; their norm before that.
 
     Raises:
-        TrainingStopped: loss or gradient is not finite; nothing was updated, but for ZeRO with a finite loss, which
-            knows the norm only after its step.
+        TrainingStopped: loss or gradient is not finite; nothing was updated.
     """
-
-    def check(norm: float) -> None:
-        if math.isfinite(loss) and math.isfinite(norm):
-            return
+    clipped: Any = run.accelerator.clip_grad_norm_(run.trained.parameters(), run.config.optimizer.grad_clip)
+    norm = float(clipped.full_tensor() if isinstance(clipped, DTensor) else clipped)
+    if not (math.isfinite(loss) and math.isfinite(norm)):
         numbers = sorted(number for numbers in gather(rows.number.tolist()) for number in numbers)
         raise TrainingStopped(
             f"step {run.first_step + step}: loss {loss} and gradient norm {norm} are not finite (rows {numbers}); "
             "nothing was saved: lower optimizer.lr, or look at these rows"
         )
-
-    if run.is_zero:
-        check(0.0)
-        check(norm := zero.update(run.loss))
-        return norm
-    clipped: Any = run.accelerator.clip_grad_norm_(run.trained.parameters(), run.config.optimizer.grad_clip)
-    check(norm := float(clipped.full_tensor() if isinstance(clipped, DTensor) else clipped))
     run.optimizer.step()
     run.optimizer.zero_grad()
     return norm
@@ -311,11 +305,19 @@ def next_rows(run: Run) -> tuple[Rows, int]:
     """This rank's rows of the next global batch, and N: tokens with offset >= 0 in the rows of all ranks.
 
     Raises:
-        UsageError: on every rank, where the data of one fail.
+        UsageError: on every rank, where the data of one fail; the feed still stands before these rows.
     """
-    with together():
-        rows = run.feed.next()
-        check_tokens(rows, run.decoder.vocabulary, run.mask_token_id)
+    try:
+        with together():
+            rows = run.feed.peek()
+            check_tokens(rows, run.decoder.vocabulary, run.mask_token_id)
+    except UsageError as error:
+        if run.step == 0:
+            raise
+        if run.checkpoint != checkpoint_folder(Path(run.config.output), run.step):
+            save(run)
+        raise UsageError(f"{error}; {run.checkpoint} holds the steps until here") from None
+    run.feed.next()
     return rows, sum(gather(int((rows.offset >= 0).sum())))
 
 
@@ -363,7 +365,13 @@ def train(
             except UsageError as error:
                 raise UsageError(f"stage {named.name}: {error}") from None
     catching = stop_on_sigterm() if received is None else nullcontext(received)
-    with catching as signals, writing(output), nothing_left(output, stages) if main else nullcontext():
+    with ExitStack() as held:
+        signals = held.enter_context(catching)
+        held.enter_context(writing(output))
+        with together():
+            if main:
+                held.enter_context(locked(output))
+                held.enter_context(nothing_left(output, stages))
         return run_stages(config, stages, masks, resume, signals, on_step, evaluate)
 
 
@@ -383,25 +391,33 @@ def run_stages(
         received: from `stop_on_sigterm`.
     """
     output, main = Path(config.output), is_main()
-    first = 0
+    first, newest, damaged = 0, None, []
     with together():  # or the other ranks would wait for ever
-        if main:
-            first = stage_to_resume(stages) if resume else 0
+        if main and resume:
+            first, newest, damaged = stage_to_resume(stages)
             check_finished_stages(stages[:first])
-    first = gather(first)[0]
+    first, newest = gather((first, newest))[0]
+    for line in damaged:
+        print(line)
     run: Any = None
     write: Any = None
     with ExitStack() as until_the_end:
         for number in range(first, len(stages)):
             before = None if number == 0 else Path(stages[number - 1].output)
-            run = prepare(stages[number], before, masks=masks)
+            ended, seconds = (None, 0.0) if run is None else (run.checkpoint, run.seconds)  # of the stage before
+            run = prepare(stages[number], before, ended, masks=masks)
+            run.seconds = seconds
             run.output, run.first_step = output, sum(stage.training.steps for stage in stages[:number])
             if config.stages:
                 run.stage, run.stage_number = config.stages[number].name, number + 1
-            if before is not None:
-                carry_over(run, before, fresh=config.stages[number].fresh_optimizer, data=stages[number - 1].data)
-            if resume:
-                restore(run, Path(stages[number].output))
+            if ended is not None:
+                carry_over(run, ended, fresh=config.stages[number].fresh_optimizer, data=stages[number - 1].data)
+            if newest is not None:
+                restore(run, newest)
+                newest = None
+            elif number == 0:
+                check_space(run, stages)
+            rehearse_export(run)
             if main:
                 for folder, resolved in ((output, config), (Path(stages[number].output), stages[number])):
                     make_folder(folder)
@@ -423,14 +439,6 @@ def run_stages(
     return run
 
 
-def make_folder(folder: Path) -> None:
-    """Make a folder and those above it. UsageError where that cannot be."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"output folder {folder} cannot be made: {error.strerror}; choose another") from None
-
-
 @contextmanager
 def writing(output: Path) -> Iterator[None]:
     """One line for a disk that is full or cannot be written, wherever the run meets it."""
@@ -446,21 +454,23 @@ def writing(output: Path) -> Iterator[None]:
 
 @contextmanager
 def nothing_left(output: Path, stages: list[AdaptConfig]) -> Iterator[None]:
-    """Where bad input ends a run before its first checkpoint, leave the output folder as it was: empty, or none.
+    """Where a new run ends before its first step is done, take away what it has put into the output folder.
 
-    The log of a run whose loss is no longer finite stays: it shows how that came about.
+    Of one that has made a step everything stays: the log shows how it came to its end.
     """
-    existed = output.is_dir()
-    used = existed and any(output.iterdir())
+    used = not is_empty(output)
     try:
         yield
-    except UsageError as error:
-        begun = any(newest_whole_checkpoint(Path(stage.output))[0] for stage in stages)
-        if not (used or begun or isinstance(error, TrainingStopped)):
-            for part in list(output.iterdir()) if existed else ():
-                shutil.rmtree(part) if part.is_dir() else part.unlink()
-            if not existed:
-                shutil.rmtree(output, ignore_errors=True)
+    except BaseException:
+        log = output / LOG
+        if not (used or (log.is_file() and log.stat().st_size)):
+            for folder in (
+                output / TRACKERS,
+                *(Path(stage.output) for stage in stages if stage.output != str(output)),
+            ):
+                shutil.rmtree(folder, ignore_errors=True)
+            for name in (RESOLVED_CONFIG, LOG):
+                (output / name).unlink(missing_ok=True)
         raise
 
 
@@ -475,6 +485,7 @@ def run_stage(
     config, due = run.config, run.config.training.evaluate_every
     with closing(run.feed):
         stop = any(gather(bool(received)))
+        began = time.perf_counter() - run.seconds
         while run.step < config.training.steps and not stop:
             metrics = train_step(run, run.step)
             run.step += 1
@@ -486,30 +497,28 @@ def run_stage(
                 write(profile)
             if evaluate and due and run.step % due == 0 and (found := evaluate(run)):
                 write({"kind": "evaluation", "step": metrics.step, **found})
+            run.seconds = time.perf_counter() - began
             if run.step % config.training.checkpoint_every == 0 or run.step == config.training.steps or stop:
-                save(run, Path(config.output))
+                save(run)
+                run.seconds = time.perf_counter() - began
 
 
-def stage_to_resume(stages: list[AdaptConfig]) -> int:
-    """The last stage with a checkpoint: all before it are done. Without one, the first.
+def stage_to_resume(stages: list[AdaptConfig]) -> tuple[int, Path | None, list[str]]:
+    """The last stage with a checkpoint, and that of `newest_whole_checkpoint`. Without any, the first and None.
 
     Raises:
-        UsageError: of that stage, no checkpoint is whole.
+        UsageError: of that stage, no checkpoint is whole: to start over must be asked for.
     """
-    for number in range(len(stages) - 1, 0, -1):
+    for number in range(len(stages) - 1, -1, -1):
         folder, damaged = newest_whole_checkpoint(Path(stages[number].output))
-        check_whole(folder, damaged)
         if folder is not None:
-            return number
-    return 0
-
-
-def check_whole(folder: Path | None, damaged: list[str]) -> None:
-    """UsageError where all checkpoints (of `newest_whole_checkpoint`) are damaged: to start over must be asked for."""
-    if folder is None and damaged:
-        raise UsageError(
-            f"{'; '.join(damaged)}; no other is left: delete what is damaged to start over, or choose another --output"
-        )
+            return number, folder, damaged
+        if damaged:
+            raise UsageError(
+                f"{'; '.join(damaged)}; no other is left: delete what is damaged to start over, or choose another "
+                "--output"
+            )
+    return 0, None, []
 
 
 def check_stage(config: AdaptConfig, first: AdaptConfig) -> None:
@@ -532,11 +541,8 @@ def check_override(model: ModelConfig, before: ModelConfig) -> None:
             )
 
 
-def carry_over(run: Run, before: Path, *, fresh: bool, data: DataConfig) -> None:
-    """Take the optimizer's moments (unless `fresh`) and the position in equal `data` from the stage before."""
-    folder = gather(newest_whole_checkpoint(before)[0] if is_main() else None)[0]
-    if folder is None:  # deleted since: this stage has checkpoints of its own
-        return
+def carry_over(run: Run, folder: Path, *, fresh: bool, data: DataConfig) -> None:
+    """Take the optimizer's moments (unless `fresh`) and the position in equal `data` from a last checkpoint."""
     if not fresh:
         own = [{key: value for key, value in group.items() if key != "params"} for group in run.optimizer.param_groups]
         load_optimizer(folder, run.trained, run.optimizer)
@@ -564,22 +570,73 @@ def export_run(run: Run, output: Path) -> None:
     Raises:
         UsageError: it cannot be written; what was in the folder stays as it was.
     """
-    model = run.config.model
-    dtype = getattr(torch, model.export_dtype) if model.export_dtype else None
-    adapter, settings = run.decoder.adapter, run.settings
-    weights = whole_weights(run.decoder.model) if run.is_sharded or run.is_zero else None
+    weights = whole_weights(run.decoder.model) if run.is_sharded else None
     with together(), writing(output), whole_folder(output) if is_main() else nullcontext() as folder:
         if folder is None:
             return
-        if run.lora is not None:
-            run.lora.save(folder / "adapter")
-            export(folder, merged_model(run, run.lora), run.tokenizer, settings, dtype)
-        elif adapter is None:
-            export(folder, run.decoder.model, run.tokenizer, settings, dtype, weights)
-        else:
-            assert settings is not None
-            parent = weights_folder(model.path, model.revision)
-            save_adapter(folder, adapter, settings, model.path, parent, dtype or torch.float32)
+        write_adapters(run, folder)
+        if run.decoder.adapter is None:
+            model, dtype = run.decoder.model if run.lora is None else merged_model(run, run.lora), export_dtype(run)
+            export(folder, model, run.tokenizer, run.settings, dtype, weights)
+
+
+def rehearse_export(run: Run) -> None:
+    """Write what a run ends with, but for the model's weights, to a folder that goes again. All ranks together.
+
+    Raises:
+        UsageError: the parent's configuration or tokenizer is such that it cannot be written, or read again.
+    """
+    with together(), writing(run.output), TemporaryDirectory() as name:
+        if not is_main():
+            return
+        try:
+            write_adapters(run, Path(name))
+            if run.decoder.adapter is None:
+                export_settings(Path(name), run.decoder.model, run.tokenizer, run.settings)
+                AutoTokenizer.from_pretrained(name, trust_remote_code=run.config.model.trust_remote_code)
+        except Exception as error:  # of whatever kind a config or a tokenizer raises
+            if isinstance(error, UsageError) or unwritten(error):
+                raise
+            why = str(error).strip().split("\n")[0]
+            raise UsageError(f"the result of this parent could not be written: {why}; mend the files of it") from None
+
+
+def write_adapters(run: Run, folder: Path) -> None:
+    """Write the draft adapter, or that of LoRA, if the run trains one."""
+    model, settings = run.config.model, run.settings
+    if run.lora is not None:
+        run.lora.save(folder / "adapter")
+    elif run.decoder.adapter is not None:
+        assert settings is not None
+        parent, dtype = weights_folder(model.path, model.revision), export_dtype(run) or torch.float32
+        save_adapter(folder, run.decoder.adapter, settings, model.path, parent, dtype)
+
+
+def export_dtype(run: Run) -> torch.dtype | None:
+    """That of the exported weights; None: as trained."""
+    name = run.config.model.export_dtype
+    return None if name is None else getattr(torch, name)
+
+
+def check_space(run: Run, stages: list[AdaptConfig]) -> None:
+    """UsageError where the disk has less room than a new run certainly takes: checkpoints kept, and models."""
+    trained = sum(p.numel() * p.element_size() for p in run.trained.parameters())
+    checkpoint = trained * (3 if run.config.optimizer.name == "adamw" else 1)  # weights and two moments
+    model = 0
+    if run.decoder.adapter is None:
+        size = (export_dtype(run) or run.decoder.model.dtype).itemsize
+        model = sum(p.numel() for p in run.decoder.model.parameters()) * size
+    needed = 0
+    for options in (stage.training for stage in stages):
+        needed += min(options.keep_last, math.ceil(options.steps / options.checkpoint_every)) * checkpoint + model
+    with together():
+        free = shutil.disk_usage(run.output).free if is_main() else needed
+        if free < needed:
+            raise UsageError(
+                f"output folder {run.output} has {free / 2**30:.2f} GiB of free space, and the run would leave "
+                f"{needed / 2**30:.2f} GiB in it ({checkpoint / 2**30:.2f} GiB a checkpoint); free space, lower "
+                "training.keep_last, or choose another --output"
+            )
 
 
 def merged_model(run: Run, lora: LoraAdapter) -> PreTrainedModel:
@@ -596,16 +653,19 @@ def merged_model(run: Run, lora: LoraAdapter) -> PreTrainedModel:
     return again.merge()
 
 
-def prepare(config: AdaptConfig, before: Path | None = None, *, masks: bool | None = None) -> Run:
+def prepare(
+    config: AdaptConfig, before: Path | None = None, checkpoint: Path | None = None, *, masks: bool | None = None
+) -> Run:
     """Read data, load and check the parent (or what the stage in the folder `before` has made of it), and hand
     both to accelerate. Writes nothing.
 
     Args:
+        checkpoint: with the weights that the stage before ended with; None: those of its model, which may be rounded.
         masks: give the model a mask token, as this or a later stage needs it; None: as this one does.
     """
     accelerator = make_accelerator(config)
     with together():
-        loaded = load(config, accelerator, before, masks=config.masks if masks is None else masks)
+        loaded = load(config, accelerator, before, checkpoint, masks=config.masks if masks is None else masks)
     tokenizer, feed, decoder, mask_token_id, lora, held_out = loaded
     trained = lora.weights if lora is not None else decoder.adapter or decoder.model
     trained.requires_grad_(True)
@@ -623,7 +683,7 @@ def prepare(config: AdaptConfig, before: Path | None = None, *, masks: bool | No
 
 
 def load(
-    config: AdaptConfig, accelerator: Accelerator, before: Path | None, *, masks: bool
+    config: AdaptConfig, accelerator: Accelerator, before: Path | None, checkpoint: Path | None, *, masks: bool
 ) -> tuple[Any, Feed, Decoder, int | None, LoraAdapter | None, Rows | None]:
     """Tokenizer, data, parent (with its draft adapter), mask token id, LoRA and held-out rows, all checked.
 
@@ -652,8 +712,8 @@ def load(
     )
     held_out = held_out_rows(config, tokenizer) if is_main() else None
     decoder = load_parent(model, accelerator.device)
-    if before is not None and (saved := newest_whole_checkpoint(before)[0]) is not None:
-        load_weights(saved, decoder.model)  # the export beside it may be rounded
+    if checkpoint is not None:
+        load_weights(checkpoint, decoder.model)
     if decoder.attention == "flex_attention" and decoder.device.type == "cpu":
         raise UsageError("model.attention=flex_attention has no backward pass on CPU; use sdpa, or auto")
     if len(tokenizer) > decoder.vocabulary:  # else a new mask token would make rows for the missing ones, untrained
@@ -721,12 +781,16 @@ def make_optimizer(options: OptimizerConfig, trained: torch.nn.Module) -> torch.
     return AdamW8bit(groups, lr=options.lr, betas=betas)
 
 
-def save(run: Run, output: Path) -> None:
+def save(run: Run) -> None:
     """Save a resumable checkpoint at the run's step."""
-    state = {"stream": merged(gather(run.feed.state())), "config": run.config.model_dump(mode="json")}
+    state = {
+        "stream": merged(gather(run.feed.state())),
+        "config": run.config.model_dump(mode="json"),
+        "seconds": run.seconds,
+    }
     options = run.config.training
-    save_checkpoint(
-        output,
+    run.checkpoint = save_checkpoint(
+        Path(run.config.output),
         run.step,
         run.trained,
         run.optimizer,
@@ -737,24 +801,18 @@ def save(run: Run, output: Path) -> None:
     )
 
 
-def restore(run: Run, output: Path) -> None:
-    """Go on from the newest whole checkpoint in `output`, if there is one.
+def restore(run: Run, folder: Path) -> None:
+    """Go on from a checkpoint.
 
     Raises:
-        UsageError: the checkpoint was made under a configuration that would break the run, or all are damaged.
+        UsageError: it was made under a configuration that would break the run.
     """
-    folder, damaged = gather(newest_whole_checkpoint(output) if is_main() else (None, []))[0]
-    check_whole(folder, damaged)
-    for line in damaged:
-        run.accelerator.print(line)
-    if folder is None:
-        return
     saved = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     for change in check_differences(saved["config"], run.config, f"cannot resume from {folder}"):
         run.accelerator.print(f"resuming: {change}")
     state = load_checkpoint(folder, run.trained, run.optimizer)
     run.feed.load_state(state["stream"])
-    run.step = state["step"]
+    run.step, run.seconds, run.checkpoint = state["step"], state.get("seconds", 0.0), folder
 
 
 def check_differences(saved: Mapping[str, Any], config: AdaptConfig, failure: str) -> list[str]:
@@ -787,9 +845,10 @@ def check_output(output: Path, stages: list[AdaptConfig], resume: bool) -> None:
     above = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise UsageError(f"output folder {output} cannot be made: {above} cannot be written; choose another")
-    if output.is_dir() and any(output.iterdir()) and not resume:
+    empty = is_empty(output)
+    if not empty and not resume:
         raise UsageError(f"output folder {output} is not empty; choose another --output, or go on with --resume auto")
-    if output.is_dir() and any(output.iterdir()) and not (output / RESOLVED_CONFIG).is_file():
+    if not empty and not (output / RESOLVED_CONFIG).is_file():
         raise UsageError(f"output folder {output} is not that of a run ({RESOLVED_CONFIG} is missing); choose another")
     if not resume:
         return
@@ -804,6 +863,11 @@ def check_output(output: Path, stages: list[AdaptConfig], resume: bool) -> None:
         raise UsageError(
             f"cannot resume: {output} holds a finished model and no checkpoint to go on from; choose another --output"
         )
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether nothing is there but a lock."""
+    return not folder.is_dir() or all(path.name == LOCK for path in folder.iterdir())
 
 
 def trim_log(path: Path, steps: int) -> int:

@@ -48,9 +48,9 @@ PARALLEL = ("ddp", "fsdp2")
 class Plan:
     """What a run takes. Bytes and FLOPs are numbers of one device and of one step; `seconds` of the whole run.
 
-    memory: kind -> bytes on one device at the peak, of a step or of the final evaluation, whichever takes more; they
-        add up to `peak_bytes`.
+    memory: kind -> bytes on one device at the moment of a step's peak.
     evaluation_bytes: at the peak of the final evaluation, on the first device; 0 without one.
+    peak_bytes: of a step or of the final evaluation, whichever takes more.
     largest_row: longest row that fits, up to the model's positions; None where memory is not known.
     """
 
@@ -194,8 +194,7 @@ def plan(
         check_sharding(config)
     kinds = step_memory(config, shape, device=device, devices=devices, sharding=sharding)
     evaluation, room = evaluation_memory(config, shape, device=device), DEVICES[device].memory_gib
-    kinds = max(kinds, evaluation, key=lambda moment: sum(moment.values()))
-    peak = sum(kinds.values())
+    peak = max(sum(kinds.values()), sum(evaluation.values()))
     counts = count_parameters(config, shape)
     flops, tflops = step_flops(config, shape, counts, config.growth.b_max), DEVICES[device].tflops
     step_seconds = seconds = None

@@ -25,9 +25,10 @@ def plan_table(found: Plan) -> Table:
         table.add_row(kind, _gib(size), "")
     room = DEVICES[found.device].memory_gib
     verdict = "" if room is None else f"{'fits' if found.fits else 'does not fit'} {USABLE:.0%} of {room:.0f} GiB"
-    table.add_row("memory at the peak", _gib(found.peak_bytes), verdict, style="bold")
+    table.add_row("memory at a step's peak", _gib(sum(found.memory.values())), "")
     if found.evaluation_bytes:
         table.add_row("at the final evaluation", _gib(found.evaluation_bytes), "the first device")
+    table.add_row("memory at the peak", _gib(found.peak_bytes), verdict, style="bold")
     rows = f"{found.micro_batch_rows} x ({found.row_length} tokens + {found.noised_tokens} noised)"
     table.add_row("a pass on one device", "", f"{rows}, b = {found.block_size}")
     if room is not None:
@@ -70,6 +71,8 @@ def stages_table(found: StagedPlan) -> Table:
     )
     for kind in kinds:
         table.add_row(kind, *(_gib(one.memory[kind]) if one.memory.get(kind) else "" for one in plans))
+    if first.evaluation_bytes:
+        table.add_row("at the final evaluation", *(_gib(one.evaluation_bytes) for one in plans))
     table.add_row("memory at the peak", *(_gib(one.peak_bytes) for one in plans), _gib(found.peak_bytes), style="bold")
     if room is not None:
         verdicts = ("yes" if fits else "no" for fits in (*(one.fits for one in plans), found.fits))
