@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 VOCABULARY = 97
 MASK_ID = 96  # the last row; tests draw their tokens from 3 .. 95
@@ -46,6 +46,7 @@ _SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 FAMILIES = list(_SETTINGS)
+TOKENS = {"vocab_size": VOCABULARY, "pad_token_id": PAD_ID, "bos_token_id": BOS_ID, "eos_token_id": EOS_ID}
 
 
 def tiny_model(family: str, *, seed: int = 0, std: float = 0.25, **overrides: Any) -> PreTrainedModel:
@@ -56,15 +57,31 @@ def tiny_model(family: str, *, seed: int = 0, std: float = 0.25, **overrides: An
     0.1, so that no bias is zero and no norm is the identity. The global random state is left as it was.
     """
     model_type, sizes = _SETTINGS[family]
-    settings = {
-        "vocab_size": VOCABULARY,
-        "pad_token_id": PAD_ID,
-        "bos_token_id": BOS_ID,
-        "eos_token_id": EOS_ID,
-        **sizes,
-        **overrides,
+    return random_model(AutoConfig.for_model(model_type, **{**TOKENS, **sizes, **overrides}), seed=seed, std=std)
+
+
+def nested_model(window: int, **overrides: Any) -> PreTrainedModel:
+    """A random Gemma 3 that also reads images: its text model's values lie in a nested config."""
+    sizes = {
+        **_SETTINGS["gemma3"][1],
+        "sliding_window": window,
+        "layer_types": ["sliding_attention", "full_attention"],
     }
-    config = AutoConfig.for_model(model_type, **settings)
+    image = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**TOKENS, **sizes, **overrides}
+    return random_model(
+        AutoConfig.for_model("gemma3", text_config=text, vision_config={**image, "image_size": 28, "patch_size": 14})
+    )
+
+
+def longrope_model(original: int, **overrides: Any) -> PreTrainedModel:
+    """A random Phi-3 whose rotary factors change beyond `original` positions."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0, 3.0, 5.0, 8.0]}
+    return tiny_model("phi3", original_max_position_embeddings=original, rope_parameters=rope, **overrides)
+
+
+def random_model(config: PreTrainedConfig, *, seed: int = 0, std: float = 0.25) -> PreTrainedModel:
+    """Random weights for a config, as `tiny_model` draws them."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import nextblock as nb
-from families import EOS_ID, MASK_ID, tiny_model
+from families import EOS_ID, MASK_ID, longrope_model, nested_model, tiny_model
 from nextblock.checkpoint import export
 from nextblock.config import BlockDiffusionSettings, UsageError
 from nextblock.events import BlockFinished, Committed, Prefilled, Rejected, RowFinished
@@ -49,6 +49,64 @@ def test_texts_lists_chats_and_token_ids_are_the_same_prompts(lm):
     answers = [lm.generate(p, max_new_tokens=12).answers for p in (text, [text], messages, [messages], ids, ids[0])]
     assert all(a == answers[0] for a in answers)
     assert lm.generate([messages, messages], max_new_tokens=12).answers == answers[0] * 2
+
+
+def random_prompts(*lengths: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(3, 96, (1, n), generator=generator) for n in lengths]
+
+
+def together(prompts: list[torch.Tensor]) -> dict[str, Any]:
+    """Prompts of unequal length as one padded batch."""
+    width = max(prompt.shape[1] for prompt in prompts)
+    padded = [torch.nn.functional.pad(prompt[0], (0, width - prompt.shape[1])) for prompt in prompts]
+    real = [torch.arange(width) < prompt.shape[1] for prompt in prompts]
+    return {"prompts": torch.stack(padded), "attention_mask": torch.stack(real)}
+
+
+def plain_greedy(model: Any, prompt: torch.Tensor, count: int) -> list[int]:
+    """The tokens of transformers' own `generate`; the mask token is no answer."""
+    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "suppress_tokens": [MASK_ID]}
+    out = model.generate(prompt, max_new_tokens=count, **options)
+    return out[0, prompt.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("mode", ["ar", "speculative"])
+def test_a_window_in_a_nested_text_config_is_kept_in_decoding(mode):
+    model = nested_model(9)
+    lm = BlockDiffusionLM(model, None, BlockDiffusionSettings(block_size=8, mask_token_id=MASK_ID))
+    (prompt,) = random_prompts(30)
+    out = lm.generate(prompt, mode=mode, max_new_tokens=24, eos_token_id=[])
+    assert out.answers == [plain_greedy(model, prompt, 24)]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_longrope_prompts_on_one_side_of_the_change_decode_together_as_alone(mode):
+    model = longrope_model(32)
+    lm = BlockDiffusionLM(model, None, BlockDiffusionSettings(block_size=8, mask_token_id=MASK_ID))
+    options: dict[str, Any] = {"mode": mode, "max_new_tokens": 40, "eos_token_id": []}
+    for lengths, counts in (((10, 3), [22, 29]), ((60, 33), [40, 40])):  # the first two end where the factors change
+        prompts = random_prompts(*lengths)
+        alone = [lm.generate(prompt, **options).answers[0] for prompt in prompts]
+        assert lm.generate(**together(prompts), **options).answers == alone
+        assert [len(answer) for answer in alone] == counts
+        if mode != "diffusion":
+            assert alone == [plain_greedy(model, p, n) for p, n in zip(prompts, counts, strict=True)]
+
+
+def test_longrope_prompts_on_both_sides_of_the_change_are_refused():
+    lm = BlockDiffusionLM(longrope_model(32), None)
+    with pytest.raises(UsageError, match=r"prompt 1 has 60 tokens and another at most 32, .* longrope factors change"):
+        lm.generate(**together(random_prompts(10, 60)), mode="ar")
+
+
+def test_a_model_with_weights_that_are_no_numbers_is_not_loaded(tmp_path):
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.lm_head.weight[:] = torch.nan
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match=r"weight lm_head.weight holds NaN"):
+        load(tmp_path)
 
 
 def test_what_a_tokenizer_returns_is_taken_as_token_ids_and_one_message_as_a_chat(lm):

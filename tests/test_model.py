@@ -15,10 +15,16 @@ from safetensors import safe_open
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, MambaConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    MambaConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 import nextblock as nb
-from families import EOS_ID, FAMILIES, MASK_ID, VOCABULARY, tiny_model
+from families import EOS_ID, FAMILIES, MASK_ID, VOCABULARY, longrope_model, nested_model, random_model, tiny_model
 from layouts import CHAT, PLAIN, PROMPTED, make_rows
 from nextblock.adapt import adapt
 from nextblock.attention_mask import Places, block_diffusion_rule
@@ -31,6 +37,7 @@ from nextblock.model import (
     Decoder,
     byte_tokenizer,
     check_round_trip,
+    check_row_length,
     choose_mask_token,
     layer_windows,
     load_model,
@@ -41,6 +48,7 @@ from nextblock.model import (
     read_config,
     read_settings,
     recompute_activations,
+    replace_values,
 )
 
 ROWS = make_rows([PLAIN, PROMPTED, CHAT], 28)
@@ -70,6 +78,7 @@ def documents_of(rows: Rows) -> list[tuple[int, slice]]:
     return found
 
 
+SMALL = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 WINDOW = 5  # shorter than most documents
 KINDS = [*FAMILIES, *(f"{family}, window" for family in ("mistral", "gemma3", "phi3", "llama"))]
 
@@ -87,6 +96,33 @@ def test_a_window_counts_only_where_the_architecture_has_one():
     switched_on = tiny_model("qwen2", sliding_window=WINDOW, use_sliding_window=True, max_window_layers=1).config
     assert layer_windows(switched_on) == {"full_attention": None, "sliding_attention": WINDOW}
     assert windows["llama"] == {"full_attention": None}
+
+
+def test_a_nested_text_config_gives_windows_positions_and_overrides():
+    decoder = Decoder(nested_model(WINDOW, final_logit_softcapping=30.0))
+    assert decoder.windows == {"sliding_attention": WINDOW, "full_attention": None}
+    assert (decoder.max_positions, decoder.logit_cap) == (512, 30.0)
+    replace_values(decoder.model.config, {"sliding_window": 7, "max_position_embeddings": 64})
+    assert (decoder.windows["sliding_attention"], decoder.max_positions) == (7, 64)
+    with pytest.raises(UsageError, match=r"data.row_length=65 is over the model's 64"):
+        check_row_length(65, decoder.model.config)
+
+
+def test_rows_end_where_longrope_factors_change_unless_they_are_made_equal():
+    config = longrope_model(128).config
+    check_row_length(128, config)
+    with pytest.raises(UsageError, match=r"model's 128 positions; .* longrope factors change, .*short_factor"):
+        check_row_length(129, config)
+    replace_values(config, {"rope_parameters": {"short_factor": config.rope_parameters["long_factor"]}})
+    check_row_length(512, config)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "linear", "yarn"])
+def test_other_rotary_factors_stay_the_same_up_to_the_models_positions(kind):
+    rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128}
+    decoder = Decoder(tiny_model("llama", rope_parameters=rope))
+    assert decoder.max_positions == 512
+    probe(decoder)
 
 
 @pytest.mark.parametrize("block_size", [1, 4])
@@ -352,6 +388,42 @@ def test_the_probe_refuses_a_model_that_ignores_the_mask(family_model):
 def test_the_probe_refuses_a_model_that_ignores_the_positions(family_model):
     with pytest.raises(UsageError, match="ignores the attention mask or the position ids"):
         probe(broken(family_model, position_ids=None))
+
+
+def test_the_probe_refuses_rotary_factors_that_depend_on_the_longest_position_of_the_pass():
+    model = longrope_model(128)
+    model.config.rope_parameters["rope_type"] = "of its own"  # not known by name: the model itself keeps longrope
+    with pytest.raises(UsageError, match="a document changes when another in its row stands at position 512"):
+        probe(Decoder(model))
+
+
+def test_the_probe_names_a_weight_that_is_not_a_number(llama):
+    with torch.no_grad():
+        llama.model.layers[1].mlp.up_proj.weight[3, 2] = torch.nan
+    with pytest.raises(UsageError, match=r"weight model.layers.1.mlp.up_proj.weight holds NaN"):
+        probe(Decoder(llama))
+
+
+def test_the_probe_refuses_a_window_that_the_plain_forward_pass_does_not_apply():
+    config = AutoConfig.for_model("moshi", sliding_window=8, max_position_embeddings=512, **SMALL)
+    with pytest.raises(UsageError, match="'moshi' declares a sliding window of 8 that its own forward pass does not"):
+        probe(Decoder(random_model(config)))
+    config = AutoConfig.for_model("moshi", sliding_window=8, max_position_embeddings=8, **SMALL)
+    probe(Decoder(random_model(config)))
+
+
+@pytest.mark.parametrize("kind", ["bloom", "openai-gpt", "prophetnet", "xlm", "xlnet", "xmod"])
+def test_a_family_that_takes_no_mask_is_refused_in_one_line_of_our_own(kind):
+    own = {
+        "prophetnet": {"num_decoder_layers": 2, "num_decoder_attention_heads": 4, "vocab_size": 97, "hidden_size": 32},
+        "xlnet": {"d_model": 32, "n_layer": 2, "n_head": 4, "d_head": 8, "vocab_size": 97},
+    }
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **own.get(kind, SMALL)))
+    said = (
+        "cannot run on token ids alone" if kind == "xmod" else "takes no mask of query and key .* use a decoder that"
+    )
+    with pytest.raises(UsageError, match=f"^architecture '{kind}' {said}"):
+        probe(Decoder(model.eval()))
 
 
 def test_the_probe_refuses_a_model_that_stays_causal(llama):

@@ -18,7 +18,7 @@ from accelerate.utils import LoggerType
 from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
-from families import EOS_ID, MASK_ID, tiny_model
+from families import EOS_ID, MASK_ID, nested_model, tiny_model
 from layouts import CHAT, PLAIN, PROMPTED, make_rows
 from nextblock.adapt import adapt, first_prompt
 from nextblock.attention_mask import block_diffusion_rule
@@ -30,6 +30,10 @@ from nextblock.objective import TwoViewLoss
 from nextblock.report import read_log
 from nextblock.tracking import NOISE_LEVELS, LossProfile, Products, scalars
 from nextblock.train import StepMetrics, prepare, train, trim_log
+
+
+def test_products_are_those_of_the_text_model_where_images_come_with_it():
+    assert Products.of(nested_model(9)) == Products.of(tiny_model("gemma3"))
 
 
 @pytest.mark.parametrize("prediction", ["shifted", "aligned"])

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from transformers import AutoConfig
 
-from families import FAMILIES, MASK_ID, tiny_model
+from families import FAMILIES, MASK_ID, TOKENS, longrope_model, nested_model, random_model, tiny_model
 from nextblock.checkpoint import export
 from nextblock.config import BlockDiffusionSettings, UsageError
 from nextblock.generate import BlockDiffusionLM
@@ -48,6 +49,40 @@ def test_an_openpangu_folder_passes_under_given_settings(pangu):
 @pytest.mark.parametrize("family", ["mistral", "gemma3", "phi3"])
 def test_a_short_sliding_window_is_exceeded_and_passes(family, tmp_path):
     tiny_model(family, sliding_window=9).save_pretrained(tmp_path)
+    assert [check for check in verify(tmp_path) if check.status != "passed"] == []
+
+
+def test_a_window_in_a_nested_text_config_is_exceeded_and_passes(tmp_path):
+    nested_model(9).save_pretrained(tmp_path)
+    checks = verify(tmp_path)
+    assert [check for check in checks if check.status != "passed"] == []
+    assert {check.positions for check in checks if check.name[0] in "12356"} == {9 + 2 * 8}
+
+
+def test_a_window_too_long_to_be_exceeded_is_named():
+    model = tiny_model("mistral", sliding_window=4096, max_position_embeddings=2**15)
+    checks = verify_model(BlockDiffusionLM(model, None, SETTINGS))
+    assert failed(checks) == set()
+    (untried,) = [check for check in checks if check.status == "skipped"]
+    assert "4096 positions, a sliding window" in untried.name
+    assert max(check.positions for check in checks if check.name[0] in "12356") < 4096
+
+
+@pytest.mark.parametrize("original", [32, 128])
+def test_longrope_passes_on_both_sides_of_the_length_where_its_factors_change(original, tmp_path):
+    longrope_model(original).save_pretrained(tmp_path)
+    checks = verify(tmp_path)
+    assert [check for check in checks if check.status != "passed"] == []
+    assert min(check.positions for check in checks if check.name[0] in "67") > original
+    assert max(check.positions for check in checks if check.name[0] in "1235") <= original
+
+
+def test_a_hybrid_family_with_attention_alone_passes(tmp_path):
+    values = {**TOKENS, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_local_experts": 0}
+    values |= {"num_key_value_heads": 2, "shared_intermediate_size": 64, "mamba_n_heads": 4, "mamba_d_head": 16}
+    layers = ["attention", "attention"]
+    config = AutoConfig.for_model("granitemoehybrid", layer_types=layers, max_position_embeddings=512, **values)
+    random_model(config).save_pretrained(tmp_path)
     assert [check for check in verify(tmp_path) if check.status != "passed"] == []
 
 

@@ -106,7 +106,7 @@ class Batch:
         capacity = max(len(row.prompt) + row.limit for row in rows) + scratch
         self.cache = SlotCache(len(rows), capacity) if passes is None else passes.cache(len(rows), capacity, scratch)
         capacity = self.cache.capacity
-        self.max_positions = decoder.max_positions or capacity
+        self.max_positions = decoder.context(min(len(row.prompt) for row in rows)) or capacity
         self.windows = {k: w if w is not None and w < capacity else None for k, w in decoder.windows.items()}
         self.masks = Masks(capacity, decoder.model.dtype, self.device)
         self.open = torch.zeros(1, 1, 1, 1, dtype=decoder.model.dtype, device=self.device)

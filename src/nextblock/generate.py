@@ -25,6 +25,7 @@ from nextblock.events import Committed, Event, Finish, RowFinished, Stats
 from nextblock.model import (
     Decoder,
     GivenSettings,
+    NotFiniteError,
     check_mask_token,
     choose_attention,
     load_model,
@@ -225,11 +226,17 @@ def compiled_passes(model: PreTrainedModel) -> StaticPasses:
 
 
 def look_at(model: PreTrainedModel) -> None:
-    """Find out, once for a model, whether it obeys masks and positions; `BlockDiffusionLM.run` acts on it."""
+    """Find out, once for a model, whether it obeys masks and positions; `BlockDiffusionLM.run` acts on it.
+
+    Raises:
+        UsageError: weights with NaN or infinite values.
+    """
     if not hasattr(model, REFUSAL):
         try:
             probe(Decoder(model))
             refusal = ""
+        except NotFiniteError:
+            raise
         except UsageError as error:
             refusal = str(error)
         setattr(model, REFUSAL, refusal)

@@ -88,9 +88,22 @@ class Decoder:
         return cast(nn.Embedding, self.model.get_input_embeddings()).num_embeddings
 
     @property
+    def config(self) -> Any:
+        """The config of the text model."""
+        return text_config(self.model.config)
+
+    @property
     def max_positions(self) -> int | None:
-        """Longest sequence that the model's positions allow, if it says."""
-        return getattr(self.model.config, "max_position_embeddings", None)
+        """Longest sequence whose positions mean the same in every pass, if the config says."""
+        return steady_positions(self.model.config)
+
+    def context(self, shortest: int) -> int | None:
+        """Positions that a call may use whose shortest prompt has `shortest` tokens, if the config says.
+
+        Where that one is beyond `max_positions`, so is every pass: all run with the factors of long sequences.
+        """
+        steady = self.max_positions
+        return steady if steady is None or shortest <= steady else self.config.max_position_embeddings
 
     @property
     def attention(self) -> str:
@@ -129,13 +142,13 @@ class Decoder:
     @property
     def logit_scale(self) -> float:
         """What the config has logits multiplied by."""
-        config = self.model.config
+        config = self.config
         return (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
 
     @property
     def logit_cap(self) -> float | None:
         """Soft cap c of the logits, c * tanh(logits / c), if the config names one."""
-        return getattr(self.model.config, "final_logit_softcapping", None)
+        return getattr(self.config, "final_logit_softcapping", None)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., V] in the head's dtype, with the scaling and soft cap that the config names."""
@@ -193,6 +206,43 @@ class Decoder:
         return next(iter(masks.values())) if len(masks) == 1 else masks
 
 
+def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The part of a config that describes the text model: a nested one where images or sound come with it."""
+    return config.get_text_config(decoder=True)
+
+
+def steady_positions(config: PreTrainedConfig) -> int | None:
+    """Longest sequence whose positions mean the same in every pass, if the config says.
+
+    Of `longrope` factors, transformers takes the short or the long ones by the largest position of the pass. So
+    beyond the original length a token would depend on what else is in its row, batch or cache.
+    `dynamic` factors change beyond `max_position_embeddings`, which nothing here exceeds.
+    """
+    config = text_config(config)
+    ropes = getattr(config, "rope_parameters", None) or {}
+    longest = [getattr(config, "max_position_embeddings", None)]
+    for rope in (ropes, *ropes.values()):  # one, or one for each kind of layer
+        changing = isinstance(rope, Mapping) and rope.get("rope_type") == "longrope"
+        if changing and rope["short_factor"] != rope["long_factor"]:
+            longest.append(rope["original_max_position_embeddings"])
+    return min((n for n in longest if n is not None), default=None)
+
+
+def check_row_length(length: int, config: PreTrainedConfig) -> None:
+    """UsageError for training rows of `length` tokens where the model's positions end earlier."""
+    positions = steady_positions(config)
+    if positions is None or length <= positions:
+        return
+    text = text_config(config)
+    cure = f"data.row_length={length} is over the model's {positions} positions; use at most {positions}"
+    if positions < text.max_position_embeddings:
+        cure += ", beyond which its longrope factors change, or give model.override.rope_parameters.short_factor the "
+        cure += "values of long_factor"
+    elif getattr(text, "rope_parameters", None):  # learned positions cannot be made more
+        cure += ", or raise model.override.max_position_embeddings"
+    raise UsageError(cure)
+
+
 def layer_windows(config: PreTrainedConfig) -> dict[str, int | None]:
     """Kind of layer -> sliding window, read from the config.
 
@@ -201,6 +251,7 @@ def layer_windows(config: PreTrainedConfig) -> dict[str, int | None]:
     Raises:
         UsageError: a kind of layer other than full or sliding attention.
     """
+    config = text_config(config)
     window = getattr(config, "sliding_window", None)
     declared = "sliding_window" in _parameters(type(config))
     if not declared or getattr(config, "use_sliding_window", True) is False:
@@ -326,8 +377,10 @@ def weight_shapes(config: PreTrainedConfig, trust_remote_code: bool = False) -> 
 
 def replace_values(config: PreTrainedConfig, override: Mapping[str, Any]) -> None:
     """Set values of a config; of a value that is a mapping (rope_parameters), the keys that are given."""
-    known = sorted(name for name in config.to_dict() if not name.startswith("_"))
+    top, text = config, text_config(config)
+    known = sorted(name for name in {**text.to_dict(), **top.to_dict()} if not name.startswith("_"))
     for name, value in override.items():
+        config = text if hasattr(text, name) else top
         if name not in known:
             raise UsageError(
                 f"model.override.{name}: the config of architecture '{config.model_type}' has no such value"
@@ -344,7 +397,9 @@ def check_architecture(config: PreTrainedConfig) -> None:
     remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if config.is_encoder_decoder or (type(config) not in mapping and not remote):
         raise UsageError(f"architecture '{kind}' is not a causal decoder; use a model of AutoModelForCausalLM")
-    if not remote and getattr(mapping[type(config)], "_is_stateful", False):
+    layers = set(getattr(text_config(config), "layer_types", None) or ["any"])
+    softmax = layers <= {"full_attention", "sliding_attention"}  # all that a model of a hybrid family may hold
+    if not remote and not softmax and getattr(mapping[type(config)], "_is_stateful", False):
         raise UsageError(
             f"architecture '{kind}' carries a recurrent state, which a block mask cannot reach; "
             "use a decoder with softmax attention in every layer"
@@ -427,7 +482,7 @@ def choose_attention(config: PreTrainedConfig, wanted: str, device: torch.device
     kind = mapping.get(type(config), None)  # None: a class of the model's own code
     if device.type == "cuda" and getattr(kind, "_supports_flex_attn", True):
         return "flex_attention"
-    sdpa = getattr(kind, "_supports_sdpa", True) and not getattr(config, "attn_logit_softcapping", None)
+    sdpa = getattr(kind, "_supports_sdpa", True) and not getattr(text_config(config), "attn_logit_softcapping", None)
     return "sdpa" if sdpa else "eager"
 
 
@@ -687,35 +742,67 @@ def without_dropout(model: nn.Module) -> None:
             module.attention_dropout = 0.0  # type: ignore[assignment]
 
 
+class NotFiniteError(UsageError):
+    """Logits are NaN or infinite: the model is of no use in any mode."""
+
+
 @torch.no_grad()
 def probe(decoder: Decoder) -> None:
     """Run the model on a few tokens and stop if it does not do what the method needs.
 
     Checked: two documents whose tokens lie mixed in one row, with their own positions and mask, give what
-    each gives alone; a later token reaches an earlier one where the mask lets it; hidden states and head,
-    run apart, give the model's own logits. Mixed, because rotary positions are relative: a model that
-    ignores them would pass with documents side by side.
+    each gives alone, also where one stands at the end of the context; a later token reaches an earlier one
+    where the mask lets it; hidden states and head, run apart, give the model's own logits; a window that the
+    config declares is applied. Mixed, because rotary positions are relative: a model that ignores them would
+    pass with documents side by side.
 
     Raises:
         UsageError: naming what the model ignores.
     """
     model, device = decoder.model, decoder.device
-    kind = model.config.model_type
+    name = f"architecture '{model.config.model_type}'"
     generator = torch.Generator().manual_seed(0)
     alone = [torch.randint(0, decoder.vocabulary, (1, n), generator=generator).to(device) for n in (5, 4)]
-    order = torch.tensor([6, 1, 4, 7, 0, 8, 3, 2, 5], device=device)  # slot -> token of [first ; second]
-    back = order.argsort()
-    tokens = torch.cat(alone, dim=1)[:, order]
     steps = [torch.arange(part.shape[1], device=device)[None] for part in alone]
-    position = torch.cat(steps, dim=1)[:, order]
+    try:
+        own = [model(input_ids=part).logits for part in alone]
+    except Exception as error:
+        raise UsageError(f"{name} cannot run on token ids alone; it is not supported ({_raised(error)})") from None
+    _check_finite(model, own)
+    try:
+        mixed, far, seen_both_ways = _mixed_documents(decoder, alone, steps)
+        apart = [decoder.logits(decoder.hidden(*pair, None)) for pair in zip(alone, steps, strict=True)]
+    except Exception as error:
+        raise UsageError(
+            f"{name} takes no mask of query and key (attention: {decoder.attention}), which blocks need; "
+            f"use a decoder that takes one ({_raised(error)})"
+        ) from None
+    if any(_differs(a, b) for a, b in zip(apart, own, strict=True)):
+        raise UsageError(f"{name}: hidden states and head apart do not give the model's logits; it is not supported")
+    how = f"(attention: {decoder.attention}); it is not supported"
+    if _differs(mixed, torch.cat(own, dim=1)):
+        raise UsageError(f"{name} ignores the attention mask or the position ids it is given {how}")
+    if _differs(far[:, : own[0].shape[1]], own[0]):
+        raise UsageError(
+            f"{name}: a document changes when another in its row stands at position {decoder.max_positions}; give the "
+            "model rotary factors that do not depend on the length (model.override.rope_parameters)"
+        )
+    if not _differs(seen_both_ways[:, 0], mixed[:, 0]):
+        raise UsageError(f"{name} stays causal whatever mask it is given {how}")
+    _check_window(decoder, alone[0], steps[0])
+
+
+def _mixed_documents(decoder: Decoder, alone: list[Tensor], steps: list[Tensor]) -> list[Tensor]:
+    """Logits [1, T, V] of two documents mixed in one row, put back in order.
+
+    Returns:
+        causal; causal with the second document at the end of the context; each document seeing all of itself.
+    """
+    device = decoder.device
+    order = torch.tensor([6, 1, 4, 7, 0, 8, 3, 2, 5], device=device)  # slot -> token of [first ; second]
+    tokens, position = torch.cat(alone, dim=1)[:, order], torch.cat(steps, dim=1)[:, order]
     document = torch.cat([torch.full_like(part, i) for i, part in enumerate(alone)], dim=1)[:, order]
-    places = Places(
-        view=torch.zeros_like(tokens),
-        document=document,
-        position=position,
-        block_start=position,
-        seed=torch.zeros(1, 1, dtype=torch.int64, device=device),
-    )
+    end = max((decoder.max_positions or 0) - alone[1].shape[1], 0)
 
     def causal(query: Places, key: Places) -> Tensor:
         return (query.document == key.document) & (key.position <= query.position)
@@ -723,29 +810,57 @@ def probe(decoder: Decoder) -> None:
     def both_ways(query: Places, key: Places) -> Tensor:
         return query.document == key.document
 
-    def logits(rule: Rule) -> Tensor:
-        mixed = decoder.logits(decoder.hidden(tokens, position, decoder.masks(rule, places)))
-        return mixed[:, back]
+    found = []
+    for rule, shift in ((causal, 0), (causal, end), (both_ways, 0)):
+        at = position + shift * document
+        places = Places(
+            view=torch.zeros_like(tokens),
+            document=document,
+            position=at,
+            block_start=at,
+            seed=torch.zeros(1, 1, dtype=torch.int64, device=device),
+        )
+        logits = decoder.logits(decoder.hidden(tokens, at, decoder.masks(rule, places)))
+        found.append(logits[:, order.argsort()])
+    return found
 
+
+def _check_finite(model: PreTrainedModel, logits: list[Tensor]) -> None:
+    """NotFiniteError for logits with NaN or infinite values, naming the first weight that holds such."""
+    if all(bool(part.isfinite().all()) for part in logits):
+        return
+    weights = ((n, p) for n, p in model.named_parameters() if p.is_floating_point())
+    bad = next((name for name, weight in weights if not weight.isfinite().all()), None)
+    if bad:
+        raise NotFiniteError(f"weight {bad} holds NaN or infinite values; restore the weights")
+    raise NotFiniteError(f"logits are not finite in {str(model.dtype).removeprefix('torch.')}; use a wider dtype")
+
+
+def _check_window(decoder: Decoder, tokens: Tensor, position: Tensor) -> None:
+    """Refuse a sliding window that the config declares and the plain forward pass does not apply.
+
+    A window of 2 for a moment shows it on a few tokens. Where it changes nothing, the model may have read its
+    window when it was made: then a row past the window tells.
+    """
+    config = decoder.config
+    window = next((window for window in decoder.windows.values() if window is not None), None)
+    if window is None or window + 1 >= (decoder.max_positions or 2**31):
+        return
+    plain = decoder.hidden(tokens, position, None)
+    config.sliding_window = 2
     try:
-        packed, seen_both_ways = logits(causal), logits(both_ways)
-        own = [model(input_ids=part).logits for part in alone]
-        apart = [decoder.logits(decoder.hidden(*pair, None)) for pair in zip(alone, steps, strict=True)]
-    except Exception as error:
-        raise UsageError(f"architecture '{kind}' cannot run with a block mask: {_first_line(error)}") from None
-    if any(_differs(a, b) for a, b in zip(apart, own, strict=True)):
+        narrow = decoder.hidden(tokens, position, None)
+    finally:
+        config.sliding_window = window
+    if _differs(narrow, plain):
+        return
+    position = torch.arange(min(window + 8, decoder.max_positions or 2**31), device=decoder.device)[None]
+    tokens, zero = position % decoder.vocabulary, torch.zeros_like(position)
+    mask = decoder.masks(lambda q, k: k.position <= q.position, Places(zero, zero, position, position, zero[:, :1]))
+    if _differs(decoder.hidden(tokens, position, mask), decoder.hidden(tokens, position, None)):
         raise UsageError(
-            f"architecture '{kind}': hidden states and head apart do not give the model's logits; it is not supported"
-        )
-    if _differs(packed, torch.cat(own, dim=1)):
-        raise UsageError(
-            f"architecture '{kind}' ignores the attention mask or the position ids it is given "
-            f"(attention: {decoder.attention}); it is not supported"
-        )
-    if not _differs(seen_both_ways[:, 0], packed[:, 0]):
-        raise UsageError(
-            f"architecture '{kind}' stays causal whatever mask it is given "
-            f"(attention: {decoder.attention}); it is not supported"
+            f"architecture '{decoder.model.config.model_type}' declares a sliding window of {window} that its own "
+            f"forward pass does not apply; set max_position_embeddings (model.override, or config.json) to {window}"
         )
 
 
@@ -811,6 +926,10 @@ def _differs(a: Tensor, b: Tensor) -> bool:
 def _first_line(error: BaseException) -> str:
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
+
+
+def _raised(error: BaseException) -> str:
+    return f"it raised {type(error).__name__}" + (f": {_first_line(error)}" if str(error).strip() else "")
 
 
 def _suggest(name: str) -> str:

@@ -138,7 +138,7 @@ def make_request(
     if longest is not None and rest.get("block_size") is not None and (config.block_size or 0) > longest:
         raise UsageError(f"block_size={config.block_size} is larger than the model's context of {longest}; use less")
     encoded = _encode(tokenizer, prompts, attention_mask, decoder.model.name_or_path or "")
-    _check_prompts(decoder, [ids for _, ids in encoded])
+    context = _check_prompts(decoder, [ids for _, ids in encoded])
     count = len(encoded)
     limits = _for_each(
         "max_new_tokens", limits if isinstance(limits, list) else [config.max_new_tokens] * count, count
@@ -154,7 +154,7 @@ def make_request(
         Row(
             number=i,
             prompt=ids,
-            limit=min(limits[i], (longest or 2**62) - len(ids)),
+            limit=min(limits[i], context - len(ids)),
             end_tokens=frozenset(ends[i]),
             stop=_stopper(tokenizer, stops[i]) if stops[i] else None,
             random=generator(seeds[i]) if config.temperature > 0 else None,
@@ -230,20 +230,28 @@ def _rows(name: str, value: Any) -> list[list[int]]:
     raise UsageError(f"{name} holds something else than whole numbers; give int64 [B, T]")
 
 
-def _check_prompts(decoder: Decoder, prompts: list[list[int]]) -> None:
+def _check_prompts(decoder: Decoder, prompts: list[list[int]]) -> int:
+    """The positions that the call may use; UsageError for prompts that do not fit them or the vocabulary."""
     if not prompts:
         raise UsageError("prompts is empty; give at least one")
-    longest, vocabulary = decoder.max_positions, decoder.vocabulary
+    context, vocabulary = decoder.context(min(map(len, prompts))) or 2**62, decoder.vocabulary
+    declared = getattr(decoder.config, "max_position_embeddings", None) or 2**62
     for number, ids in enumerate(prompts):
         if not ids:
             raise UsageError(f"prompt {number} is empty; give each at least one token")
-        if longest is not None and len(ids) >= longest:
+        if context <= len(ids) < declared:
             raise UsageError(
-                f"prompt {number} has {len(ids)} tokens, but the model's context is {longest}; leave room for at "
+                f"prompt {number} has {len(ids)} tokens and another at most {context}, beyond which the model's "
+                "longrope factors change; decode the longer prompts apart from the others"
+            )
+        if len(ids) >= context:
+            raise UsageError(
+                f"prompt {number} has {len(ids)} tokens, but the model's context is {context}; leave room for at "
                 "least one new token"
             )
         if min(ids) < 0 or max(ids) >= vocabulary:
             raise UsageError(f"prompt {number} has token ids outside the vocabulary of {vocabulary}")
+    return context
 
 
 def _for_each(name: str, values: Sequence[Any], count: int) -> list[Any]:

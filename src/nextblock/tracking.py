@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from nextblock.config import AdaptConfig
 from nextblock.corruption import NOISE_LEVELS, UNSCORED, TwoView
+from nextblock.model import text_config
 from nextblock.shapes import device_named
 
 PROJECT, TRACKERS = "nextblock", "trackers"
@@ -94,10 +95,11 @@ class Products:
     @classmethod
     def of(cls, model: PreTrainedModel, updates: Iterable[nn.Parameter] = ()) -> Products:
         """Read off a model's modules. `updates`: what an adapter or LoRA trains; a vector of it is an embedding."""
-        config, head, updates = model.config, cast(Any, model.get_output_embeddings()), list(updates)
+        config: Any = text_config(model.config)
+        head, updates = cast(Any, model.get_output_embeddings()), list(updates)
         apart = {id(head.weight), *map(id, updates)}
         linear = 0
-        for layer in model.modules():  # by their sizes: weights in 4 bit have fewer elements
+        for layer in model.get_decoder().modules():  # by their sizes: weights in 4 bit have fewer elements
             if isinstance(layer, nn.Linear) and id(layer.weight) not in apart:
                 linear += layer.in_features * layer.out_features
             elif isinstance(layer, Conv1D):

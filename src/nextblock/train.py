@@ -21,7 +21,7 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, is_bnb_available
 from torch.distributed.tensor import DTensor
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from nextblock import schedules
 from nextblock.adapter import DraftAdapter, save_adapter
@@ -60,6 +60,7 @@ from nextblock.lora import LoraAdapter
 from nextblock.model import (
     Decoder,
     check_round_trip,
+    check_row_length,
     choose_mask_token,
     load_parent,
     parent_config,
@@ -526,7 +527,7 @@ def check_stage(config: AdaptConfig, first: AdaptConfig) -> None:
     """UsageError for what is wrong with a later stage's data, row length, batch or model."""
     check_batch(config)
     RowStream(config.data, parent_tokenizer(config.model), seed=config.training.seed)
-    check_length(config, parent_config(config.model))
+    check_row_length(config.data.row_length, parent_config(config.model))
     check_override(config.model, first.model)
 
 
@@ -540,18 +541,6 @@ def check_override(model: ModelConfig, before: ModelConfig) -> None:
                 f"model.override={dict(model.override)}: {name} would be {next(sizes)} and is {next(sizes)}; replace "
                 "only values that leave the weights as they are"
             )
-
-
-def check_length(config: AdaptConfig, shape: PreTrainedConfig) -> None:
-    """UsageError for a row that is longer than the model's positions."""
-    positions = getattr(shape, "max_position_embeddings", None)
-    if positions is None or config.data.row_length <= positions:
-        return
-    rotary = getattr(shape, "rope_parameters", None)  # learned positions cannot be made more
-    raise UsageError(
-        f"data.row_length={config.data.row_length} is over the model's {positions} positions; "
-        f"use at most {positions}{', or raise model.override.max_position_embeddings' if rotary else ''}"
-    )
 
 
 def carry_over(run: Run, folder: Path, *, fresh: bool, data: DataConfig) -> None:
@@ -734,7 +723,7 @@ def load(
             f"the tokenizer has {len(tokenizer)} tokens, the model's vocabulary {decoder.vocabulary}; "
             "use the tokenizer that belongs to the model"
         )
-    check_length(config, decoder.model.config)
+    check_row_length(config.data.row_length, decoder.model.config)
     probe(decoder)
     if config.draft_adapter is not None:
         adapter = DraftAdapter(decoder.model, config.draft_adapter)

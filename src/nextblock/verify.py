@@ -39,7 +39,8 @@ from nextblock.sampling import DecodingConfig, Mode
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 2e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest difference that rounding explains, as a share of the largest value. float64 allows for the parts of
 some models that are float32 in any dtype."""
-LONGEST_WINDOW = 1024  # a sliding window up to this is exceeded by a document; longer ones cost too much
+ALWAYS_TRIED = 1024  # positions up to this are tried on any model
+SCORES = 5e7  # attention scores of a pass, over heads and layers: beyond these a longer row costs too much
 AR_WEIGHT = 0.5
 
 
@@ -56,6 +57,7 @@ class Check:
         mask entries (`unit`). None where nothing was measured.
     tolerance: largest difference that passes, None likewise.
     reason: why it was skipped or could not be measured; else empty.
+    positions: of the longest document, prompt or mask that it ran on.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Check:
     unit: Unit
     reason: str
     seconds: float
+    positions: int
 
 
 class _Skip(Exception):
@@ -116,28 +119,44 @@ def verify_model(lm: BlockDiffusionLM, on_check: OnCheck = lambda done, total, n
     settings = lm.settings.model_copy(update={"block_size": block_size, "decoding": {}})
     subject = _Subject(BlockDiffusionLM(lm.model, None, settings), settings)
     relative = TOLERANCE.get(lm.model.dtype, 5e-2)
-    checks: list[tuple[str, Callable[[_Subject], float | None], float | None, Unit]] = [
-        ("the model obeys the mask and positions it is given", _probe, None, "relative"),
-        ("1  clean half = plain causal forward", _clean_half, relative, "relative"),
-        ("2  noised block = cached decoding step", _decoding_step, relative, "relative"),
-        ("3  at b = 1 loss and gradient = lambda x AR's", _ar_objective, relative, "relative"),
-        ("4  dense mask = FlexAttention mask = Eq. 4", _masks, 0, "entries"),
-        ("5  document in a packed row = document alone", _packing, relative, "relative"),
-        ("6  prompt in a batch = prompt alone, ar", lambda s: _batching(s, "ar"), 0, "tokens"),
-        ("6  prompt in a batch = prompt alone, diffusion", lambda s: _batching(s, "diffusion"), 0, "tokens"),
-        ("6  prompt in a batch = prompt alone, speculative", lambda s: _batching(s, "speculative"), 0, "tokens"),
-        ("7  speculative greedy = ar greedy", _speculative, 0, "tokens"),
+    row, prompt = subject.longest(subject.rows), max(len(p) for prompts in subject.prompts for p in prompts)
+    checks: list[tuple[str, Callable[[_Subject], float | None], float | None, Unit, int]] = [
+        (
+            "the model obeys the mask and positions it is given",
+            _probe,
+            None,
+            "relative",
+            subject.decoder.max_positions or 5,
+        ),
+        ("1  clean half = plain causal forward", _clean_half, relative, "relative", row),
+        ("2  noised block = cached decoding step", _decoding_step, relative, "relative", row),
+        ("3  at b = 1 loss and gradient = lambda x AR's", _ar_objective, relative, "relative", row),
+        ("4  dense mask = FlexAttention mask = Eq. 4", _masks, 0, "entries", subject.longest(subject.short_rows)),
+        ("5  document in a packed row = document alone", _packing, relative, "relative", row),
+        ("6  prompt in a batch = prompt alone, ar", lambda s: _batching(s, "ar"), 0, "tokens", prompt),
+        ("6  prompt in a batch = prompt alone, diffusion", lambda s: _batching(s, "diffusion"), 0, "tokens", prompt),
+        (
+            "6  prompt in a batch = prompt alone, speculative",
+            lambda s: _batching(s, "speculative"),
+            0,
+            "tokens",
+            prompt,
+        ),
+        ("7  speculative greedy = ar greedy", _speculative, 0, "tokens", prompt),
     ]
     done: list[Check] = []
     for check in checks:
         on_check(len(done), len(checks), check[0])
         done.append(_measure(subject, *check))
-    return done
+    return done + [
+        Check(f"   {limit} are exceeded", "skipped", None, None, "relative", "such a row is too long to try", 0.0, row)
+        for limit in subject.untried
+    ]
 
 
 def table(checks: Iterable[Check]) -> Table:
     """The checks as a table for the terminal."""
-    out = Table("identity", "largest difference", "tolerance", "seconds", "result")
+    out = Table("identity", "positions", "largest difference", "tolerance", "seconds", "result")
     colour = {"passed": "green", "failed": "bold red", "skipped": "yellow"}
     for check in checks:
         unit = "" if check.unit == "relative" else f" {check.unit}"
@@ -145,7 +164,7 @@ def table(checks: Iterable[Check]) -> Table:
             "" if value is None else f"{value:.2g}{unit}" for value in (check.difference, check.tolerance)
         )
         result = f"[{colour[check.status]}]{check.status}[/]" + (f": {check.reason}" if check.reason else "")
-        out.add_row(check.name, difference, tolerance, f"{check.seconds:.2f}", result)
+        out.add_row(check.name, str(check.positions), difference, tolerance, f"{check.seconds:.2f}", result)
     return out
 
 
@@ -155,6 +174,7 @@ def _measure(
     check: Callable[[_Subject], float | None],
     tolerance: float | None,
     unit: Unit,
+    positions: int,
 ) -> Check:
     start, difference, reason = time.perf_counter(), None, ""
     status: Literal["passed", "failed", "skipped"]
@@ -168,7 +188,7 @@ def _measure(
         lines = str(error).strip().splitlines() or [""]
         status = "failed"
         reason = lines[0] if isinstance(error, UsageError) else f"{type(error).__name__}: {lines[0]}"
-    return Check(name, status, difference, tolerance, unit, reason, time.perf_counter() - start)
+    return Check(name, status, difference, tolerance, unit, reason, time.perf_counter() - start, positions)
 
 
 # ------------------------------------------------------------------------------- what is measured on
@@ -182,12 +202,35 @@ class _Subject:
         self.decoder = Decoder(lm.model)
         self.rule = block_diffusion_rule(settings.context)
         self.generator = torch.Generator().manual_seed(0)
-        b = settings.block_size
-        windows = [w for w in self.decoder.windows.values() if w is not None and w <= LONGEST_WINDOW]
-        longest = min(max([3 * b, *(w + 2 * b for w in windows)]), (self.decoder.max_positions or 2**31) - b)
-        others = [[-5, 2 * b + 3], [-4, b + 1, -3, b - 2]]
-        self.rows = self.row([[longest - 1], *others])
-        self.short_rows = self.row([[b + 3], *others])  # for what is counted pair by pair
+        b, context = settings.block_size, self.decoder.max_positions or 2**31
+        windows = {w for w in self.decoder.windows.values() if w is not None and w + 2 * b <= context}
+        tried = [w for w in windows if self.affordable(w + 2 * b)]
+        self.untried = [f"{w} positions, a sliding window," for w in sorted(windows.difference(tried))]
+        longest = min(max([3 * b, *(w + 2 * b for w in tried)]), context - b)
+        prompted = [-max(5, longest - (2 * b + 3)), 2 * b + 3]
+        chat = [-4, b + 1, -3, b - 2]
+        self.rows = self.row([prompted, [3 * b - 1], chat])
+        self.short_rows = self.row([[b + 3], [-5, 2 * b + 3], chat])  # for what is counted pair by pair
+        room = max(1, context - 3 * b)
+        self.prompts = [[self.tokens(min(length, room)) for length in (3, longest, 6)]]
+        if (
+            self.decoder.context(context + 1) != self.decoder.max_positions
+        ):  # longrope: all prompts beyond its factors' change
+            if self.affordable(context + 5 * b):
+                self.prompts.append([self.tokens(context + length) for length in (1, b, 3)])
+            else:
+                self.untried.append(f"{context} positions, where longrope factors change,")
+
+    def affordable(self, positions: int) -> bool:
+        """Whether a row of so many positions may be tried: on any model, or on one that is small."""
+        config = self.decoder.config
+        scores = config.num_hidden_layers * config.num_attention_heads * positions**2
+        return positions <= ALWAYS_TRIED + 64 or scores <= SCORES
+
+    @staticmethod
+    def longest(rows: Rows) -> int:
+        """Positions of the longest document."""
+        return int(rows.position.max()) + 1
 
     def tokens(self, count: int) -> Tensor:
         """Random ids int64 [count], never the mask token."""
@@ -276,11 +319,10 @@ def _clean_half(subject: _Subject) -> float:
 
 @torch.no_grad()
 def _decoding_step(subject: _Subject) -> float:
-    """The prompted document decoded block by block, each behind the cache that the committed ones left."""
+    """The first document decoded block by block, each behind the cache that the committed ones left."""
     view, b = subject.two_views(subject.settings.block_size), subject.settings.block_size
     parallel = subject.logits(view.tokens, view.places)[0]
-    document = 1
-    columns = list(subject.documents())[document]
+    columns = next(subject.documents())
     clean, offset = subject.rows.tokens[0, columns].tolist(), subject.rows.offset[0, columns]
     context = int((offset < 0).sum())
     config = DecodingConfig.model_validate({"mode": "diffusion", "block_size": b})
@@ -291,7 +333,7 @@ def _decoding_step(subject: _Subject) -> float:
         batch.prefill()
         for start in range(context, len(clean), b):
             place = view.places
-            own = (place.view[0] > 0) & (place.document[0] == document) & (place.block_start[0] == start)
+            own = (place.view[0] > 0) & (place.document[0] == 0) & (place.block_start[0] == start)
             if own.any():
                 step = batch.forward(view.tokens[:, own], [start], [False])
                 differences.append(_difference(parallel[own], subject.decoder.logits(step)[0]))
@@ -394,11 +436,6 @@ def _packing(subject: _Subject) -> float:
     return max(differences)
 
 
-def _prompts(subject: _Subject) -> list[Tensor]:
-    room = (subject.decoder.max_positions or 2**31) - 3 * subject.settings.block_size
-    return [subject.tokens(max(1, min(length, room))) for length in (3, 11, 6)]
-
-
 def _greedy(subject: _Subject, mode: Mode, prompts: list[Tensor]) -> list[list[int]]:
     """Greedy answers of two blocks and a bit to a batch of prompts, end tokens ignored."""
     if subject.model.dtype not in (torch.float32, torch.float64):
@@ -421,11 +458,15 @@ def _different_tokens(ours: list[list[int]], theirs: list[list[int]]) -> int:
 
 
 def _batching(subject: _Subject, mode: Mode) -> float:
-    prompts = _prompts(subject)
-    alone = [answer for prompt in prompts for answer in _greedy(subject, mode, [prompt])]
-    return _different_tokens(_greedy(subject, mode, prompts), alone)
+    different = 0
+    for prompts in subject.prompts:
+        alone = [answer for prompt in prompts for answer in _greedy(subject, mode, [prompt])]
+        different += _different_tokens(_greedy(subject, mode, prompts), alone)
+    return different
 
 
 def _speculative(subject: _Subject) -> float:
-    prompts = _prompts(subject)
-    return _different_tokens(_greedy(subject, "speculative", prompts), _greedy(subject, "ar", prompts))
+    return sum(
+        _different_tokens(_greedy(subject, "speculative", prompts), _greedy(subject, "ar", prompts))
+        for prompts in subject.prompts
+    )

@@ -18,7 +18,15 @@ from transformers import PreTrainedConfig
 
 from nextblock.config import AdaptConfig, ModelConfig, UsageError, nearest, stage_configs
 from nextblock.launcher import check_sharding
-from nextblock.model import check_architecture, config_as_stored, replace_values, resolve, scratch_config
+from nextblock.model import (
+    check_architecture,
+    check_row_length,
+    config_as_stored,
+    replace_values,
+    resolve,
+    scratch_config,
+    steady_positions,
+)
 from nextblock.plan.memory import GIB, evaluation_memory, step_memory
 from nextblock.plan.work import (
     count_parameters,
@@ -268,11 +276,7 @@ def check_run(config: AdaptConfig, shape: PreTrainedConfig, device: str, devices
             f"training.batch_rows={rows} does not divide over {devices} devices; "
             f"use {max(1, rows // max(1, devices)) * max(1, devices)} rows"
         )
-    longest = getattr(shape, "max_position_embeddings", None)
-    if longest is not None and config.data.row_length > longest:
-        raise UsageError(
-            f"data.row_length={config.data.row_length} is over the model's {longest} positions; use at most {longest}"
-        )
+    check_row_length(config.data.row_length, shape)
     if config.model.attention == "flex_attention" and device == "cpu":
         raise UsageError("model.attention=flex_attention has no backward pass on CPU; use sdpa, or auto")
     if config.model.quantization and device == "cpu":
@@ -328,7 +332,7 @@ def largest_row(
     """The longest row, in whole blocks and within about 3 %, whose step fits; None if not even one block does."""
     unit = config.growth.b_max
     room = USABLE * cast(float, DEVICES[device].memory_gib) * GIB
-    longest = getattr(shape, "max_position_embeddings", None)
+    longest = steady_positions(shape)
 
     def size(length: int) -> int:
         step = step_memory(config, shape, device=device, devices=devices, sharding=sharding, row_length=length)
