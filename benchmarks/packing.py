@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from nextblock.config import DataConfig, ModelConfig, Source
+from nextblock.config.sections import DataConfig, ModelConfig, Source
 from nextblock.data import CHUNK_ROWS
 from nextblock.feed import Feed
 from nextblock.model import parent_tokenizer

@@ -34,7 +34,7 @@ from nextblock.adapt import environment
 from nextblock.adapter import DraftAdapter
 from nextblock.bench.contest import GIB, high_water_mark_gib, synchronize
 from nextblock.bench.forwards import random_model
-from nextblock.config import AdaptConfig, DraftAdapterConfig, load_config
+from nextblock.config.sections import AdaptConfig, DraftAdapterConfig, load_config
 from nextblock.data import Rows
 from nextblock.model import Decoder, load_model, read_settings, run_in_parts, without_dropout
 from nextblock.objective import DraftLoss, TwoViewLoss

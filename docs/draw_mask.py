@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nextblock.attention_mask import block_diffusion_rule, to_dense
-from nextblock.config import RecipeConfig
+from nextblock.config.sections import RecipeConfig
 from nextblock.corruption import TwoView, corrupt
 from nextblock.data import Document, Rows, collate
 

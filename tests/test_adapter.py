@@ -18,7 +18,7 @@ from layouts import PLAIN, PROMPTED, make_rows
 from nextblock.adapter import DraftAdapter, GatedLinear, fingerprint, load_adapter, save_adapter, target_names
 from nextblock.attention_mask import block_diffusion_rule
 from nextblock.checkpoint import export
-from nextblock.config import (
+from nextblock.config.sections import (
     BlockDiffusionSettings,
     DraftAdapterConfig,
     ModelConfig,

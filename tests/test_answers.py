@@ -18,7 +18,7 @@ from families import tiny_model
 from nextblock.adapter import DraftAdapter, save_adapter
 from nextblock.answers import write_answers
 from nextblock.checkpoint import export
-from nextblock.config import BlockDiffusionSettings, DraftAdapterConfig, Source, UsageError, load_config
+from nextblock.config.sections import BlockDiffusionSettings, DraftAdapterConfig, Source, UsageError, load_config
 from nextblock.data import RowStream
 from nextblock.encoding import encode
 from nextblock.model import byte_tokenizer

@@ -28,7 +28,7 @@ from nextblock.bench.figures import plot_bench
 from nextblock.bench.forwards import random_model, random_prompts, time_forwards
 from nextblock.bench.prompts import file_prompts, make_variants, parse_variant, task_prompts, variant_name
 from nextblock.cli import app
-from nextblock.config import BlockDiffusionSettings, UsageError
+from nextblock.config.sections import BlockDiffusionSettings, UsageError
 from nextblock.generate import BlockDiffusionLM
 from nextblock.model import byte_tokenizer
 from nextblock.shapes import SHAPES

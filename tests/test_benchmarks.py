@@ -15,11 +15,11 @@ import torch
 
 from families import tiny_model
 from nextblock.attention_mask import block_diffusion_rule
-from nextblock.config import RecipeConfig, load_config
+from nextblock.config.presets import preset
+from nextblock.config.sections import RecipeConfig, load_config
 from nextblock.corruption import corrupt
 from nextblock.model import Decoder, byte_tokenizer
 from nextblock.objective import TwoViewLoss
-from nextblock.presets import preset
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 

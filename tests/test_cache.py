@@ -13,7 +13,7 @@ from nextblock import split_attention
 from nextblock.attention_mask import decode_mask
 from nextblock.batch import Batch, Row
 from nextblock.cache import Masks, SlotCache
-from nextblock.config import BlockDiffusionSettings, validate
+from nextblock.config.sections import BlockDiffusionSettings, validate
 from nextblock.events import Stats
 from nextblock.model import Decoder
 from nextblock.sampling import DecodingConfig

@@ -22,7 +22,7 @@ from nextblock.checkpoint import (
     remove_partial,
     save_checkpoint,
 )
-from nextblock.config import BlockDiffusionSettings, UsageError
+from nextblock.config.sections import BlockDiffusionSettings, UsageError
 from nextblock.generate import load
 from nextblock.model import byte_tokenizer, load_model, load_tokenizer
 from nextblock.request import end_tokens

@@ -18,7 +18,7 @@ from families import tiny_model
 from nextblock import cli
 from nextblock.adapter import DraftAdapter, save_adapter
 from nextblock.checkpoint import export
-from nextblock.config import BlockDiffusionSettings, DraftAdapterConfig
+from nextblock.config.sections import BlockDiffusionSettings, DraftAdapterConfig
 from nextblock.model import byte_tokenizer
 
 

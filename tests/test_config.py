@@ -8,7 +8,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from nextblock.config import (
+from nextblock.config.sections import (
     AdaptConfig,
     BlockDiffusionSettings,
     ModelConfig,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from families import EOS_ID, MASK_ID
 from layouts import CHAT, LAYOUTS, Spans, make_rows
-from nextblock.config import RecipeConfig
+from nextblock.config.sections import RecipeConfig
 from nextblock.corruption import UNSCORED, TwoView, corrupt
 from nextblock.data import Rows
 

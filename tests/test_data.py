@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from nextblock.config import DataConfig, UsageError
+from nextblock.config.sections import DataConfig, UsageError
 from nextblock.data import Document, Rows, RowStream, best_subset, check_tokens, collate, cut, pack
 from nextblock.encoding import encode
 

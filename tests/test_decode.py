@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from families import EOS_ID, FAMILIES, MASK_ID, tiny_model
 from nextblock.batch import Batch, Row
 from nextblock.cache import SlotCache
-from nextblock.config import BlockDiffusionSettings, validate
+from nextblock.config.sections import BlockDiffusionSettings, validate
 from nextblock.events import BlockFinished, Committed, Rejected, Stats
 from nextblock.generate import BlockDiffusionLM
 from nextblock.sampling import DecodingConfig

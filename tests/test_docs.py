@@ -18,8 +18,8 @@ import yaml
 import nextblock as nb
 from nextblock.bench.prompts import parse_variant
 from nextblock.cli import app, decoding_options, parse_overrides
-from nextblock.config import UsageError, load_config, validate
-from nextblock.presets import preset
+from nextblock.config.presets import preset
+from nextblock.config.sections import UsageError, load_config, validate
 from nextblock.request import GenerateOptions
 from nextblock.sampling import MODES, DecodingConfig
 from nextblock.tasks import get_task

@@ -12,7 +12,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from nextblock.config import UsageError
+from nextblock.config.sections import UsageError
 from nextblock.encoding import Document, encode, encode_prompt, span_ends
 from nextblock.model import byte_tokenizer
 from nextblock.sources import Record

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 import nextblock as nb
 from families import EOS_ID, MASK_ID, tiny_model
 from layouts import CHAT, PLAIN, PROMPTED, make_rows
-from nextblock.config import BlockDiffusionSettings
+from nextblock.config.sections import BlockDiffusionSettings
 from nextblock.data import Rows
 from nextblock.evaluate import bits_per_byte, score_task
 from nextblock.model import Decoder

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from nextblock.config import UsageError, load_config
+from nextblock.config.sections import UsageError, load_config
 from nextblock.data import Rows
 from nextblock.feed import Feed, merged
 from nextblock.model import byte_tokenizer

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from nextblock.files import unwritten, whole_folder, write_whole
+from nextblock.config.files import unwritten, whole_folder, write_whole
 from nextblock.model import byte_tokenizer
 
 
@@ -99,7 +99,7 @@ def test_a_folder_gets_all_files_or_none_and_keeps_what_is_not_of_a_model(tmp_pa
 def test_a_move_that_ends_half_way_leaves_no_folder_that_looks_like_a_model(tmp_path, monkeypatch):
     with whole_folder(tmp_path) as folder:
         model_in(folder, "model.safetensors", "1")
-    import nextblock.files as module
+    import nextblock.config.files as module
 
     real, left = module.os.replace, [2]
 

@@ -13,7 +13,7 @@ import torch
 import nextblock as nb
 from families import EOS_ID, MASK_ID, longrope_model, nested_model, tiny_model
 from nextblock.checkpoint import export
-from nextblock.config import BlockDiffusionSettings, UsageError
+from nextblock.config.sections import BlockDiffusionSettings, UsageError
 from nextblock.events import BlockFinished, Committed, Prefilled, Rejected, RowFinished
 from nextblock.generate import BlockDiffusionLM, load, look_at
 from nextblock.model import byte_tokenizer

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from nextblock.config import UsageError
+from nextblock.config.sections import UsageError
 from nextblock.launcher import check_launcher
 from nextblock.train import train
 from test_train import config_of

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import nextblock as nb
 from families import tiny_model
-from nextblock.config import AdaptConfig, LoraConfig, UsageError, load_config
+from nextblock.config.sections import AdaptConfig, LoraConfig, UsageError, load_config
 from nextblock.lora import LoraAdapter
 from nextblock.model import Decoder, byte_tokenizer
 from nextblock.train import StepMetrics, prepare, train

@@ -29,7 +29,7 @@ from layouts import CHAT, PLAIN, PROMPTED, make_rows
 from nextblock.adapt import adapt
 from nextblock.attention_mask import Places, block_diffusion_rule
 from nextblock.checkpoint import export
-from nextblock.config import BlockDiffusionSettings, ModelConfig, RecipeConfig, UsageError
+from nextblock.config.sections import BlockDiffusionSettings, ModelConfig, RecipeConfig, UsageError
 from nextblock.corruption import TwoView, corrupt
 from nextblock.data import Rows
 from nextblock.model import (

@@ -19,7 +19,7 @@ from families import EOS_ID, MASK_ID, tiny_model
 from layouts import CHAT, PLAIN, PROMPTED, make_rows
 from nextblock import objective
 from nextblock.attention_mask import block_diffusion_rule
-from nextblock.config import BlockDiffusionSettings, RecipeConfig
+from nextblock.config.sections import BlockDiffusionSettings, RecipeConfig
 from nextblock.corruption import TwoView, corrupt
 from nextblock.data import Rows
 from nextblock.evaluate import bits_per_byte

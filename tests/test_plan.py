@@ -19,7 +19,7 @@ from nextblock.adapt import evaluation_rows
 from nextblock.adapter import DraftAdapter
 from nextblock.attention_mask import block_diffusion_rule, to_dense
 from nextblock.cli import app
-from nextblock.config import (
+from nextblock.config.sections import (
     AdaptConfig,
     BlockDiffusionSettings,
     DraftAdapterConfig,

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from nextblock.checkpoint import list_checkpoints
-from nextblock.config import AdaptConfig, load_config
+from nextblock.config.sections import AdaptConfig, load_config
 from test_train import config_of, start
 
 pytestmark = pytest.mark.slow
@@ -271,7 +271,7 @@ def test_a_finished_stage_that_is_changed_ends_both_processes_with_one_line(plac
 def lose_source(rank: int, each: list[list[str]]) -> None:
     """`cli_rank`, but the data of rank 1 vanish in the middle of the run."""
     import nextblock.feed as module
-    from nextblock.config import UsageError
+    from nextblock.config.sections import UsageError
 
     real = module.Feed._read
     batches: list[int] = []

@@ -15,7 +15,7 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 from families import tiny_model
 from nextblock.adapter import DraftAdapter
 from nextblock.batch import Row
-from nextblock.config import BlockDiffusionSettings, DraftAdapterConfig, UsageError, validate
+from nextblock.config.sections import BlockDiffusionSettings, DraftAdapterConfig, UsageError, validate
 from nextblock.events import BlockFinished, Committed, Rejected
 from nextblock.generate import BlockDiffusionLM
 from nextblock.sampling import (

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nextblock.config import AdaptConfig, GrowthConfig, OptimizerConfig, load_config
+from nextblock.config.sections import AdaptConfig, GrowthConfig, OptimizerConfig, load_config
 from nextblock.schedules import ar_weight, block_size, growth_steps, learning_rate, target_share
 
 growths = st.builds(

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import pytest
 
-from nextblock.config import DataConfig, Source, UsageError
+from nextblock.config.sections import DataConfig, Source, UsageError
 from nextblock.data import RowStream
 from nextblock.model import byte_tokenizer
 from nextblock.sources import Record, Records, check_characters, read_prompts, read_source

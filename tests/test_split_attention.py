@@ -12,7 +12,7 @@ from layouts import CHAT, LAYOUTS, PLAIN, PROMPTED, make_rows, may_look, places_
 from nextblock import split_attention as parts
 from nextblock.adapter import DraftAdapter
 from nextblock.attention_mask import Places, block_diffusion_rule, to_dense, within_window
-from nextblock.config import DraftAdapterConfig, RecipeConfig
+from nextblock.config.sections import DraftAdapterConfig, RecipeConfig
 from nextblock.corruption import TwoView, corrupt
 from nextblock.model import Decoder, recompute_activations, run_in_parts
 from nextblock.objective import DraftLoss, TwoViewLoss

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from nextblock.adapt import adapt
-from nextblock.config import AdaptConfig, UsageError, load_config, stage_configs
+from nextblock.config.sections import AdaptConfig, UsageError, load_config, stage_configs
 from nextblock.model import read_config
 from nextblock.report import read_log
 from nextblock.report.figures import plot_losses

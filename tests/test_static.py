@@ -15,7 +15,7 @@ from torch._guards import TracingContext
 
 from families import MASK_ID, tiny_model
 from nextblock.adapter import DraftAdapter
-from nextblock.config import BlockDiffusionSettings, DraftAdapterConfig
+from nextblock.config.sections import BlockDiffusionSettings, DraftAdapterConfig
 from nextblock.generate import BlockDiffusionLM, compiled_passes
 from nextblock.request import make_request
 from nextblock.static import StaticCache, StaticPasses, rounded_capacity, rounded_rows, rounded_width

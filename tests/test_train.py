@@ -29,7 +29,7 @@ from families import tiny_model
 from layouts import CHAT, PLAIN, PROMPTED, make_rows
 from nextblock.adapt import adapt
 from nextblock.checkpoint import list_checkpoints, newest_whole_checkpoint
-from nextblock.config import AdaptConfig, Source, UsageError, load_config
+from nextblock.config.sections import AdaptConfig, Source, UsageError, load_config
 from nextblock.data import Rows, check_tokens
 from nextblock.model import load_tokenizer, read_config, read_settings
 from nextblock.sources import Records, is_held_out, read_source

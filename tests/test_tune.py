@@ -14,7 +14,7 @@ from nextblock.bench.figures import plot_tuning, tuning_table
 from nextblock.bench.prompts import Prompts, task_prompts
 from nextblock.checkpoint import export
 from nextblock.cli import app
-from nextblock.config import BlockDiffusionSettings, UsageError
+from nextblock.config.sections import BlockDiffusionSettings, UsageError
 from nextblock.generate import BlockDiffusionLM, load
 from nextblock.model import byte_tokenizer
 from nextblock.request import resolve_config

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nextblock.adapt import RunResult, adapt
-    from nextblock.config import AdaptConfig, BlockDiffusionSettings, UsageError
+    from nextblock.config.sections import AdaptConfig, BlockDiffusionSettings, UsageError
     from nextblock.custom_generate import block_diffusion
     from nextblock.generate import BlockDiffusionLM, Generation, load
 

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from nextblock import schedules
 from nextblock.attention_mask import block_diffusion_rule
-from nextblock.config import AdaptConfig, load_config, stage_configs
+from nextblock.config.files import locked
+from nextblock.config.sections import AdaptConfig, load_config, stage_configs
 from nextblock.corruption import corrupt
 from nextblock.data import Rows
 from nextblock.evaluate import bits_per_byte
 from nextblock.feed import merged
-from nextblock.files import locked
 from nextblock.generate import BlockDiffusionLM
 from nextblock.model import Decoder, load_model, load_parent
 from nextblock.ranks import gather

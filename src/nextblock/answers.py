@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from nextblock.adapter import fingerprint
-from nextblock.config import UsageError
+from nextblock.config.sections import UsageError
 from nextblock.events import Finish
 from nextblock.generate import load
 from nextblock.model import GivenSettings, read_config, read_settings, resolve, resolve_adapter, weights_folder

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from nextblock.config import Context
+from nextblock.config.sections import Context
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from nextblock.adapter import Gate
 from nextblock.cache import Masks, SlotCache
-from nextblock.config import BlockDiffusionSettings
+from nextblock.config.sections import BlockDiffusionSettings
 from nextblock.events import Committed, Event, Finish, Prefilled, RowFinished, Stats
 from nextblock.model import AttentionMask, Decoder
 from nextblock.sampling import DecodingConfig, draw, filter_logits, probability_of, uniforms

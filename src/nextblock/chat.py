@@ -14,7 +14,7 @@ from datetime import datetime
 from functools import cached_property
 from typing import Any
 
-from nextblock.config import UsageError
+from nextblock.config.sections import UsageError
 from nextblock.sources import one_line
 
 Pieces = list[tuple[str, bool]]

@@ -22,9 +22,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from nextblock.config import BlockDiffusionSettings, UsageError
+from nextblock.config.files import PARTIAL, unwritten
+from nextblock.config.sections import BlockDiffusionSettings, UsageError
 from nextblock.encoding import span_ends
-from nextblock.files import PARTIAL, unwritten
 from nextblock.ranks import is_main, together
 
 MANIFEST, STATE, WEIGHTS, OPTIMIZER = "manifest.json", "state.json", "model.safetensors", "optimizer.pt"

@@ -17,7 +17,7 @@ from typing import Annotated, Any, get_args
 import typer
 import yaml
 
-from nextblock.config import AdaptConfig, Section, UsageError
+from nextblock.config.sections import AdaptConfig, Section, UsageError
 
 app = typer.Typer(
     name="nextblock",
@@ -140,7 +140,7 @@ def adapt(
     if keys:
         print("\n".join(_explain_config()))
         return
-    from nextblock.presets import find_config
+    from nextblock.config.presets import find_config
 
     overrides = parse_overrides(context.args)
     if output is not None:
@@ -151,7 +151,7 @@ def adapt(
     from transformers.utils.logging import disable_progress_bar
 
     from nextblock.adapt import adapt as run
-    from nextblock.config import load_config, stage_configs
+    from nextblock.config.sections import load_config, stage_configs
     from nextblock.live import TrainingBar
     from nextblock.ranks import is_main, together
 
@@ -568,11 +568,11 @@ def plan(
     Without options: what `nextblock adapt` of the same configuration will do. Exit status 1 if it does not fit.
     """
     from nextblock.bench.command import wide_console
-    from nextblock.config import load_config
+    from nextblock.config.presets import find_config
+    from nextblock.config.sections import load_config
     from nextblock.plan import plan as run
     from nextblock.plan import plan_stages, shortfall
     from nextblock.plan.table import plan_table, stages_table
-    from nextblock.presets import find_config
 
     checked = load_config(find_config(config), parse_overrides(context.args))
     machine: Any = {"device": gpu, "devices": gpus, "parallel": parallel, "mfu": mfu}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nextblock.attention_mask import Places
-from nextblock.config import Context, Prediction, RecipeConfig
+from nextblock.config.sections import Context, Prediction, RecipeConfig
 from nextblock.data import Rows
 
 UNSCORED = -1

@@ -19,7 +19,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from nextblock.adapter import attached_adapter
 from nextblock.batch import Row
-from nextblock.config import UsageError
+from nextblock.config.sections import UsageError
 from nextblock.events import Finish
 from nextblock.generate import BlockDiffusionLM, Stream, look_at
 from nextblock.model import read_settings

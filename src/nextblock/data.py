@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from nextblock.config import DataConfig, UsageError
+from nextblock.config.sections import DataConfig, UsageError
 from nextblock.encoding import Document, encode_batch
 from nextblock.sources import Cursor, HubStream, Record, Records, is_held_out, read_source
 

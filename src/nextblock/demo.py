@@ -12,10 +12,10 @@ from transformers.utils.logging import disable_progress_bar
 from nextblock import schedules
 from nextblock.adapt import adapt
 from nextblock.bench.scores import score_modes
-from nextblock.config import AdaptConfig, load_config
+from nextblock.config.presets import preset
+from nextblock.config.sections import AdaptConfig, load_config
 from nextblock.generate import BlockDiffusionLM, load
 from nextblock.live import TrainingBar, progress, show_denoising
-from nextblock.presets import preset
 from nextblock.report import decoding_table, write_report
 from nextblock.tasks import get_task
 

@@ -20,7 +20,7 @@ import numpy as np
 from tokenizers import AddedToken
 
 from nextblock.chat import MARKER, MEANT, PRIVATE, Chat, Pieces, Specials
-from nextblock.config import UsageError
+from nextblock.config.sections import UsageError
 from nextblock.sources import Record
 
 GUARDS = ("\n", "0", "a", ".")

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from nextblock.attention_mask import block_diffusion_rule
-from nextblock.config import BlockDiffusionSettings, RecipeConfig, UsageError
+from nextblock.config.sections import BlockDiffusionSettings, RecipeConfig, UsageError
 from nextblock.corruption import UNSCORED, MaskDraw, TwoView, corrupt
 from nextblock.data import Rows
 from nextblock.encoding import span_ends

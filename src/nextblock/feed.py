@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from nextblock.config import DataConfig
+from nextblock.config.sections import DataConfig
 from nextblock.data import CHUNK_ROWS, Rows, RowStream
 
 State = dict[str, Any]

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from nextblock.adapter import DraftAdapter, load_adapter
 from nextblock.batch import Batch, Processor, Row
-from nextblock.config import BlockDiffusionSettings, UsageError, nearest
+from nextblock.config.sections import BlockDiffusionSettings, UsageError, nearest
 from nextblock.decode import decode
 from nextblock.events import Committed, Event, Finish, RowFinished, Stats
 from nextblock.model import (

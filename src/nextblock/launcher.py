@@ -15,7 +15,7 @@ from accelerate.utils import (
 )
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from nextblock.config import AdaptConfig, UsageError, require
+from nextblock.config.sections import AdaptConfig, UsageError, require
 from nextblock.ranks import join, together
 from nextblock.tracking import TRACKERS
 

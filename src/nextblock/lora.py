@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from nextblock.adapter import PEFT_PREFIX, WEIGHTS, target_names
-from nextblock.config import LoraConfig
+from nextblock.config.sections import LoraConfig
 
 
 class TiedHead(nn.Module):

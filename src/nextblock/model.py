@@ -48,7 +48,7 @@ from nextblock.attention_mask import (
     to_dense,
     within_window,
 )
-from nextblock.config import BlockDiffusionSettings, ModelConfig, UsageError, nearest, validate
+from nextblock.config.sections import BlockDiffusionSettings, ModelConfig, UsageError, nearest, validate
 from nextblock.shapes import shape_values
 from nextblock.split_attention import SPLIT, split_mask
 

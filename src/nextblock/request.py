@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nextblock.batch import Row
-from nextblock.config import BlockDiffusionSettings, UsageError, validate
+from nextblock.config.sections import BlockDiffusionSettings, UsageError, validate
 from nextblock.encoding import encode_prompt
 from nextblock.events import Finish
 from nextblock.model import Decoder, no_tokenizer

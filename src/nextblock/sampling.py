@@ -14,7 +14,7 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from nextblock.config import Section, UsageError, nearest
+from nextblock.config.sections import Section, UsageError, nearest
 
 Mode = Literal["ar", "diffusion", "speculative"]
 Sampler = Literal["confidence", "entropy", "margin", "entropy_bound"]

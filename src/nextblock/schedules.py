@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from nextblock.config import AdaptConfig, GrowthConfig, OptimizerConfig
+from nextblock.config.sections import AdaptConfig, GrowthConfig, OptimizerConfig
 
 
 def block_size(step: int, growth: GrowthConfig) -> int:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from nextblock.config import AdaptConfig
+from nextblock.config.sections import AdaptConfig
 from nextblock.corruption import NOISE_LEVELS, UNSCORED, TwoView
 from nextblock.model import text_config
 from nextblock.shapes import device_named

@@ -39,7 +39,8 @@ from nextblock.checkpoint import (
     save_checkpoint,
     whole_weights,
 )
-from nextblock.config import (
+from nextblock.config.files import LOCK, locked, make_folder, unwritten, whole_folder, write_whole
+from nextblock.config.sections import (
     AdaptConfig,
     BlockDiffusionSettings,
     DataConfig,
@@ -54,7 +55,6 @@ from nextblock.corruption import TwoView, corrupt
 from nextblock.data import NoDocument, Rows, RowStream, check_tokens
 from nextblock.encoding import span_ends
 from nextblock.feed import Feed, merged
-from nextblock.files import LOCK, locked, make_folder, unwritten, whole_folder, write_whole
 from nextblock.launcher import check_batch, make_accelerator
 from nextblock.lora import LoraAdapter
 from nextblock.model import (

@@ -20,7 +20,7 @@ from typing import Any
 from nextblock.bench.contest import Round, alternate, make_batches, our_mode
 from nextblock.bench.decoding import check_length, speedups
 from nextblock.bench.prompts import Options, Prompts, variant_name
-from nextblock.config import UsageError, nearest
+from nextblock.config.sections import UsageError, nearest
 from nextblock.generate import BlockDiffusionLM
 from nextblock.model import SHIPPED
 from nextblock.request import end_tokens, resolve_config

@@ -27,7 +27,7 @@ from nextblock.attention_mask import (
     within_window,
 )
 from nextblock.batch import Batch, Row
-from nextblock.config import BlockDiffusionSettings, RecipeConfig, UsageError
+from nextblock.config.sections import BlockDiffusionSettings, RecipeConfig, UsageError
 from nextblock.corruption import TwoView, corrupt
 from nextblock.data import Rows
 from nextblock.events import Stats

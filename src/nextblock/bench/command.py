@@ -15,7 +15,7 @@ from nextblock.bench.contest import MEMORY_MEANING
 from nextblock.bench.decoding import bench_decode, compares_compiled, count_calls
 from nextblock.bench.forwards import POSITIONS, random_prompts, time_forwards
 from nextblock.bench.prompts import Options, Prompts, file_prompts, task_prompts
-from nextblock.config import UsageError
+from nextblock.config.sections import UsageError
 from nextblock.generate import BlockDiffusionLM
 from nextblock.live import progress
 from nextblock.request import end_tokens

@@ -23,7 +23,7 @@ from transformers import CompileConfig, GenerationConfig, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
 from nextblock.bench.prompts import Options, variant_name
-from nextblock.config import UsageError
+from nextblock.config.sections import UsageError
 from nextblock.generate import BlockDiffusionLM
 
 TokenLists = Sequence[Sequence[int]]

@@ -18,7 +18,7 @@ from nextblock.bench.contest import (
     transformers_generate,
 )
 from nextblock.bench.prompts import Options
-from nextblock.config import UsageError
+from nextblock.config.sections import UsageError
 from nextblock.generate import BlockDiffusionLM
 
 WARM_UP_ROUNDS = 2  # where passes are compiled: in the first call of a shape, and recorded in the second

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from nextblock.batch import Batch, Row
 from nextblock.bench.contest import synchronize
-from nextblock.config import BlockDiffusionSettings, UsageError, validate
+from nextblock.config.sections import BlockDiffusionSettings, UsageError, validate
 from nextblock.events import Stats
 from nextblock.generate import BlockDiffusionLM
 from nextblock.model import choose_attention

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from nextblock.config import BlockDiffusionSettings, UsageError, nearest
+from nextblock.config.sections import BlockDiffusionSettings, UsageError, nearest
 from nextblock.generate import BlockDiffusionLM
 from nextblock.request import make_request, resolve_config
 from nextblock.sampling import MODES, DecodingConfig

@@ -16,7 +16,7 @@ from typing import Any, cast
 from huggingface_hub import is_offline_mode
 from transformers import PreTrainedConfig
 
-from nextblock.config import AdaptConfig, ModelConfig, UsageError, nearest, stage_configs
+from nextblock.config.sections import AdaptConfig, ModelConfig, UsageError, nearest, stage_configs
 from nextblock.launcher import check_sharding
 from nextblock.model import (
     check_architecture,

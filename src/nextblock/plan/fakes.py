@@ -19,7 +19,7 @@ from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 from nextblock.adapter import DraftAdapter, target_names
-from nextblock.config import AdaptConfig
+from nextblock.config.sections import AdaptConfig
 from nextblock.lora import TiedHead
 from nextblock.model import (
     Decoder,

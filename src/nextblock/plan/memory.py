@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedConfig
 
 from nextblock.adapt import evaluation_rows
-from nextblock.config import AdaptConfig
+from nextblock.config.sections import AdaptConfig
 from nextblock.model import (
     Decoder,
 )

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from nextblock import schedules
-from nextblock.config import AdaptConfig, Context
+from nextblock.config.sections import AdaptConfig, Context
 from nextblock.plan.fakes import bare_model, low_rank_updates
 from nextblock.tracking import Flops, Products, kind_of_training
 

@@ -35,8 +35,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nextblock.config import UsageError
-from nextblock.files import write_whole
+from nextblock.config.files import write_whole
+from nextblock.config.sections import UsageError
 from nextblock.report.figures import plot_losses, plot_profile, plot_tradeoff
 from nextblock.report.page import decoding_table, findings, render, summary
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nextblock.config import UsageError, nearest
+from nextblock.config.sections import UsageError, nearest
 from nextblock.tasks import algebra, functions, word_problems
 from nextblock.tasks.example import Example, Task
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nextblock.config import UsageError, nearest
+from nextblock.config.sections import UsageError, nearest
 
 
 def preset(name: str) -> Path:
