@@ -13,8 +13,8 @@ from typing import Annotated, Any
 import typer
 
 from nextblock.config.sections import DataConfig, ModelConfig, Source
-from nextblock.data import CHUNK_ROWS
-from nextblock.feed import Feed
+from nextblock.data.feed import Feed
+from nextblock.data.rows import CHUNK_ROWS
 from nextblock.model import parent_tokenizer
 
 DATA = {

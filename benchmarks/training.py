@@ -35,7 +35,7 @@ from nextblock.adapter import DraftAdapter
 from nextblock.bench.contest import GIB, high_water_mark_gib, synchronize
 from nextblock.bench.forwards import random_model
 from nextblock.config.sections import AdaptConfig, DraftAdapterConfig, load_config
-from nextblock.data import Rows
+from nextblock.data.rows import Rows
 from nextblock.model import Decoder, load_model, read_settings, run_in_parts, without_dropout
 from nextblock.objective import DraftLoss, TwoViewLoss
 from nextblock.train import Run, train_step

@@ -12,7 +12,7 @@ from torch import Tensor
 from nextblock.attention_mask import block_diffusion_rule, to_dense
 from nextblock.config.sections import RecipeConfig
 from nextblock.corruption import TwoView, corrupt
-from nextblock.data import Document, Rows, collate
+from nextblock.data.rows import Document, Rows, collate
 
 BLOCK_SIZE = 4
 TEXT = ["the", "cat", "sat", "on", "the", "mat", ".", "END"]

@@ -13,7 +13,7 @@ import torch
 
 from families import EOS_ID, MASK_ID
 from nextblock.attention_mask import Places
-from nextblock.data import Rows
+from nextblock.data.rows import Rows
 
 Spans = list[int]
 

@@ -27,7 +27,7 @@ from nextblock.config.sections import (
     load_config,
 )
 from nextblock.corruption import corrupt
-from nextblock.data import RowStream
+from nextblock.data.rows import RowStream
 from nextblock.model import Decoder, byte_tokenizer, load_parent, probe_adapter, recompute_activations, without_dropout
 from nextblock.objective import DraftLoss
 from nextblock.train import train

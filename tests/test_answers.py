@@ -19,10 +19,10 @@ from nextblock.adapter import DraftAdapter, save_adapter
 from nextblock.answers import write_answers
 from nextblock.checkpoint import export
 from nextblock.config.sections import BlockDiffusionSettings, DraftAdapterConfig, Source, UsageError, load_config
-from nextblock.data import RowStream
-from nextblock.encoding import encode
+from nextblock.data.encode import encode
+from nextblock.data.rows import RowStream
+from nextblock.data.sources import Records, read_prompts, read_source
 from nextblock.model import byte_tokenizer
-from nextblock.sources import Records, read_prompts, read_source
 
 END = 256
 PROMPTS = [f"{'long ' * (n % 4)}prompt {n}:" for n in range(11)]

@@ -29,11 +29,11 @@ from nextblock.bench.forwards import random_model, random_prompts, time_forwards
 from nextblock.bench.prompts import file_prompts, make_variants, parse_variant, task_prompts, variant_name
 from nextblock.cli import app
 from nextblock.config.sections import BlockDiffusionSettings, UsageError
+from nextblock.data.tasks import get_task
 from nextblock.generate import BlockDiffusionLM
 from nextblock.model import byte_tokenizer
 from nextblock.shapes import SHAPES
 from nextblock.static import StaticPasses
-from nextblock.tasks import get_task
 
 VOCABULARY, MASK, END = 264, 263, 256
 PROMPTS = [[72, 101, 108], [80, 33, 90, 91, 92, 40], [5], [17, 200, 3, 44]]

@@ -17,8 +17,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from nextblock.config.sections import DataConfig, UsageError
-from nextblock.data import Document, Rows, RowStream, best_subset, check_tokens, collate, cut, pack
-from nextblock.encoding import encode
+from nextblock.data.encode import encode
+from nextblock.data.rows import Document, Rows, RowStream, best_subset, check_tokens, collate, cut, pack
 
 SPECIAL = ["<|end|>", "<|begin|>", "<|turn|>"]
 CHAT = (
@@ -352,7 +352,7 @@ def test_a_streamed_data_set_resumes_exactly(tmp_path: Path) -> None:
 
 
 def test_a_task_gives_train_examples_for_training_and_test_examples_held_out() -> None:
-    from nextblock.tasks import get_task
+    from nextblock.data.tasks import get_task
 
     task = get_task("algebra")
     for held_out, split in ((False, "train"), (True, "test")):

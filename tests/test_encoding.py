@@ -13,9 +13,9 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from nextblock.config.sections import UsageError
-from nextblock.encoding import Document, encode, encode_prompt, span_ends
+from nextblock.data.encode import Document, encode, encode_prompt, span_ends
+from nextblock.data.sources import Record
 from nextblock.model import byte_tokenizer
-from nextblock.sources import Record
 
 ZEPHYR = (
     "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] | trim }}{{ eos_token }}\n{% endfor %}"

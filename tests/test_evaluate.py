@@ -15,10 +15,10 @@ import nextblock as nb
 from families import EOS_ID, MASK_ID, tiny_model
 from layouts import CHAT, PLAIN, PROMPTED, make_rows
 from nextblock.config.sections import BlockDiffusionSettings
-from nextblock.data import Rows
+from nextblock.data.rows import Rows
+from nextblock.data.tasks import get_task
 from nextblock.evaluate import bits_per_byte, score_task
 from nextblock.model import Decoder
-from nextblock.tasks import get_task
 
 ROWS = make_rows([PLAIN, PROMPTED, CHAT], 28)
 end: Any = import_module("nextblock.adapt")  # its function has the same name

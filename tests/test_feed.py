@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from nextblock.config.sections import UsageError, load_config
-from nextblock.data import Rows
-from nextblock.feed import Feed, merged
+from nextblock.data.feed import Feed, merged
+from nextblock.data.rows import Rows
+from nextblock.data.sources import Cursor, Record, Records
 from nextblock.model import byte_tokenizer
-from nextblock.sources import Cursor, Record, Records
 
 
 @pytest.fixture(scope="module")

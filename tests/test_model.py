@@ -31,7 +31,7 @@ from nextblock.attention_mask import Places, block_diffusion_rule
 from nextblock.checkpoint import export
 from nextblock.config.sections import BlockDiffusionSettings, ModelConfig, RecipeConfig, UsageError
 from nextblock.corruption import TwoView, corrupt
-from nextblock.data import Rows
+from nextblock.data.rows import Rows
 from nextblock.model import (
     MASK_TOKEN,
     Decoder,

@@ -21,7 +21,7 @@ from nextblock import objective
 from nextblock.attention_mask import block_diffusion_rule
 from nextblock.config.sections import BlockDiffusionSettings, RecipeConfig
 from nextblock.corruption import TwoView, corrupt
-from nextblock.data import Rows
+from nextblock.data.rows import Rows
 from nextblock.evaluate import bits_per_byte
 from nextblock.model import Decoder
 from nextblock.objective import LossSums, TwoViewLoss, cross_entropy

@@ -270,7 +270,7 @@ def test_a_finished_stage_that_is_changed_ends_both_processes_with_one_line(plac
 
 def lose_source(rank: int, each: list[list[str]]) -> None:
     """`cli_rank`, but the data of rank 1 vanish in the middle of the run."""
-    import nextblock.feed as module
+    import nextblock.data.feed as module
     from nextblock.config.sections import UsageError
 
     real = module.Feed._read

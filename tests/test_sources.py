@@ -11,9 +11,9 @@ from typing import Any, cast
 import pytest
 
 from nextblock.config.sections import DataConfig, Source, UsageError
-from nextblock.data import RowStream
+from nextblock.data.rows import RowStream
+from nextblock.data.sources import Record, Records, check_characters, read_prompts, read_source
 from nextblock.model import byte_tokenizer
-from nextblock.sources import Record, Records, check_characters, read_prompts, read_source
 
 
 def read(path: Path | str, part_bytes: int = 8192, **options: Any) -> list[Record]:
@@ -184,7 +184,7 @@ def test_the_parts_of_a_long_text_are_the_text_and_of_about_the_size_that_was_as
 
 def test_a_part_of_a_text_without_line_breaks_costs_the_same_wherever_it_is(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("word " * 400_000)
-    monkeypatch.setattr("nextblock.sources.CHECKED_BYTES", 0)  # drawn, not read through
+    monkeypatch.setattr("nextblock.data.sources.CHECKED_BYTES", 0)  # drawn, not read through
     records = cast(Records, read_source(Source(path=str(tmp_path / "a.txt")), part_bytes=8192))
     taken: list[int] = []
     whole = Path.stat(tmp_path / "a.txt").st_size
@@ -196,7 +196,7 @@ def test_a_part_of_a_text_without_line_breaks_costs_the_same_wherever_it_is(tmp_
         taken.append(len(data))
         return data
 
-    monkeypatch.setattr("nextblock.sources._read_bytes", counted)
+    monkeypatch.setattr("nextblock.data.sources._read_bytes", counted)
     for index in (0, 1, 100, (records.count or 0) - 1):
         taken.clear()
         assert records.read(index).value["text"]

@@ -30,9 +30,9 @@ from layouts import CHAT, PLAIN, PROMPTED, make_rows
 from nextblock.adapt import adapt
 from nextblock.checkpoint import list_checkpoints, newest_whole_checkpoint
 from nextblock.config.sections import AdaptConfig, Source, UsageError, load_config
-from nextblock.data import Rows, check_tokens
+from nextblock.data.rows import Rows, check_tokens
+from nextblock.data.sources import Records, is_held_out, read_source
 from nextblock.model import load_tokenizer, read_config, read_settings
-from nextblock.sources import Records, is_held_out, read_source
 from nextblock.train import StepMetrics, prepare, save, train, train_step, trim_log, without_dropout
 from test_files import largest_file
 

@@ -15,10 +15,10 @@ from nextblock.bench.prompts import Prompts, task_prompts
 from nextblock.checkpoint import export
 from nextblock.cli import app
 from nextblock.config.sections import BlockDiffusionSettings, UsageError
+from nextblock.data.tasks import Example, Task
 from nextblock.generate import BlockDiffusionLM, load
 from nextblock.model import byte_tokenizer
 from nextblock.request import resolve_config
-from nextblock.tasks import Example, Task
 from nextblock.tune import (
     MODES,
     Trial,

@@ -20,9 +20,9 @@ from nextblock.attention_mask import block_diffusion_rule
 from nextblock.config.files import locked
 from nextblock.config.sections import AdaptConfig, load_config, stage_configs
 from nextblock.corruption import corrupt
-from nextblock.data import Rows
+from nextblock.data.feed import merged
+from nextblock.data.rows import Rows
 from nextblock.evaluate import bits_per_byte
-from nextblock.feed import merged
 from nextblock.generate import BlockDiffusionLM
 from nextblock.model import Decoder, load_model, load_parent
 from nextblock.ranks import gather

@@ -17,11 +17,11 @@ import torch
 
 from nextblock.adapter import fingerprint
 from nextblock.config.sections import UsageError
+from nextblock.data.sources import Record, read_prompts
 from nextblock.events import Finish
 from nextblock.generate import load
 from nextblock.model import GivenSettings, read_config, read_settings, resolve, resolve_adapter, weights_folder
 from nextblock.request import make_request, with_stored
-from nextblock.sources import Record, read_prompts
 from nextblock.text import INCOMPLETE
 
 

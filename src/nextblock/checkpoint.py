@@ -24,7 +24,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from nextblock.config.files import PARTIAL, unwritten
 from nextblock.config.sections import BlockDiffusionSettings, UsageError
-from nextblock.encoding import span_ends
+from nextblock.data.encode import span_ends
 from nextblock.ranks import is_main, together
 
 MANIFEST, STATE, WEIGHTS, OPTIMIZER = "manifest.json", "state.json", "model.safetensors", "optimizer.pt"

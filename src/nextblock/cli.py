@@ -250,7 +250,7 @@ def generate(
     batch_size: Annotated[int, typer.Option(help="with --input: prompts decoded together")] = 8,
 ) -> None:
     """Answer prompts, in ar, diffusion or speculative mode; with --input and --output, as training data."""
-    from nextblock.sources import check_characters
+    from nextblock.data.sources import check_characters
 
     options = decoding_options(locals())
     if (source is None) != (output is None):
@@ -428,9 +428,9 @@ def evaluate(
 
     from nextblock.bench.command import check_output
     from nextblock.bench.scores import score_modes
+    from nextblock.data.tasks import get_task
     from nextblock.live import progress
     from nextblock.report import decoding_table
-    from nextblock.tasks import get_task
 
     chosen = get_task(task)
     at_least_one(examples=examples, batch_size=batch_size)

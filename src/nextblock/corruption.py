@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nextblock.attention_mask import Places
 from nextblock.config.sections import Context, Prediction, RecipeConfig
-from nextblock.data import Rows
+from nextblock.data.rows import Rows
 
 UNSCORED = -1
 NOISE_LEVELS = 8

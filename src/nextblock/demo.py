@@ -14,10 +14,10 @@ from nextblock.adapt import adapt
 from nextblock.bench.scores import score_modes
 from nextblock.config.presets import preset
 from nextblock.config.sections import AdaptConfig, load_config
+from nextblock.data.tasks import get_task
 from nextblock.generate import BlockDiffusionLM, load
 from nextblock.live import TrainingBar, progress, show_denoising
 from nextblock.report import decoding_table, write_report
-from nextblock.tasks import get_task
 
 PARENT, ADAPTER = "tiny-ar", "tiny-draft"
 TASK = "word_problems"

@@ -13,12 +13,12 @@ import torch
 from nextblock.attention_mask import block_diffusion_rule
 from nextblock.config.sections import BlockDiffusionSettings, RecipeConfig, UsageError
 from nextblock.corruption import UNSCORED, MaskDraw, TwoView, corrupt
-from nextblock.data import Rows
-from nextblock.encoding import span_ends
+from nextblock.data.encode import span_ends
+from nextblock.data.rows import Rows
+from nextblock.data.tasks import Task
 from nextblock.generate import BlockDiffusionLM
 from nextblock.model import Decoder
 from nextblock.objective import cross_entropy
-from nextblock.tasks import Task
 
 
 @dataclass(frozen=True)

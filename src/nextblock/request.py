@@ -12,11 +12,11 @@ from torch import Tensor
 
 from nextblock.batch import Row
 from nextblock.config.sections import BlockDiffusionSettings, UsageError, validate
-from nextblock.encoding import encode_prompt
+from nextblock.data.encode import encode_prompt
+from nextblock.data.sources import check_characters
 from nextblock.events import Finish
 from nextblock.model import Decoder, no_tokenizer
 from nextblock.sampling import DecodingConfig, Mode, Sampler, generator
-from nextblock.sources import check_characters
 from nextblock.text import TextStream
 
 Message = Mapping[str, Any]

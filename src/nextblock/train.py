@@ -52,9 +52,9 @@ from nextblock.config.sections import (
     stage_configs,
 )
 from nextblock.corruption import TwoView, corrupt
-from nextblock.data import NoDocument, Rows, RowStream, check_tokens
-from nextblock.encoding import span_ends
-from nextblock.feed import Feed, merged
+from nextblock.data.encode import span_ends
+from nextblock.data.feed import Feed, merged
+from nextblock.data.rows import NoDocument, Rows, RowStream, check_tokens
 from nextblock.launcher import check_batch, make_accelerator
 from nextblock.lora import LoraAdapter
 from nextblock.model import (

@@ -29,7 +29,7 @@ from nextblock.attention_mask import (
 from nextblock.batch import Batch, Row
 from nextblock.config.sections import BlockDiffusionSettings, RecipeConfig, UsageError
 from nextblock.corruption import TwoView, corrupt
-from nextblock.data import Rows
+from nextblock.data.rows import Rows
 from nextblock.events import Stats
 from nextblock.generate import BlockDiffusionLM
 from nextblock.model import Decoder, GivenSettings, choose_mask_token, load_model, load_tokenizer, probe, read_settings

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from nextblock.tasks import sandbox_child
-from nextblock.tasks.sandbox import evaluate_python, run_python
+from nextblock.data.tasks import sandbox_child
+from nextblock.data.tasks.sandbox import evaluate_python, run_python
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the sandbox needs Linux")
 

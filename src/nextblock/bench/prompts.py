@@ -10,11 +10,11 @@ from typing import Any
 import yaml
 
 from nextblock.config.sections import BlockDiffusionSettings, UsageError, nearest
+from nextblock.data.sources import read_prompts
+from nextblock.data.tasks import Example, Task, get_task
 from nextblock.generate import BlockDiffusionLM
 from nextblock.request import make_request, resolve_config
 from nextblock.sampling import MODES, DecodingConfig
-from nextblock.sources import read_prompts
-from nextblock.tasks import Example, Task, get_task
 
 # Every contestant decodes greedily and to the same length, or their speeds would not be comparable.
 FIXED = ("max_new_tokens", "temperature", "top_p", "top_k")

@@ -9,10 +9,10 @@ from typing import Any
 from nextblock.bench.contest import alternate, our_mode
 from nextblock.bench.decoding import speedups
 from nextblock.bench.prompts import Options, task_prompts
+from nextblock.data.tasks import Task
 from nextblock.evaluate import score_task
 from nextblock.generate import BlockDiffusionLM
 from nextblock.request import end_tokens
-from nextblock.tasks import Task
 
 TIMED, ROUNDS = 4, 4  # prompts of a round, decoded one at a time; rounds
 

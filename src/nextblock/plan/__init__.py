@@ -17,6 +17,7 @@ from huggingface_hub import is_offline_mode
 from transformers import PreTrainedConfig
 
 from nextblock.config.sections import AdaptConfig, ModelConfig, UsageError, nearest, stage_configs
+from nextblock.data.sources import one_line
 from nextblock.launcher import check_sharding
 from nextblock.model import (
     check_architecture,
@@ -36,7 +37,6 @@ from nextblock.plan.work import (
     step_flops,
 )
 from nextblock.shapes import DEVICES, HUB_IDS, shape_values
-from nextblock.sources import one_line
 from nextblock.tracking import Flops, kind_of_training
 
 USABLE = 0.92

@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from nextblock.config.sections import DataConfig, UsageError
-from nextblock.encoding import Document, encode_batch
-from nextblock.sources import Cursor, HubStream, Record, Records, is_held_out, read_source
+from nextblock.data.encode import Document, encode_batch
+from nextblock.data.sources import Cursor, HubStream, Record, Records, is_held_out, read_source
 
 CHUNK_ROWS = 64  # rows packed together at first: little to make again after a resume
 FULL, WORTH = 0.985, 0.25  # rows less full are packed with more, while that brings so much of what is missing

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
-from nextblock.tasks.list_functions import Draft
+from nextblock.data.tasks.list_functions import Draft
 
 _LETTERS = "abcdeilmnoprstu"
 

@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import Any
 
 from nextblock.config.sections import UsageError
-from nextblock.sources import one_line
+from nextblock.data.sources import one_line
 
 Pieces = list[tuple[str, bool]]
 """Consecutive parts of a text: (text, is it generated?)."""

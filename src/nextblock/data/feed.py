@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from nextblock.config.sections import DataConfig
-from nextblock.data import CHUNK_ROWS, Rows, RowStream
+from nextblock.data.rows import CHUNK_ROWS, Rows, RowStream
 
 State = dict[str, Any]
 

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 
 from nextblock.config.sections import Source, UsageError
-from nextblock.tasks import get_task
+from nextblock.data.tasks import get_task
 
 CHECKED_BYTES = 64 * 2**20  # local sources up to this size are read through before training starts
 TEXT_NAMES = (

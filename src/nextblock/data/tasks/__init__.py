@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from nextblock.config.sections import UsageError, nearest
-from nextblock.tasks import algebra, functions, word_problems
-from nextblock.tasks.example import Example, Task
+from nextblock.data.tasks import algebra, functions, word_problems
+from nextblock.data.tasks.example import Example, Task
 
 TASKS: dict[str, Task] = {module.NAME: module.TASK for module in (word_problems, algebra, functions)}
 

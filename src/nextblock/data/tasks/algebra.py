@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from nextblock.tasks.example import ANSWER_MARKER, Example, Task, draw, final_answer_is
+from nextblock.data.tasks.example import ANSWER_MARKER, Example, Task, draw, final_answer_is
 
 NAME = "algebra"
 

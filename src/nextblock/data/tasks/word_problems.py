@@ -6,7 +6,7 @@ import random
 import re
 from collections.abc import Callable
 
-from nextblock.tasks.example import ANSWER_MARKER, Example, Task, draw, final_answer_is
+from nextblock.data.tasks.example import ANSWER_MARKER, Example, Task, draw, final_answer_is
 
 NAME = "word_problems"
 

@@ -19,9 +19,9 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from tokenizers import AddedToken
 
-from nextblock.chat import MARKER, MEANT, PRIVATE, Chat, Pieces, Specials
 from nextblock.config.sections import UsageError
-from nextblock.sources import Record
+from nextblock.data.chat import MARKER, MEANT, PRIVATE, Chat, Pieces, Specials
+from nextblock.data.sources import Record
 
 GUARDS = ("\n", "0", "a", ".")
 
