@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nextblock.attention_mask import block_diffusion_rule, to_dense
+from nextblock.attention.rule import block_diffusion_rule, to_dense
 from nextblock.config.sections import RecipeConfig
 from nextblock.corruption import TwoView, corrupt
 from nextblock.data.rows import Document, Rows, collate

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from families import EOS_ID, MASK_ID
-from nextblock.attention_mask import Places
+from nextblock.attention.rule import Places
 from nextblock.data.rows import Rows
 
 Spans = list[int]

@@ -16,7 +16,7 @@ import nextblock as nb
 from families import EOS_ID, FAMILIES, tiny_model
 from layouts import PLAIN, PROMPTED, make_rows
 from nextblock.adapter import DraftAdapter, GatedLinear, fingerprint, load_adapter, save_adapter, target_names
-from nextblock.attention_mask import block_diffusion_rule
+from nextblock.attention.rule import block_diffusion_rule
 from nextblock.checkpoint import export
 from nextblock.config.sections import (
     BlockDiffusionSettings,

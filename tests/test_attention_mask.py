@@ -12,8 +12,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from layouts import LAYOUTS, Slot, make_rows, may_look, places_of, slots_of_row
-from nextblock import attention_mask
-from nextblock.attention_mask import (
+from nextblock.attention import rule as attention_mask
+from nextblock.attention.rule import (
     block_diffusion_rule,
     decode_mask,
     to_block_mask,

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from families import tiny_model
-from nextblock.attention_mask import block_diffusion_rule
+from nextblock.attention.rule import block_diffusion_rule
 from nextblock.config.presets import preset
 from nextblock.config.sections import RecipeConfig, load_config
 from nextblock.corruption import corrupt

@@ -9,8 +9,8 @@ import torch
 
 from families import MASK_ID, tiny_model
 from nextblock import batch as batch_module
-from nextblock import split_attention
-from nextblock.attention_mask import decode_mask
+from nextblock.attention import split as split_attention
+from nextblock.attention.rule import decode_mask
 from nextblock.batch import Batch, Row
 from nextblock.cache import Masks, SlotCache
 from nextblock.config.sections import BlockDiffusionSettings, validate

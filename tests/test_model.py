@@ -27,7 +27,7 @@ import nextblock as nb
 from families import EOS_ID, FAMILIES, MASK_ID, VOCABULARY, longrope_model, nested_model, random_model, tiny_model
 from layouts import CHAT, PLAIN, PROMPTED, make_rows
 from nextblock.adapt import adapt
-from nextblock.attention_mask import Places, block_diffusion_rule
+from nextblock.attention.rule import Places, block_diffusion_rule
 from nextblock.checkpoint import export
 from nextblock.config.sections import BlockDiffusionSettings, ModelConfig, RecipeConfig, UsageError
 from nextblock.corruption import TwoView, corrupt

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from families import EOS_ID, MASK_ID, tiny_model
 from layouts import CHAT, PLAIN, PROMPTED, make_rows
 from nextblock import objective
-from nextblock.attention_mask import block_diffusion_rule
+from nextblock.attention.rule import block_diffusion_rule
 from nextblock.config.sections import BlockDiffusionSettings, RecipeConfig
 from nextblock.corruption import TwoView, corrupt
 from nextblock.data.rows import Rows

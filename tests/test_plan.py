@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from layouts import make_rows
 from nextblock.adapt import evaluation_rows
 from nextblock.adapter import DraftAdapter
-from nextblock.attention_mask import block_diffusion_rule, to_dense
+from nextblock.attention.rule import block_diffusion_rule, to_dense
 from nextblock.cli import app
 from nextblock.config.sections import (
     AdaptConfig,

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from families import EOS_ID, MASK_ID, nested_model, tiny_model
 from layouts import CHAT, PLAIN, PROMPTED, make_rows
 from nextblock.adapt import adapt, first_prompt
-from nextblock.attention_mask import block_diffusion_rule
+from nextblock.attention.rule import block_diffusion_rule
 from nextblock.config.sections import RecipeConfig, UsageError, load_config
 from nextblock.corruption import corrupt
 from nextblock.live import TrainingBar

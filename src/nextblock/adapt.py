@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nextblock import schedules
-from nextblock.attention_mask import block_diffusion_rule
+from nextblock.attention.rule import block_diffusion_rule
 from nextblock.config.files import locked
 from nextblock.config.sections import AdaptConfig, load_config, stage_configs
 from nextblock.corruption import corrupt

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nextblock.attention_mask import Places
+from nextblock.attention.rule import Places
 from nextblock.config.sections import Context, Prediction, RecipeConfig
 from nextblock.data.rows import Rows
 

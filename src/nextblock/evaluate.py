@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nextblock.attention_mask import block_diffusion_rule
+from nextblock.attention.rule import block_diffusion_rule
 from nextblock.config.sections import BlockDiffusionSettings, RecipeConfig, UsageError
 from nextblock.corruption import UNSCORED, MaskDraw, TwoView, corrupt
 from nextblock.data.encode import span_ends

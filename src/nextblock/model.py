@@ -39,7 +39,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils.hub import cached_file
 
 from nextblock.adapter import DraftAdapter, Gate, attached_adapter, recomputation
-from nextblock.attention_mask import (
+from nextblock.attention.rule import (
     Places,
     Rule,
     additive,
@@ -48,9 +48,9 @@ from nextblock.attention_mask import (
     to_dense,
     within_window,
 )
+from nextblock.attention.split import SPLIT, split_mask
 from nextblock.config.sections import BlockDiffusionSettings, ModelConfig, UsageError, nearest, validate
 from nextblock.shapes import shape_values
-from nextblock.split_attention import SPLIT, split_mask
 
 SHIPPED = ("tiny-ar", "tiny-bd")
 SHIPPED_ADAPTERS = ("tiny-draft",)

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 from transformers.utils.import_utils import is_liger_kernel_available
 
-from nextblock.attention_mask import Rule
+from nextblock.attention.rule import Rule
 from nextblock.corruption import UNSCORED, TwoView
 from nextblock.model import Decoder
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from nextblock.adapter import Gate
-from nextblock.attention_mask import decode_mask
+from nextblock.attention.rule import decode_mask
 from nextblock.cache import SlotCache
 from nextblock.model import Decoder
 

@@ -25,7 +25,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from nextblock import schedules
 from nextblock.adapter import DraftAdapter, save_adapter
-from nextblock.attention_mask import block_diffusion_rule
+from nextblock.attention.rule import block_diffusion_rule
 from nextblock.checkpoint import (
     checkpoint_folder,
     export,

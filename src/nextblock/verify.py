@@ -18,7 +18,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_mask
 
-from nextblock.attention_mask import (
+from nextblock.attention.rule import (
     Places,
     Rule,
     block_diffusion_rule,

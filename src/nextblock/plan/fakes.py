@@ -19,6 +19,7 @@ from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 from nextblock.adapter import DraftAdapter, target_names
+from nextblock.attention.split import PIECE, SPLIT, TILE, Piece, SplitMask, Tiles
 from nextblock.config.sections import AdaptConfig
 from nextblock.lora import TiedHead
 from nextblock.model import (
@@ -26,7 +27,6 @@ from nextblock.model import (
     choose_attention,
     recompute_activations,
 )
-from nextblock.split_attention import PIECE, SPLIT, TILE, Piece, SplitMask, Tiles
 
 
 def fake_decoder(
