@@ -31,12 +31,12 @@ from torch.nn import functional
 from torch.nn.utils import clip_grad_norm_
 
 from nextblock.adapt import environment
-from nextblock.adapter import DraftAdapter
 from nextblock.bench.contest import GIB, high_water_mark_gib, synchronize
 from nextblock.bench.forwards import random_model
 from nextblock.config.sections import AdaptConfig, DraftAdapterConfig, load_config
 from nextblock.data.rows import Rows
-from nextblock.model import Decoder, load_model, read_settings, run_in_parts, without_dropout
+from nextblock.model.decoder import Decoder, load_model, read_settings, run_in_parts, without_dropout
+from nextblock.model.draft_adapter import DraftAdapter
 from nextblock.objective import DraftLoss, TwoViewLoss
 from nextblock.train import Run, train_step
 

@@ -15,7 +15,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import nextblock as nb
 from families import EOS_ID, FAMILIES, tiny_model
 from layouts import PLAIN, PROMPTED, make_rows
-from nextblock.adapter import DraftAdapter, GatedLinear, fingerprint, load_adapter, save_adapter, target_names
 from nextblock.attention.rule import block_diffusion_rule
 from nextblock.checkpoint import export
 from nextblock.config.sections import (
@@ -28,7 +27,22 @@ from nextblock.config.sections import (
 )
 from nextblock.corruption import corrupt
 from nextblock.data.rows import RowStream
-from nextblock.model import Decoder, byte_tokenizer, load_parent, probe_adapter, recompute_activations, without_dropout
+from nextblock.model.decoder import (
+    Decoder,
+    byte_tokenizer,
+    load_parent,
+    probe_adapter,
+    recompute_activations,
+    without_dropout,
+)
+from nextblock.model.draft_adapter import (
+    DraftAdapter,
+    GatedLinear,
+    fingerprint,
+    load_adapter,
+    save_adapter,
+    target_names,
+)
 from nextblock.objective import DraftLoss
 from nextblock.train import train
 

@@ -31,8 +31,8 @@ from nextblock.cli import app
 from nextblock.config.sections import BlockDiffusionSettings, UsageError
 from nextblock.data.tasks import get_task
 from nextblock.generate import BlockDiffusionLM
-from nextblock.model import byte_tokenizer
-from nextblock.shapes import SHAPES
+from nextblock.model.decoder import byte_tokenizer
+from nextblock.model.shapes import SHAPES
 from nextblock.static import StaticPasses
 
 VOCABULARY, MASK, END = 264, 263, 256

@@ -18,7 +18,7 @@ from nextblock.attention.rule import block_diffusion_rule
 from nextblock.config.presets import preset
 from nextblock.config.sections import RecipeConfig, load_config
 from nextblock.corruption import corrupt
-from nextblock.model import Decoder, byte_tokenizer
+from nextblock.model.decoder import Decoder, byte_tokenizer
 from nextblock.objective import TwoViewLoss
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"

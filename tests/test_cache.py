@@ -15,7 +15,7 @@ from nextblock.batch import Batch, Row
 from nextblock.cache import Masks, SlotCache
 from nextblock.config.sections import BlockDiffusionSettings, validate
 from nextblock.events import Stats
-from nextblock.model import Decoder
+from nextblock.model.decoder import Decoder
 from nextblock.sampling import DecodingConfig
 
 

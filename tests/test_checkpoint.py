@@ -24,7 +24,7 @@ from nextblock.checkpoint import (
 )
 from nextblock.config.sections import BlockDiffusionSettings, UsageError
 from nextblock.generate import load
-from nextblock.model import byte_tokenizer, load_model, load_tokenizer
+from nextblock.model.decoder import byte_tokenizer, load_model, load_tokenizer
 from nextblock.request import end_tokens
 from test_files import largest_file
 

@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 import nextblock as nb
 from families import tiny_model
 from nextblock import cli
-from nextblock.adapter import DraftAdapter, save_adapter
 from nextblock.checkpoint import export
 from nextblock.config.sections import BlockDiffusionSettings, DraftAdapterConfig
-from nextblock.model import byte_tokenizer
+from nextblock.model.decoder import byte_tokenizer
+from nextblock.model.draft_adapter import DraftAdapter, save_adapter
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from nextblock.checkpoint import CUSTOM_GENERATE_SOURCE
 from nextblock.config.sections import UsageError
 from nextblock.custom_generate import block_diffusion
 from nextblock.generate import BlockDiffusionLM
-from nextblock.model import read_settings
+from nextblock.model.decoder import read_settings
 from test_text import byte_level
 
 SECTION = {"block_size": 8, "mask_token_id": MASK_ID}

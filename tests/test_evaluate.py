@@ -18,7 +18,7 @@ from nextblock.config.sections import BlockDiffusionSettings
 from nextblock.data.rows import Rows
 from nextblock.data.tasks import get_task
 from nextblock.evaluate import bits_per_byte, score_task
-from nextblock.model import Decoder
+from nextblock.model.decoder import Decoder
 
 ROWS = make_rows([PLAIN, PROMPTED, CHAT], 28)
 end: Any = import_module("nextblock.adapt")  # its function has the same name

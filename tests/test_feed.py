@@ -12,7 +12,7 @@ from nextblock.config.sections import UsageError, load_config
 from nextblock.data.feed import Feed, merged
 from nextblock.data.rows import Rows
 from nextblock.data.sources import Cursor, Record, Records
-from nextblock.model import byte_tokenizer
+from nextblock.model.decoder import byte_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from nextblock.checkpoint import export
 from nextblock.config.sections import BlockDiffusionSettings, UsageError
 from nextblock.events import BlockFinished, Committed, Prefilled, Rejected, RowFinished
 from nextblock.generate import BlockDiffusionLM, load, look_at
-from nextblock.model import byte_tokenizer
+from nextblock.model.decoder import byte_tokenizer
 from nextblock.request import make_request
 from test_text import byte_level
 

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 import nextblock as nb
 from families import tiny_model
 from nextblock.config.sections import AdaptConfig, LoraConfig, UsageError, load_config
-from nextblock.lora import LoraAdapter
-from nextblock.model import Decoder, byte_tokenizer
+from nextblock.model.decoder import Decoder, byte_tokenizer
+from nextblock.model.lora import LoraAdapter
 from nextblock.train import StepMetrics, prepare, train
 
 pytest.importorskip("peft")

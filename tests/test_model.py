@@ -32,7 +32,7 @@ from nextblock.checkpoint import export
 from nextblock.config.sections import BlockDiffusionSettings, ModelConfig, RecipeConfig, UsageError
 from nextblock.corruption import TwoView, corrupt
 from nextblock.data.rows import Rows
-from nextblock.model import (
+from nextblock.model.decoder import (
     MASK_TOKEN,
     Decoder,
     byte_tokenizer,

@@ -23,7 +23,7 @@ from nextblock.config.sections import BlockDiffusionSettings, RecipeConfig
 from nextblock.corruption import TwoView, corrupt
 from nextblock.data.rows import Rows
 from nextblock.evaluate import bits_per_byte
-from nextblock.model import Decoder
+from nextblock.model.decoder import Decoder
 from nextblock.objective import LossSums, TwoViewLoss, cross_entropy
 
 ROWS = make_rows([PLAIN, PROMPTED, CHAT], 28)

@@ -16,7 +16,6 @@ from typer.testing import CliRunner
 
 from layouts import make_rows
 from nextblock.adapt import evaluation_rows
-from nextblock.adapter import DraftAdapter
 from nextblock.attention.rule import block_diffusion_rule, to_dense
 from nextblock.cli import app
 from nextblock.config.sections import (
@@ -30,7 +29,9 @@ from nextblock.config.sections import (
 from nextblock.corruption import UNSCORED, corrupt
 from nextblock.evaluate import bits_per_byte
 from nextblock.launcher import check_sharding
-from nextblock.model import load_parent, scratch_config
+from nextblock.model.decoder import load_parent, scratch_config
+from nextblock.model.draft_adapter import DraftAdapter
+from nextblock.model.shapes import DEVICES, shape_values
 from nextblock.plan import USABLE, StagedPlan, largest_row, model_shape, plan, plan_stages
 from nextblock.plan.memory import GIB, evaluation_memory, step_memory
 from nextblock.plan.work import (
@@ -41,7 +42,6 @@ from nextblock.plan.work import (
     scored_tokens,
     step_flops,
 )
-from nextblock.shapes import DEVICES, shape_values
 from nextblock.tracking import Products, kind_of_training
 from nextblock.train import prepare, train_step
 

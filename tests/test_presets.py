@@ -16,7 +16,7 @@ from nextblock import plan
 from nextblock.checkpoint import export
 from nextblock.config.presets import find_config, preset
 from nextblock.config.sections import UsageError, load_config
-from nextblock.model import byte_tokenizer
+from nextblock.model.decoder import byte_tokenizer
 from nextblock.train import train
 
 NAMES = sorted(path.stem for path in (Path(__file__).parents[1] / "presets").glob("*.yaml"))

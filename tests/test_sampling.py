@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from families import tiny_model
-from nextblock.adapter import DraftAdapter
 from nextblock.batch import Row
 from nextblock.config.sections import BlockDiffusionSettings, DraftAdapterConfig, UsageError, validate
 from nextblock.events import BlockFinished, Committed, Rejected
 from nextblock.generate import BlockDiffusionLM
+from nextblock.model.draft_adapter import DraftAdapter
 from nextblock.sampling import (
     DecodingConfig,
     accepted,

@@ -13,7 +13,7 @@ import pytest
 from nextblock.config.sections import DataConfig, Source, UsageError
 from nextblock.data.rows import RowStream
 from nextblock.data.sources import Record, Records, check_characters, read_prompts, read_source
-from nextblock.model import byte_tokenizer
+from nextblock.model.decoder import byte_tokenizer
 
 
 def read(path: Path | str, part_bytes: int = 8192, **options: Any) -> list[Record]:

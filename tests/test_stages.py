@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from nextblock.adapt import adapt
 from nextblock.config.sections import AdaptConfig, UsageError, load_config, stage_configs
-from nextblock.model import read_config
+from nextblock.model.decoder import read_config
 from nextblock.report import read_log
 from nextblock.report.figures import plot_losses
 from nextblock.train import StepMetrics, train

@@ -14,9 +14,9 @@ from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._guards import TracingContext
 
 from families import MASK_ID, tiny_model
-from nextblock.adapter import DraftAdapter
 from nextblock.config.sections import BlockDiffusionSettings, DraftAdapterConfig
 from nextblock.generate import BlockDiffusionLM, compiled_passes
+from nextblock.model.draft_adapter import DraftAdapter
 from nextblock.request import make_request
 from nextblock.static import StaticCache, StaticPasses, rounded_capacity, rounded_rows, rounded_width
 

@@ -25,7 +25,7 @@ from nextblock.attention.rule import block_diffusion_rule
 from nextblock.config.sections import RecipeConfig, UsageError, load_config
 from nextblock.corruption import corrupt
 from nextblock.live import TrainingBar
-from nextblock.model import Decoder
+from nextblock.model.decoder import Decoder
 from nextblock.objective import TwoViewLoss
 from nextblock.report import read_log
 from nextblock.tracking import NOISE_LEVELS, LossProfile, Products, scalars

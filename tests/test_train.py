@@ -32,7 +32,7 @@ from nextblock.checkpoint import list_checkpoints, newest_whole_checkpoint
 from nextblock.config.sections import AdaptConfig, Source, UsageError, load_config
 from nextblock.data.rows import Rows, check_tokens
 from nextblock.data.sources import Records, is_held_out, read_source
-from nextblock.model import load_tokenizer, read_config, read_settings
+from nextblock.model.decoder import load_tokenizer, read_config, read_settings
 from nextblock.train import StepMetrics, prepare, save, train, train_step, trim_log, without_dropout
 from test_files import largest_file
 
@@ -818,7 +818,7 @@ def test_a_dense_mask_is_named_with_its_memory_before_it_is_made(
     def begun(self: Any, *parts: Any) -> None:
         raise Begun
 
-    monkeypatch.setattr("nextblock.model.Decoder.two_view_masks", begun)
+    monkeypatch.setattr("nextblock.model.decoder.Decoder.two_view_masks", begun)
     monkeypatch.setattr("nextblock.train.run_in_parts", lambda decoder: None)  # whose trial is over four tokens
     monkeypatch.setattr("nextblock.train.probe", lambda decoder: None)
     options = {"recipe__views": views, "training__micro_batch_rows": 2, "data__row_length": 512}

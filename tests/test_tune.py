@@ -17,7 +17,7 @@ from nextblock.cli import app
 from nextblock.config.sections import BlockDiffusionSettings, UsageError
 from nextblock.data.tasks import Example, Task
 from nextblock.generate import BlockDiffusionLM, load
-from nextblock.model import byte_tokenizer
+from nextblock.model.decoder import byte_tokenizer
 from nextblock.request import resolve_config
 from nextblock.tune import (
     MODES,

@@ -24,7 +24,7 @@ from nextblock.data.feed import merged
 from nextblock.data.rows import Rows
 from nextblock.evaluate import bits_per_byte
 from nextblock.generate import BlockDiffusionLM
-from nextblock.model import Decoder, load_model, load_parent
+from nextblock.model.decoder import Decoder, load_model, load_parent
 from nextblock.ranks import gather
 from nextblock.report import read_log, write_report
 from nextblock.request import GenerateOptions

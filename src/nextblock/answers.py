@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from nextblock.adapter import fingerprint
 from nextblock.config.sections import UsageError
 from nextblock.data.sources import Record, read_prompts
 from nextblock.events import Finish
 from nextblock.generate import load
-from nextblock.model import GivenSettings, read_config, read_settings, resolve, resolve_adapter, weights_folder
+from nextblock.model.decoder import GivenSettings, read_config, read_settings, resolve, resolve_adapter, weights_folder
+from nextblock.model.draft_adapter import fingerprint
 from nextblock.request import make_request, with_stored
 from nextblock.text import INCOMPLETE
 

@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nextblock.adapter import Gate
 from nextblock.attention.split import can_run_split, running_split
 from nextblock.cache import Masks, SlotCache
 from nextblock.config.sections import BlockDiffusionSettings
 from nextblock.events import Committed, Event, Finish, Prefilled, RowFinished, Stats
-from nextblock.model import AttentionMask, Decoder
+from nextblock.model.decoder import AttentionMask, Decoder
+from nextblock.model.draft_adapter import Gate
 from nextblock.sampling import DecodingConfig, draw, filter_logits, probability_of, uniforms
 from nextblock.static import StaticCache, StaticPasses
 

@@ -17,7 +17,7 @@ from nextblock.data.encode import span_ends
 from nextblock.data.rows import Rows
 from nextblock.data.tasks import Task
 from nextblock.generate import BlockDiffusionLM
-from nextblock.model import Decoder
+from nextblock.model.decoder import Decoder
 from nextblock.objective import cross_entropy
 
 

@@ -17,12 +17,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from nextblock.adapter import DraftAdapter, load_adapter
 from nextblock.batch import Batch, Processor, Row
 from nextblock.config.sections import BlockDiffusionSettings, UsageError, nearest
 from nextblock.decode import decode
 from nextblock.events import Committed, Event, Finish, RowFinished, Stats
-from nextblock.model import (
+from nextblock.model.decoder import (
     Decoder,
     GivenSettings,
     NotFiniteError,
@@ -36,6 +35,7 @@ from nextblock.model import (
     resolve_adapter,
     weights_folder,
 )
+from nextblock.model.draft_adapter import DraftAdapter, load_adapter
 from nextblock.request import GenerateOptions, Prompts, Request, make_request
 from nextblock.static import StaticPasses
 from nextblock.text import TextStream

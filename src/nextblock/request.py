@@ -15,7 +15,7 @@ from nextblock.config.sections import BlockDiffusionSettings, UsageError, valida
 from nextblock.data.encode import encode_prompt
 from nextblock.data.sources import check_characters
 from nextblock.events import Finish
-from nextblock.model import Decoder, no_tokenizer
+from nextblock.model.decoder import Decoder, no_tokenizer
 from nextblock.sampling import DecodingConfig, Mode, Sampler, generator
 from nextblock.text import TextStream
 

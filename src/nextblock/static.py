@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nextblock.adapter import Gate
 from nextblock.attention.rule import decode_mask
 from nextblock.cache import SlotCache
-from nextblock.model import Decoder
+from nextblock.model.decoder import Decoder
+from nextblock.model.draft_adapter import Gate
 
 LIMITS = {"recompile_limit": 256, "accumulated_recompile_limit": 256}
 """Shapes that may be compiled; torch stops at 8."""

@@ -22,8 +22,8 @@ from transformers.pytorch_utils import Conv1D
 
 from nextblock.config.sections import AdaptConfig
 from nextblock.corruption import NOISE_LEVELS, UNSCORED, TwoView
-from nextblock.model import text_config
-from nextblock.shapes import device_named
+from nextblock.model.decoder import text_config
+from nextblock.model.shapes import device_named
 
 PROJECT, TRACKERS = "nextblock", "trackers"
 OFFSETS = 64

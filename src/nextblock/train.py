@@ -24,7 +24,6 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 from nextblock import schedules
-from nextblock.adapter import DraftAdapter, save_adapter
 from nextblock.attention.rule import block_diffusion_rule
 from nextblock.checkpoint import (
     checkpoint_folder,
@@ -56,8 +55,7 @@ from nextblock.data.encode import span_ends
 from nextblock.data.feed import Feed, merged
 from nextblock.data.rows import NoDocument, Rows, RowStream, check_tokens
 from nextblock.launcher import check_batch, make_accelerator
-from nextblock.lora import LoraAdapter
-from nextblock.model import (
+from nextblock.model.decoder import (
     Decoder,
     check_round_trip,
     check_row_length,
@@ -73,6 +71,8 @@ from nextblock.model import (
     weights_folder,
     without_dropout,
 )
+from nextblock.model.draft_adapter import DraftAdapter, save_adapter
+from nextblock.model.lora import LoraAdapter
 from nextblock.objective import DraftLoss, TwoViewLoss
 from nextblock.ranks import gather, is_main, together
 from nextblock.tracking import (

@@ -22,7 +22,7 @@ from nextblock.bench.decoding import check_length, speedups
 from nextblock.bench.prompts import Options, Prompts, variant_name
 from nextblock.config.sections import UsageError, nearest
 from nextblock.generate import BlockDiffusionLM
-from nextblock.model import SHIPPED
+from nextblock.model.decoder import SHIPPED
 from nextblock.request import end_tokens, resolve_config
 from nextblock.sampling import DecodingConfig
 

@@ -32,7 +32,15 @@ from nextblock.corruption import TwoView, corrupt
 from nextblock.data.rows import Rows
 from nextblock.events import Stats
 from nextblock.generate import BlockDiffusionLM
-from nextblock.model import Decoder, GivenSettings, choose_mask_token, load_model, load_tokenizer, probe, read_settings
+from nextblock.model.decoder import (
+    Decoder,
+    GivenSettings,
+    choose_mask_token,
+    load_model,
+    load_tokenizer,
+    probe,
+    read_settings,
+)
 from nextblock.objective import TwoViewLoss
 from nextblock.sampling import DecodingConfig, Mode
 

@@ -20,9 +20,9 @@ from nextblock.bench.contest import synchronize
 from nextblock.config.sections import BlockDiffusionSettings, UsageError, validate
 from nextblock.events import Stats
 from nextblock.generate import BlockDiffusionLM
-from nextblock.model import choose_attention
+from nextblock.model.decoder import choose_attention
+from nextblock.model.shapes import shape_values
 from nextblock.sampling import DecodingConfig
-from nextblock.shapes import shape_values
 
 POSITIONS = (1, 2, 4, 8, 16, 32, 64, 160)
 REPEATS = 5  # passes of one width in a row; their mean is one measurement

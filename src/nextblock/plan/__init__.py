@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig
 from nextblock.config.sections import AdaptConfig, ModelConfig, UsageError, nearest, stage_configs
 from nextblock.data.sources import one_line
 from nextblock.launcher import check_sharding
-from nextblock.model import (
+from nextblock.model.decoder import (
     check_architecture,
     check_row_length,
     config_as_stored,
@@ -28,6 +28,7 @@ from nextblock.model import (
     scratch_config,
     steady_positions,
 )
+from nextblock.model.shapes import DEVICES, HUB_IDS, shape_values
 from nextblock.plan.memory import GIB, evaluation_memory, step_memory
 from nextblock.plan.work import (
     count_parameters,
@@ -36,7 +37,6 @@ from nextblock.plan.work import (
     run_flops,
     step_flops,
 )
-from nextblock.shapes import DEVICES, HUB_IDS, shape_values
 from nextblock.tracking import Flops, kind_of_training
 
 USABLE = 0.92

@@ -18,15 +18,15 @@ from transformers import (
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
-from nextblock.adapter import DraftAdapter, target_names
 from nextblock.attention.split import PIECE, SPLIT, TILE, Piece, SplitMask, Tiles
 from nextblock.config.sections import AdaptConfig
-from nextblock.lora import TiedHead
-from nextblock.model import (
+from nextblock.model.decoder import (
     Decoder,
     choose_attention,
     recompute_activations,
 )
+from nextblock.model.draft_adapter import DraftAdapter, target_names
+from nextblock.model.lora import TiedHead
 
 
 def fake_decoder(

@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig
 
 from nextblock.adapt import evaluation_rows
 from nextblock.config.sections import AdaptConfig
-from nextblock.model import (
+from nextblock.model.decoder import (
     Decoder,
 )
 from nextblock.objective import CleanCache, chunk_rows, cross_entropy

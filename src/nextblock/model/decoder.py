@@ -38,7 +38,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils.hub import cached_file
 
-from nextblock.adapter import DraftAdapter, Gate, attached_adapter, recomputation
 from nextblock.attention.rule import (
     Places,
     Rule,
@@ -50,7 +49,8 @@ from nextblock.attention.rule import (
 )
 from nextblock.attention.split import SPLIT, split_mask
 from nextblock.config.sections import BlockDiffusionSettings, ModelConfig, UsageError, nearest, validate
-from nextblock.shapes import shape_values
+from nextblock.model.draft_adapter import DraftAdapter, Gate, attached_adapter, recomputation
+from nextblock.model.shapes import shape_values
 
 SHIPPED = ("tiny-ar", "tiny-bd")
 SHIPPED_ADAPTERS = ("tiny-draft",)

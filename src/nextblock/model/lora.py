@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from nextblock.adapter import PEFT_PREFIX, WEIGHTS, target_names
 from nextblock.config.sections import LoraConfig
+from nextblock.model.draft_adapter import PEFT_PREFIX, WEIGHTS, target_names
 
 
 class TiedHead(nn.Module):
