@@ -37,7 +37,7 @@ from nextblock.config.sections import AdaptConfig, DraftAdapterConfig, load_conf
 from nextblock.data.rows import Rows
 from nextblock.model.decoder import Decoder, load_model, read_settings, run_in_parts, without_dropout
 from nextblock.model.draft_adapter import DraftAdapter
-from nextblock.objective import DraftLoss, TwoViewLoss
+from nextblock.recipe.objective import DraftLoss, TwoViewLoss
 from nextblock.train import Run, train_step
 
 MEMORY_MEANING = {

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from nextblock.attention.rule import block_diffusion_rule, to_dense
 from nextblock.config.sections import RecipeConfig
-from nextblock.corruption import TwoView, corrupt
 from nextblock.data.rows import Document, Rows, collate
+from nextblock.recipe.corruption import TwoView, corrupt
 
 BLOCK_SIZE = 4
 TEXT = ["the", "cat", "sat", "on", "the", "mat", ".", "END"]

@@ -25,7 +25,6 @@ from nextblock.config.sections import (
     UsageError,
     load_config,
 )
-from nextblock.corruption import corrupt
 from nextblock.data.rows import RowStream
 from nextblock.model.decoder import (
     Decoder,
@@ -43,7 +42,8 @@ from nextblock.model.draft_adapter import (
     save_adapter,
     target_names,
 )
-from nextblock.objective import DraftLoss
+from nextblock.recipe.corruption import corrupt
+from nextblock.recipe.objective import DraftLoss
 from nextblock.train import train
 
 BLOCK = 4

@@ -17,9 +17,9 @@ from families import tiny_model
 from nextblock.attention.rule import block_diffusion_rule
 from nextblock.config.presets import preset
 from nextblock.config.sections import RecipeConfig, load_config
-from nextblock.corruption import corrupt
 from nextblock.model.decoder import Decoder, byte_tokenizer
-from nextblock.objective import TwoViewLoss
+from nextblock.recipe.corruption import corrupt
+from nextblock.recipe.objective import TwoViewLoss
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 

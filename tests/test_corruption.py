@@ -13,8 +13,8 @@ from torch import Tensor
 from families import EOS_ID, MASK_ID
 from layouts import CHAT, LAYOUTS, Spans, make_rows
 from nextblock.config.sections import RecipeConfig
-from nextblock.corruption import UNSCORED, TwoView, corrupt
 from nextblock.data.rows import Rows
+from nextblock.recipe.corruption import UNSCORED, TwoView, corrupt
 
 SHIFTED = RecipeConfig(fill_last_block=False)
 ALIGNED = RecipeConfig(fill_last_block=False, prediction="aligned")

@@ -30,7 +30,6 @@ from nextblock.adapt import adapt
 from nextblock.attention.rule import Places, block_diffusion_rule
 from nextblock.checkpoint import export
 from nextblock.config.sections import BlockDiffusionSettings, ModelConfig, RecipeConfig, UsageError
-from nextblock.corruption import TwoView, corrupt
 from nextblock.data.rows import Rows
 from nextblock.model.decoder import (
     MASK_TOKEN,
@@ -50,6 +49,7 @@ from nextblock.model.decoder import (
     recompute_activations,
     replace_values,
 )
+from nextblock.recipe.corruption import TwoView, corrupt
 
 ROWS = make_rows([PLAIN, PROMPTED, CHAT], 28)
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}  # float32, logits of size 10

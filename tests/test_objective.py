@@ -17,14 +17,14 @@ from transformers import PreTrainedModel
 
 from families import EOS_ID, MASK_ID, tiny_model
 from layouts import CHAT, PLAIN, PROMPTED, make_rows
-from nextblock import objective
 from nextblock.attention.rule import block_diffusion_rule
 from nextblock.config.sections import BlockDiffusionSettings, RecipeConfig
-from nextblock.corruption import TwoView, corrupt
 from nextblock.data.rows import Rows
 from nextblock.evaluate import bits_per_byte
 from nextblock.model.decoder import Decoder
-from nextblock.objective import LossSums, TwoViewLoss, cross_entropy
+from nextblock.recipe import objective
+from nextblock.recipe.corruption import TwoView, corrupt
+from nextblock.recipe.objective import LossSums, TwoViewLoss, cross_entropy
 
 ROWS = make_rows([PLAIN, PROMPTED, CHAT], 28)
 AR_WEIGHT = 0.5

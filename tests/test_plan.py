@@ -26,7 +26,6 @@ from nextblock.config.sections import (
     load_config,
     stage_configs,
 )
-from nextblock.corruption import UNSCORED, corrupt
 from nextblock.evaluate import bits_per_byte
 from nextblock.launcher import check_sharding
 from nextblock.model.decoder import load_parent, scratch_config
@@ -42,6 +41,7 @@ from nextblock.plan.work import (
     scored_tokens,
     step_flops,
 )
+from nextblock.recipe.corruption import UNSCORED, corrupt
 from nextblock.tracking import Products, kind_of_training
 from nextblock.train import prepare, train_step
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nextblock.config.sections import AdaptConfig, GrowthConfig, OptimizerConfig, load_config
-from nextblock.schedules import ar_weight, block_size, growth_steps, learning_rate, target_share
+from nextblock.recipe.schedules import ar_weight, block_size, growth_steps, learning_rate, target_share
 
 growths = st.builds(
     GrowthConfig,

@@ -12,10 +12,10 @@ from layouts import CHAT, LAYOUTS, PLAIN, PROMPTED, make_rows, may_look, places_
 from nextblock.attention import split as parts
 from nextblock.attention.rule import Places, block_diffusion_rule, to_dense, within_window
 from nextblock.config.sections import DraftAdapterConfig, RecipeConfig
-from nextblock.corruption import TwoView, corrupt
 from nextblock.model.decoder import Decoder, recompute_activations, run_in_parts
 from nextblock.model.draft_adapter import DraftAdapter
-from nextblock.objective import DraftLoss, TwoViewLoss
+from nextblock.recipe.corruption import TwoView, corrupt
+from nextblock.recipe.objective import DraftLoss, TwoViewLoss
 
 LENGTH = 28
 ROWS = make_rows([PLAIN, PROMPTED, CHAT], LENGTH)

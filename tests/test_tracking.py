@@ -23,10 +23,10 @@ from layouts import CHAT, PLAIN, PROMPTED, make_rows
 from nextblock.adapt import adapt, first_prompt
 from nextblock.attention.rule import block_diffusion_rule
 from nextblock.config.sections import RecipeConfig, UsageError, load_config
-from nextblock.corruption import corrupt
 from nextblock.live import TrainingBar
 from nextblock.model.decoder import Decoder
-from nextblock.objective import TwoViewLoss
+from nextblock.recipe.corruption import corrupt
+from nextblock.recipe.objective import TwoViewLoss
 from nextblock.report import read_log
 from nextblock.tracking import NOISE_LEVELS, LossProfile, Products, scalars
 from nextblock.train import StepMetrics, prepare, train, trim_log

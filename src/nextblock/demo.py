@@ -9,7 +9,6 @@ from typing import Any
 from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
-from nextblock import schedules
 from nextblock.adapt import adapt
 from nextblock.bench.scores import score_modes
 from nextblock.config.presets import preset
@@ -17,6 +16,7 @@ from nextblock.config.sections import AdaptConfig, load_config
 from nextblock.data.tasks import get_task
 from nextblock.generate import BlockDiffusionLM, load
 from nextblock.live import TrainingBar, progress, show_denoising
+from nextblock.recipe import schedules
 from nextblock.report import decoding_table, write_report
 
 PARENT, ADAPTER = "tiny-ar", "tiny-draft"

@@ -12,13 +12,13 @@ import torch
 
 from nextblock.attention.rule import block_diffusion_rule
 from nextblock.config.sections import BlockDiffusionSettings, RecipeConfig, UsageError
-from nextblock.corruption import UNSCORED, MaskDraw, TwoView, corrupt
 from nextblock.data.encode import span_ends
 from nextblock.data.rows import Rows
 from nextblock.data.tasks import Task
 from nextblock.generate import BlockDiffusionLM
 from nextblock.model.decoder import Decoder
-from nextblock.objective import cross_entropy
+from nextblock.recipe.corruption import UNSCORED, MaskDraw, TwoView, corrupt
+from nextblock.recipe.objective import cross_entropy
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from nextblock.config.sections import AdaptConfig
-from nextblock.corruption import NOISE_LEVELS, UNSCORED, TwoView
 from nextblock.model.decoder import text_config
 from nextblock.model.shapes import device_named
+from nextblock.recipe.corruption import NOISE_LEVELS, UNSCORED, TwoView
 
 PROJECT, TRACKERS = "nextblock", "trackers"
 OFFSETS = 64

@@ -23,7 +23,6 @@ from accelerate.utils import DistributedType, is_bnb_available
 from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, PreTrainedModel
 
-from nextblock import schedules
 from nextblock.attention.rule import block_diffusion_rule
 from nextblock.checkpoint import (
     checkpoint_folder,
@@ -50,7 +49,6 @@ from nextblock.config.sections import (
     require,
     stage_configs,
 )
-from nextblock.corruption import TwoView, corrupt
 from nextblock.data.encode import span_ends
 from nextblock.data.feed import Feed, merged
 from nextblock.data.rows import NoDocument, Rows, RowStream, check_tokens
@@ -73,8 +71,10 @@ from nextblock.model.decoder import (
 )
 from nextblock.model.draft_adapter import DraftAdapter, save_adapter
 from nextblock.model.lora import LoraAdapter
-from nextblock.objective import DraftLoss, TwoViewLoss
 from nextblock.ranks import gather, is_main, together
+from nextblock.recipe import schedules
+from nextblock.recipe.corruption import TwoView, corrupt
+from nextblock.recipe.objective import DraftLoss, TwoViewLoss
 from nextblock.tracking import (
     TRACKERS,
     LossProfile,

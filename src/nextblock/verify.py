@@ -28,7 +28,6 @@ from nextblock.attention.rule import (
 )
 from nextblock.batch import Batch, Row
 from nextblock.config.sections import BlockDiffusionSettings, RecipeConfig, UsageError
-from nextblock.corruption import TwoView, corrupt
 from nextblock.data.rows import Rows
 from nextblock.events import Stats
 from nextblock.generate import BlockDiffusionLM
@@ -41,7 +40,8 @@ from nextblock.model.decoder import (
     probe,
     read_settings,
 )
-from nextblock.objective import TwoViewLoss
+from nextblock.recipe.corruption import TwoView, corrupt
+from nextblock.recipe.objective import TwoViewLoss
 from nextblock.sampling import DecodingConfig, Mode
 
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 2e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import PreTrainedConfig
 
-from nextblock import schedules
 from nextblock.config.sections import AdaptConfig, Context
 from nextblock.plan.fakes import bare_model, low_rank_updates
+from nextblock.recipe import schedules
 from nextblock.tracking import Flops, Products, kind_of_training
 
 

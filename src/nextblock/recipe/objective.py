@@ -15,8 +15,8 @@ from transformers import DynamicCache
 from transformers.utils.import_utils import is_liger_kernel_available
 
 from nextblock.attention.rule import Rule
-from nextblock.corruption import UNSCORED, TwoView
 from nextblock.model.decoder import Decoder
+from nextblock.recipe.corruption import UNSCORED, TwoView
 
 LOGIT_ELEMENTS = 2**24
 """Logits alive at once in the chunk loop on CPU: 64 MiB in float32. Fewer are as fast there."""
