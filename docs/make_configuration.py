@@ -11,7 +11,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from nextblock.config.sections import AdaptConfig, BlockDiffusionSettings, Section, Stage, UsageError, load_config
-from nextblock.sampling import DecodingConfig
+from nextblock.decoding.sampling import DecodingConfig
 
 HEAD = """# Configuration
 

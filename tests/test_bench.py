@@ -30,10 +30,10 @@ from nextblock.bench.prompts import file_prompts, make_variants, parse_variant, 
 from nextblock.cli import app
 from nextblock.config.sections import BlockDiffusionSettings, UsageError
 from nextblock.data.tasks import get_task
-from nextblock.generate import BlockDiffusionLM
+from nextblock.decoding.compiled import StaticPasses
+from nextblock.decoding.lm import BlockDiffusionLM
 from nextblock.model.decoder import byte_tokenizer
 from nextblock.model.shapes import SHAPES
-from nextblock.static import StaticPasses
 
 VOCABULARY, MASK, END = 264, 263, 256
 PROMPTS = [[72, 101, 108], [80, 33, 90, 91, 92, 40], [5], [17, 200, 3, 44]]

@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from families import MASK_ID, tiny_model
-from nextblock import batch as batch_module
 from nextblock.attention import split as split_attention
 from nextblock.attention.rule import decode_mask
-from nextblock.batch import Batch, Row
-from nextblock.cache import Masks, SlotCache
 from nextblock.config.sections import BlockDiffusionSettings, validate
-from nextblock.events import Stats
+from nextblock.decoding import batch as batch_module
+from nextblock.decoding.batch import Batch, Row
+from nextblock.decoding.cache import Masks, SlotCache
+from nextblock.decoding.events import Stats
+from nextblock.decoding.sampling import DecodingConfig
 from nextblock.model.decoder import Decoder
-from nextblock.sampling import DecodingConfig
 
 
 def states(rows, width, seed):

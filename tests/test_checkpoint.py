@@ -23,9 +23,9 @@ from nextblock.checkpoint import (
     save_checkpoint,
 )
 from nextblock.config.sections import BlockDiffusionSettings, UsageError
-from nextblock.generate import load
+from nextblock.decoding.lm import load
+from nextblock.decoding.request import end_tokens
 from nextblock.model.decoder import byte_tokenizer, load_model, load_tokenizer
-from nextblock.request import end_tokens
 from test_files import largest_file
 
 

@@ -17,8 +17,8 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopK
 from families import EOS_ID, MASK_ID, PAD_ID, tiny_model
 from nextblock.checkpoint import CUSTOM_GENERATE_SOURCE
 from nextblock.config.sections import UsageError
-from nextblock.custom_generate import block_diffusion
-from nextblock.generate import BlockDiffusionLM
+from nextblock.decoding.custom_generate import block_diffusion
+from nextblock.decoding.lm import BlockDiffusionLM
 from nextblock.model.decoder import read_settings
 from test_text import byte_level
 

@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from families import EOS_ID, FAMILIES, MASK_ID, tiny_model
-from nextblock.batch import Batch, Row
-from nextblock.cache import SlotCache
 from nextblock.config.sections import BlockDiffusionSettings, validate
-from nextblock.events import BlockFinished, Committed, Rejected, Stats
-from nextblock.generate import BlockDiffusionLM
-from nextblock.sampling import DecodingConfig
-from nextblock.speculate import Draft, _check_and_draft, _check_tree, _drafted_ahead, _known
+from nextblock.decoding.batch import Batch, Row
+from nextblock.decoding.cache import SlotCache
+from nextblock.decoding.events import BlockFinished, Committed, Rejected, Stats
+from nextblock.decoding.lm import BlockDiffusionLM
+from nextblock.decoding.sampling import DecodingConfig
+from nextblock.decoding.speculative import Draft, _check_and_draft, _check_tree, _drafted_ahead, _known
 
 LENGTHS = (5, 11, 1, 7)
 

@@ -14,10 +14,10 @@ import nextblock as nb
 from families import EOS_ID, MASK_ID, longrope_model, nested_model, tiny_model
 from nextblock.checkpoint import export
 from nextblock.config.sections import BlockDiffusionSettings, UsageError
-from nextblock.events import BlockFinished, Committed, Prefilled, Rejected, RowFinished
-from nextblock.generate import BlockDiffusionLM, load, look_at
+from nextblock.decoding.events import BlockFinished, Committed, Prefilled, Rejected, RowFinished
+from nextblock.decoding.lm import BlockDiffusionLM, load, look_at
+from nextblock.decoding.request import make_request
 from nextblock.model.decoder import byte_tokenizer
-from nextblock.request import make_request
 from test_text import byte_level
 
 MODES = ["ar", "diffusion", "speculative"]
@@ -402,7 +402,7 @@ def test_the_confidence_of_tokens_is_worked_out_only_for_those_who_read_events(m
     told = [event for event in lm.stream(tokens, max_new_tokens=9, **options) if isinstance(event, Committed)]
     assert all(0 < event.confidence <= 1 + 1e-6 for event in told)
     if not options.get("temperature"):
-        monkeypatch.setattr("nextblock.batch.probability_of", lambda *_: pytest.fail("nobody reads it"))
+        monkeypatch.setattr("nextblock.decoding.batch.probability_of", lambda *_: pytest.fail("nobody reads it"))
         assert lm.generate(tokens, max_new_tokens=9, **options).stats.new_tokens == len(told)
 
 
@@ -430,7 +430,7 @@ def test_a_row_that_goes_along_costs_no_further_call_of_a_processor(options):
 def test_the_clock_is_read_once_a_pass_and_not_for_each_event(monkeypatch):
     reads = []
     clock = SimpleNamespace(perf_counter=lambda: float(len(reads.append(1) or reads)))
-    monkeypatch.setattr("nextblock.generate.time", clock)
+    monkeypatch.setattr("nextblock.decoding.lm.time", clock)
     out = ids_only().generate(torch.tensor([[5, 6, 7]] * 4), mode="ar", max_new_tokens=10, eos_token_id=[])
     assert out.stats.new_tokens == 40
     assert len(reads) == out.stats.forwards + 2  # the beginning and the end

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from nextblock import live
-from nextblock.events import BlockFinished, Committed, Event, Prefilled, Rejected, RowFinished
+from nextblock.decoding.events import BlockFinished, Committed, Event, Prefilled, Rejected, RowFinished
 from nextblock.live import DenoisingView, TrainingBar, progress, show_denoising
 from nextblock.train import StepMetrics
 

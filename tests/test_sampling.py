@@ -13,12 +13,11 @@ from hypothesis import strategies as st
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from families import tiny_model
-from nextblock.batch import Row
 from nextblock.config.sections import BlockDiffusionSettings, DraftAdapterConfig, UsageError, validate
-from nextblock.events import BlockFinished, Committed, Rejected
-from nextblock.generate import BlockDiffusionLM
-from nextblock.model.draft_adapter import DraftAdapter
-from nextblock.sampling import (
+from nextblock.decoding.batch import Row
+from nextblock.decoding.events import BlockFinished, Committed, Rejected
+from nextblock.decoding.lm import BlockDiffusionLM
+from nextblock.decoding.sampling import (
     DecodingConfig,
     accepted,
     commit,
@@ -31,7 +30,8 @@ from nextblock.sampling import (
     uniforms,
     without,
 )
-from nextblock.speculate import Draft, _branches, _verify_sampled
+from nextblock.decoding.speculative import Draft, _branches, _verify_sampled
+from nextblock.model.draft_adapter import DraftAdapter
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])

@@ -15,10 +15,10 @@ from torch._guards import TracingContext
 
 from families import MASK_ID, tiny_model
 from nextblock.config.sections import BlockDiffusionSettings, DraftAdapterConfig
-from nextblock.generate import BlockDiffusionLM, compiled_passes
+from nextblock.decoding.compiled import StaticCache, StaticPasses, rounded_capacity, rounded_rows, rounded_width
+from nextblock.decoding.lm import BlockDiffusionLM, compiled_passes
+from nextblock.decoding.request import make_request
 from nextblock.model.draft_adapter import DraftAdapter
-from nextblock.request import make_request
-from nextblock.static import StaticCache, StaticPasses, rounded_capacity, rounded_rows, rounded_width
 
 LENGTHS, LIMITS = (5, 11, 1, 7, 9), [30, 7, 18, 25, 12]
 MODES: list[dict[str, Any]] = [

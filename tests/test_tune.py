@@ -16,9 +16,9 @@ from nextblock.checkpoint import export
 from nextblock.cli import app
 from nextblock.config.sections import BlockDiffusionSettings, UsageError
 from nextblock.data.tasks import Example, Task
-from nextblock.generate import BlockDiffusionLM, load
+from nextblock.decoding.lm import BlockDiffusionLM, load
+from nextblock.decoding.request import resolve_config
 from nextblock.model.decoder import byte_tokenizer
-from nextblock.request import resolve_config
 from nextblock.tune import (
     MODES,
     Trial,

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nextblock.adapt import RunResult, adapt
     from nextblock.config.sections import AdaptConfig, BlockDiffusionSettings, UsageError
-    from nextblock.custom_generate import block_diffusion
-    from nextblock.generate import BlockDiffusionLM, Generation, load
+    from nextblock.decoding.custom_generate import block_diffusion
+    from nextblock.decoding.lm import BlockDiffusionLM, Generation, load
 
 __version__ = "0.1.0"
 

@@ -20,14 +20,14 @@ from nextblock.config.files import locked
 from nextblock.config.sections import AdaptConfig, load_config, stage_configs
 from nextblock.data.feed import merged
 from nextblock.data.rows import Rows
+from nextblock.decoding.lm import BlockDiffusionLM
+from nextblock.decoding.request import GenerateOptions
 from nextblock.evaluate import bits_per_byte
-from nextblock.generate import BlockDiffusionLM
 from nextblock.model.decoder import Decoder, load_model, load_parent
 from nextblock.ranks import gather
 from nextblock.recipe import schedules
 from nextblock.recipe.corruption import corrupt
 from nextblock.report import read_log, write_report
-from nextblock.request import GenerateOptions
 from nextblock.train import LOG, Run, StepMetrics, stop_on_sigterm, train, writing
 
 STEPS_PER_BLOCK, SAMPLE_TOKENS, PROMPT_TOKENS = 4, 64, 32

@@ -17,12 +17,12 @@ import torch
 
 from nextblock.config.sections import UsageError
 from nextblock.data.sources import Record, read_prompts
-from nextblock.events import Finish
-from nextblock.generate import load
+from nextblock.decoding.events import Finish
+from nextblock.decoding.lm import load
+from nextblock.decoding.request import make_request, with_stored
+from nextblock.decoding.text import INCOMPLETE
 from nextblock.model.decoder import GivenSettings, read_config, read_settings, resolve, resolve_adapter, weights_folder
 from nextblock.model.draft_adapter import fingerprint
-from nextblock.request import make_request, with_stored
-from nextblock.text import INCOMPLETE
 
 
 def write_answers(

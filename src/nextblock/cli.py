@@ -358,7 +358,7 @@ def load_lm(
     """`nextblock.load` with a dtype by name, and without transformers' own progress bars."""
     from transformers.utils.logging import disable_progress_bar
 
-    from nextblock.generate import load
+    from nextblock.decoding.lm import load
     from nextblock.model.decoder import no_tokenizer
 
     disable_progress_bar()

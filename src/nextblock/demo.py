@@ -14,7 +14,7 @@ from nextblock.bench.scores import score_modes
 from nextblock.config.presets import preset
 from nextblock.config.sections import AdaptConfig, load_config
 from nextblock.data.tasks import get_task
-from nextblock.generate import BlockDiffusionLM, load
+from nextblock.decoding.lm import BlockDiffusionLM, load
 from nextblock.live import TrainingBar, progress, show_denoising
 from nextblock.recipe import schedules
 from nextblock.report import decoding_table, write_report

@@ -15,7 +15,7 @@ from nextblock.config.sections import BlockDiffusionSettings, RecipeConfig, Usag
 from nextblock.data.encode import span_ends
 from nextblock.data.rows import Rows
 from nextblock.data.tasks import Task
-from nextblock.generate import BlockDiffusionLM
+from nextblock.decoding.lm import BlockDiffusionLM
 from nextblock.model.decoder import Decoder
 from nextblock.recipe.corruption import UNSCORED, MaskDraw, TwoView, corrupt
 from nextblock.recipe.objective import cross_entropy

@@ -24,8 +24,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from nextblock.events import Committed, Event, RowFinished
-from nextblock.text import TextStream
+from nextblock.decoding.events import Committed, Event, RowFinished
+from nextblock.decoding.text import TextStream
 from nextblock.train import StepMetrics
 
 MASK_CELL = "░"

@@ -21,10 +21,10 @@ from nextblock.bench.contest import Round, alternate, make_batches, our_mode
 from nextblock.bench.decoding import check_length, speedups
 from nextblock.bench.prompts import Options, Prompts, variant_name
 from nextblock.config.sections import UsageError, nearest
-from nextblock.generate import BlockDiffusionLM
+from nextblock.decoding.lm import BlockDiffusionLM
+from nextblock.decoding.request import end_tokens, resolve_config
+from nextblock.decoding.sampling import DecodingConfig
 from nextblock.model.decoder import SHIPPED
-from nextblock.request import end_tokens, resolve_config
-from nextblock.sampling import DecodingConfig
 
 TUNED = {  # what is tuned of each mode; the values left out of a name are the defaults of `DecodingConfig`
     "diffusion": ("block_size", "threshold", "sampler", "sub_blocks"),

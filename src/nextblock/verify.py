@@ -26,11 +26,12 @@ from nextblock.attention.rule import (
     to_dense,
     within_window,
 )
-from nextblock.batch import Batch, Row
 from nextblock.config.sections import BlockDiffusionSettings, RecipeConfig, UsageError
 from nextblock.data.rows import Rows
-from nextblock.events import Stats
-from nextblock.generate import BlockDiffusionLM
+from nextblock.decoding.batch import Batch, Row
+from nextblock.decoding.events import Stats
+from nextblock.decoding.lm import BlockDiffusionLM
+from nextblock.decoding.sampling import DecodingConfig, Mode
 from nextblock.model.decoder import (
     Decoder,
     GivenSettings,
@@ -42,7 +43,6 @@ from nextblock.model.decoder import (
 )
 from nextblock.recipe.corruption import TwoView, corrupt
 from nextblock.recipe.objective import TwoViewLoss
-from nextblock.sampling import DecodingConfig, Mode
 
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 2e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest difference that rounding explains, as a share of the largest value. float64 allows for the parts of

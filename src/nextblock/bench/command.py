@@ -16,9 +16,9 @@ from nextblock.bench.decoding import bench_decode, compares_compiled, count_call
 from nextblock.bench.forwards import POSITIONS, random_prompts, time_forwards
 from nextblock.bench.prompts import Options, Prompts, file_prompts, task_prompts
 from nextblock.config.sections import UsageError
-from nextblock.generate import BlockDiffusionLM
+from nextblock.decoding.lm import BlockDiffusionLM
+from nextblock.decoding.request import end_tokens
 from nextblock.live import progress
-from nextblock.request import end_tokens
 
 
 def wide_console() -> Console:

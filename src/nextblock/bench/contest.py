@@ -24,7 +24,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from nextblock.bench.prompts import Options, variant_name
 from nextblock.config.sections import UsageError
-from nextblock.generate import BlockDiffusionLM
+from nextblock.decoding.lm import BlockDiffusionLM
 
 TokenLists = Sequence[Sequence[int]]
 MEMORY_MEANING = {

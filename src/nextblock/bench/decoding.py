@@ -19,7 +19,7 @@ from nextblock.bench.contest import (
 )
 from nextblock.bench.prompts import Options
 from nextblock.config.sections import UsageError
-from nextblock.generate import BlockDiffusionLM
+from nextblock.decoding.lm import BlockDiffusionLM
 
 WARM_UP_ROUNDS = 2  # where passes are compiled: in the first call of a shape, and recorded in the second
 

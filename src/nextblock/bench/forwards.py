@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from nextblock.batch import Batch, Row
 from nextblock.bench.contest import synchronize
 from nextblock.config.sections import BlockDiffusionSettings, UsageError, validate
-from nextblock.events import Stats
-from nextblock.generate import BlockDiffusionLM
+from nextblock.decoding.batch import Batch, Row
+from nextblock.decoding.events import Stats
+from nextblock.decoding.lm import BlockDiffusionLM
+from nextblock.decoding.sampling import DecodingConfig
 from nextblock.model.decoder import choose_attention
 from nextblock.model.shapes import shape_values
-from nextblock.sampling import DecodingConfig
 
 POSITIONS = (1, 2, 4, 8, 16, 32, 64, 160)
 REPEATS = 5  # passes of one width in a row; their mean is one measurement

@@ -12,9 +12,9 @@ import yaml
 from nextblock.config.sections import BlockDiffusionSettings, UsageError, nearest
 from nextblock.data.sources import read_prompts
 from nextblock.data.tasks import Example, Task, get_task
-from nextblock.generate import BlockDiffusionLM
-from nextblock.request import make_request, resolve_config
-from nextblock.sampling import MODES, DecodingConfig
+from nextblock.decoding.lm import BlockDiffusionLM
+from nextblock.decoding.request import make_request, resolve_config
+from nextblock.decoding.sampling import MODES, DecodingConfig
 
 # Every contestant decodes greedily and to the same length, or their speeds would not be comparable.
 FIXED = ("max_new_tokens", "temperature", "top_p", "top_k")

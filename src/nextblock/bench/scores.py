@@ -10,9 +10,9 @@ from nextblock.bench.contest import alternate, our_mode
 from nextblock.bench.decoding import speedups
 from nextblock.bench.prompts import Options, task_prompts
 from nextblock.data.tasks import Task
+from nextblock.decoding.lm import BlockDiffusionLM
+from nextblock.decoding.request import end_tokens
 from nextblock.evaluate import score_task
-from nextblock.generate import BlockDiffusionLM
-from nextblock.request import end_tokens
 
 TIMED, ROUNDS = 4, 4  # prompts of a round, decoded one at a time; rounds
 

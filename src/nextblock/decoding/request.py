@@ -10,14 +10,14 @@ from typing import Any, Literal, TypedDict
 import torch
 from torch import Tensor
 
-from nextblock.batch import Row
 from nextblock.config.sections import BlockDiffusionSettings, UsageError, validate
 from nextblock.data.encode import encode_prompt
 from nextblock.data.sources import check_characters
-from nextblock.events import Finish
+from nextblock.decoding.batch import Row
+from nextblock.decoding.events import Finish
+from nextblock.decoding.sampling import DecodingConfig, Mode, Sampler, generator
+from nextblock.decoding.text import TextStream
 from nextblock.model.decoder import Decoder, no_tokenizer
-from nextblock.sampling import DecodingConfig, Mode, Sampler, generator
-from nextblock.text import TextStream
 
 Message = Mapping[str, Any]
 Prompts = str | Message | Sequence[str] | Sequence[Message] | Sequence[Sequence[Message]] | Tensor

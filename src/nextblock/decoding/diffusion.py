@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nextblock.batch import Batch, Row, begin, finished, push
-from nextblock.events import BlockFinished, Committed, Event
-from nextblock.sampling import commit, probability_of, scores
-from nextblock.speculate import speculative
+from nextblock.decoding.batch import Batch, Row, begin, finished, push
+from nextblock.decoding.events import BlockFinished, Committed, Event
+from nextblock.decoding.sampling import commit, probability_of, scores
+from nextblock.decoding.speculative import speculative
 
 
 def decode(batch: Batch) -> Iterator[list[Event]]:

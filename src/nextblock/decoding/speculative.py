@@ -14,9 +14,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from nextblock.batch import Batch, Row, begin, push
-from nextblock.events import BlockFinished, Event, Rejected
-from nextblock.sampling import accepted, draw, probability_of, residual, without
+from nextblock.decoding.batch import Batch, Row, begin, push
+from nextblock.decoding.events import BlockFinished, Event, Rejected
+from nextblock.decoding.sampling import accepted, draw, probability_of, residual, without
 
 
 @dataclass(frozen=True)

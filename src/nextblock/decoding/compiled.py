@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from nextblock.attention.rule import decode_mask
-from nextblock.cache import SlotCache
+from nextblock.decoding.cache import SlotCache
 from nextblock.model.decoder import Decoder
 from nextblock.model.draft_adapter import Gate
 

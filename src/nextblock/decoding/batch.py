@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from nextblock.attention.split import can_run_split, running_split
-from nextblock.cache import Masks, SlotCache
 from nextblock.config.sections import BlockDiffusionSettings
-from nextblock.events import Committed, Event, Finish, Prefilled, RowFinished, Stats
+from nextblock.decoding.cache import Masks, SlotCache
+from nextblock.decoding.compiled import StaticCache, StaticPasses
+from nextblock.decoding.events import Committed, Event, Finish, Prefilled, RowFinished, Stats
+from nextblock.decoding.sampling import DecodingConfig, draw, filter_logits, probability_of, uniforms
 from nextblock.model.decoder import AttentionMask, Decoder
 from nextblock.model.draft_adapter import Gate
-from nextblock.sampling import DecodingConfig, draw, filter_logits, probability_of, uniforms
-from nextblock.static import StaticCache, StaticPasses
 
 Processor = Callable[[Tensor, Tensor], Tensor]
 """processor(prefixes int64 [B, T], logits [B, V]) -> logits [B, V], as transformers' logits processors."""

@@ -17,13 +17,13 @@ from transformers.generation import logits_process
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from nextblock.batch import Row
 from nextblock.config.sections import UsageError
-from nextblock.events import Finish
-from nextblock.generate import BlockDiffusionLM, Stream, look_at
+from nextblock.decoding.batch import Row
+from nextblock.decoding.events import Finish
+from nextblock.decoding.lm import BlockDiffusionLM, Stream, look_at
+from nextblock.decoding.request import make_request, resolve_config
 from nextblock.model.decoder import read_settings
 from nextblock.model.draft_adapter import attached_adapter
-from nextblock.request import make_request, resolve_config
 
 _OWN_WARPERS = {
     logits_process.TemperatureLogitsWarper: "temperature",

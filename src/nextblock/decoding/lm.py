@@ -17,10 +17,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from nextblock.batch import Batch, Processor, Row
 from nextblock.config.sections import BlockDiffusionSettings, UsageError, nearest
-from nextblock.decode import decode
-from nextblock.events import Committed, Event, Finish, RowFinished, Stats
+from nextblock.decoding.batch import Batch, Processor, Row
+from nextblock.decoding.compiled import StaticPasses
+from nextblock.decoding.diffusion import decode
+from nextblock.decoding.events import Committed, Event, Finish, RowFinished, Stats
+from nextblock.decoding.request import GenerateOptions, Prompts, Request, make_request
+from nextblock.decoding.text import TextStream
 from nextblock.model.decoder import (
     Decoder,
     GivenSettings,
@@ -36,9 +39,6 @@ from nextblock.model.decoder import (
     weights_folder,
 )
 from nextblock.model.draft_adapter import DraftAdapter, load_adapter
-from nextblock.request import GenerateOptions, Prompts, Request, make_request
-from nextblock.static import StaticPasses
-from nextblock.text import TextStream
 
 PASSES = "_nextblock_passes"
 """Attribute of a model that was decoded: its compiled passes."""
