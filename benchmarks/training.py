@@ -38,7 +38,7 @@ from nextblock.data.rows import Rows
 from nextblock.model.decoder import Decoder, load_model, read_settings, run_in_parts, without_dropout
 from nextblock.model.draft_adapter import DraftAdapter
 from nextblock.recipe.objective import DraftLoss, TwoViewLoss
-from nextblock.train import Run, train_step
+from nextblock.training.loop import Run, train_step
 
 MEMORY_MEANING = {
     "cuda": "peak of torch's CUDA allocator over one step, less what it held before the step",
@@ -317,7 +317,7 @@ def fresh_process_peak_gib(work: Work, way: Way) -> float | None:
     """`MEMORY_MEANING["cpu"]`; None where the system cannot tell, or ended the process for want of memory."""
     context = multiprocessing.get_context("forkserver")  # imports once, and forks a bare process each time
     # By name what takes long; this file is no module of a package, and each process reads it from its path.
-    context.set_forkserver_preload(["nextblock.train", "nextblock.adapt", "nextblock.bench.forwards"])
+    context.set_forkserver_preload(["nextblock.training.loop", "nextblock.adapt", "nextblock.bench.forwards"])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         try:
             return pool.submit(step_peak_gib, work, way).result()

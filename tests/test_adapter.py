@@ -16,7 +16,6 @@ import nextblock as nb
 from families import EOS_ID, FAMILIES, tiny_model
 from layouts import PLAIN, PROMPTED, make_rows
 from nextblock.attention.rule import block_diffusion_rule
-from nextblock.checkpoint import export
 from nextblock.config.sections import (
     BlockDiffusionSettings,
     DraftAdapterConfig,
@@ -44,7 +43,8 @@ from nextblock.model.draft_adapter import (
 )
 from nextblock.recipe.corruption import corrupt
 from nextblock.recipe.objective import DraftLoss
-from nextblock.train import train
+from nextblock.training.checkpoint import export
+from nextblock.training.loop import train
 
 BLOCK = 4
 PROMPTS = ["Q: two", "a longer prompt, of other length", "x"]

@@ -13,8 +13,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from families import tiny_model
-from nextblock import checkpoint
-from nextblock.checkpoint import (
+from nextblock.config.sections import BlockDiffusionSettings, UsageError
+from nextblock.decoding.lm import load
+from nextblock.decoding.request import end_tokens
+from nextblock.model.decoder import byte_tokenizer, load_model, load_tokenizer
+from nextblock.training import checkpoint
+from nextblock.training.checkpoint import (
     export,
     list_checkpoints,
     load_checkpoint,
@@ -22,10 +26,6 @@ from nextblock.checkpoint import (
     remove_partial,
     save_checkpoint,
 )
-from nextblock.config.sections import BlockDiffusionSettings, UsageError
-from nextblock.decoding.lm import load
-from nextblock.decoding.request import end_tokens
-from nextblock.model.decoder import byte_tokenizer, load_model, load_tokenizer
 from test_files import largest_file
 
 
@@ -215,7 +215,7 @@ def test_a_save_that_stops_half_way_leaves_the_earlier_checkpoint_the_newest(tmp
         raise KeyboardInterrupt  # what no handler of write errors catches, as a kill
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"nextblock.checkpoint.{stage}" if "." not in stage else stage, stop)
+        patch.setattr(f"nextblock.training.checkpoint.{stage}" if "." not in stage else stage, stop)
         with pytest.raises(KeyboardInterrupt):
             write(tmp_path, 10)
     assert newest_whole_checkpoint(tmp_path) == (before, [])

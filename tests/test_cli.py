@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 import nextblock as nb
 from families import tiny_model
 from nextblock import cli
-from nextblock.checkpoint import export
 from nextblock.config.sections import BlockDiffusionSettings, DraftAdapterConfig
 from nextblock.model.decoder import byte_tokenizer
 from nextblock.model.draft_adapter import DraftAdapter, save_adapter
+from nextblock.training.checkpoint import export
 
 
 @pytest.fixture
@@ -118,7 +118,7 @@ def test_a_finished_run_is_not_written_over_but_can_be_resumed(run, parent, text
 
 
 @pytest.mark.parametrize(
-    "where", ["nextblock.evaluate._nats", "nextblock.train.export", "nextblock.adapt.load_parent"]
+    "where", ["nextblock.evaluate._nats", "nextblock.training.loop.export", "nextblock.adapt.load_parent"]
 )
 def test_sigterm_after_the_last_step_leaves_the_model_and_a_resume_measures_it(
     run, parent, texts, tmp_path, monkeypatch, where

@@ -15,11 +15,11 @@ from transformers import (
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from families import EOS_ID, MASK_ID, PAD_ID, tiny_model
-from nextblock.checkpoint import CUSTOM_GENERATE_SOURCE
 from nextblock.config.sections import UsageError
 from nextblock.decoding.custom_generate import block_diffusion
 from nextblock.decoding.lm import BlockDiffusionLM
 from nextblock.model.decoder import read_settings
+from nextblock.training.checkpoint import CUSTOM_GENERATE_SOURCE
 from test_text import byte_level
 
 SECTION = {"block_size": 8, "mask_token_id": MASK_ID}

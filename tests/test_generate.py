@@ -12,12 +12,12 @@ import torch
 
 import nextblock as nb
 from families import EOS_ID, MASK_ID, longrope_model, nested_model, tiny_model
-from nextblock.checkpoint import export
 from nextblock.config.sections import BlockDiffusionSettings, UsageError
 from nextblock.decoding.events import BlockFinished, Committed, Prefilled, Rejected, RowFinished
 from nextblock.decoding.lm import BlockDiffusionLM, load, look_at
 from nextblock.decoding.request import make_request
 from nextblock.model.decoder import byte_tokenizer
+from nextblock.training.checkpoint import export
 from test_text import byte_level
 
 MODES = ["ar", "diffusion", "speculative"]

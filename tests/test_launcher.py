@@ -7,8 +7,8 @@ import json
 import pytest
 
 from nextblock.config.sections import UsageError
-from nextblock.launcher import check_launcher
-from nextblock.train import train
+from nextblock.training.launcher import check_launcher
+from nextblock.training.loop import train
 from test_train import config_of
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from nextblock import live
 from nextblock.decoding.events import BlockFinished, Committed, Event, Prefilled, Rejected, RowFinished
 from nextblock.live import DenoisingView, TrainingBar, progress, show_denoising
-from nextblock.train import StepMetrics
+from nextblock.training.loop import StepMetrics
 
 
 class Letters:

@@ -17,7 +17,7 @@ from families import tiny_model
 from nextblock.config.sections import AdaptConfig, LoraConfig, UsageError, load_config
 from nextblock.model.decoder import Decoder, byte_tokenizer
 from nextblock.model.lora import LoraAdapter
-from nextblock.train import StepMetrics, prepare, train
+from nextblock.training.loop import StepMetrics, prepare, train
 
 pytest.importorskip("peft")
 

@@ -28,7 +28,6 @@ from families import EOS_ID, FAMILIES, MASK_ID, VOCABULARY, longrope_model, nest
 from layouts import CHAT, PLAIN, PROMPTED, make_rows
 from nextblock.adapt import adapt
 from nextblock.attention.rule import Places, block_diffusion_rule
-from nextblock.checkpoint import export
 from nextblock.config.sections import BlockDiffusionSettings, ModelConfig, RecipeConfig, UsageError
 from nextblock.data.rows import Rows
 from nextblock.model.decoder import (
@@ -50,6 +49,7 @@ from nextblock.model.decoder import (
     replace_values,
 )
 from nextblock.recipe.corruption import TwoView, corrupt
+from nextblock.training.checkpoint import export
 
 ROWS = make_rows([PLAIN, PROMPTED, CHAT], 28)
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}  # float32, logits of size 10

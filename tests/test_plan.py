@@ -27,7 +27,6 @@ from nextblock.config.sections import (
     stage_configs,
 )
 from nextblock.evaluate import bits_per_byte
-from nextblock.launcher import check_sharding
 from nextblock.model.decoder import load_parent, scratch_config
 from nextblock.model.draft_adapter import DraftAdapter
 from nextblock.model.shapes import DEVICES, shape_values
@@ -42,8 +41,9 @@ from nextblock.plan.work import (
     step_flops,
 )
 from nextblock.recipe.corruption import UNSCORED, corrupt
-from nextblock.tracking import Products, kind_of_training
-from nextblock.train import prepare, train_step
+from nextblock.training.launcher import check_sharding
+from nextblock.training.log import Products, kind_of_training
+from nextblock.training.loop import prepare, train_step
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",

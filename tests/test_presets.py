@@ -13,11 +13,11 @@ from accelerate.state import AcceleratorState
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from nextblock import plan
-from nextblock.checkpoint import export
 from nextblock.config.presets import find_config, preset
 from nextblock.config.sections import UsageError, load_config
 from nextblock.model.decoder import byte_tokenizer
-from nextblock.train import train
+from nextblock.training.checkpoint import export
+from nextblock.training.loop import train
 
 NAMES = sorted(path.stem for path in (Path(__file__).parents[1] / "presets").glob("*.yaml"))
 

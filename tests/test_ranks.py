@@ -17,8 +17,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nextblock.checkpoint import list_checkpoints
 from nextblock.config.sections import AdaptConfig, load_config
+from nextblock.training.checkpoint import list_checkpoints
 from test_train import config_of, start
 
 pytestmark = pytest.mark.slow
@@ -61,10 +61,10 @@ def finish(ranks: list[Any]) -> list[int]:
 
 def adapt_rank(rank: int, values: dict[str, Any], stop_after: int | None = None) -> None:
     """Train; end without a word after `stop_after` steps, as a machine that goes away."""
-    from nextblock.train import train, train_step
+    from nextblock.training.loop import train, train_step
 
     if stop_after is not None:
-        import nextblock.train as module
+        import nextblock.training.loop as module
 
         def doomed(run: Any, step: int) -> Any:
             if run.first_step + step == stop_after:
@@ -141,7 +141,7 @@ def unshared_rank(rank: int, values: dict[str, Any]) -> None:
     """Train; fail where the gradient of a micro-batch would be kept whole until the last one."""
     import accelerate
 
-    from nextblock.train import train
+    from nextblock.training.loop import train
 
     def kept(self: Any, model: Any) -> None:
         raise AssertionError("no_sync holds all of the gradient on each rank")
@@ -159,7 +159,7 @@ def test_sharded_gradients_are_shared_out_after_every_micro_batch(place, process
 
 def launched_rank(rank: int, environment: dict[str, str], values: dict[str, Any]) -> None:
     """Train as `accelerate launch` would have it, in shards."""
-    from nextblock.train import train
+    from nextblock.training.loop import train
 
     os.environ.update(environment)
     assert train(load_config(values)).is_sharded

@@ -18,7 +18,7 @@ from nextblock.config.sections import AdaptConfig, UsageError, load_config, stag
 from nextblock.model.decoder import read_config
 from nextblock.report import read_log
 from nextblock.report.figures import plot_losses
-from nextblock.train import StepMetrics, train
+from nextblock.training.loop import StepMetrics, train
 from test_train import config_of, signal_at, start, weights
 
 
@@ -212,7 +212,7 @@ def killed_after(values: dict[str, Any], steps: int) -> None:
 
 
 def test_a_resume_in_a_later_stage_reads_the_checkpoint_of_that_stage_alone_and_once(place, tmp_path, monkeypatch):
-    import nextblock.checkpoint as module
+    import nextblock.training.checkpoint as module
 
     config = staged(place, tmp_path / "run")
     train(config, on_step=lambda metrics: signal_at(metrics, 14))  # the second of stage 2
@@ -228,7 +228,7 @@ def test_a_resume_in_a_later_stage_reads_the_checkpoint_of_that_stage_alone_and_
 
     monkeypatch.setattr(module, "_digest", digest)
     monkeypatch.setattr(module, "safe_open", load)
-    monkeypatch.setattr("nextblock.train.run_stage", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("nextblock.training.loop.run_stage", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         train(config, resume=True)
     (folder,) = {file.parent for file in digested}

@@ -28,8 +28,8 @@ from nextblock.model.decoder import Decoder
 from nextblock.recipe.corruption import corrupt
 from nextblock.recipe.objective import TwoViewLoss
 from nextblock.report import read_log
-from nextblock.tracking import NOISE_LEVELS, LossProfile, Products, scalars
-from nextblock.train import StepMetrics, prepare, train, trim_log
+from nextblock.training.log import NOISE_LEVELS, LossProfile, Products, scalars
+from nextblock.training.loop import StepMetrics, prepare, train, trim_log
 
 
 def test_products_are_those_of_the_text_model_where_images_come_with_it():

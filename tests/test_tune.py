@@ -12,13 +12,13 @@ from families import tiny_model
 from nextblock.bench.contest import Round
 from nextblock.bench.figures import plot_tuning, tuning_table
 from nextblock.bench.prompts import Prompts, task_prompts
-from nextblock.checkpoint import export
 from nextblock.cli import app
 from nextblock.config.sections import BlockDiffusionSettings, UsageError
 from nextblock.data.tasks import Example, Task
 from nextblock.decoding.lm import BlockDiffusionLM, load
 from nextblock.decoding.request import resolve_config
 from nextblock.model.decoder import byte_tokenizer
+from nextblock.training.checkpoint import export
 from nextblock.tune import (
     MODES,
     Trial,

@@ -10,9 +10,9 @@ from rich.console import Console
 from transformers import AutoConfig
 
 from families import FAMILIES, MASK_ID, TOKENS, longrope_model, nested_model, random_model, tiny_model
-from nextblock.checkpoint import export
 from nextblock.config.sections import BlockDiffusionSettings, UsageError
 from nextblock.decoding.lm import BlockDiffusionLM
+from nextblock.training.checkpoint import export
 from nextblock.verify import Check, table, verify, verify_model
 
 SETTINGS = BlockDiffusionSettings(block_size=4, mask_token_id=MASK_ID)

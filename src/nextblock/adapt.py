@@ -24,11 +24,11 @@ from nextblock.decoding.lm import BlockDiffusionLM
 from nextblock.decoding.request import GenerateOptions
 from nextblock.evaluate import bits_per_byte
 from nextblock.model.decoder import Decoder, load_model, load_parent
-from nextblock.ranks import gather
 from nextblock.recipe import schedules
 from nextblock.recipe.corruption import corrupt
 from nextblock.report import read_log, write_report
-from nextblock.train import LOG, Run, StepMetrics, stop_on_sigterm, train, writing
+from nextblock.training.loop import LOG, Run, StepMetrics, stop_on_sigterm, train, writing
+from nextblock.training.ranks import gather
 
 STEPS_PER_BLOCK, SAMPLE_TOKENS, PROMPT_TOKENS = 4, 64, 32
 """Of the sample decoded while training."""

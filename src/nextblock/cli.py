@@ -85,7 +85,9 @@ def main() -> None:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     # Here the error and what it held of the run are gone.
-    if (ranks := sys.modules.get("nextblock.ranks")) is not None:  # not for its sake alone: torch takes seconds
+    if (
+        ranks := sys.modules.get("nextblock.training.ranks")
+    ) is not None:  # not for its sake alone: torch takes seconds
         ranks.leave()
     sys.exit(2)
 
@@ -153,7 +155,7 @@ def adapt(
     from nextblock.adapt import adapt as run
     from nextblock.config.sections import load_config, stage_configs
     from nextblock.live import TrainingBar
-    from nextblock.ranks import is_main, together
+    from nextblock.training.ranks import is_main, together
 
     disable_progress_bar()
     with together():  # a file may be missing on one machine

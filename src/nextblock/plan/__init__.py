@@ -18,7 +18,6 @@ from transformers import PreTrainedConfig
 
 from nextblock.config.sections import AdaptConfig, ModelConfig, UsageError, nearest, stage_configs
 from nextblock.data.sources import one_line
-from nextblock.launcher import check_sharding
 from nextblock.model.decoder import (
     check_architecture,
     check_row_length,
@@ -37,7 +36,8 @@ from nextblock.plan.work import (
     run_flops,
     step_flops,
 )
-from nextblock.tracking import Flops, kind_of_training
+from nextblock.training.launcher import check_sharding
+from nextblock.training.log import Flops, kind_of_training
 
 USABLE = 0.92
 """Share of a GPU's memory that a step may take; the rest is for the driver, libraries and fragments."""

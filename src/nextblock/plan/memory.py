@@ -26,7 +26,7 @@ from nextblock.model.decoder import (
 from nextblock.plan.fakes import fake_decoder, fake_mask
 from nextblock.plan.work import micro_rows, noised_tokens, scored_tokens
 from nextblock.recipe.objective import CleanCache, chunk_rows, cross_entropy
-from nextblock.tracking import kind_of_training
+from nextblock.training.log import kind_of_training
 
 GIB = 2**30
 

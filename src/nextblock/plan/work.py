@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 from nextblock.config.sections import AdaptConfig, Context
 from nextblock.plan.fakes import bare_model, low_rank_updates
 from nextblock.recipe import schedules
-from nextblock.tracking import Flops, Products, kind_of_training
+from nextblock.training.log import Flops, Products, kind_of_training
 
 
 def micro_rows(config: AdaptConfig, devices: int) -> int:

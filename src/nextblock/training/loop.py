@@ -24,19 +24,6 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 from nextblock.attention.rule import block_diffusion_rule
-from nextblock.checkpoint import (
-    checkpoint_folder,
-    export,
-    export_settings,
-    list_checkpoints,
-    load_checkpoint,
-    load_optimizer,
-    load_weights,
-    newest_whole_checkpoint,
-    remove_partial,
-    save_checkpoint,
-    whole_weights,
-)
 from nextblock.config.files import LOCK, locked, make_folder, unwritten, whole_folder, write_whole
 from nextblock.config.sections import (
     AdaptConfig,
@@ -52,7 +39,6 @@ from nextblock.config.sections import (
 from nextblock.data.encode import span_ends
 from nextblock.data.feed import Feed, merged
 from nextblock.data.rows import NoDocument, Rows, RowStream, check_tokens
-from nextblock.launcher import check_batch, make_accelerator
 from nextblock.model.decoder import (
     Decoder,
     check_round_trip,
@@ -71,11 +57,24 @@ from nextblock.model.decoder import (
 )
 from nextblock.model.draft_adapter import DraftAdapter, save_adapter
 from nextblock.model.lora import LoraAdapter
-from nextblock.ranks import gather, is_main, together
 from nextblock.recipe import schedules
 from nextblock.recipe.corruption import TwoView, corrupt
 from nextblock.recipe.objective import DraftLoss, TwoViewLoss
-from nextblock.tracking import (
+from nextblock.training.checkpoint import (
+    checkpoint_folder,
+    export,
+    export_settings,
+    list_checkpoints,
+    load_checkpoint,
+    load_optimizer,
+    load_weights,
+    newest_whole_checkpoint,
+    remove_partial,
+    save_checkpoint,
+    whole_weights,
+)
+from nextblock.training.launcher import check_batch, make_accelerator
+from nextblock.training.log import (
     TRACKERS,
     LossProfile,
     Products,
@@ -84,6 +83,7 @@ from nextblock.tracking import (
     peak_memory_gib,
     run_log,
 )
+from nextblock.training.ranks import gather, is_main, together
 
 LOG = "log.jsonl"
 RESOLVED_CONFIG = "nextblock.yaml"

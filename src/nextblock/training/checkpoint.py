@@ -25,7 +25,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from nextblock.config.files import PARTIAL, unwritten
 from nextblock.config.sections import BlockDiffusionSettings, UsageError
 from nextblock.data.encode import span_ends
-from nextblock.ranks import is_main, together
+from nextblock.training.ranks import is_main, together
 
 MANIFEST, STATE, WEIGHTS, OPTIMIZER = "manifest.json", "state.json", "model.safetensors", "optimizer.pt"
 PARTS = ({STATE, WEIGHTS, OPTIMIZER}, {STATE, ".metadata"})

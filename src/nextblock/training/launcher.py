@@ -16,8 +16,8 @@ from accelerate.utils import (
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from nextblock.config.sections import AdaptConfig, UsageError, require
-from nextblock.ranks import join, together
-from nextblock.tracking import TRACKERS
+from nextblock.training.log import TRACKERS
+from nextblock.training.ranks import join, together
 
 OF_A_LAUNCHER: dict[str, tuple[str | None, str]] = {
     "ACCELERATE_MIXED_PRECISION": ("no", "leave it out, or set training.mixed_precision instead"),
