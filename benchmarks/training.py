@@ -31,10 +31,10 @@ from torch.nn import functional
 from torch.nn.utils import clip_grad_norm_
 
 from nextblock.adapt import environment
-from nextblock.bench.contest import GIB, high_water_mark_gib, synchronize
-from nextblock.bench.forwards import random_model
 from nextblock.config.sections import AdaptConfig, DraftAdapterConfig, load_config
 from nextblock.data.rows import Rows
+from nextblock.measure.bench.contest import GIB, high_water_mark_gib, synchronize
+from nextblock.measure.bench.forwards import random_model
 from nextblock.model.decoder import Decoder, load_model, read_settings, run_in_parts, without_dropout
 from nextblock.model.draft_adapter import DraftAdapter
 from nextblock.recipe.objective import DraftLoss, TwoViewLoss
@@ -317,7 +317,7 @@ def fresh_process_peak_gib(work: Work, way: Way) -> float | None:
     """`MEMORY_MEANING["cpu"]`; None where the system cannot tell, or ended the process for want of memory."""
     context = multiprocessing.get_context("forkserver")  # imports once, and forks a bare process each time
     # By name what takes long; this file is no module of a package, and each process reads it from its path.
-    context.set_forkserver_preload(["nextblock.training.loop", "nextblock.adapt", "nextblock.bench.forwards"])
+    context.set_forkserver_preload(["nextblock.training.loop", "nextblock.adapt", "nextblock.measure.bench.forwards"])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         try:
             return pool.submit(step_peak_gib, work, way).result()

@@ -11,9 +11,14 @@ from typer.testing import CliRunner
 
 import nextblock as nb
 from families import tiny_model
-from nextblock.bench import scores
-from nextblock.bench.command import run_bench, write_results
-from nextblock.bench.contest import (
+from nextblock.cli import app
+from nextblock.config.sections import BlockDiffusionSettings, UsageError
+from nextblock.data.tasks import get_task
+from nextblock.decoding.compiled import StaticPasses
+from nextblock.decoding.lm import BlockDiffusionLM
+from nextblock.measure.bench import scores
+from nextblock.measure.bench.command import run_bench, write_results
+from nextblock.measure.bench.contest import (
     Call,
     Contestant,
     Round,
@@ -23,15 +28,10 @@ from nextblock.bench.contest import (
     our_mode,
     transformers_generate,
 )
-from nextblock.bench.decoding import bench_decode, count_calls, speedups
-from nextblock.bench.figures import plot_bench
-from nextblock.bench.forwards import random_model, random_prompts, time_forwards
-from nextblock.bench.prompts import file_prompts, make_variants, parse_variant, task_prompts, variant_name
-from nextblock.cli import app
-from nextblock.config.sections import BlockDiffusionSettings, UsageError
-from nextblock.data.tasks import get_task
-from nextblock.decoding.compiled import StaticPasses
-from nextblock.decoding.lm import BlockDiffusionLM
+from nextblock.measure.bench.decoding import bench_decode, count_calls, speedups
+from nextblock.measure.bench.figures import plot_bench
+from nextblock.measure.bench.forwards import random_model, random_prompts, time_forwards
+from nextblock.measure.bench.prompts import file_prompts, make_variants, parse_variant, task_prompts, variant_name
 from nextblock.model.decoder import byte_tokenizer
 from nextblock.model.shapes import SHAPES
 

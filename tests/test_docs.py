@@ -16,13 +16,13 @@ import typer
 import yaml
 
 import nextblock as nb
-from nextblock.bench.prompts import parse_variant
 from nextblock.cli import app, decoding_options, parse_overrides
 from nextblock.config.presets import preset
 from nextblock.config.sections import UsageError, load_config, validate
 from nextblock.data.tasks import get_task
 from nextblock.decoding.request import GenerateOptions
 from nextblock.decoding.sampling import MODES, DecodingConfig
+from nextblock.measure.bench.prompts import parse_variant
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -20,7 +20,7 @@ from layouts import CHAT, PLAIN, PROMPTED, make_rows
 from nextblock.attention.rule import block_diffusion_rule
 from nextblock.config.sections import BlockDiffusionSettings, RecipeConfig
 from nextblock.data.rows import Rows
-from nextblock.evaluate import bits_per_byte
+from nextblock.measure.likelihood import bits_per_byte
 from nextblock.model.decoder import Decoder
 from nextblock.recipe import objective
 from nextblock.recipe.corruption import TwoView, corrupt

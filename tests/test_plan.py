@@ -26,13 +26,10 @@ from nextblock.config.sections import (
     load_config,
     stage_configs,
 )
-from nextblock.evaluate import bits_per_byte
-from nextblock.model.decoder import load_parent, scratch_config
-from nextblock.model.draft_adapter import DraftAdapter
-from nextblock.model.shapes import DEVICES, shape_values
-from nextblock.plan import USABLE, StagedPlan, largest_row, model_shape, plan, plan_stages
-from nextblock.plan.memory import GIB, evaluation_memory, step_memory
-from nextblock.plan.work import (
+from nextblock.measure.likelihood import bits_per_byte
+from nextblock.measure.plan import USABLE, StagedPlan, largest_row, model_shape, plan, plan_stages
+from nextblock.measure.plan.memory import GIB, evaluation_memory, step_memory
+from nextblock.measure.plan.work import (
     attention_pairs,
     count_parameters,
     noised_tokens,
@@ -40,6 +37,9 @@ from nextblock.plan.work import (
     scored_tokens,
     step_flops,
 )
+from nextblock.model.decoder import load_parent, scratch_config
+from nextblock.model.draft_adapter import DraftAdapter
+from nextblock.model.shapes import DEVICES, shape_values
 from nextblock.recipe.corruption import UNSCORED, corrupt
 from nextblock.training.launcher import check_sharding
 from nextblock.training.log import Products, kind_of_training
@@ -445,7 +445,7 @@ def test_online_a_config_is_downloaded_alone_and_that_of_a_known_model_is_not(tm
             raise OSError("not in the cache")
         return scratch_config(LLAMA)
 
-    monkeypatch.setattr("nextblock.plan.config_as_stored", stored)
+    monkeypatch.setattr("nextblock.measure.plan.config_as_stored", stored)
     found = plan(config_of(None, tmp_path, model__path="someone/else"), device="l4")
     assert found.parameters == plan(config_of(LLAMA, tmp_path), device="l4").parameters
     model_shape(config_of(None, tmp_path, model__path="Qwen/Qwen3-8B-Base").model)

@@ -12,9 +12,9 @@ import pytest
 from accelerate.state import AcceleratorState
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from nextblock import plan
 from nextblock.config.presets import find_config, preset
 from nextblock.config.sections import UsageError, load_config
+from nextblock.measure import plan
 from nextblock.model.decoder import byte_tokenizer
 from nextblock.training.checkpoint import export
 from nextblock.training.loop import train

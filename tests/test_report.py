@@ -19,7 +19,7 @@ from matplotlib.text import Annotation, Text
 from rich.console import Console
 
 from nextblock.config.sections import UsageError
-from nextblock.report import (
+from nextblock.measure.report import (
     decoding_table,
     findings,
     load_results,
@@ -30,7 +30,7 @@ from nextblock.report import (
     render,
     write_report,
 )
-from nextblock.report.page import split_blocks
+from nextblock.measure.report.page import split_blocks
 
 GROWTH = [[0, 1], [100, 2], [200, 4], [300, 8], [400, 16]]
 

@@ -24,10 +24,10 @@ from nextblock.adapt import adapt, first_prompt
 from nextblock.attention.rule import block_diffusion_rule
 from nextblock.config.sections import RecipeConfig, UsageError, load_config
 from nextblock.live import TrainingBar
+from nextblock.measure.report import read_log
 from nextblock.model.decoder import Decoder
 from nextblock.recipe.corruption import corrupt
 from nextblock.recipe.objective import TwoViewLoss
-from nextblock.report import read_log
 from nextblock.training.log import NOISE_LEVELS, LossProfile, Products, scalars
 from nextblock.training.loop import StepMetrics, prepare, train, trim_log
 

@@ -9,17 +9,15 @@ import torch
 from typer.testing import CliRunner
 
 from families import tiny_model
-from nextblock.bench.contest import Round
-from nextblock.bench.figures import plot_tuning, tuning_table
-from nextblock.bench.prompts import Prompts, task_prompts
 from nextblock.cli import app
 from nextblock.config.sections import BlockDiffusionSettings, UsageError
 from nextblock.data.tasks import Example, Task
 from nextblock.decoding.lm import BlockDiffusionLM, load
 from nextblock.decoding.request import resolve_config
-from nextblock.model.decoder import byte_tokenizer
-from nextblock.training.checkpoint import export
-from nextblock.tune import (
+from nextblock.measure.bench.contest import Round
+from nextblock.measure.bench.figures import plot_tuning, tuning_table
+from nextblock.measure.bench.prompts import Prompts, task_prompts
+from nextblock.measure.tune import (
     MODES,
     Trial,
     Tuning,
@@ -32,6 +30,8 @@ from nextblock.tune import (
     writable_folder,
     write_decoding,
 )
+from nextblock.model.decoder import byte_tokenizer
+from nextblock.training.checkpoint import export
 
 VOCABULARY, MASK, END = 264, 263, 256
 

@@ -12,8 +12,8 @@ from transformers import AutoConfig
 from families import FAMILIES, MASK_ID, TOKENS, longrope_model, nested_model, random_model, tiny_model
 from nextblock.config.sections import BlockDiffusionSettings, UsageError
 from nextblock.decoding.lm import BlockDiffusionLM
+from nextblock.measure.identities import Check, table, verify, verify_model
 from nextblock.training.checkpoint import export
-from nextblock.verify import Check, table, verify, verify_model
 
 SETTINGS = BlockDiffusionSettings(block_size=4, mask_token_id=MASK_ID)
 NUMBERS = [" ", "1", "2", "3", "4", "5", "6", "6", "6", "7"]

@@ -22,11 +22,11 @@ from nextblock.data.feed import merged
 from nextblock.data.rows import Rows
 from nextblock.decoding.lm import BlockDiffusionLM
 from nextblock.decoding.request import GenerateOptions
-from nextblock.evaluate import bits_per_byte
+from nextblock.measure.likelihood import bits_per_byte
+from nextblock.measure.report import read_log, write_report
 from nextblock.model.decoder import Decoder, load_model, load_parent
 from nextblock.recipe import schedules
 from nextblock.recipe.corruption import corrupt
-from nextblock.report import read_log, write_report
 from nextblock.training.loop import LOG, Run, StepMetrics, stop_on_sigterm, train, writing
 from nextblock.training.ranks import gather
 

@@ -428,11 +428,11 @@ def evaluate(
     """Score a model on a built-in task: accuracy, tokens per forward, tokens per second, agreement with AR mode."""
     from rich.console import Console
 
-    from nextblock.bench.command import check_output
-    from nextblock.bench.scores import score_modes
     from nextblock.data.tasks import get_task
     from nextblock.live import progress
-    from nextblock.report import decoding_table
+    from nextblock.measure.bench.command import check_output
+    from nextblock.measure.bench.scores import score_modes
+    from nextblock.measure.report import decoding_table
 
     chosen = get_task(task)
     at_least_one(examples=examples, batch_size=batch_size)
@@ -497,10 +497,10 @@ def bench_decode(
 
     With --shape only forward passes are timed, unless --mode or --variant asks for decoding as well.
     """
-    from nextblock.bench.command import check_output, read_prompts, run_bench, wide_console, write_results
-    from nextblock.bench.figures import forward_table, plot_bench, speed_table
-    from nextblock.bench.forwards import random_model
-    from nextblock.bench.prompts import make_variants, parse_variant
+    from nextblock.measure.bench.command import check_output, read_prompts, run_bench, wide_console, write_results
+    from nextblock.measure.bench.figures import forward_table, plot_bench, speed_table
+    from nextblock.measure.bench.forwards import random_model
+    from nextblock.measure.bench.prompts import make_variants, parse_variant
 
     if (model is None) == (shape is None):
         raise UsageError("give either a MODEL or --shape")
@@ -569,12 +569,12 @@ def plan(
 
     Without options: what `nextblock adapt` of the same configuration will do. Exit status 1 if it does not fit.
     """
-    from nextblock.bench.command import wide_console
     from nextblock.config.presets import find_config
     from nextblock.config.sections import load_config
-    from nextblock.plan import plan as run
-    from nextblock.plan import plan_stages, shortfall
-    from nextblock.plan.table import plan_table, stages_table
+    from nextblock.measure.bench.command import wide_console
+    from nextblock.measure.plan import plan as run
+    from nextblock.measure.plan import plan_stages, shortfall
+    from nextblock.measure.plan.table import plan_table, stages_table
 
     checked = load_config(find_config(config), parse_overrides(context.args))
     machine: Any = {"device": gpu, "devices": gpus, "parallel": parallel, "mfu": mfu}
@@ -611,11 +611,11 @@ def tune(
     dtype: Dtype = None,
 ) -> None:
     """Find the fastest settings that lose no more than you allow, draw the curve, and save the choice."""
-    from nextblock import tune as tuning
-    from nextblock.bench.command import check_output, read_prompts, wide_console, write_results
-    from nextblock.bench.figures import plot_tuning, tuning_table
-    from nextblock.bench.prompts import parse_variant
     from nextblock.live import progress
+    from nextblock.measure import tune as tuning
+    from nextblock.measure.bench.command import check_output, read_prompts, wide_console, write_results
+    from nextblock.measure.bench.figures import plot_tuning, tuning_table
+    from nextblock.measure.bench.prompts import parse_variant
 
     if write and settings:
         raise UsageError(
@@ -661,8 +661,8 @@ def verify(
     from rich.console import Console
 
     from nextblock.live import progress
-    from nextblock.verify import table
-    from nextblock.verify import verify as run
+    from nextblock.measure.identities import table
+    from nextblock.measure.identities import verify as run
 
     with progress("verifying") as update:
         checks = run(model, mask_token=mask_token, attention=attention, settings=settings, on_check=update)
@@ -674,7 +674,7 @@ def verify(
 @app.command()
 def report(run: Annotated[Path, typer.Argument(help="output folder of adapt or demo")]) -> None:
     """Make `report.html` of a finished run again, from its figures and its log."""
-    from nextblock.report import load_results, write_report
+    from nextblock.measure.report import load_results, write_report
 
     print(write_report(load_results(run), run))
 

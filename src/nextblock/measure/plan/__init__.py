@@ -18,6 +18,14 @@ from transformers import PreTrainedConfig
 
 from nextblock.config.sections import AdaptConfig, ModelConfig, UsageError, nearest, stage_configs
 from nextblock.data.sources import one_line
+from nextblock.measure.plan.memory import GIB, evaluation_memory, step_memory
+from nextblock.measure.plan.work import (
+    count_parameters,
+    micro_rows,
+    noised_tokens,
+    run_flops,
+    step_flops,
+)
 from nextblock.model.decoder import (
     check_architecture,
     check_row_length,
@@ -28,14 +36,6 @@ from nextblock.model.decoder import (
     steady_positions,
 )
 from nextblock.model.shapes import DEVICES, HUB_IDS, shape_values
-from nextblock.plan.memory import GIB, evaluation_memory, step_memory
-from nextblock.plan.work import (
-    count_parameters,
-    micro_rows,
-    noised_tokens,
-    run_flops,
-    step_flops,
-)
 from nextblock.training.launcher import check_sharding
 from nextblock.training.log import Flops, kind_of_training
 

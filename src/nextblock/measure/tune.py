@@ -17,13 +17,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from nextblock.bench.contest import Round, alternate, make_batches, our_mode
-from nextblock.bench.decoding import check_length, speedups
-from nextblock.bench.prompts import Options, Prompts, variant_name
 from nextblock.config.sections import UsageError, nearest
 from nextblock.decoding.lm import BlockDiffusionLM
 from nextblock.decoding.request import end_tokens, resolve_config
 from nextblock.decoding.sampling import DecodingConfig
+from nextblock.measure.bench.contest import Round, alternate, make_batches, our_mode
+from nextblock.measure.bench.decoding import check_length, speedups
+from nextblock.measure.bench.prompts import Options, Prompts, variant_name
 from nextblock.model.decoder import SHIPPED
 
 TUNED = {  # what is tuned of each mode; the values left out of a name are the defaults of `DecodingConfig`

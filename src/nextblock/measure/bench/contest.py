@@ -22,9 +22,9 @@ from torch import Tensor
 from transformers import CompileConfig, GenerationConfig, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
-from nextblock.bench.prompts import Options, variant_name
 from nextblock.config.sections import UsageError
 from nextblock.decoding.lm import BlockDiffusionLM
+from nextblock.measure.bench.prompts import Options, variant_name
 
 TokenLists = Sequence[Sequence[int]]
 MEMORY_MEANING = {

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from nextblock.config.sections import AdaptConfig, Context
-from nextblock.plan.fakes import bare_model, low_rank_updates
+from nextblock.measure.plan.fakes import bare_model, low_rank_updates
 from nextblock.recipe import schedules
 from nextblock.training.log import Flops, Products, kind_of_training
 

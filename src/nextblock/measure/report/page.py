@@ -12,7 +12,15 @@ from rich import box
 from rich.markup import escape as escape_markup
 from rich.table import Table
 
-from nextblock.report.figures import Entry, inline_svg, of_kind, plot_losses, plot_profile, plot_tradeoff, tasks_of
+from nextblock.measure.report.figures import (
+    Entry,
+    inline_svg,
+    of_kind,
+    plot_losses,
+    plot_profile,
+    plot_tradeoff,
+    tasks_of,
+)
 
 MODES = {"ar": "AR", "diffusion": "diffusion", "speculative": "speculative"}
 SIGNS = {" ": "␣", "\n": "↵", "\t": "⇥", "": "∅"}  # for tokens that would not be seen

@@ -20,11 +20,11 @@ from transformers import PreTrainedConfig
 
 from nextblock.adapt import evaluation_rows
 from nextblock.config.sections import AdaptConfig
+from nextblock.measure.plan.fakes import fake_decoder, fake_mask
+from nextblock.measure.plan.work import micro_rows, noised_tokens, scored_tokens
 from nextblock.model.decoder import (
     Decoder,
 )
-from nextblock.plan.fakes import fake_decoder, fake_mask
-from nextblock.plan.work import micro_rows, noised_tokens, scored_tokens
 from nextblock.recipe.objective import CleanCache, chunk_rows, cross_entropy
 from nextblock.training.log import kind_of_training
 

@@ -11,14 +11,14 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from nextblock.adapt import environment
-from nextblock.bench.contest import MEMORY_MEANING
-from nextblock.bench.decoding import bench_decode, compares_compiled, count_calls
-from nextblock.bench.forwards import POSITIONS, random_prompts, time_forwards
-from nextblock.bench.prompts import Options, Prompts, file_prompts, task_prompts
 from nextblock.config.sections import UsageError
 from nextblock.decoding.lm import BlockDiffusionLM
 from nextblock.decoding.request import end_tokens
 from nextblock.live import progress
+from nextblock.measure.bench.contest import MEMORY_MEANING
+from nextblock.measure.bench.decoding import bench_decode, compares_compiled, count_calls
+from nextblock.measure.bench.forwards import POSITIONS, random_prompts, time_forwards
+from nextblock.measure.bench.prompts import Options, Prompts, file_prompts, task_prompts
 
 
 def wide_console() -> Console:

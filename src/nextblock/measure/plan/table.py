@@ -7,9 +7,9 @@ from typing import cast
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from nextblock.measure.plan import USABLE, Plan, StagedPlan
+from nextblock.measure.plan.memory import GIB
 from nextblock.model.shapes import DEVICES
-from nextblock.plan import USABLE, Plan, StagedPlan
-from nextblock.plan.memory import GIB
 
 
 def plan_table(found: Plan) -> Table:

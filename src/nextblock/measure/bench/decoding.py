@@ -7,7 +7,9 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
-from nextblock.bench.contest import (
+from nextblock.config.sections import UsageError
+from nextblock.decoding.lm import BlockDiffusionLM
+from nextblock.measure.bench.contest import (
     Contestant,
     Round,
     TokenLists,
@@ -17,9 +19,7 @@ from nextblock.bench.contest import (
     peak_memory_gib,
     transformers_generate,
 )
-from nextblock.bench.prompts import Options
-from nextblock.config.sections import UsageError
-from nextblock.decoding.lm import BlockDiffusionLM
+from nextblock.measure.bench.prompts import Options
 
 WARM_UP_ROUNDS = 2  # where passes are compiled: in the first call of a shape, and recorded in the second
 

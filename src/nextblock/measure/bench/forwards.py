@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from nextblock.bench.contest import synchronize
 from nextblock.config.sections import BlockDiffusionSettings, UsageError, validate
 from nextblock.decoding.batch import Batch, Row
 from nextblock.decoding.events import Stats
 from nextblock.decoding.lm import BlockDiffusionLM
 from nextblock.decoding.sampling import DecodingConfig
+from nextblock.measure.bench.contest import synchronize
 from nextblock.model.decoder import choose_attention
 from nextblock.model.shapes import shape_values
 

@@ -37,8 +37,8 @@ from typing import Any
 
 from nextblock.config.files import write_whole
 from nextblock.config.sections import UsageError
-from nextblock.report.figures import plot_losses, plot_profile, plot_tradeoff
-from nextblock.report.page import decoding_table, findings, render, summary
+from nextblock.measure.report.figures import plot_losses, plot_profile, plot_tradeoff
+from nextblock.measure.report.page import decoding_table, findings, render, summary
 
 RESULTS = "results.json"
 REPORT = "report.html"

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from nextblock.report.figures import BLUE, GREEN, INK, LINE, MUTED, ORANGE
+from nextblock.measure.report.figures import BLUE, GREEN, INK, LINE, MUTED, ORANGE
 
 COLOURS = {"ar": BLUE, "diffusion": ORANGE, "speculative": GREEN}  # transformers' own: INK
 DASH = "–"
