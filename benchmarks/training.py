@@ -30,7 +30,6 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.utils import clip_grad_norm_
 
-from nextblock.adapt import environment
 from nextblock.config.sections import AdaptConfig, DraftAdapterConfig, load_config
 from nextblock.data.rows import Rows
 from nextblock.measure.bench.contest import GIB, high_water_mark_gib, synchronize
@@ -39,6 +38,7 @@ from nextblock.model.decoder import Decoder, load_model, read_settings, run_in_p
 from nextblock.model.draft_adapter import DraftAdapter
 from nextblock.recipe.objective import DraftLoss, TwoViewLoss
 from nextblock.training.loop import Run, train_step
+from nextblock.workflows.adapt import environment
 
 MEMORY_MEANING = {
     "cuda": "peak of torch's CUDA allocator over one step, less what it held before the step",
@@ -317,7 +317,9 @@ def fresh_process_peak_gib(work: Work, way: Way) -> float | None:
     """`MEMORY_MEANING["cpu"]`; None where the system cannot tell, or ended the process for want of memory."""
     context = multiprocessing.get_context("forkserver")  # imports once, and forks a bare process each time
     # By name what takes long; this file is no module of a package, and each process reads it from its path.
-    context.set_forkserver_preload(["nextblock.training.loop", "nextblock.adapt", "nextblock.measure.bench.forwards"])
+    context.set_forkserver_preload(
+        ["nextblock.training.loop", "nextblock.workflows.adapt", "nextblock.measure.bench.forwards"]
+    )
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         try:
             return pool.submit(step_peak_gib, work, way).result()

@@ -15,7 +15,6 @@ import pytest
 
 import nextblock as nb
 from families import tiny_model
-from nextblock.answers import write_answers
 from nextblock.config.sections import BlockDiffusionSettings, DraftAdapterConfig, Source, UsageError, load_config
 from nextblock.data.encode import encode
 from nextblock.data.rows import RowStream
@@ -23,6 +22,7 @@ from nextblock.data.sources import Records, read_prompts, read_source
 from nextblock.model.decoder import byte_tokenizer
 from nextblock.model.draft_adapter import DraftAdapter, save_adapter
 from nextblock.training.checkpoint import export
+from nextblock.workflows.answers import write_answers
 
 END = 256
 PROMPTS = [f"{'long ' * (n % 4)}prompt {n}:" for n in range(11)]

@@ -21,7 +21,7 @@ from nextblock.measure.likelihood import bits_per_byte, score_task
 from nextblock.model.decoder import Decoder
 
 ROWS = make_rows([PLAIN, PROMPTED, CHAT], 28)
-end: Any = import_module("nextblock.adapt")  # its function has the same name
+end: Any = import_module("nextblock.workflows.adapt")  # its function has the same name
 
 
 class TwoBytes:

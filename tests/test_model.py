@@ -26,7 +26,6 @@ from transformers import (
 import nextblock as nb
 from families import EOS_ID, FAMILIES, MASK_ID, VOCABULARY, longrope_model, nested_model, random_model, tiny_model
 from layouts import CHAT, PLAIN, PROMPTED, make_rows
-from nextblock.adapt import adapt
 from nextblock.attention.rule import Places, block_diffusion_rule
 from nextblock.config.sections import BlockDiffusionSettings, ModelConfig, RecipeConfig, UsageError
 from nextblock.data.rows import Rows
@@ -50,6 +49,7 @@ from nextblock.model.decoder import (
 )
 from nextblock.recipe.corruption import TwoView, corrupt
 from nextblock.training.checkpoint import export
+from nextblock.workflows.adapt import adapt
 
 ROWS = make_rows([PLAIN, PROMPTED, CHAT], 28)
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}  # float32, logits of size 10

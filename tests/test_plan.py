@@ -15,7 +15,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from layouts import make_rows
-from nextblock.adapt import evaluation_rows
 from nextblock.attention.rule import block_diffusion_rule, to_dense
 from nextblock.cli import app
 from nextblock.config.sections import (
@@ -44,6 +43,7 @@ from nextblock.recipe.corruption import UNSCORED, corrupt
 from nextblock.training.launcher import check_sharding
 from nextblock.training.log import Products, kind_of_training
 from nextblock.training.loop import prepare, train_step
+from nextblock.workflows.adapt import evaluation_rows
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",

@@ -13,12 +13,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from nextblock.adapt import adapt
 from nextblock.config.sections import AdaptConfig, UsageError, load_config, stage_configs
 from nextblock.measure.report import read_log
 from nextblock.measure.report.figures import plot_losses
 from nextblock.model.decoder import read_config
 from nextblock.training.loop import StepMetrics, train
+from nextblock.workflows.adapt import adapt
 from test_train import config_of, signal_at, start, weights
 
 

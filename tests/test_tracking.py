@@ -20,7 +20,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from families import EOS_ID, MASK_ID, nested_model, tiny_model
 from layouts import CHAT, PLAIN, PROMPTED, make_rows
-from nextblock.adapt import adapt, first_prompt
 from nextblock.attention.rule import block_diffusion_rule
 from nextblock.config.sections import RecipeConfig, UsageError, load_config
 from nextblock.live import TrainingBar
@@ -30,6 +29,7 @@ from nextblock.recipe.corruption import corrupt
 from nextblock.recipe.objective import TwoViewLoss
 from nextblock.training.log import NOISE_LEVELS, LossProfile, Products, scalars
 from nextblock.training.loop import StepMetrics, prepare, train, trim_log
+from nextblock.workflows.adapt import adapt, first_prompt
 
 
 def test_products_are_those_of_the_text_model_where_images_come_with_it():

@@ -27,13 +27,13 @@ from transformers import AutoModelForCausalLM
 from conftest import VOCABULARY
 from families import tiny_model
 from layouts import CHAT, PLAIN, PROMPTED, make_rows
-from nextblock.adapt import adapt
 from nextblock.config.sections import AdaptConfig, Source, UsageError, load_config
 from nextblock.data.rows import Rows, check_tokens
 from nextblock.data.sources import Records, is_held_out, read_source
 from nextblock.model.decoder import load_tokenizer, read_config, read_settings
 from nextblock.training.checkpoint import list_checkpoints, newest_whole_checkpoint
 from nextblock.training.loop import StepMetrics, prepare, save, train, train_step, trim_log, without_dropout
+from nextblock.workflows.adapt import adapt
 from test_files import largest_file
 
 

@@ -13,10 +13,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nextblock.adapt import RunResult, adapt
     from nextblock.config.sections import AdaptConfig, BlockDiffusionSettings, UsageError
     from nextblock.decoding.custom_generate import block_diffusion
     from nextblock.decoding.lm import BlockDiffusionLM, Generation, load
+    from nextblock.workflows.adapt import RunResult, adapt
 
 __version__ = "0.1.0"
 

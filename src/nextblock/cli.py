@@ -152,10 +152,10 @@ def adapt(
 
     from transformers.utils.logging import disable_progress_bar
 
-    from nextblock.adapt import adapt as run
     from nextblock.config.sections import load_config, stage_configs
     from nextblock.live import TrainingBar
     from nextblock.training.ranks import is_main, together
+    from nextblock.workflows.adapt import adapt as run
 
     disable_progress_bar()
     with together():  # a file may be missing on one machine
@@ -264,8 +264,8 @@ def generate(
             raise UsageError("--input does not go with prompts on the command line, --live or --stats; leave them out")
         from transformers.utils.logging import disable_progress_bar
 
-        from nextblock.answers import write_answers
         from nextblock.live import progress
+        from nextblock.workflows.answers import write_answers
 
         disable_progress_bar()
         with progress("answering") as update:

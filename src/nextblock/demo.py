@@ -9,7 +9,6 @@ from typing import Any
 from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
-from nextblock.adapt import adapt
 from nextblock.config.presets import preset
 from nextblock.config.sections import AdaptConfig, load_config
 from nextblock.data.tasks import get_task
@@ -18,6 +17,7 @@ from nextblock.live import TrainingBar, progress, show_denoising
 from nextblock.measure.bench.scores import score_modes
 from nextblock.measure.report import decoding_table, write_report
 from nextblock.recipe import schedules
+from nextblock.workflows.adapt import adapt
 
 PARENT, ADAPTER = "tiny-ar", "tiny-draft"
 TASK = "word_problems"

@@ -10,7 +10,6 @@ from typing import Any
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from nextblock.adapt import environment
 from nextblock.config.sections import UsageError
 from nextblock.decoding.lm import BlockDiffusionLM
 from nextblock.decoding.request import end_tokens
@@ -19,6 +18,7 @@ from nextblock.measure.bench.contest import MEMORY_MEANING
 from nextblock.measure.bench.decoding import bench_decode, compares_compiled, count_calls
 from nextblock.measure.bench.forwards import POSITIONS, random_prompts, time_forwards
 from nextblock.measure.bench.prompts import Options, Prompts, file_prompts, task_prompts
+from nextblock.workflows.adapt import environment
 
 
 def wide_console() -> Console:

@@ -18,7 +18,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedConfig
 
-from nextblock.adapt import evaluation_rows
 from nextblock.config.sections import AdaptConfig
 from nextblock.measure.plan.fakes import fake_decoder, fake_mask
 from nextblock.measure.plan.work import micro_rows, noised_tokens, scored_tokens
@@ -27,6 +26,7 @@ from nextblock.model.decoder import (
 )
 from nextblock.recipe.objective import CleanCache, chunk_rows, cross_entropy
 from nextblock.training.log import kind_of_training
+from nextblock.workflows.adapt import evaluation_rows
 
 GIB = 2**30
 
