@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import nextblock as nb
 from families import tiny_model
-from nextblock import cli
+from nextblock.cli import main as cli
 from nextblock.config.sections import BlockDiffusionSettings, DraftAdapterConfig
 from nextblock.model.decoder import byte_tokenizer
 from nextblock.model.draft_adapter import DraftAdapter, save_adapter

@@ -8,7 +8,7 @@ import json
 from rich.console import Console
 
 import nextblock as nb
-from nextblock import demo as demo_module
+from nextblock.cli import demo as demo_module
 from nextblock.config.sections import load_config
 
 

@@ -16,7 +16,7 @@ import typer
 import yaml
 
 import nextblock as nb
-from nextblock.cli import app, decoding_options, parse_overrides
+from nextblock.cli.main import app, decoding_options, parse_overrides
 from nextblock.config.presets import preset
 from nextblock.config.sections import UsageError, load_config, validate
 from nextblock.data.tasks import get_task

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from nextblock import live
+from nextblock.cli import live
+from nextblock.cli.live import DenoisingView, TrainingBar, progress, show_denoising
 from nextblock.decoding.events import BlockFinished, Committed, Event, Prefilled, Rejected, RowFinished
-from nextblock.live import DenoisingView, TrainingBar, progress, show_denoising
 from nextblock.training.loop import StepMetrics
 
 

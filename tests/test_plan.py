@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from layouts import make_rows
 from nextblock.attention.rule import block_diffusion_rule, to_dense
-from nextblock.cli import app
+from nextblock.cli.main import app
 from nextblock.config.sections import (
     AdaptConfig,
     BlockDiffusionSettings,

@@ -77,7 +77,7 @@ def adapt_rank(rank: int, values: dict[str, Any], stop_after: int | None = None)
 
 def cli_rank(rank: int, each: list[list[str]]) -> None:
     """`nextblock` with the arguments of this rank; on bad input it ends the communication before it exits."""
-    from nextblock.cli import main
+    from nextblock.cli.main import main
 
     sys.argv = ["nextblock", *each[rank]]
     with pytest.raises(SystemExit) as ended:

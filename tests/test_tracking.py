@@ -21,8 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from families import EOS_ID, MASK_ID, nested_model, tiny_model
 from layouts import CHAT, PLAIN, PROMPTED, make_rows
 from nextblock.attention.rule import block_diffusion_rule
+from nextblock.cli.live import TrainingBar
 from nextblock.config.sections import RecipeConfig, UsageError, load_config
-from nextblock.live import TrainingBar
 from nextblock.measure.report import read_log
 from nextblock.model.decoder import Decoder
 from nextblock.recipe.corruption import corrupt

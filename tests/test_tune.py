@@ -9,7 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 from families import tiny_model
-from nextblock.cli import app
+from nextblock.cli.main import app
 from nextblock.config.sections import BlockDiffusionSettings, UsageError
 from nextblock.data.tasks import Example, Task
 from nextblock.decoding.lm import BlockDiffusionLM, load

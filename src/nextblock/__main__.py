@@ -1,6 +1,6 @@
 """`python -m nextblock`."""
 
-from nextblock.cli import main
+from nextblock.cli.main import main
 
 if __name__ == "__main__":
     main()

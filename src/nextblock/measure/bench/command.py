@@ -10,10 +10,10 @@ from typing import Any
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from nextblock.cli.live import progress
 from nextblock.config.sections import UsageError
 from nextblock.decoding.lm import BlockDiffusionLM
 from nextblock.decoding.request import end_tokens
-from nextblock.live import progress
 from nextblock.measure.bench.contest import MEMORY_MEANING
 from nextblock.measure.bench.decoding import bench_decode, compares_compiled, count_calls
 from nextblock.measure.bench.forwards import POSITIONS, random_prompts, time_forwards

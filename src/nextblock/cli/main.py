@@ -152,8 +152,8 @@ def adapt(
 
     from transformers.utils.logging import disable_progress_bar
 
+    from nextblock.cli.live import TrainingBar
     from nextblock.config.sections import load_config, stage_configs
-    from nextblock.live import TrainingBar
     from nextblock.training.ranks import is_main, together
     from nextblock.workflows.adapt import adapt as run
 
@@ -264,7 +264,7 @@ def generate(
             raise UsageError("--input does not go with prompts on the command line, --live or --stats; leave them out")
         from transformers.utils.logging import disable_progress_bar
 
-        from nextblock.live import progress
+        from nextblock.cli.live import progress
         from nextblock.workflows.answers import write_answers
 
         disable_progress_bar()
@@ -296,7 +296,7 @@ def generate(
     if live:
         from rich.console import Console
 
-        from nextblock.live import show_denoising
+        from nextblock.cli.live import show_denoising
 
         size = lm.settings.block_size if lm.settings else 1
         show_denoising(lm.stream(texts[0], **common), lm.tokenizer, texts[0], size, console=Console(), seconds=0.08)
@@ -428,8 +428,8 @@ def evaluate(
     """Score a model on a built-in task: accuracy, tokens per forward, tokens per second, agreement with AR mode."""
     from rich.console import Console
 
+    from nextblock.cli.live import progress
     from nextblock.data.tasks import get_task
-    from nextblock.live import progress
     from nextblock.measure.bench.command import check_output
     from nextblock.measure.bench.scores import score_modes
     from nextblock.measure.report import decoding_table
@@ -611,7 +611,7 @@ def tune(
     dtype: Dtype = None,
 ) -> None:
     """Find the fastest settings that lose no more than you allow, draw the curve, and save the choice."""
-    from nextblock.live import progress
+    from nextblock.cli.live import progress
     from nextblock.measure import tune as tuning
     from nextblock.measure.bench.command import check_output, read_prompts, wide_console, write_results
     from nextblock.measure.bench.figures import plot_tuning, tuning_table
@@ -660,7 +660,7 @@ def verify(
     """Run the identities that define "correct" on your own model, and print a table; exit status 1 if one fails."""
     from rich.console import Console
 
-    from nextblock.live import progress
+    from nextblock.cli.live import progress
     from nextblock.measure.identities import table
     from nextblock.measure.identities import verify as run
 
@@ -686,6 +686,6 @@ def demo(
 ) -> None:
     """Adapt the shipped AR model in front of your eyes, then decode with it in every mode (about 8 minutes)."""
     at_least_one(examples=examples)
-    from nextblock.demo import demo as run
+    from nextblock.cli.demo import demo as run
 
     run(output, examples=examples)
