@@ -30,7 +30,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.utils import clip_grad_norm_
 
-from nextblock.config.sections import AdaptConfig, DraftAdapterConfig, load_config
+from nextblock.config.run import AdaptConfig, load_config
+from nextblock.config.sections import DraftAdapterConfig
 from nextblock.data.rows import Rows
 from nextblock.measure.bench.contest import GIB, high_water_mark_gib, synchronize
 from nextblock.measure.bench.forwards import random_model

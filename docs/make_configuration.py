@@ -10,7 +10,9 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from nextblock.config.sections import AdaptConfig, BlockDiffusionSettings, Section, Stage, UsageError, load_config
+from nextblock.config.errors import UsageError
+from nextblock.config.run import AdaptConfig, Stage, load_config
+from nextblock.config.sections import BlockDiffusionSettings, Section
 from nextblock.decoding.sampling import DecodingConfig
 
 HEAD = """# Configuration

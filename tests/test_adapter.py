@@ -16,14 +16,9 @@ import nextblock as nb
 from families import EOS_ID, FAMILIES, tiny_model
 from layouts import PLAIN, PROMPTED, make_rows
 from nextblock.attention.rule import block_diffusion_rule
-from nextblock.config.sections import (
-    BlockDiffusionSettings,
-    DraftAdapterConfig,
-    ModelConfig,
-    RecipeConfig,
-    UsageError,
-    load_config,
-)
+from nextblock.config.errors import UsageError
+from nextblock.config.run import load_config
+from nextblock.config.sections import BlockDiffusionSettings, DraftAdapterConfig, ModelConfig, RecipeConfig
 from nextblock.data.rows import RowStream
 from nextblock.model.decoder import (
     Decoder,

@@ -15,7 +15,9 @@ import pytest
 
 import nextblock as nb
 from families import tiny_model
-from nextblock.config.sections import BlockDiffusionSettings, DraftAdapterConfig, Source, UsageError, load_config
+from nextblock.config.errors import UsageError
+from nextblock.config.run import load_config
+from nextblock.config.sections import BlockDiffusionSettings, DraftAdapterConfig, Source
 from nextblock.data.encode import encode
 from nextblock.data.rows import RowStream
 from nextblock.data.sources import Records, read_prompts, read_source

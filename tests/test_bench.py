@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 import nextblock as nb
 from families import tiny_model
 from nextblock.cli.main import app
-from nextblock.config.sections import BlockDiffusionSettings, UsageError
+from nextblock.config.errors import UsageError
+from nextblock.config.sections import BlockDiffusionSettings
 from nextblock.data.tasks import get_task
 from nextblock.decoding.compiled import StaticPasses
 from nextblock.decoding.lm import BlockDiffusionLM

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from families import tiny_model
-from nextblock.config.sections import BlockDiffusionSettings, UsageError
+from nextblock.config.errors import UsageError
+from nextblock.config.sections import BlockDiffusionSettings
 from nextblock.decoding.lm import load
 from nextblock.decoding.request import end_tokens
 from nextblock.model.decoder import byte_tokenizer, load_model, load_tokenizer

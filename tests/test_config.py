@@ -8,16 +8,9 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from nextblock.config.sections import (
-    AdaptConfig,
-    BlockDiffusionSettings,
-    ModelConfig,
-    Source,
-    UsageError,
-    load_config,
-    nearest,
-    validate,
-)
+from nextblock.config.errors import UsageError, nearest
+from nextblock.config.run import AdaptConfig, load_config
+from nextblock.config.sections import BlockDiffusionSettings, ModelConfig, Source, validate
 
 MINIMAL: dict[str, Any] = {"data": {"sources": [{"path": "text"}], "row_length": 64}}
 

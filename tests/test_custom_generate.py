@@ -15,7 +15,7 @@ from transformers import (
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from families import EOS_ID, MASK_ID, PAD_ID, tiny_model
-from nextblock.config.sections import UsageError
+from nextblock.config.errors import UsageError
 from nextblock.decoding.custom_generate import block_diffusion
 from nextblock.decoding.lm import BlockDiffusionLM
 from nextblock.model.decoder import read_settings

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from nextblock.config.sections import DataConfig, UsageError
+from nextblock.config.errors import UsageError
+from nextblock.config.sections import DataConfig
 from nextblock.data.encode import encode
 from nextblock.data.rows import Document, Rows, RowStream, best_subset, check_tokens, collate, cut, pack
 

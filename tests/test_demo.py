@@ -9,7 +9,7 @@ from rich.console import Console
 
 import nextblock as nb
 from nextblock.cli import demo as demo_module
-from nextblock.config.sections import load_config
+from nextblock.config.run import load_config
 
 
 def test_the_demo_trains_shows_scores_and_reports(tmp_path, monkeypatch):

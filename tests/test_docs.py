@@ -17,8 +17,10 @@ import yaml
 
 import nextblock as nb
 from nextblock.cli.main import app, decoding_options, parse_overrides
+from nextblock.config.errors import UsageError
 from nextblock.config.presets import preset
-from nextblock.config.sections import UsageError, load_config, validate
+from nextblock.config.run import load_config
+from nextblock.config.sections import validate
 from nextblock.data.tasks import get_task
 from nextblock.decoding.request import GenerateOptions
 from nextblock.decoding.sampling import MODES, DecodingConfig

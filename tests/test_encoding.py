@@ -12,7 +12,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from nextblock.config.sections import UsageError
+from nextblock.config.errors import UsageError
 from nextblock.data.encode import Document, encode, encode_prompt, span_ends
 from nextblock.data.sources import Record
 from nextblock.model.decoder import byte_tokenizer

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from nextblock.config.sections import UsageError, load_config
+from nextblock.config.errors import UsageError
+from nextblock.config.run import load_config
 from nextblock.data.feed import Feed, merged
 from nextblock.data.rows import Rows
 from nextblock.data.sources import Cursor, Record, Records

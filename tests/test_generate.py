@@ -12,7 +12,8 @@ import torch
 
 import nextblock as nb
 from families import EOS_ID, MASK_ID, longrope_model, nested_model, tiny_model
-from nextblock.config.sections import BlockDiffusionSettings, UsageError
+from nextblock.config.errors import UsageError
+from nextblock.config.sections import BlockDiffusionSettings
 from nextblock.decoding.events import BlockFinished, Committed, Prefilled, Rejected, RowFinished
 from nextblock.decoding.lm import BlockDiffusionLM, load, look_at
 from nextblock.decoding.request import make_request

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from nextblock.config.sections import UsageError
+from nextblock.config.errors import UsageError
 from nextblock.training.launcher import check_launcher
 from nextblock.training.loop import train
 from test_train import config_of

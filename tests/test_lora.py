@@ -14,7 +14,9 @@ from transformers import AutoModelForCausalLM
 
 import nextblock as nb
 from families import tiny_model
-from nextblock.config.sections import AdaptConfig, LoraConfig, UsageError, load_config
+from nextblock.config.errors import UsageError
+from nextblock.config.run import AdaptConfig, load_config
+from nextblock.config.sections import LoraConfig
 from nextblock.model.decoder import Decoder, byte_tokenizer
 from nextblock.model.lora import LoraAdapter
 from nextblock.training.loop import StepMetrics, prepare, train

@@ -27,7 +27,8 @@ import nextblock as nb
 from families import EOS_ID, FAMILIES, MASK_ID, VOCABULARY, longrope_model, nested_model, random_model, tiny_model
 from layouts import CHAT, PLAIN, PROMPTED, make_rows
 from nextblock.attention.rule import Places, block_diffusion_rule
-from nextblock.config.sections import BlockDiffusionSettings, ModelConfig, RecipeConfig, UsageError
+from nextblock.config.errors import UsageError
+from nextblock.config.sections import BlockDiffusionSettings, ModelConfig, RecipeConfig
 from nextblock.data.rows import Rows
 from nextblock.model.decoder import (
     MASK_TOKEN,

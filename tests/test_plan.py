@@ -17,14 +17,9 @@ from typer.testing import CliRunner
 from layouts import make_rows
 from nextblock.attention.rule import block_diffusion_rule, to_dense
 from nextblock.cli.main import app
-from nextblock.config.sections import (
-    AdaptConfig,
-    BlockDiffusionSettings,
-    DraftAdapterConfig,
-    UsageError,
-    load_config,
-    stage_configs,
-)
+from nextblock.config.errors import UsageError
+from nextblock.config.run import AdaptConfig, load_config, stage_configs
+from nextblock.config.sections import BlockDiffusionSettings, DraftAdapterConfig
 from nextblock.measure.likelihood import bits_per_byte
 from nextblock.measure.plan import USABLE, StagedPlan, largest_row, model_shape, plan, plan_stages
 from nextblock.measure.plan.memory import GIB, evaluation_memory, step_memory

@@ -12,8 +12,9 @@ import pytest
 from accelerate.state import AcceleratorState
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from nextblock.config.errors import UsageError
 from nextblock.config.presets import find_config, preset
-from nextblock.config.sections import UsageError, load_config
+from nextblock.config.run import load_config
 from nextblock.measure import plan
 from nextblock.model.decoder import byte_tokenizer
 from nextblock.training.checkpoint import export

@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nextblock.config.sections import AdaptConfig, load_config
+from nextblock.config.run import AdaptConfig, load_config
 from nextblock.training.checkpoint import list_checkpoints
 from test_train import config_of, start
 
@@ -271,7 +271,7 @@ def test_a_finished_stage_that_is_changed_ends_both_processes_with_one_line(plac
 def lose_source(rank: int, each: list[list[str]]) -> None:
     """`cli_rank`, but the data of rank 1 vanish in the middle of the run."""
     import nextblock.data.feed as module
-    from nextblock.config.sections import UsageError
+    from nextblock.config.errors import UsageError
 
     real = module.Feed._read
     batches: list[int] = []

@@ -18,7 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Annotation, Text
 from rich.console import Console
 
-from nextblock.config.sections import UsageError
+from nextblock.config.errors import UsageError
 from nextblock.measure.report import (
     decoding_table,
     findings,

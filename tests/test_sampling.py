@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from families import tiny_model
-from nextblock.config.sections import BlockDiffusionSettings, DraftAdapterConfig, UsageError, validate
+from nextblock.config.errors import UsageError
+from nextblock.config.sections import BlockDiffusionSettings, DraftAdapterConfig, validate
 from nextblock.decoding.batch import Row
 from nextblock.decoding.events import BlockFinished, Committed, Rejected
 from nextblock.decoding.lm import BlockDiffusionLM

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nextblock.config.sections import AdaptConfig, GrowthConfig, OptimizerConfig, load_config
+from nextblock.config.run import AdaptConfig, load_config
+from nextblock.config.sections import GrowthConfig, OptimizerConfig
 from nextblock.recipe.schedules import ar_weight, block_size, growth_steps, learning_rate, target_share
 
 growths = st.builds(

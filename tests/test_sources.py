@@ -10,7 +10,8 @@ from typing import Any, cast
 
 import pytest
 
-from nextblock.config.sections import DataConfig, Source, UsageError
+from nextblock.config.errors import UsageError
+from nextblock.config.sections import DataConfig, Source
 from nextblock.data.rows import RowStream
 from nextblock.data.sources import Record, Records, check_characters, read_prompts, read_source
 from nextblock.model.decoder import byte_tokenizer

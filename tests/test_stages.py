@@ -13,7 +13,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from nextblock.config.sections import AdaptConfig, UsageError, load_config, stage_configs
+from nextblock.config.errors import UsageError
+from nextblock.config.run import AdaptConfig, load_config, stage_configs
 from nextblock.measure.report import read_log
 from nextblock.measure.report.figures import plot_losses
 from nextblock.model.decoder import read_config

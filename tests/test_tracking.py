@@ -22,7 +22,9 @@ from families import EOS_ID, MASK_ID, nested_model, tiny_model
 from layouts import CHAT, PLAIN, PROMPTED, make_rows
 from nextblock.attention.rule import block_diffusion_rule
 from nextblock.cli.live import TrainingBar
-from nextblock.config.sections import RecipeConfig, UsageError, load_config
+from nextblock.config.errors import UsageError
+from nextblock.config.run import load_config
+from nextblock.config.sections import RecipeConfig
 from nextblock.measure.report import read_log
 from nextblock.model.decoder import Decoder
 from nextblock.recipe.corruption import corrupt

@@ -27,7 +27,9 @@ from transformers import AutoModelForCausalLM
 from conftest import VOCABULARY
 from families import tiny_model
 from layouts import CHAT, PLAIN, PROMPTED, make_rows
-from nextblock.config.sections import AdaptConfig, Source, UsageError, load_config
+from nextblock.config.errors import UsageError
+from nextblock.config.run import AdaptConfig, load_config
+from nextblock.config.sections import Source
 from nextblock.data.rows import Rows, check_tokens
 from nextblock.data.sources import Records, is_held_out, read_source
 from nextblock.model.decoder import load_tokenizer, read_config, read_settings

@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 
 from families import tiny_model
 from nextblock.cli.main import app
-from nextblock.config.sections import BlockDiffusionSettings, UsageError
+from nextblock.config.errors import UsageError
+from nextblock.config.sections import BlockDiffusionSettings
 from nextblock.data.tasks import Example, Task
 from nextblock.decoding.lm import BlockDiffusionLM, load
 from nextblock.decoding.request import resolve_config

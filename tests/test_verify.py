@@ -10,7 +10,8 @@ from rich.console import Console
 from transformers import AutoConfig
 
 from families import FAMILIES, MASK_ID, TOKENS, longrope_model, nested_model, random_model, tiny_model
-from nextblock.config.sections import BlockDiffusionSettings, UsageError
+from nextblock.config.errors import UsageError
+from nextblock.config.sections import BlockDiffusionSettings
 from nextblock.decoding.lm import BlockDiffusionLM
 from nextblock.measure.identities import Check, table, verify, verify_model
 from nextblock.training.checkpoint import export

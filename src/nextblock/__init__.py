@@ -13,7 +13,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nextblock.config.sections import AdaptConfig, BlockDiffusionSettings, UsageError
+    from nextblock.config.errors import UsageError
+    from nextblock.config.run import AdaptConfig
+    from nextblock.config.sections import BlockDiffusionSettings
     from nextblock.decoding.custom_generate import block_diffusion
     from nextblock.decoding.lm import BlockDiffusionLM, Generation, load
     from nextblock.workflows.adapt import RunResult, adapt

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import nextblock.config.sections
-from nextblock.config.sections import UsageError
+from nextblock.config.errors import UsageError
 from nextblock.data.tasks import TASKS, Example, get_task
 from nextblock.data.tasks.example import split_of
 

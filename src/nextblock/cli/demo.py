@@ -11,7 +11,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from nextblock.cli.live import TrainingBar, progress, show_denoising
 from nextblock.config.presets import preset
-from nextblock.config.sections import AdaptConfig, load_config
+from nextblock.config.run import AdaptConfig, load_config
 from nextblock.data.tasks import get_task
 from nextblock.decoding.lm import BlockDiffusionLM, load
 from nextblock.measure.bench.scores import score_modes

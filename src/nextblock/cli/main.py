@@ -17,7 +17,9 @@ from typing import Annotated, Any, get_args
 import typer
 import yaml
 
-from nextblock.config.sections import AdaptConfig, Section, UsageError
+from nextblock.config.errors import UsageError
+from nextblock.config.run import AdaptConfig
+from nextblock.config.sections import Section
 
 app = typer.Typer(
     name="nextblock",
@@ -153,7 +155,7 @@ def adapt(
     from transformers.utils.logging import disable_progress_bar
 
     from nextblock.cli.live import TrainingBar
-    from nextblock.config.sections import load_config, stage_configs
+    from nextblock.config.run import load_config, stage_configs
     from nextblock.training.ranks import is_main, together
     from nextblock.workflows.adapt import adapt as run
 
@@ -570,7 +572,7 @@ def plan(
     Without options: what `nextblock adapt` of the same configuration will do. Exit status 1 if it does not fit.
     """
     from nextblock.config.presets import find_config
-    from nextblock.config.sections import load_config
+    from nextblock.config.run import load_config
     from nextblock.measure.bench.command import wide_console
     from nextblock.measure.plan import plan as run
     from nextblock.measure.plan import plan_stages, shortfall

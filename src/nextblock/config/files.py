@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from nextblock.config.sections import UsageError
+from nextblock.config.errors import UsageError
 
 PARTIAL = ".partial-"
 """How the names of folders begin that are not yet whole."""

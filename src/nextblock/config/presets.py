@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nextblock.config.sections import UsageError, nearest
+from nextblock.config.errors import UsageError, nearest
 
 
 def preset(name: str) -> Path:

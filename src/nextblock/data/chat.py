@@ -14,8 +14,7 @@ from datetime import datetime
 from functools import cached_property
 from typing import Any
 
-from nextblock.config.sections import UsageError
-from nextblock.data.sources import one_line
+from nextblock.config.errors import UsageError, one_line
 
 Pieces = list[tuple[str, bool]]
 """Consecutive parts of a text: (text, is it generated?)."""

@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from tokenizers import AddedToken
 
-from nextblock.config.sections import UsageError
+from nextblock.config.errors import UsageError
 from nextblock.data.chat import MARKER, MEANT, PRIVATE, Chat, Pieces, Specials
 from nextblock.data.sources import Record
 

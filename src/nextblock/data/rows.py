@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from nextblock.config.sections import DataConfig, UsageError
+from nextblock.config.errors import UsageError
+from nextblock.config.sections import DataConfig
 from nextblock.data.encode import Document, encode_batch
 from nextblock.data.sources import Cursor, HubStream, Record, Records, is_held_out, read_source
 

@@ -18,7 +18,8 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 
-from nextblock.config.sections import Source, UsageError
+from nextblock.config.errors import UsageError, one_line
+from nextblock.config.sections import Source
 from nextblock.data.tasks import get_task
 
 CHECKED_BYTES = 64 * 2**20  # local sources up to this size are read through before training starts
@@ -461,11 +462,6 @@ def _prompt(row: Any, where: str) -> Record:
     if not turns:
         raise UsageError(f"{where}: messages hold nothing to answer; give at least one turn of the user")
     return Record({"messages": turns}, where)
-
-
-def one_line(error: BaseException) -> str:
-    """What an exception of another library says, on one line of at most 300 characters."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 # ---------------------------------------------------------------- cursors: endless reading that resumes

@@ -17,7 +17,7 @@ from transformers.generation import logits_process
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from nextblock.config.sections import UsageError
+from nextblock.config.errors import UsageError
 from nextblock.decoding.batch import Row
 from nextblock.decoding.events import Finish
 from nextblock.decoding.lm import BlockDiffusionLM, Stream, look_at

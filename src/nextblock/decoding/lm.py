@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from nextblock.config.sections import BlockDiffusionSettings, UsageError, nearest
+from nextblock.config.errors import UsageError, nearest
+from nextblock.config.sections import BlockDiffusionSettings
 from nextblock.decoding.batch import Batch, Processor, Row
 from nextblock.decoding.compiled import StaticPasses
 from nextblock.decoding.diffusion import decode

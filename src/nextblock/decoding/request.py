@@ -10,7 +10,8 @@ from typing import Any, Literal, TypedDict
 import torch
 from torch import Tensor
 
-from nextblock.config.sections import BlockDiffusionSettings, UsageError, validate
+from nextblock.config.errors import UsageError
+from nextblock.config.sections import BlockDiffusionSettings, validate
 from nextblock.data.encode import encode_prompt
 from nextblock.data.sources import check_characters
 from nextblock.decoding.batch import Row

@@ -14,7 +14,8 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from nextblock.config.sections import Section, UsageError, nearest
+from nextblock.config.errors import UsageError, nearest
+from nextblock.config.sections import Section
 
 Mode = Literal["ar", "diffusion", "speculative"]
 Sampler = Literal["confidence", "entropy", "margin", "entropy_bound"]

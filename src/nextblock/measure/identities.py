@@ -26,7 +26,8 @@ from nextblock.attention.rule import (
     to_dense,
     within_window,
 )
-from nextblock.config.sections import BlockDiffusionSettings, RecipeConfig, UsageError
+from nextblock.config.errors import UsageError
+from nextblock.config.sections import BlockDiffusionSettings, RecipeConfig
 from nextblock.data.rows import Rows
 from nextblock.decoding.batch import Batch, Row
 from nextblock.decoding.events import Stats

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from nextblock.attention.rule import block_diffusion_rule
-from nextblock.config.sections import BlockDiffusionSettings, RecipeConfig, UsageError
+from nextblock.config.errors import UsageError
+from nextblock.config.sections import BlockDiffusionSettings, RecipeConfig
 from nextblock.data.encode import span_ends
 from nextblock.data.rows import Rows
 from nextblock.data.tasks import Task

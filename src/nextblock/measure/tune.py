@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from nextblock.config.sections import UsageError, nearest
+from nextblock.config.errors import UsageError, nearest
 from nextblock.decoding.lm import BlockDiffusionLM
 from nextblock.decoding.request import end_tokens, resolve_config
 from nextblock.decoding.sampling import DecodingConfig

@@ -48,7 +48,8 @@ from nextblock.attention.rule import (
     within_window,
 )
 from nextblock.attention.split import SPLIT, split_mask
-from nextblock.config.sections import BlockDiffusionSettings, ModelConfig, UsageError, nearest, validate
+from nextblock.config.errors import UsageError, nearest
+from nextblock.config.sections import BlockDiffusionSettings, ModelConfig, validate
 from nextblock.model.draft_adapter import DraftAdapter, Gate, attached_adapter, recomputation
 from nextblock.model.shapes import shape_values
 

@@ -26,7 +26,8 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from nextblock.config.sections import BlockDiffusionSettings, DraftAdapterConfig, UsageError, nearest, validate
+from nextblock.config.errors import UsageError, nearest
+from nextblock.config.sections import BlockDiffusionSettings, DraftAdapterConfig, validate
 
 WEIGHTS, PEFT_CONFIG, SETTINGS = "adapter_model.safetensors", "adapter_config.json", "draft_adapter.json"
 MASK_VECTOR = "mask_vector.safetensors"

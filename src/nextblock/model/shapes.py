@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from nextblock.config.sections import UsageError, nearest
+from nextblock.config.errors import UsageError, nearest
 
 _QWEN3: dict[str, Any] = {
     "model_type": "qwen3",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from nextblock.config.sections import AdaptConfig, GrowthConfig, OptimizerConfig
+from nextblock.config.run import AdaptConfig
+from nextblock.config.sections import GrowthConfig, OptimizerConfig
 
 
 def block_size(step: int, growth: GrowthConfig) -> int:

@@ -22,8 +22,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from nextblock.config.errors import UsageError
 from nextblock.config.files import PARTIAL, unwritten
-from nextblock.config.sections import BlockDiffusionSettings, UsageError
+from nextblock.config.sections import BlockDiffusionSettings
 from nextblock.data.encode import span_ends
 from nextblock.training.ranks import is_main, together
 

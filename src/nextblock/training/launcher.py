@@ -15,7 +15,8 @@ from accelerate.utils import (
 )
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from nextblock.config.sections import AdaptConfig, UsageError, require
+from nextblock.config.errors import UsageError, require
+from nextblock.config.run import AdaptConfig
 from nextblock.training.log import TRACKERS
 from nextblock.training.ranks import join, together
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from nextblock.config.sections import AdaptConfig
+from nextblock.config.run import AdaptConfig
 from nextblock.model.decoder import text_config
 from nextblock.model.shapes import device_named
 from nextblock.recipe.corruption import NOISE_LEVELS, UNSCORED, TwoView

@@ -24,18 +24,10 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 from nextblock.attention.rule import block_diffusion_rule
+from nextblock.config.errors import TrainingStopped, UsageError, require
 from nextblock.config.files import LOCK, locked, make_folder, unwritten, whole_folder, write_whole
-from nextblock.config.sections import (
-    AdaptConfig,
-    BlockDiffusionSettings,
-    DataConfig,
-    ModelConfig,
-    OptimizerConfig,
-    TrainingStopped,
-    UsageError,
-    require,
-    stage_configs,
-)
+from nextblock.config.run import AdaptConfig, stage_configs
+from nextblock.config.sections import BlockDiffusionSettings, DataConfig, ModelConfig, OptimizerConfig
 from nextblock.data.encode import span_ends
 from nextblock.data.feed import Feed, merged
 from nextblock.data.rows import NoDocument, Rows, RowStream, check_tokens

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate import PartialState
 
-from nextblock.config.sections import UsageError
+from nextblock.config.errors import UsageError
 
 T = TypeVar("T")
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nextblock.attention.rule import block_diffusion_rule
 from nextblock.config.files import locked
-from nextblock.config.sections import AdaptConfig, load_config, stage_configs
+from nextblock.config.run import AdaptConfig, load_config, stage_configs
 from nextblock.data.feed import merged
 from nextblock.data.rows import Rows
 from nextblock.decoding.lm import BlockDiffusionLM

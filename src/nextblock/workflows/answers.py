@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from nextblock.config.sections import UsageError
+from nextblock.config.errors import UsageError
 from nextblock.data.sources import Record, read_prompts
 from nextblock.decoding.events import Finish
 from nextblock.decoding.lm import load

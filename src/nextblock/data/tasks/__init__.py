@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nextblock.config.sections import UsageError, nearest
+from nextblock.config.errors import UsageError, nearest
 from nextblock.data.tasks import algebra, functions, word_problems
 from nextblock.data.tasks.example import Example, Task
 

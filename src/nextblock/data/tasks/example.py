@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeVar, cast, get_args
 
-from nextblock.config.sections import UsageError, nearest
+from nextblock.config.errors import UsageError, nearest
 
 Split = Literal["train", "test"]
 Candidate = TypeVar("Candidate")

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from nextblock.cli.live import progress
-from nextblock.config.sections import UsageError
+from nextblock.config.errors import UsageError
 from nextblock.decoding.lm import BlockDiffusionLM
 from nextblock.decoding.request import end_tokens
 from nextblock.measure.bench.contest import MEMORY_MEANING

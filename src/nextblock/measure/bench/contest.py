@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import CompileConfig, GenerationConfig, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
-from nextblock.config.sections import UsageError
+from nextblock.config.errors import UsageError
 from nextblock.decoding.lm import BlockDiffusionLM
 from nextblock.measure.bench.prompts import Options, variant_name
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
-from nextblock.config.sections import UsageError
+from nextblock.config.errors import UsageError
 from nextblock.decoding.lm import BlockDiffusionLM
 from nextblock.measure.bench.contest import (
     Contestant,

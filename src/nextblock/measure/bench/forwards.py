@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from nextblock.config.sections import BlockDiffusionSettings, UsageError, validate
+from nextblock.config.errors import UsageError
+from nextblock.config.sections import BlockDiffusionSettings, validate
 from nextblock.decoding.batch import Batch, Row
 from nextblock.decoding.events import Stats
 from nextblock.decoding.lm import BlockDiffusionLM

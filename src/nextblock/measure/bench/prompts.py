@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 
-from nextblock.config.sections import BlockDiffusionSettings, UsageError, nearest
+from nextblock.config.errors import UsageError, nearest
+from nextblock.config.sections import BlockDiffusionSettings
 from nextblock.data.sources import read_prompts
 from nextblock.data.tasks import Example, Task, get_task
 from nextblock.decoding.lm import BlockDiffusionLM

@@ -16,8 +16,9 @@ from typing import Any, cast
 from huggingface_hub import is_offline_mode
 from transformers import PreTrainedConfig
 
-from nextblock.config.sections import AdaptConfig, ModelConfig, UsageError, nearest, stage_configs
-from nextblock.data.sources import one_line
+from nextblock.config.errors import UsageError, nearest, one_line
+from nextblock.config.run import AdaptConfig, stage_configs
+from nextblock.config.sections import ModelConfig
 from nextblock.measure.plan.memory import GIB, evaluation_memory, step_memory
 from nextblock.measure.plan.work import (
     count_parameters,

@@ -19,7 +19,7 @@ from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 from nextblock.attention.split import PIECE, SPLIT, TILE, Piece, SplitMask, Tiles
-from nextblock.config.sections import AdaptConfig
+from nextblock.config.run import AdaptConfig
 from nextblock.model.decoder import (
     Decoder,
     choose_attention,

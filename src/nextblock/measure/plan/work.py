@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import PreTrainedConfig
 
-from nextblock.config.sections import AdaptConfig, Context
+from nextblock.config.run import AdaptConfig
+from nextblock.config.sections import Context
 from nextblock.measure.plan.fakes import bare_model, low_rank_updates
 from nextblock.recipe import schedules
 from nextblock.training.log import Flops, Products, kind_of_training

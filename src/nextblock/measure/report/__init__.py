@@ -35,8 +35,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nextblock.config.errors import UsageError
 from nextblock.config.files import write_whole
-from nextblock.config.sections import UsageError
 from nextblock.measure.report.figures import plot_losses, plot_profile, plot_tradeoff
 from nextblock.measure.report.page import decoding_table, findings, render, summary
 

@@ -1,0 +1,32 @@
+"""What a user did wrong, in one line; and near misses of names."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+from collections.abc import Sequence
+
+
+class UsageError(ValueError):
+    """Bad input from the user: one line with the value, the rule and the cure. The CLI exits 2."""
+
+
+class TrainingStopped(UsageError):
+    """A run that cannot go on, after steps that were well: what it has written is worth a look."""
+
+
+def nearest(word: str, choices: Sequence[str]) -> str:
+    """`; did you mean 'x'?` for the choice most like `word`, or the list of all choices."""
+    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
+    return f"; did you mean '{close[0]}'?" if close else f"; choose from {', '.join(choices)}"
+
+
+def require(package: str, extra: str, key: str) -> None:
+    """Stop in one line where `key` of the configuration needs an optional package that is not installed."""
+    if importlib.util.find_spec(package) is None:
+        raise UsageError(f"{key} needs {package}, which is not installed; run `pip install nextblock[{extra}]`")
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception of another library says, on one line of at most 300 characters."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
