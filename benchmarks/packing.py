@@ -14,7 +14,7 @@ import typer
 
 from nextblock.config.sections import DataConfig, ModelConfig, Source
 from nextblock.data.feed import Feed
-from nextblock.data.rows import CHUNK_ROWS
+from nextblock.data.stream import CHUNK_ROWS
 from nextblock.model.decoder import parent_tokenizer
 
 DATA = {

@@ -19,7 +19,7 @@ from nextblock.attention.rule import block_diffusion_rule
 from nextblock.config.errors import UsageError
 from nextblock.config.run import load_config
 from nextblock.config.sections import BlockDiffusionSettings, DraftAdapterConfig, ModelConfig, RecipeConfig
-from nextblock.data.rows import RowStream
+from nextblock.data.stream import RowStream
 from nextblock.model.decoder import (
     Decoder,
     byte_tokenizer,

@@ -19,8 +19,9 @@ from nextblock.config.errors import UsageError
 from nextblock.config.run import load_config
 from nextblock.config.sections import BlockDiffusionSettings, DraftAdapterConfig, Source
 from nextblock.data.encode import encode
-from nextblock.data.rows import RowStream
-from nextblock.data.sources import Records, read_prompts, read_source
+from nextblock.data.prompts import read_prompts
+from nextblock.data.sources import Records, read_source
+from nextblock.data.stream import RowStream
 from nextblock.model.decoder import byte_tokenizer
 from nextblock.model.draft_adapter import DraftAdapter, save_adapter
 from nextblock.training.checkpoint import export

@@ -19,7 +19,8 @@ from transformers import PreTrainedTokenizerFast
 from nextblock.config.errors import UsageError
 from nextblock.config.sections import DataConfig
 from nextblock.data.encode import encode
-from nextblock.data.rows import Document, Rows, RowStream, best_subset, check_tokens, collate, cut, pack
+from nextblock.data.rows import Document, Rows, best_subset, check_tokens, collate, cut, pack
+from nextblock.data.stream import RowStream
 
 SPECIAL = ["<|end|>", "<|begin|>", "<|turn|>"]
 CHAT = (

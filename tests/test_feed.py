@@ -12,7 +12,8 @@ from nextblock.config.errors import UsageError
 from nextblock.config.run import load_config
 from nextblock.data.feed import Feed, merged
 from nextblock.data.rows import Rows
-from nextblock.data.sources import Cursor, Record, Records
+from nextblock.data.sources import Record, Records
+from nextblock.data.stream import Cursor
 from nextblock.model.decoder import byte_tokenizer
 
 

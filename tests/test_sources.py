@@ -12,8 +12,9 @@ import pytest
 
 from nextblock.config.errors import UsageError
 from nextblock.config.sections import DataConfig, Source
-from nextblock.data.rows import RowStream
-from nextblock.data.sources import Record, Records, check_characters, read_prompts, read_source
+from nextblock.data.prompts import read_prompts
+from nextblock.data.sources import Record, Records, check_characters, read_source
+from nextblock.data.stream import RowStream
 from nextblock.model.decoder import byte_tokenizer
 
 

@@ -31,7 +31,8 @@ from nextblock.config.errors import UsageError
 from nextblock.config.run import AdaptConfig, load_config
 from nextblock.config.sections import Source
 from nextblock.data.rows import Rows, check_tokens
-from nextblock.data.sources import Records, is_held_out, read_source
+from nextblock.data.sources import Records, read_source
+from nextblock.data.stream import is_held_out
 from nextblock.model.decoder import load_tokenizer, read_config, read_settings
 from nextblock.training.checkpoint import list_checkpoints, newest_whole_checkpoint
 from nextblock.training.loop import StepMetrics, prepare, save, train, train_step, trim_log, without_dropout

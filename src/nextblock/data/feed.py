@@ -12,7 +12,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from nextblock.config.sections import DataConfig
-from nextblock.data.rows import CHUNK_ROWS, Rows, RowStream
+from nextblock.data.rows import Rows
+from nextblock.data.stream import CHUNK_ROWS, RowStream
 
 State = dict[str, Any]
 

@@ -30,7 +30,8 @@ from nextblock.config.run import AdaptConfig, stage_configs
 from nextblock.config.sections import BlockDiffusionSettings, DataConfig, ModelConfig, OptimizerConfig
 from nextblock.data.encode import span_ends
 from nextblock.data.feed import Feed, merged
-from nextblock.data.rows import NoDocument, Rows, RowStream, check_tokens
+from nextblock.data.rows import Rows, check_tokens
+from nextblock.data.stream import NoDocument, RowStream
 from nextblock.model.decoder import (
     Decoder,
     check_round_trip,

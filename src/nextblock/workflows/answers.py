@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from nextblock.config.errors import UsageError
-from nextblock.data.sources import Record, read_prompts
+from nextblock.data.prompts import read_prompts
+from nextblock.data.sources import Record
 from nextblock.decoding.events import Finish
 from nextblock.decoding.lm import load
 from nextblock.decoding.request import make_request, with_stored

@@ -11,7 +11,7 @@ import yaml
 
 from nextblock.config.errors import UsageError, nearest
 from nextblock.config.sections import BlockDiffusionSettings
-from nextblock.data.sources import read_prompts
+from nextblock.data.prompts import read_prompts
 from nextblock.data.tasks import Example, Task, get_task
 from nextblock.decoding.lm import BlockDiffusionLM
 from nextblock.decoding.request import make_request, resolve_config
