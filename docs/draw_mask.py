@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nextblock.attention.rule import block_diffusion_rule, to_dense
+from nextblock.attention.masks import to_dense
+from nextblock.attention.rule import block_diffusion_rule
 from nextblock.config.sections import RecipeConfig
 from nextblock.data.rows import Document, Rows, collate
 from nextblock.recipe.corruption import TwoView, corrupt

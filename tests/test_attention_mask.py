@@ -13,13 +13,8 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from layouts import LAYOUTS, Slot, make_rows, may_look, places_of, slots_of_row
 from nextblock.attention import rule as attention_mask
-from nextblock.attention.rule import (
-    block_diffusion_rule,
-    decode_mask,
-    to_block_mask,
-    to_dense,
-    within_window,
-)
+from nextblock.attention.masks import decode_mask, to_block_mask, to_dense
+from nextblock.attention.rule import block_diffusion_rule, within_window
 
 LENGTH = 28  # every layout leaves some padding
 BLOCK_SIZES = (1, 2, 4, 28)

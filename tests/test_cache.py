@@ -9,7 +9,7 @@ import torch
 
 from families import MASK_ID, tiny_model
 from nextblock.attention import split as split_attention
-from nextblock.attention.rule import decode_mask
+from nextblock.attention.masks import decode_mask
 from nextblock.config.sections import BlockDiffusionSettings, validate
 from nextblock.decoding import batch as batch_module
 from nextblock.decoding.batch import Batch, Row

@@ -15,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from layouts import make_rows
-from nextblock.attention.rule import block_diffusion_rule, to_dense
+from nextblock.attention.masks import to_dense
+from nextblock.attention.rule import block_diffusion_rule
 from nextblock.cli.main import app
 from nextblock.config.errors import UsageError
 from nextblock.config.run import AdaptConfig, load_config, stage_configs

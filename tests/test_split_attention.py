@@ -10,7 +10,8 @@ from transformers.integrations import sdpa_attention
 from families import MASK_ID, tiny_model
 from layouts import CHAT, LAYOUTS, PLAIN, PROMPTED, make_rows, may_look, places_of, slots_of_row
 from nextblock.attention import split as parts
-from nextblock.attention.rule import Places, block_diffusion_rule, to_dense, within_window
+from nextblock.attention.masks import to_dense
+from nextblock.attention.rule import Places, block_diffusion_rule, within_window
 from nextblock.config.sections import DraftAdapterConfig, RecipeConfig
 from nextblock.model.decoder import Decoder, recompute_activations, run_in_parts
 from nextblock.model.draft_adapter import DraftAdapter

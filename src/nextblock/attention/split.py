@@ -25,7 +25,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from nextblock.attention.rule import Places, Rule, additive, to_dense
+from nextblock.attention.masks import additive, to_dense
+from nextblock.attention.rule import Places, Rule
 
 SPLIT = "nextblock_sdpa_split"
 """Name of the attention implementation; with masks other than a `SplitMask` it gives what `sdpa` gives."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from nextblock.attention.rule import additive, decode_mask
+from nextblock.attention.masks import additive, decode_mask
 
 
 class SlotCache(Cache):

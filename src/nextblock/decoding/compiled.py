@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nextblock.attention.rule import decode_mask
+from nextblock.attention.masks import decode_mask
 from nextblock.decoding.cache import SlotCache
 from nextblock.model.decoder import Decoder
 from nextblock.model.draft_adapter import Gate

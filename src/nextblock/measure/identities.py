@@ -18,14 +18,8 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_mask
 
-from nextblock.attention.rule import (
-    Places,
-    Rule,
-    block_diffusion_rule,
-    to_block_mask,
-    to_dense,
-    within_window,
-)
+from nextblock.attention.masks import to_block_mask, to_dense
+from nextblock.attention.rule import Places, Rule, block_diffusion_rule, within_window
 from nextblock.config.errors import UsageError
 from nextblock.config.sections import BlockDiffusionSettings, RecipeConfig
 from nextblock.data.rows import Rows

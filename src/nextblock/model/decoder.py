@@ -38,15 +38,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils.hub import cached_file
 
-from nextblock.attention.rule import (
-    Places,
-    Rule,
-    additive,
-    block_diffusion_rule,
-    to_block_mask,
-    to_dense,
-    within_window,
-)
+from nextblock.attention.masks import additive, to_block_mask, to_dense
+from nextblock.attention.rule import Places, Rule, block_diffusion_rule, within_window
 from nextblock.attention.split import SPLIT, split_mask
 from nextblock.config.errors import UsageError, nearest
 from nextblock.config.sections import BlockDiffusionSettings, ModelConfig, validate
