@@ -15,7 +15,7 @@ import typer
 from nextblock.config.sections import DataConfig, ModelConfig, Source
 from nextblock.data.feed import Feed
 from nextblock.data.stream import CHUNK_ROWS
-from nextblock.model.decoder import parent_tokenizer
+from nextblock.model.parent import parent_tokenizer
 
 DATA = {
     "the demo's documents": ("task:word_problems",),

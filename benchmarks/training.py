@@ -35,8 +35,10 @@ from nextblock.config.sections import DraftAdapterConfig
 from nextblock.data.rows import Rows
 from nextblock.measure.bench.contest import GIB, high_water_mark_gib, synchronize
 from nextblock.measure.bench.forwards import random_model
-from nextblock.model.decoder import Decoder, load_model, read_settings, run_in_parts, without_dropout
+from nextblock.model.decoder import Decoder
 from nextblock.model.draft_adapter import DraftAdapter
+from nextblock.model.loading import load_model, read_settings
+from nextblock.model.probe import run_in_parts, without_dropout
 from nextblock.recipe.objective import DraftLoss, TwoViewLoss
 from nextblock.training.loop import Run, train_step
 from nextblock.workflows.adapt import environment

@@ -20,14 +20,7 @@ from nextblock.config.errors import UsageError
 from nextblock.config.run import load_config
 from nextblock.config.sections import BlockDiffusionSettings, DraftAdapterConfig, ModelConfig, RecipeConfig
 from nextblock.data.stream import RowStream
-from nextblock.model.decoder import (
-    Decoder,
-    byte_tokenizer,
-    load_parent,
-    probe_adapter,
-    recompute_activations,
-    without_dropout,
-)
+from nextblock.model.decoder import Decoder
 from nextblock.model.draft_adapter import (
     DraftAdapter,
     GatedLinear,
@@ -36,6 +29,8 @@ from nextblock.model.draft_adapter import (
     save_adapter,
     target_names,
 )
+from nextblock.model.parent import byte_tokenizer, load_parent
+from nextblock.model.probe import probe_adapter, recompute_activations, without_dropout
 from nextblock.recipe.corruption import corrupt
 from nextblock.recipe.objective import DraftLoss
 from nextblock.training.checkpoint import export

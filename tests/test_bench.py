@@ -33,7 +33,7 @@ from nextblock.measure.bench.decoding import bench_decode, count_calls, speedups
 from nextblock.measure.bench.figures import plot_bench
 from nextblock.measure.bench.forwards import random_model, random_prompts, time_forwards
 from nextblock.measure.bench.prompts import file_prompts, make_variants, parse_variant, task_prompts, variant_name
-from nextblock.model.decoder import byte_tokenizer
+from nextblock.model.parent import byte_tokenizer
 from nextblock.model.shapes import SHAPES
 
 VOCABULARY, MASK, END = 264, 263, 256

@@ -18,7 +18,8 @@ from nextblock.attention.rule import block_diffusion_rule
 from nextblock.config.presets import preset
 from nextblock.config.run import load_config
 from nextblock.config.sections import RecipeConfig
-from nextblock.model.decoder import Decoder, byte_tokenizer
+from nextblock.model.decoder import Decoder
+from nextblock.model.parent import byte_tokenizer
 from nextblock.recipe.corruption import corrupt
 from nextblock.recipe.objective import TwoViewLoss
 

@@ -17,8 +17,8 @@ import nextblock as nb
 from families import tiny_model
 from nextblock.cli import main as cli
 from nextblock.config.sections import BlockDiffusionSettings, DraftAdapterConfig
-from nextblock.model.decoder import byte_tokenizer
 from nextblock.model.draft_adapter import DraftAdapter, save_adapter
+from nextblock.model.parent import byte_tokenizer
 from nextblock.training.checkpoint import export
 
 

@@ -18,7 +18,7 @@ from families import EOS_ID, MASK_ID, PAD_ID, tiny_model
 from nextblock.config.errors import UsageError
 from nextblock.decoding.custom_generate import block_diffusion
 from nextblock.decoding.lm import BlockDiffusionLM
-from nextblock.model.decoder import read_settings
+from nextblock.model.loading import read_settings
 from nextblock.training.checkpoint import CUSTOM_GENERATE_SOURCE
 from test_text import byte_level
 

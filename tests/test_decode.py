@@ -195,7 +195,7 @@ def test_sliding_windows_hold_at_lengths_over_the_window(family, mode):
 
 def windowed_reference(model, prompt_ids, new, block, window):
     """`reference` by top probability, with each kind of layer's own window in the mask."""
-    from nextblock.model.decoder import layer_windows
+    from nextblock.model.positions import layer_windows
 
     windows = layer_windows(model.config)
 

@@ -15,7 +15,7 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 from nextblock.config.errors import UsageError
 from nextblock.data.encode import Document, encode, encode_prompt, span_ends
 from nextblock.data.sources import Record
-from nextblock.model.decoder import byte_tokenizer
+from nextblock.model.parent import byte_tokenizer
 
 ZEPHYR = (
     "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] | trim }}{{ eos_token }}\n{% endfor %}"

@@ -14,7 +14,7 @@ from nextblock.data.feed import Feed, merged
 from nextblock.data.rows import Rows
 from nextblock.data.sources import Record, Records
 from nextblock.data.stream import Cursor
-from nextblock.model.decoder import byte_tokenizer
+from nextblock.model.parent import byte_tokenizer
 
 
 @pytest.fixture(scope="module")

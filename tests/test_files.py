@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from nextblock.config.files import unwritten, whole_folder, write_whole
-from nextblock.model.decoder import byte_tokenizer
+from nextblock.model.parent import byte_tokenizer
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from nextblock.config.sections import BlockDiffusionSettings
 from nextblock.decoding.events import BlockFinished, Committed, Prefilled, Rejected, RowFinished
 from nextblock.decoding.lm import BlockDiffusionLM, load, look_at
 from nextblock.decoding.request import make_request
-from nextblock.model.decoder import byte_tokenizer
+from nextblock.model.parent import byte_tokenizer
 from nextblock.training.checkpoint import export
 from test_text import byte_level
 

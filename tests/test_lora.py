@@ -17,8 +17,9 @@ from families import tiny_model
 from nextblock.config.errors import UsageError
 from nextblock.config.run import AdaptConfig, load_config
 from nextblock.config.sections import LoraConfig
-from nextblock.model.decoder import Decoder, byte_tokenizer
+from nextblock.model.decoder import Decoder
 from nextblock.model.lora import LoraAdapter
+from nextblock.model.parent import byte_tokenizer
 from nextblock.training.loop import StepMetrics, prepare, train
 
 pytest.importorskip("peft")

@@ -30,24 +30,12 @@ from nextblock.attention.rule import Places, block_diffusion_rule
 from nextblock.config.errors import UsageError
 from nextblock.config.sections import BlockDiffusionSettings, ModelConfig, RecipeConfig
 from nextblock.data.rows import Rows
-from nextblock.model.decoder import (
-    MASK_TOKEN,
-    Decoder,
-    byte_tokenizer,
-    check_round_trip,
-    check_row_length,
-    choose_mask_token,
-    layer_windows,
-    load_model,
-    load_parent,
-    load_tokenizer,
-    parent_tokenizer,
-    probe,
-    read_config,
-    read_settings,
-    recompute_activations,
-    replace_values,
-)
+from nextblock.model.decoder import Decoder
+from nextblock.model.loading import load_model, load_tokenizer, read_config, read_settings, replace_values
+from nextblock.model.mask_token import MASK_TOKEN, check_round_trip, choose_mask_token
+from nextblock.model.parent import byte_tokenizer, load_parent, parent_tokenizer
+from nextblock.model.positions import check_row_length, layer_windows
+from nextblock.model.probe import probe, recompute_activations
 from nextblock.recipe.corruption import TwoView, corrupt
 from nextblock.training.checkpoint import export
 from nextblock.workflows.adapt import adapt

@@ -32,8 +32,8 @@ from nextblock.measure.plan.work import (
     scored_tokens,
     step_flops,
 )
-from nextblock.model.decoder import load_parent, scratch_config
 from nextblock.model.draft_adapter import DraftAdapter
+from nextblock.model.parent import load_parent, scratch_config
 from nextblock.model.shapes import DEVICES, shape_values
 from nextblock.recipe.corruption import UNSCORED, corrupt
 from nextblock.training.launcher import check_sharding

@@ -16,7 +16,7 @@ from nextblock.config.errors import UsageError
 from nextblock.config.presets import find_config, preset
 from nextblock.config.run import load_config
 from nextblock.measure import plan
-from nextblock.model.decoder import byte_tokenizer
+from nextblock.model.parent import byte_tokenizer
 from nextblock.training.checkpoint import export
 from nextblock.training.loop import train
 

@@ -15,7 +15,7 @@ from nextblock.config.sections import DataConfig, Source
 from nextblock.data.prompts import read_prompts
 from nextblock.data.sources import Record, Records, check_characters, read_source
 from nextblock.data.stream import RowStream
-from nextblock.model.decoder import byte_tokenizer
+from nextblock.model.parent import byte_tokenizer
 
 
 def read(path: Path | str, part_bytes: int = 8192, **options: Any) -> list[Record]:

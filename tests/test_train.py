@@ -33,7 +33,7 @@ from nextblock.config.sections import Source
 from nextblock.data.rows import Rows, check_tokens
 from nextblock.data.sources import Records, read_source
 from nextblock.data.stream import is_held_out
-from nextblock.model.decoder import load_tokenizer, read_config, read_settings
+from nextblock.model.loading import load_tokenizer, read_config, read_settings
 from nextblock.training.checkpoint import list_checkpoints, newest_whole_checkpoint
 from nextblock.training.loop import StepMetrics, prepare, save, train, train_step, trim_log, without_dropout
 from nextblock.workflows.adapt import adapt

@@ -31,7 +31,7 @@ from nextblock.measure.tune import (
     writable_folder,
     write_decoding,
 )
-from nextblock.model.decoder import byte_tokenizer
+from nextblock.model.parent import byte_tokenizer
 from nextblock.training.checkpoint import export
 
 VOCABULARY, MASK, END = 264, 263, 256

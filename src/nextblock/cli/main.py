@@ -363,7 +363,7 @@ def load_lm(
     from transformers.utils.logging import disable_progress_bar
 
     from nextblock.decoding.lm import load
-    from nextblock.model.decoder import no_tokenizer
+    from nextblock.model.loading import no_tokenizer
 
     disable_progress_bar()
     lm = load(model, dtype=torch_dtype(dtype), draft_adapter=draft_adapter, compile=compile, settings=settings)

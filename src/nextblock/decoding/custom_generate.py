@@ -22,8 +22,8 @@ from nextblock.decoding.batch import Row
 from nextblock.decoding.events import Finish
 from nextblock.decoding.lm import BlockDiffusionLM, Stream, look_at
 from nextblock.decoding.request import make_request, resolve_config
-from nextblock.model.decoder import read_settings
 from nextblock.model.draft_adapter import attached_adapter
+from nextblock.model.loading import read_settings
 
 _OWN_WARPERS = {
     logits_process.TemperatureLogitsWarper: "temperature",

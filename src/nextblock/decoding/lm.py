@@ -25,21 +25,20 @@ from nextblock.decoding.diffusion import decode
 from nextblock.decoding.events import Committed, Event, Finish, RowFinished, Stats
 from nextblock.decoding.request import GenerateOptions, Prompts, Request, make_request
 from nextblock.decoding.text import TextStream
-from nextblock.model.decoder import (
-    Decoder,
+from nextblock.model.decoder import Decoder
+from nextblock.model.draft_adapter import DraftAdapter, load_adapter
+from nextblock.model.loading import (
     GivenSettings,
-    NotFiniteError,
-    check_mask_token,
     choose_attention,
     load_model,
     load_tokenizer,
-    probe,
     read_config,
     read_settings,
     resolve_adapter,
     weights_folder,
 )
-from nextblock.model.draft_adapter import DraftAdapter, load_adapter
+from nextblock.model.mask_token import check_mask_token
+from nextblock.model.probe import NotFiniteError, probe
 
 PASSES = "_nextblock_passes"
 """Attribute of a model that was decoded: its compiled passes."""

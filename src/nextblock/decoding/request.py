@@ -18,7 +18,8 @@ from nextblock.decoding.batch import Row
 from nextblock.decoding.events import Finish
 from nextblock.decoding.sampling import DecodingConfig, Mode, Sampler, generator
 from nextblock.decoding.text import TextStream
-from nextblock.model.decoder import Decoder, no_tokenizer
+from nextblock.model.decoder import Decoder
+from nextblock.model.loading import no_tokenizer
 
 Message = Mapping[str, Any]
 Prompts = str | Message | Sequence[str] | Sequence[Message] | Sequence[Sequence[Message]] | Tensor

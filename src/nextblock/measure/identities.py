@@ -27,15 +27,10 @@ from nextblock.decoding.batch import Batch, Row
 from nextblock.decoding.events import Stats
 from nextblock.decoding.lm import BlockDiffusionLM
 from nextblock.decoding.sampling import DecodingConfig, Mode
-from nextblock.model.decoder import (
-    Decoder,
-    GivenSettings,
-    choose_mask_token,
-    load_model,
-    load_tokenizer,
-    probe,
-    read_settings,
-)
+from nextblock.model.decoder import Decoder
+from nextblock.model.loading import GivenSettings, load_model, load_tokenizer, read_settings
+from nextblock.model.mask_token import choose_mask_token
+from nextblock.model.probe import probe
 from nextblock.recipe.corruption import TwoView, corrupt
 from nextblock.recipe.objective import TwoViewLoss
 

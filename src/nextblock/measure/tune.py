@@ -24,7 +24,7 @@ from nextblock.decoding.sampling import DecodingConfig
 from nextblock.measure.bench.contest import Round, alternate, make_batches, our_mode
 from nextblock.measure.bench.decoding import check_length, speedups
 from nextblock.measure.bench.prompts import Options, Prompts, variant_name
-from nextblock.model.decoder import SHIPPED
+from nextblock.model.loading import SHIPPED
 
 TUNED = {  # what is tuned of each mode; the values left out of a name are the defaults of `DecodingConfig`
     "diffusion": ("block_size", "threshold", "sampler", "sub_blocks"),

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from nextblock.config.run import AdaptConfig
-from nextblock.model.decoder import text_config
+from nextblock.model.positions import text_config
 from nextblock.model.shapes import device_named
 from nextblock.recipe.corruption import NOISE_LEVELS, UNSCORED, TwoView
 

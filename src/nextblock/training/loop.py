@@ -32,24 +32,14 @@ from nextblock.data.encode import span_ends
 from nextblock.data.feed import Feed, merged
 from nextblock.data.rows import Rows, check_tokens
 from nextblock.data.stream import NoDocument, RowStream
-from nextblock.model.decoder import (
-    Decoder,
-    check_round_trip,
-    check_row_length,
-    choose_mask_token,
-    load_parent,
-    parent_config,
-    parent_tokenizer,
-    probe,
-    probe_adapter,
-    recompute_activations,
-    run_in_parts,
-    weight_shapes,
-    weights_folder,
-    without_dropout,
-)
+from nextblock.model.decoder import Decoder
 from nextblock.model.draft_adapter import DraftAdapter, save_adapter
+from nextblock.model.loading import weight_shapes, weights_folder
 from nextblock.model.lora import LoraAdapter
+from nextblock.model.mask_token import check_round_trip, choose_mask_token
+from nextblock.model.parent import load_parent, parent_config, parent_tokenizer
+from nextblock.model.positions import check_row_length
+from nextblock.model.probe import probe, probe_adapter, recompute_activations, run_in_parts, without_dropout
 from nextblock.recipe import schedules
 from nextblock.recipe.corruption import TwoView, corrupt
 from nextblock.recipe.objective import DraftLoss, TwoViewLoss

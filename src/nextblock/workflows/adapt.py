@@ -24,7 +24,9 @@ from nextblock.decoding.lm import BlockDiffusionLM
 from nextblock.decoding.request import GenerateOptions
 from nextblock.measure.likelihood import bits_per_byte
 from nextblock.measure.report import read_log, write_report
-from nextblock.model.decoder import Decoder, load_model, load_parent
+from nextblock.model.decoder import Decoder
+from nextblock.model.loading import load_model
+from nextblock.model.parent import load_parent
 from nextblock.recipe import schedules
 from nextblock.recipe.corruption import corrupt
 from nextblock.training.loop import LOG, Run, StepMetrics, stop_on_sigterm, train, writing

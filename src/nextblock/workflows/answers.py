@@ -22,8 +22,8 @@ from nextblock.decoding.events import Finish
 from nextblock.decoding.lm import load
 from nextblock.decoding.request import make_request, with_stored
 from nextblock.decoding.text import INCOMPLETE
-from nextblock.model.decoder import GivenSettings, read_config, read_settings, resolve, resolve_adapter, weights_folder
 from nextblock.model.draft_adapter import fingerprint
+from nextblock.model.loading import GivenSettings, read_config, read_settings, resolve, resolve_adapter, weights_folder
 
 
 def write_answers(

@@ -22,7 +22,7 @@ from nextblock.decoding.events import Stats
 from nextblock.decoding.lm import BlockDiffusionLM
 from nextblock.decoding.sampling import DecodingConfig
 from nextblock.measure.bench.contest import synchronize
-from nextblock.model.decoder import choose_attention
+from nextblock.model.loading import choose_attention
 from nextblock.model.shapes import shape_values
 
 POSITIONS = (1, 2, 4, 8, 16, 32, 64, 160)

@@ -27,15 +27,9 @@ from nextblock.measure.plan.work import (
     run_flops,
     step_flops,
 )
-from nextblock.model.decoder import (
-    check_architecture,
-    check_row_length,
-    config_as_stored,
-    replace_values,
-    resolve,
-    scratch_config,
-    steady_positions,
-)
+from nextblock.model.loading import check_architecture, config_as_stored, replace_values, resolve
+from nextblock.model.parent import scratch_config
+from nextblock.model.positions import check_row_length, steady_positions
 from nextblock.model.shapes import DEVICES, HUB_IDS, shape_values
 from nextblock.training.launcher import check_sharding
 from nextblock.training.log import Flops, kind_of_training

@@ -1,0 +1,105 @@
+"""Find or make the mask token."""
+
+from __future__ import annotations
+
+import tempfile
+from typing import Any
+
+import torch
+
+from nextblock.config.errors import UsageError
+from nextblock.model.decoder import Decoder
+from nextblock.model.loading import _first_line, read_settings
+
+MASK_TOKEN = "<|mask|>"
+
+
+def choose_mask_token(decoder: Decoder, tokenizer: Any, wanted: int | str | None) -> int:
+    """The mask token's id; makes one where the model has none, with embedding and head rows at the mean.
+
+    In this order: `wanted`; the id in the checkpoint's settings; the tokenizer's own mask token; an unused
+    row of a padded vocabulary; a new row.
+
+    Raises:
+        UsageError: an id outside the vocabulary, a token that is not in it, or an end token.
+    """
+    settings = read_settings(decoder.model.config)
+    if wanted is not None:
+        mask_id = _wanted_mask(decoder, tokenizer, wanted)
+    elif settings is not None:
+        mask_id = settings.mask_token_id
+        check_mask_token(mask_id, decoder.vocabulary, "block_diffusion.mask_token_id of the checkpoint")
+    elif tokenizer is not None and tokenizer.mask_token_id is not None:
+        mask_id = int(tokenizer.mask_token_id)
+        check_mask_token(mask_id, decoder.vocabulary, "the tokenizer's mask token")
+    else:
+        return _add_mask_token(decoder, tokenizer)
+    model = decoder.model
+    for source in (model.generation_config, model.config, tokenizer):
+        ends = getattr(source, "eos_token_id", None)
+        if mask_id in (ends if isinstance(ends, list) else [ends]):
+            raise UsageError(f"mask token id {mask_id} is an end token; set model.mask_token to another")
+    if tokenizer is not None and tokenizer.mask_token_id not in (None, mask_id):  # what is exported tells one story
+        tokenizer.mask_token = tokenizer.convert_ids_to_tokens(mask_id)
+    return mask_id
+
+
+def check_round_trip(tokenizer: Any, mask_id: int) -> None:
+    """Save and read a tokenizer, as an export and its user will.
+
+    Raises:
+        UsageError: it cannot be saved, some tokens then have other ids (added ones do where the vocabulary has holes),
+            or the mask token shares its id with another.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            tokenizer.save_pretrained(folder)
+            after = type(tokenizer).from_pretrained(folder).get_vocab()
+        except Exception as error:  # tokenizers raise anything
+            raise UsageError(f"the tokenizer cannot be saved and loaded again: {_first_line(error)}") from None
+    for token, number in tokenizer.get_vocab().items():
+        if after.get(token) != number:
+            raise UsageError(
+                f"the tokenizer reads {token!r} as id {number}, but once saved and loaded as {after.get(token)}: its "
+                "ids have holes, which an added token upsets; set model.mask_token to an unused id or token of its own"
+            )
+    if len(tokens := [token for token, number in after.items() if number == mask_id]) > 1:
+        raise UsageError(f"the tokenizer reads {tokens} as one id, {mask_id}; set model.mask_token to an unused one")
+
+
+def _wanted_mask(decoder: Decoder, tokenizer: Any, wanted: int | str) -> int:
+    if isinstance(wanted, str):
+        if tokenizer is None or wanted not in tokenizer.get_vocab():
+            raise UsageError(
+                f"model.mask_token={wanted!r} is not in the tokenizer's vocabulary; give an id, or leave it out "
+                "to have one added"
+            )
+        wanted = int(tokenizer.convert_tokens_to_ids(wanted))
+    check_mask_token(wanted, decoder.vocabulary, "model.mask_token")
+    return wanted
+
+
+def check_mask_token(mask_id: int, vocabulary: int, name: str) -> None:
+    """UsageError for a mask token id, called `name`, that is no row of the embedding."""
+    if not 0 <= mask_id < vocabulary:
+        raise UsageError(f"{name}={mask_id} is outside the vocabulary; ids run from 0 to {vocabulary - 1}")
+
+
+def _add_mask_token(decoder: Decoder, tokenizer: Any) -> int:
+    """A new special token: on the first unused row of a padded vocabulary if there is one, else a new row."""
+    rows = decoder.vocabulary
+    if tokenizer is None:
+        mask_id = rows
+    else:
+        tokenizer.add_special_tokens({"mask_token": MASK_TOKEN})
+        mask_id = int(tokenizer.mask_token_id)
+    if mask_id >= rows:
+        decoder.model.resize_token_embeddings(mask_id + 1, mean_resizing=False)
+    layers = {id(m): m for m in (decoder.model.get_input_embeddings(), decoder.model.get_output_embeddings())}
+    with torch.no_grad():
+        for layer in layers.values():
+            for name in ("weight", "bias"):
+                values = getattr(layer, name, None)
+                if values is not None:
+                    values[mask_id] = values[: min(mask_id, rows)].float().mean(dim=0).to(values.dtype)
+    return mask_id

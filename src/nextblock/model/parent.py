@@ -1,0 +1,104 @@
+"""The parent of a run: loaded, or made from scratch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from nextblock.config.errors import UsageError
+from nextblock.config.sections import ModelConfig
+from nextblock.model.decoder import Decoder
+from nextblock.model.loading import (
+    _first_line,
+    check_architecture,
+    choose_attention,
+    load_model,
+    load_tokenizer,
+    no_tokenizer,
+    read_config,
+    replace_values,
+)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerBase:
+    """One token for each byte of UTF-8 text, id 256 the end token; a turn of chat is its bare text."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<|end|>", pad_token="<|end|>", clean_up_tokenization_spaces=False
+    )
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ message['content'] }}"
+        "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    )
+    return tokenizer
+
+
+def parent_tokenizer(config: ModelConfig) -> Any:
+    """The tokenizer of a run: the parent's, or the one that `config.tokenizer` names."""
+    if config.tokenizer == "bytes":
+        return byte_tokenizer()
+    source = config.tokenizer or config.path
+    tokenizer = load_tokenizer(source, config.revision, config.trust_remote_code)
+    if tokenizer is None:
+        raise UsageError(f"{no_tokenizer(source, config.revision)}; adapting reads text: set model.tokenizer")
+    return tokenizer
+
+
+def scratch_config(scratch: Mapping[str, Any]) -> PreTrainedConfig:
+    """The Hugging Face config that plain values describe; `model_type` is llama if they name none.
+
+    Raises:
+        UsageError: an unknown `model_type`, or one that cannot be adapted.
+    """
+    values = dict(scratch)
+    kind = str(values.pop("model_type", "llama"))
+    try:
+        shape = AutoConfig.for_model(kind, **values)
+    except ValueError as error:
+        raise UsageError(f"model.scratch.model_type={kind!r}: {_first_line(error)}") from None
+    check_architecture(shape)
+    return shape
+
+
+def parent_config(model: ModelConfig) -> PreTrainedConfig:
+    """The config of the parent that a run begins with, its values replaced."""
+    if model.scratch is None:
+        return read_config(model.path, model.revision, model.trust_remote_code, model.override)
+    config = scratch_config(model.scratch)
+    replace_values(config, model.override)
+    return config
+
+
+def load_parent(config: ModelConfig, device: torch.device | str | None = None) -> Decoder:
+    """The parent of a run: loaded, or random weights of `config.scratch`'s shape."""
+    dtype = getattr(torch, config.dtype)
+    if config.scratch is None:
+        model = load_model(
+            config.path,
+            dtype=dtype,
+            attention=config.attention,
+            device=device,
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+            override=config.override,
+            quantization=config.quantization,
+        )
+        return Decoder(model)
+    shape = parent_config(config)
+    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    attention = choose_attention(shape, config.attention, target)
+    model = AutoModelForCausalLM.from_config(shape, dtype=dtype, attn_implementation=attention)
+    return Decoder(cast(Any, model).to(target).eval())

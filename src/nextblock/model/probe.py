@@ -1,0 +1,231 @@
+"""Does the model obey a caller's mask and positions? Found by running it."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from nextblock.attention.rule import Places, block_diffusion_rule
+from nextblock.attention.split import SPLIT
+from nextblock.config.errors import UsageError
+from nextblock.model.decoder import Decoder
+from nextblock.model.draft_adapter import attached_adapter, recomputation
+from nextblock.model.loading import _first_line, _raised
+
+
+def recompute_activations(model: PreTrainedModel, **options: Any) -> None:
+    """Compute the layers' activations again in the backward pass, in train mode; `options` of torch's checkpoint."""
+    model.train()
+    options["use_reentrant"] = False
+    if attached_adapter(model) is None:
+        # Its old name, which transformers 5.23 deprecates, is all that 5.22 and older have.
+        enable: Any = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable(options)
+        return
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:  # of a model's own code
+        raise UsageError(
+            f"training.gradient_checkpointing=true: architecture '{model.config.model_type}' has no layers that can "
+            "be computed again under a draft adapter; lower training.micro_batch_rows instead"
+        )
+    for layer in layers:
+        # Not by transformers, which takes the cache away: that of `DraftLoss` is only read when layers run again.
+        again = functools.partial(checkpoint, layer.forward, context_fn=recomputation, **options)
+        plain = layer.forward
+        layer.forward = lambda *x, a=again, p=plain, **y: (a if torch.is_grad_enabled() else p)(*x, **y)
+
+
+def without_dropout(model: nn.Module) -> None:
+    """Set every dropout to zero: clean-half logits must be the causal model's own (identity 1)."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0  # type: ignore[assignment]
+
+
+class NotFiniteError(UsageError):
+    """Logits are NaN or infinite: the model is of no use in any mode."""
+
+
+@torch.no_grad()
+def probe(decoder: Decoder) -> None:
+    """Run the model on a few tokens and stop if it does not do what the method needs.
+
+    Checked: two documents whose tokens lie mixed in one row, with their own positions and mask, give what
+    each gives alone, also where one stands at the end of the context; a later token reaches an earlier one
+    where the mask lets it; hidden states and head, run apart, give the model's own logits; a window that the
+    config declares is applied. Mixed, because rotary positions are relative: a model that ignores them would
+    pass with documents side by side.
+
+    Raises:
+        UsageError: naming what the model ignores.
+    """
+    model, device = decoder.model, decoder.device
+    name = f"architecture '{model.config.model_type}'"
+    generator = torch.Generator().manual_seed(0)
+    alone = [torch.randint(0, decoder.vocabulary, (1, n), generator=generator).to(device) for n in (5, 4)]
+    steps = [torch.arange(part.shape[1], device=device)[None] for part in alone]
+    try:
+        own = [model(input_ids=part).logits for part in alone]
+    except Exception as error:
+        raise UsageError(f"{name} cannot run on token ids alone; it is not supported ({_raised(error)})") from None
+    _check_finite(model, own)
+    try:
+        mixed, far, seen_both_ways = _mixed_documents(decoder, alone, steps)
+        apart = [decoder.logits(decoder.hidden(*pair, None)) for pair in zip(alone, steps, strict=True)]
+    except Exception as error:
+        raise UsageError(
+            f"{name} takes no mask of query and key (attention: {decoder.attention}), which blocks need; "
+            f"use a decoder that takes one ({_raised(error)})"
+        ) from None
+    if any(_differs(a, b) for a, b in zip(apart, own, strict=True)):
+        raise UsageError(f"{name}: hidden states and head apart do not give the model's logits; it is not supported")
+    how = f"(attention: {decoder.attention}); it is not supported"
+    if _differs(mixed, torch.cat(own, dim=1)):
+        raise UsageError(f"{name} ignores the attention mask or the position ids it is given {how}")
+    if _differs(far[:, : own[0].shape[1]], own[0]):
+        raise UsageError(
+            f"{name}: a document changes when another in its row stands at position {decoder.max_positions}; give the "
+            "model rotary factors that do not depend on the length (model.override.rope_parameters)"
+        )
+    if not _differs(seen_both_ways[:, 0], mixed[:, 0]):
+        raise UsageError(f"{name} stays causal whatever mask it is given {how}")
+    _check_window(decoder, alone[0], steps[0])
+
+
+def _mixed_documents(decoder: Decoder, alone: list[Tensor], steps: list[Tensor]) -> list[Tensor]:
+    """Logits [1, T, V] of two documents mixed in one row, put back in order.
+
+    Returns:
+        causal; causal with the second document at the end of the context; each document seeing all of itself.
+    """
+    device = decoder.device
+    order = torch.tensor([6, 1, 4, 7, 0, 8, 3, 2, 5], device=device)  # slot -> token of [first ; second]
+    tokens, position = torch.cat(alone, dim=1)[:, order], torch.cat(steps, dim=1)[:, order]
+    document = torch.cat([torch.full_like(part, i) for i, part in enumerate(alone)], dim=1)[:, order]
+    end = max((decoder.max_positions or 0) - alone[1].shape[1], 0)
+
+    def causal(query: Places, key: Places) -> Tensor:
+        return (query.document == key.document) & (key.position <= query.position)
+
+    def both_ways(query: Places, key: Places) -> Tensor:
+        return query.document == key.document
+
+    found = []
+    for rule, shift in ((causal, 0), (causal, end), (both_ways, 0)):
+        at = position + shift * document
+        places = Places(
+            view=torch.zeros_like(tokens),
+            document=document,
+            position=at,
+            block_start=at,
+            seed=torch.zeros(1, 1, dtype=torch.int64, device=device),
+        )
+        logits = decoder.logits(decoder.hidden(tokens, at, decoder.masks(rule, places)))
+        found.append(logits[:, order.argsort()])
+    return found
+
+
+def _check_finite(model: PreTrainedModel, logits: list[Tensor]) -> None:
+    """NotFiniteError for logits with NaN or infinite values, naming the first weight that holds such."""
+    if all(bool(part.isfinite().all()) for part in logits):
+        return
+    weights = ((n, p) for n, p in model.named_parameters() if p.is_floating_point())
+    bad = next((name for name, weight in weights if not weight.isfinite().all()), None)
+    if bad:
+        raise NotFiniteError(f"weight {bad} holds NaN or infinite values; restore the weights")
+    raise NotFiniteError(f"logits are not finite in {str(model.dtype).removeprefix('torch.')}; use a wider dtype")
+
+
+def _check_window(decoder: Decoder, tokens: Tensor, position: Tensor) -> None:
+    """Refuse a sliding window that the config declares and the plain forward pass does not apply.
+
+    A window of 2 for a moment shows it on a few tokens. Where it changes nothing, the model may have read its
+    window when it was made: then a row past the window tells.
+    """
+    config = decoder.config
+    window = next((window for window in decoder.windows.values() if window is not None), None)
+    if window is None or window + 1 >= (decoder.max_positions or 2**31):
+        return
+    plain = decoder.hidden(tokens, position, None)
+    config.sliding_window = 2
+    try:
+        narrow = decoder.hidden(tokens, position, None)
+    finally:
+        config.sliding_window = window
+    if _differs(narrow, plain):
+        return
+    position = torch.arange(min(window + 8, decoder.max_positions or 2**31), device=decoder.device)[None]
+    tokens, zero = position % decoder.vocabulary, torch.zeros_like(position)
+    mask = decoder.masks(lambda q, k: k.position <= q.position, Places(zero, zero, position, position, zero[:, :1]))
+    if _differs(decoder.hidden(tokens, position, mask), decoder.hidden(tokens, position, None)):
+        raise UsageError(
+            f"architecture '{decoder.model.config.model_type}' declares a sliding window of {window} that its own "
+            f"forward pass does not apply; set max_position_embeddings (model.override, or config.json) to {window}"
+        )
+
+
+@torch.no_grad()
+def probe_adapter(decoder: Decoder) -> None:
+    """Run a draft adapter on a few tokens, one of them noised.
+
+    Raises:
+        UsageError: the model cannot run with it.
+    """
+    assert decoder.adapter is not None
+    tokens = torch.tensor([[0, 1, decoder.adapter.mask_token_id]], device=decoder.device)
+    try:
+        decoder.hidden(tokens, torch.arange(3, device=decoder.device)[None], None, noised=tokens > 1)
+    except Exception as error:  # of whatever kind a model raises at what it does not know
+        raise UsageError(
+            f"architecture '{decoder.model.config.model_type}' cannot run with a draft adapter on these layers "
+            f"({_first_line(error)}); name others in draft_adapter.target_modules"
+        ) from None
+
+
+@torch.no_grad()
+def run_in_parts(decoder: Decoder) -> None:
+    """On CPU, let two-view passes run `split_attention` instead of SDPA with one dense mask, where a trial agrees.
+
+    Layers with an attention of their own, sinks or soft caps stay as they are.
+    """
+    model = decoder.model
+    if decoder.attention != "sdpa" or decoder.device.type != "cpu" or not model._can_set_attn_implementation():
+        return
+    position = torch.arange(4)[None]
+    noised, clean = (
+        Places(
+            view=torch.full_like(position, view),
+            document=torch.zeros_like(position),
+            position=position,
+            block_start=position // 2 * 2,
+            seed=torch.zeros(1, 1, dtype=torch.int64),
+        )
+        for view in (1, 0)
+    )
+    tokens = torch.arange(8)[None] % decoder.vocabulary
+
+    def hidden() -> Tensor:
+        mask = decoder.two_view_masks(block_diffusion_rule(), noised, clean)
+        return decoder.hidden(tokens, torch.cat([position, position], dim=1), mask)
+
+    dense = hidden()
+    try:
+        model.set_attn_implementation(SPLIT)
+        agrees = not _differs(hidden(), dense)
+    except Exception:  # of whatever kind a model raises at what it does not know
+        agrees = False
+    if not agrees:
+        model.set_attn_implementation("sdpa")
+
+
+def _differs(a: Tensor, b: Tensor) -> bool:
+    scale = float(b.float().abs().max()) + 1e-6
+    return float((a.float() - b.float()).abs().max()) > scale * (1e-3 if a.dtype == torch.float32 else 5e-2)
