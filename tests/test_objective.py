@@ -24,7 +24,8 @@ from nextblock.measure.likelihood import bits_per_byte
 from nextblock.model.decoder import Decoder
 from nextblock.recipe import objective
 from nextblock.recipe.corruption import TwoView, corrupt
-from nextblock.recipe.objective import LossSums, TwoViewLoss, cross_entropy
+from nextblock.recipe.cross_entropy import cross_entropy
+from nextblock.recipe.objective import LossSums, TwoViewLoss
 
 ROWS = make_rows([PLAIN, PROMPTED, CHAT], 28)
 AR_WEIGHT = 0.5

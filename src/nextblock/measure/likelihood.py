@@ -19,7 +19,7 @@ from nextblock.data.tasks import Task
 from nextblock.decoding.lm import BlockDiffusionLM
 from nextblock.model.decoder import Decoder
 from nextblock.recipe.corruption import UNSCORED, MaskDraw, TwoView, corrupt
-from nextblock.recipe.objective import cross_entropy
+from nextblock.recipe.cross_entropy import cross_entropy
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,8 @@ from nextblock.measure.plan.work import micro_rows, noised_tokens, scored_tokens
 from nextblock.model.decoder import (
     Decoder,
 )
-from nextblock.recipe.objective import CleanCache, chunk_rows, cross_entropy
+from nextblock.recipe.cross_entropy import chunk_rows, cross_entropy
+from nextblock.recipe.objective import CleanCache
 from nextblock.training.log import kind_of_training
 from nextblock.workflows.adapt import evaluation_rows
 
