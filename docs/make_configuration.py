@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 from nextblock.config.errors import UsageError
 from nextblock.config.run import AdaptConfig, Stage, load_config
 from nextblock.config.sections import BlockDiffusionSettings, Section
-from nextblock.decoding.sampling import DecodingConfig
+from nextblock.decoding.options import DecodingConfig
 
 HEAD = """# Configuration
 

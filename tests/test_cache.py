@@ -15,7 +15,7 @@ from nextblock.decoding import batch as batch_module
 from nextblock.decoding.batch import Batch, Row
 from nextblock.decoding.cache import Masks, SlotCache
 from nextblock.decoding.events import Stats
-from nextblock.decoding.sampling import DecodingConfig
+from nextblock.decoding.options import DecodingConfig
 from nextblock.model.decoder import Decoder
 
 

@@ -17,10 +17,12 @@ from families import EOS_ID, FAMILIES, MASK_ID, tiny_model
 from nextblock.config.sections import BlockDiffusionSettings, validate
 from nextblock.decoding.batch import Batch, Row
 from nextblock.decoding.cache import SlotCache
+from nextblock.decoding.check import _check_tree
+from nextblock.decoding.draft_ahead import _check_and_draft, _drafted_ahead
+from nextblock.decoding.drafts import Draft, _known
 from nextblock.decoding.events import BlockFinished, Committed, Rejected, Stats
 from nextblock.decoding.lm import BlockDiffusionLM
-from nextblock.decoding.sampling import DecodingConfig
-from nextblock.decoding.speculative import Draft, _check_and_draft, _check_tree, _drafted_ahead, _known
+from nextblock.decoding.options import DecodingConfig
 
 LENGTHS = (5, 11, 1, 7)
 

@@ -22,8 +22,7 @@ from nextblock.config.presets import preset
 from nextblock.config.run import load_config
 from nextblock.config.sections import validate
 from nextblock.data.tasks import get_task
-from nextblock.decoding.request import GenerateOptions
-from nextblock.decoding.sampling import MODES, DecodingConfig
+from nextblock.decoding.options import MODES, DecodingConfig, GenerateOptions
 from nextblock.measure.bench.prompts import parse_variant
 
 ROOT = Path(__file__).parents[1]

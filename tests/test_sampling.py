@@ -16,10 +16,12 @@ from families import tiny_model
 from nextblock.config.errors import UsageError
 from nextblock.config.sections import BlockDiffusionSettings, DraftAdapterConfig, validate
 from nextblock.decoding.batch import Row
+from nextblock.decoding.check import _verify_sampled
+from nextblock.decoding.drafts import Draft, _branches
 from nextblock.decoding.events import BlockFinished, Committed, Rejected
 from nextblock.decoding.lm import BlockDiffusionLM
+from nextblock.decoding.options import DecodingConfig
 from nextblock.decoding.sampling import (
-    DecodingConfig,
     accepted,
     commit,
     draw,
@@ -31,7 +33,6 @@ from nextblock.decoding.sampling import (
     uniforms,
     without,
 )
-from nextblock.decoding.speculative import Draft, _branches, _verify_sampled
 from nextblock.model.draft_adapter import DraftAdapter
 
 

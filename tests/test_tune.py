@@ -14,7 +14,7 @@ from nextblock.config.errors import UsageError
 from nextblock.config.sections import BlockDiffusionSettings
 from nextblock.data.tasks import Example, Task
 from nextblock.decoding.lm import BlockDiffusionLM, load
-from nextblock.decoding.request import resolve_config
+from nextblock.decoding.options import resolve_config
 from nextblock.measure.bench.contest import Round
 from nextblock.measure.bench.figures import plot_tuning, tuning_table
 from nextblock.measure.bench.prompts import Prompts, task_prompts

@@ -25,7 +25,8 @@ from nextblock.config.sections import BlockDiffusionSettings
 from nextblock.decoding.cache import Masks, SlotCache
 from nextblock.decoding.compiled import StaticCache, StaticPasses
 from nextblock.decoding.events import Committed, Event, Finish, Prefilled, RowFinished, Stats
-from nextblock.decoding.sampling import DecodingConfig, draw, filter_logits, probability_of, uniforms
+from nextblock.decoding.options import DecodingConfig
+from nextblock.decoding.sampling import draw, filter_logits, probability_of, uniforms
 from nextblock.model.decoder import AttentionMask, Decoder
 from nextblock.model.draft_adapter import Gate
 

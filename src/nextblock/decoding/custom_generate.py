@@ -21,7 +21,8 @@ from nextblock.config.errors import UsageError
 from nextblock.decoding.batch import Row
 from nextblock.decoding.events import Finish
 from nextblock.decoding.lm import BlockDiffusionLM, Stream, look_at
-from nextblock.decoding.request import make_request, resolve_config
+from nextblock.decoding.options import resolve_config
+from nextblock.decoding.request import make_request
 from nextblock.model.draft_adapter import attached_adapter
 from nextblock.model.loading import read_settings
 

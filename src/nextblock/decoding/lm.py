@@ -23,7 +23,8 @@ from nextblock.decoding.batch import Batch, Processor, Row
 from nextblock.decoding.compiled import StaticPasses
 from nextblock.decoding.diffusion import decode
 from nextblock.decoding.events import Committed, Event, Finish, RowFinished, Stats
-from nextblock.decoding.request import GenerateOptions, Prompts, Request, make_request
+from nextblock.decoding.options import GenerateOptions
+from nextblock.decoding.request import Prompts, Request, make_request
 from nextblock.decoding.text import TextStream
 from nextblock.model.decoder import Decoder
 from nextblock.model.draft_adapter import DraftAdapter, load_adapter

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +15,8 @@ from nextblock.data.encode import encode_prompt
 from nextblock.data.sources import check_characters
 from nextblock.decoding.batch import Row
 from nextblock.decoding.events import Finish
-from nextblock.decoding.sampling import DecodingConfig, Mode, Sampler, generator
+from nextblock.decoding.options import DecodingConfig, resolve_config
+from nextblock.decoding.sampling import generator
 from nextblock.decoding.text import TextStream
 from nextblock.model.decoder import Decoder
 from nextblock.model.loading import no_tokenizer
@@ -24,39 +24,6 @@ from nextblock.model.loading import no_tokenizer
 Message = Mapping[str, Any]
 Prompts = str | Message | Sequence[str] | Sequence[Message] | Sequence[Sequence[Message]] | Tensor
 """Texts, chats, token ids, or what a tokenizer returns: a mapping that holds `input_ids`."""
-
-DEPENDENT = (("draft_ahead", "draft_paths"), ("block_size", "sub_blocks", "steps"))
-"""Options whose values must fit each other."""
-
-
-class GenerateOptions(TypedDict, total=False):
-    """Keyword arguments of `generate` and `stream`. Those that `DecodingConfig` does not explain:
-
-    attention_mask: int or bool [B, T], 0 at padding of token ids; padding on the left or on the right.
-    seed: of the random draws: row i of a batch draws what it would draw alone with `seed + i`; or one seed
-        for each row. None: from torch's global random state.
-    stop: strings that end an answer, or a list of them for each row; the text is cut before the first.
-    eos_token_id: end tokens, or a list of them for each row; default: the model's; []: none.
-    max_new_tokens: one number, or one for each row.
-    """
-
-    attention_mask: Tensor | None
-    seed: int | Sequence[int] | None
-    stop: str | Sequence[str] | Sequence[Sequence[str]]
-    eos_token_id: int | Sequence[int] | Sequence[Sequence[int]] | None
-    max_new_tokens: int | Sequence[int]
-    mode: Mode
-    block_size: int | None
-    sub_blocks: int
-    sampler: Sampler
-    threshold: float | None
-    steps: int | None
-    temperature: float
-    top_p: float | None
-    top_k: int | None
-    draft_length: int | Literal["auto"] | None
-    draft_ahead: int
-    draft_paths: int
 
 
 @dataclass
@@ -66,54 +33,6 @@ class Request:
     config: DecodingConfig
     rows: list[Row]
     stop: list[tuple[str, ...]]
-
-
-def with_stored(settings: BlockDiffusionSettings | None, options: Mapping[str, Any]) -> DecodingConfig:
-    """Options given, else the checkpoint's `decoding`, else the defaults; UsageError for what contradicts itself."""
-    stored = dict(settings.decoding) if settings is not None else {}
-    for together in DEPENDENT:  # such options are all of the call, or all of the checkpoint
-        if any(name in options for name in together):
-            stored = {name: value for name, value in stored.items() if name not in together}
-    return validate(DecodingConfig, {**stored, **options})
-
-
-def resolve_config(
-    settings: BlockDiffusionSettings | None, options: Mapping[str, Any], *, drafted: bool = False
-) -> DecodingConfig:
-    """The options of a call, as `with_stored`, for this checkpoint; `block_size` is then a number.
-
-    Args:
-        drafted: the settings are those of a draft adapter.
-    Raises:
-        UsageError: unknown or contradictory options, or a mode or a block that the checkpoint cannot do.
-    """
-    config = with_stored(settings, options)
-    if settings is None:
-        if config.mode != "ar":
-            raise UsageError(
-                f"mode={config.mode!r}: this checkpoint has no block_diffusion settings, so it works in ar mode "
-                "only; use mode='ar', or adapt it with `nextblock adapt`"
-            )
-        return config
-    size = config.block_size or settings.block_size
-    if config.mode == "diffusion":
-        config.check_block(size)
-    if config.mode == "speculative" and config.draft_ahead and size < 3:
-        raise UsageError(f"draft_ahead={config.draft_ahead} needs a block_size of at least 3, not {size}")
-    if drafted and config.mode == "ar":
-        warnings.warn("mode='ar': a draft adapter has no effect in it; use speculative mode", stacklevel=4)
-    elif drafted and size > settings.block_size:
-        raise UsageError(
-            f"block_size={size} is larger than the {settings.block_size} that the draft adapter was trained with; use "
-            f"at most {settings.block_size}"
-        )
-    elif config.mode != "ar" and size > settings.block_size:
-        warnings.warn(
-            f"block_size={size} is larger than the {settings.block_size} that the model was trained with; "
-            "expect worse text",
-            stacklevel=4,  # whoever called `generate` or `stream`
-        )
-    return config.model_copy(update={"block_size": size})
 
 
 def make_request(

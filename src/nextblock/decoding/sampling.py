@@ -7,107 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from numbers import Integral
-from typing import Literal, Self
 
 import torch
-from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from nextblock.config.errors import UsageError, nearest
-from nextblock.config.sections import Section
-
-Mode = Literal["ar", "diffusion", "speculative"]
-Sampler = Literal["confidence", "entropy", "margin", "entropy_bound"]
-_TINY = 1e-30
-MODES: tuple[str, ...] = ("ar", "diffusion", "speculative")
-SAMPLERS: tuple[str, ...] = ("confidence", "entropy", "margin", "entropy_bound")
-
-
-class DecodingConfig(Section):
-    """How to decode: the options of `generate`, their defaults and their limits, in one place."""
-
-    mode: Mode = Field("diffusion", description="token by token, a block at a time, or a block with an exact check")
-    max_new_tokens: int = Field(256, description="longest answer, in tokens")
-    block_size: int | None = Field(None, description="tokens in a block; default: the checkpoint's")
-    sub_blocks: int = Field(1, description="diffusion: runs of equal length in which a block is denoised, in order")
-    sampler: Sampler = Field("confidence", description="diffusion: which masked positions to commit first")
-    threshold: float | None = Field(
-        0.9,
-        description="diffusion: commit all positions above it (entropy_bound: the bound in nats); none: one a step",
-    )
-    steps: int | None = Field(None, description="diffusion: denoising steps per block; none: as many as it takes")
-    temperature: float = Field(0.0, description="0: greedy")
-    top_p: float | None = Field(None, description="nucleus: fewest tokens whose probabilities reach this sum")
-    top_k: int | None = Field(None, description="only the k likeliest tokens")
-    draft_length: int | Literal["auto"] | None = Field(
-        None, description="speculative: tokens drafted per check; auto: by what was kept lately; default: the block"
-    )
-    draft_ahead: int = Field(
-        0, description="speculative: points of acceptance for which the next draft is made in the check's own pass"
-    )
-    draft_paths: int = Field(
-        1, description="speculative: paths of a draft, branching where it is unsure, that one check tries as a tree"
-    )
-
-    @field_validator("mode", "sampler", mode="before")
-    @classmethod
-    def _known(cls, value: object, info: object) -> object:
-        name = info.field_name  # type: ignore[attr-defined]
-        known = MODES if name == "mode" else SAMPLERS
-        if value not in known:
-            raise ValueError(f"unknown {name}{nearest(str(value), known)}")
-        return value
-
-    @field_validator("draft_length", mode="before")
-    @classmethod
-    def _length(cls, value: object) -> object:
-        if value in (None, "auto"):
-            return value
-        if isinstance(value, Integral) and not isinstance(value, bool):
-            return int(value)
-        raise ValueError("is not a number of tokens; use 1 or more, or auto")
-
-    @model_validator(mode="after")
-    def _limits(self) -> Self:
-        rules = (
-            ("max_new_tokens", self.max_new_tokens >= 1, "must be at least 1"),
-            ("block_size", self.block_size is None or self.block_size >= 1, "must be at least 1"),
-            ("sub_blocks", self.sub_blocks >= 1, "must be at least 1"),
-            ("threshold", self.threshold is None or 0 < self.threshold <= 1, "must lie in (0, 1]; none: one a step"),
-            ("steps", self.steps is None or self.steps >= 1, "must be at least 1"),
-            ("temperature", 0 <= self.temperature < math.inf, "must be 0 (greedy) or more"),
-            ("top_p", self.top_p is None or 0 < self.top_p <= 1, "must lie in (0, 1]"),
-            ("top_k", self.top_k is None or self.top_k >= 1, "must be at least 1"),
-            ("draft_length", self.draft_length in (None, "auto") or int(self.draft_length) >= 1, "must be at least 1"),
-            ("draft_ahead", self.draft_ahead >= 0, "must be 0 (draft in a pass of its own) or more"),
-            ("draft_paths", self.draft_paths >= 1, "must be at least 1"),
-            (
-                "draft_paths",
-                self.draft_paths == 1 or not self.draft_ahead,
-                "does not go with draft_ahead, which would need a next draft behind every path; leave one of them out",
-            ),
-        )
-        for name, holds, rule in rules:
-            if not holds:
-                raise ValueError(f"{name}={getattr(self, name)} {rule}")
-        return self
-
-    def check_block(self, block_size: int) -> None:
-        """Refuse what does not fit the block.
-
-        Raises:
-            UsageError: sub-blocks that do not divide it, or steps that do not divide over the sub-blocks.
-        """
-        if block_size % self.sub_blocks:
-            divisors = ", ".join(str(n) for n in range(1, block_size + 1) if block_size % n == 0)
-            raise UsageError(
-                f"sub_blocks={self.sub_blocks} does not divide the block of {block_size}; use one of {divisors}"
-            )
-        if self.steps is not None and self.steps % self.sub_blocks:
-            raise UsageError(
-                f"steps={self.steps} does not divide over sub_blocks={self.sub_blocks}; use a multiple of it"
-            )
+from nextblock.decoding.options import _TINY, Sampler
 
 
 def filter_logits(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:

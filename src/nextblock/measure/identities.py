@@ -26,7 +26,7 @@ from nextblock.data.rows import Rows
 from nextblock.decoding.batch import Batch, Row
 from nextblock.decoding.events import Stats
 from nextblock.decoding.lm import BlockDiffusionLM
-from nextblock.decoding.sampling import DecodingConfig, Mode
+from nextblock.decoding.options import DecodingConfig, Mode
 from nextblock.model.decoder import Decoder
 from nextblock.model.loading import GivenSettings, load_model, load_tokenizer, read_settings
 from nextblock.model.mask_token import choose_mask_token

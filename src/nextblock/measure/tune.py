@@ -19,8 +19,8 @@ from typing import Any
 
 from nextblock.config.errors import UsageError, nearest
 from nextblock.decoding.lm import BlockDiffusionLM
-from nextblock.decoding.request import end_tokens, resolve_config
-from nextblock.decoding.sampling import DecodingConfig
+from nextblock.decoding.options import DecodingConfig, resolve_config
+from nextblock.decoding.request import end_tokens
 from nextblock.measure.bench.contest import Round, alternate, make_batches, our_mode
 from nextblock.measure.bench.decoding import check_length, speedups
 from nextblock.measure.bench.prompts import Options, Prompts, variant_name

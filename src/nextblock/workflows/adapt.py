@@ -21,7 +21,7 @@ from nextblock.config.run import AdaptConfig, load_config, stage_configs
 from nextblock.data.feed import merged
 from nextblock.data.rows import Rows
 from nextblock.decoding.lm import BlockDiffusionLM
-from nextblock.decoding.request import GenerateOptions
+from nextblock.decoding.options import GenerateOptions
 from nextblock.measure.likelihood import bits_per_byte
 from nextblock.measure.report import read_log, write_report
 from nextblock.model.decoder import Decoder

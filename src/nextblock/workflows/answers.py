@@ -20,7 +20,8 @@ from nextblock.data.prompts import read_prompts
 from nextblock.data.sources import Record
 from nextblock.decoding.events import Finish
 from nextblock.decoding.lm import load
-from nextblock.decoding.request import make_request, with_stored
+from nextblock.decoding.options import with_stored
+from nextblock.decoding.request import make_request
 from nextblock.decoding.text import INCOMPLETE
 from nextblock.model.draft_adapter import fingerprint
 from nextblock.model.loading import GivenSettings, read_config, read_settings, resolve, resolve_adapter, weights_folder

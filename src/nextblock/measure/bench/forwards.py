@@ -20,7 +20,7 @@ from nextblock.config.sections import BlockDiffusionSettings, validate
 from nextblock.decoding.batch import Batch, Row
 from nextblock.decoding.events import Stats
 from nextblock.decoding.lm import BlockDiffusionLM
-from nextblock.decoding.sampling import DecodingConfig
+from nextblock.decoding.options import DecodingConfig
 from nextblock.measure.bench.contest import synchronize
 from nextblock.model.loading import choose_attention
 from nextblock.model.shapes import shape_values

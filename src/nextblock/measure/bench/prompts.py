@@ -14,8 +14,8 @@ from nextblock.config.sections import BlockDiffusionSettings
 from nextblock.data.prompts import read_prompts
 from nextblock.data.tasks import Example, Task, get_task
 from nextblock.decoding.lm import BlockDiffusionLM
-from nextblock.decoding.request import make_request, resolve_config
-from nextblock.decoding.sampling import MODES, DecodingConfig
+from nextblock.decoding.options import MODES, DecodingConfig, resolve_config
+from nextblock.decoding.request import make_request
 
 # Every contestant decodes greedily and to the same length, or their speeds would not be comparable.
 FIXED = ("max_new_tokens", "temperature", "top_p", "top_k")
