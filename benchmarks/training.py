@@ -40,7 +40,8 @@ from nextblock.model.draft_adapter import DraftAdapter
 from nextblock.model.loading import load_model, read_settings
 from nextblock.model.probe import run_in_parts, without_dropout
 from nextblock.recipe.objective import DraftLoss, TwoViewLoss
-from nextblock.training.loop import Run, train_step
+from nextblock.training.run import Run
+from nextblock.training.step import train_step
 from nextblock.workflows.adapt import environment
 
 MEMORY_MEANING = {

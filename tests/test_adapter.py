@@ -33,7 +33,7 @@ from nextblock.model.parent import byte_tokenizer, load_parent
 from nextblock.model.probe import probe_adapter, recompute_activations, without_dropout
 from nextblock.recipe.corruption import corrupt
 from nextblock.recipe.objective import DraftLoss
-from nextblock.training.checkpoint import export
+from nextblock.training.export import export
 from nextblock.training.loop import train
 
 BLOCK = 4

@@ -24,7 +24,7 @@ from nextblock.data.sources import Records, read_source
 from nextblock.data.stream import RowStream
 from nextblock.model.draft_adapter import DraftAdapter, save_adapter
 from nextblock.model.parent import byte_tokenizer
-from nextblock.training.checkpoint import export
+from nextblock.training.export import export
 from nextblock.workflows.answers import write_answers
 
 END = 256

@@ -21,13 +21,13 @@ from nextblock.model.loading import load_model, load_tokenizer
 from nextblock.model.parent import byte_tokenizer
 from nextblock.training import checkpoint
 from nextblock.training.checkpoint import (
-    export,
     list_checkpoints,
     load_checkpoint,
     newest_whole_checkpoint,
     remove_partial,
     save_checkpoint,
 )
+from nextblock.training.export import export
 from test_files import largest_file
 
 

@@ -19,7 +19,7 @@ from nextblock.cli import main as cli
 from nextblock.config.sections import BlockDiffusionSettings, DraftAdapterConfig
 from nextblock.model.draft_adapter import DraftAdapter, save_adapter
 from nextblock.model.parent import byte_tokenizer
-from nextblock.training.checkpoint import export
+from nextblock.training.export import export
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from nextblock.config.errors import UsageError
 from nextblock.decoding.custom_generate import block_diffusion
 from nextblock.decoding.lm import BlockDiffusionLM
 from nextblock.model.loading import read_settings
-from nextblock.training.checkpoint import CUSTOM_GENERATE_SOURCE
+from nextblock.training.export import CUSTOM_GENERATE_SOURCE
 from test_text import byte_level
 
 SECTION = {"block_size": 8, "mask_token_id": MASK_ID}

@@ -18,7 +18,7 @@ from nextblock.decoding.events import BlockFinished, Committed, Prefilled, Rejec
 from nextblock.decoding.lm import BlockDiffusionLM, load, look_at
 from nextblock.decoding.request import make_request
 from nextblock.model.parent import byte_tokenizer
-from nextblock.training.checkpoint import export
+from nextblock.training.export import export
 from test_text import byte_level
 
 MODES = ["ar", "diffusion", "speculative"]

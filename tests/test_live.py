@@ -14,7 +14,7 @@ from rich.console import Console
 from nextblock.cli import live
 from nextblock.cli.live import DenoisingView, TrainingBar, progress, show_denoising
 from nextblock.decoding.events import BlockFinished, Committed, Event, Prefilled, Rejected, RowFinished
-from nextblock.training.loop import StepMetrics
+from nextblock.training.run import StepMetrics
 
 
 class Letters:

@@ -20,7 +20,9 @@ from nextblock.config.sections import LoraConfig
 from nextblock.model.decoder import Decoder
 from nextblock.model.lora import LoraAdapter
 from nextblock.model.parent import byte_tokenizer
-from nextblock.training.loop import StepMetrics, prepare, train
+from nextblock.training.loop import train
+from nextblock.training.run import StepMetrics
+from nextblock.training.setup import prepare
 
 pytest.importorskip("peft")
 

@@ -37,7 +37,7 @@ from nextblock.model.parent import byte_tokenizer, load_parent, parent_tokenizer
 from nextblock.model.positions import check_row_length, layer_windows
 from nextblock.model.probe import probe, recompute_activations
 from nextblock.recipe.corruption import TwoView, corrupt
-from nextblock.training.checkpoint import export
+from nextblock.training.export import export
 from nextblock.workflows.adapt import adapt
 
 ROWS = make_rows([PLAIN, PROMPTED, CHAT], 28)

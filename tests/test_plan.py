@@ -34,11 +34,13 @@ from nextblock.measure.plan.work import (
 )
 from nextblock.model.draft_adapter import DraftAdapter
 from nextblock.model.parent import load_parent, scratch_config
-from nextblock.model.shapes import DEVICES, shape_values
+from nextblock.model.shapes import shape_values
 from nextblock.recipe.corruption import UNSCORED, corrupt
+from nextblock.training.devices import DEVICES
+from nextblock.training.flops import Products, kind_of_training
 from nextblock.training.launcher import check_sharding
-from nextblock.training.log import Products, kind_of_training
-from nextblock.training.loop import prepare, train_step
+from nextblock.training.setup import prepare
+from nextblock.training.step import train_step
 from nextblock.workflows.adapt import evaluation_rows
 
 LLAMA: dict[str, Any] = {

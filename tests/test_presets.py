@@ -17,7 +17,7 @@ from nextblock.config.presets import find_config, preset
 from nextblock.config.run import load_config
 from nextblock.measure import plan
 from nextblock.model.parent import byte_tokenizer
-from nextblock.training.checkpoint import export
+from nextblock.training.export import export
 from nextblock.training.loop import train
 
 NAMES = sorted(path.stem for path in (Path(__file__).parents[1] / "presets").glob("*.yaml"))

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from nextblock.config.run import AdaptConfig, load_config
+from nextblock.training import step
 from nextblock.training.checkpoint import list_checkpoints
 from test_train import config_of, start
 
@@ -61,17 +62,17 @@ def finish(ranks: list[Any]) -> list[int]:
 
 def adapt_rank(rank: int, values: dict[str, Any], stop_after: int | None = None) -> None:
     """Train; end without a word after `stop_after` steps, as a machine that goes away."""
-    from nextblock.training.loop import train, train_step
+    from nextblock.training.loop import train
+    from nextblock.training.step import train_step
 
     if stop_after is not None:
-        import nextblock.training.loop as module
 
         def doomed(run: Any, step: int) -> Any:
             if run.first_step + step == stop_after:
                 os._exit(0)
             return train_step(run, step)
 
-        module.train_step = doomed
+        step.train_step = doomed
     train(load_config(values), resume=True)
 
 

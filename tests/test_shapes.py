@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nextblock.model.shapes import DEVICES, device_named
+from nextblock.training.devices import DEVICES, device_named
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,8 @@ from nextblock.config.run import AdaptConfig, load_config, stage_configs
 from nextblock.measure.report import read_log
 from nextblock.measure.report.figures import plot_losses
 from nextblock.model.loading import read_config
-from nextblock.training.loop import StepMetrics, train
+from nextblock.training.loop import train
+from nextblock.training.run import StepMetrics
 from nextblock.workflows.adapt import adapt
 from test_train import config_of, signal_at, start, weights
 

@@ -29,8 +29,12 @@ from nextblock.measure.report import read_log
 from nextblock.model.decoder import Decoder
 from nextblock.recipe.corruption import corrupt
 from nextblock.recipe.objective import TwoViewLoss
-from nextblock.training.log import NOISE_LEVELS, LossProfile, Products, scalars
-from nextblock.training.loop import StepMetrics, prepare, train, trim_log
+from nextblock.training.flops import Products
+from nextblock.training.log import NOISE_LEVELS, LossProfile, scalars
+from nextblock.training.loop import train
+from nextblock.training.resume import trim_log
+from nextblock.training.run import StepMetrics
+from nextblock.training.setup import prepare
 from nextblock.workflows.adapt import adapt, first_prompt
 
 

@@ -35,7 +35,11 @@ from nextblock.data.sources import Records, read_source
 from nextblock.data.stream import is_held_out
 from nextblock.model.loading import load_tokenizer, read_config, read_settings
 from nextblock.training.checkpoint import list_checkpoints, newest_whole_checkpoint
-from nextblock.training.loop import StepMetrics, prepare, save, train, train_step, trim_log, without_dropout
+from nextblock.training.loop import train, without_dropout
+from nextblock.training.resume import save, trim_log
+from nextblock.training.run import StepMetrics
+from nextblock.training.setup import prepare
+from nextblock.training.step import train_step
 from nextblock.workflows.adapt import adapt
 from test_files import largest_file
 
@@ -680,7 +684,7 @@ def test_a_parent_whose_result_could_not_be_written_is_refused_before_the_first_
 
 
 def test_a_tokenizer_that_would_not_be_read_again_is_refused_before_the_first_step(place, tmp_path, monkeypatch):
-    monkeypatch.setattr("nextblock.training.checkpoint.export_settings", lambda *_: None)
+    monkeypatch.setattr("nextblock.training.export.export_settings", lambda *_: None)
     monkeypatch.setattr("nextblock.training.loop.export_settings", lambda *_: None)  # an empty folder
     with pytest.raises(UsageError, match="the result of this parent could not be written"):
         train(config_of(place, tmp_path / "run"))
@@ -753,7 +757,7 @@ def test_a_first_step_that_fails_for_any_reason_leaves_the_output_folder_as_it_w
     def broken(*_: Any) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("nextblock.training.loop.train_step", broken)
+    monkeypatch.setattr("nextblock.training.step.train_step", broken)
     (tmp_path / "empty").mkdir()
     for output in (tmp_path / "run", tmp_path / "empty"):
         with pytest.raises(RuntimeError, match="out of memory"):
@@ -776,7 +780,7 @@ def test_a_run_in_the_same_folder_is_refused_while_one_goes_on_and_taken_when_it
     place, processes, tmp_path, undisturbed
 ):
     config = config_of(place, tmp_path / "run")
-    first = start(processes, config, "nextblock.training.loop.train_step", 4)  # dies at its fifth step
+    first = start(processes, config, "nextblock.training.step.train_step", 4)  # dies at its fifth step
     while first.is_alive() and not (tmp_path / "run" / ".lock").exists():
         time.sleep(0.001)
     os.kill(first.pid or 0, signal.SIGSTOP)
@@ -798,7 +802,7 @@ def test_the_seconds_of_a_run_are_those_of_checkpoints_and_evaluations_too(place
         time.sleep(0.3)
         save(run)
 
-    monkeypatch.setattr("nextblock.training.loop.save", slowly)
+    monkeypatch.setattr("nextblock.training.resume.save", slowly)
     options = {"training__steps": 9, "training__checkpoint_every": 3}
     config = config_of(place, tmp_path / "run", **options)
     seconds = adapt(config, resume=True).results["training"]["seconds"]

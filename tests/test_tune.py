@@ -32,7 +32,7 @@ from nextblock.measure.tune import (
     write_decoding,
 )
 from nextblock.model.parent import byte_tokenizer
-from nextblock.training.checkpoint import export
+from nextblock.training.export import export
 
 VOCABULARY, MASK, END = 264, 263, 256
 

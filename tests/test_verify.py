@@ -14,7 +14,7 @@ from nextblock.config.errors import UsageError
 from nextblock.config.sections import BlockDiffusionSettings
 from nextblock.decoding.lm import BlockDiffusionLM
 from nextblock.measure.identities import Check, table, verify, verify_model
-from nextblock.training.checkpoint import export
+from nextblock.training.export import export
 
 SETTINGS = BlockDiffusionSettings(block_size=4, mask_token_id=MASK_ID)
 NUMBERS = [" ", "1", "2", "3", "4", "5", "6", "6", "6", "7"]

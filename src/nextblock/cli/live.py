@@ -26,7 +26,7 @@ from rich.text import Text
 
 from nextblock.decoding.events import Committed, Event, RowFinished
 from nextblock.decoding.text import TextStream
-from nextblock.training.loop import StepMetrics
+from nextblock.training.run import StepMetrics
 
 MASK_CELL = "░"
 

@@ -8,21 +8,15 @@ from __future__ import annotations
 import json
 import math
 import resource
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
 
-from nextblock.config.run import AdaptConfig
-from nextblock.model.positions import text_config
-from nextblock.model.shapes import device_named
 from nextblock.recipe.corruption import NOISE_LEVELS, UNSCORED, TwoView
 
 PROJECT, TRACKERS = "nextblock", "trackers"
@@ -59,114 +53,6 @@ class LossProfile:
             record[f"loss_by_{name}"] = [s / c if c else None for s, c in zip(sums, counts, strict=True)]
             record[f"tokens_by_{name}"] = [int(c) for c in counts]
         return record if sum(record["tokens_by_noise"]) else None
-
-
-@dataclass(frozen=True)
-class Flops:
-    """Floating-point operations of matrix products alone.
-
-    clean, noised, head: what the method needs, forward and backward. recomputed: what gradient checkpointing adds.
-    """
-
-    clean: float
-    noised: float
-    head: float
-    recomputed: float = 0.0
-
-    @property
-    def useful(self) -> float:
-        """All but what is computed twice; MFU counts these."""
-        return self.clean + self.noised + self.head
-
-
-@dataclass(frozen=True)
-class Products:
-    """Multiply-adds of a forward pass.
-
-    linear: of a token in all linear layers but the head. low_rank: of a token in their updates.
-    head: of a scored token. pair: of a query and a key that it may see, scores and values together.
-    """
-
-    linear: int
-    low_rank: int
-    head: int
-    pair: int
-
-    @classmethod
-    def of(cls, model: PreTrainedModel, updates: Iterable[nn.Parameter] = ()) -> Products:
-        """Read off a model's modules. `updates`: what an adapter or LoRA trains; a vector of it is an embedding."""
-        config: Any = text_config(model.config)
-        head, updates = cast(Any, model.get_output_embeddings()), list(updates)
-        apart = {id(head.weight), *map(id, updates)}
-        linear = 0
-        for layer in model.get_decoder().modules():  # by their sizes: weights in 4 bit have fewer elements
-            if isinstance(layer, nn.Linear) and id(layer.weight) not in apart:
-                linear += layer.in_features * layer.out_features
-            elif isinstance(layer, Conv1D):
-                linear += layer.nx * layer.nf
-        heads = config.num_attention_heads
-        width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
-        embedding = cast(nn.Embedding, model.get_input_embeddings())
-        return cls(
-            linear=linear,
-            low_rank=sum(p.numel() for p in updates if p.ndim == 2),
-            head=config.hidden_size * embedding.num_embeddings,
-            pair=2 * width * config.num_hidden_layers,
-        )
-
-    def flops(
-        self,
-        kind: str,
-        tokens: tuple[float, float],
-        pairs: tuple[float, float],
-        scored: float,
-        taught: float = 0,
-        again: bool = False,
-    ) -> Flops:
-        """Of training: 2 for a multiply-add; a backward pass is twice a forward one, or as much if weights are frozen.
-
-        Args:
-            kind: of `kind_of_training`. A draft adapter's clean half has no gradient.
-            tokens, pairs: of the clean half, and of the noised one.
-            scored: targets. taught: those that have a teacher, whose logits are computed, too.
-            again: with gradient checkpointing.
-        """
-        passes, drafting = 3 if kind == "full" else 2, kind == "draft adapter"
-
-        def half(which: int, weights: int, attention: int, updates: int) -> float:
-            own = self.linear * weights + self.low_rank * updates
-            return 2.0 * (tokens[which] * own + pairs[which] * self.pair * attention)
-
-        clean = half(0, 1, 1, 0) if drafting else half(0, passes, 3, 3)
-        recomputed = (half(1, 1, 1, 1) + (0 if drafting else half(0, 1, 1, 1))) if again else 0.0
-        return Flops(clean, half(1, passes, 3, 3), 2.0 * self.head * (scored * passes + taught), recomputed)
-
-    def of_view(self, kind: str, view: TwoView, score_ar: bool, soft: bool = False) -> Flops:
-        """What training on this view needs, best on the CPU; padding does not count. Arguments as of `TwoViewLoss`."""
-        places, n = view.places, view.noised_length
-        real = places.document >= 0
-        block = int((places.position - places.block_start)[:, :n][real[:, :n]].max()) + 1 if n else 1
-        pairs = torch.where(places.view == 0, places.position + 1, places.block_start + block) * real
-        tokens, seen, targets = (
-            (int(x[:, n:].sum()), int(x[:, :n].sum())) for x in (real, pairs, view.target != UNSCORED)
-        )
-        ar = targets[0] if score_ar and kind != "draft adapter" else 0
-        return self.flops(kind, tokens, seen, ar + targets[1], targets[1] if soft else 0)
-
-
-def kind_of_training(config: AdaptConfig) -> str:
-    """ "full", "lora" or "draft adapter"."""
-    if config.draft_adapter is not None:
-        return "draft adapter"
-    return "full" if config.lora is None else "lora"
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """The device's bfloat16 peak, where it is known."""
-    if device.type != "cuda":
-        return None
-    found = device_named(torch.cuda.get_device_name(device))
-    return None if found is None or found.tflops is None else found.tflops * 1e12
 
 
 def peak_memory_gib(device: torch.device) -> float:

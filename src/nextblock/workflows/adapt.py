@@ -29,8 +29,11 @@ from nextblock.model.loading import load_model
 from nextblock.model.parent import load_parent
 from nextblock.recipe import schedules
 from nextblock.recipe.corruption import corrupt
-from nextblock.training.loop import LOG, Run, StepMetrics, stop_on_sigterm, train, writing
+from nextblock.training.loop import stop_on_sigterm, train
+from nextblock.training.output import writing
 from nextblock.training.ranks import gather
+from nextblock.training.resume import LOG
+from nextblock.training.run import Run, StepMetrics
 
 STEPS_PER_BLOCK, SAMPLE_TOKENS, PROMPT_TOKENS = 4, 64, 32
 """Of the sample decoded while training."""

@@ -30,9 +30,10 @@ from nextblock.measure.plan.work import (
 from nextblock.model.loading import check_architecture, config_as_stored, replace_values, resolve
 from nextblock.model.parent import scratch_config
 from nextblock.model.positions import check_row_length, steady_positions
-from nextblock.model.shapes import DEVICES, HUB_IDS, shape_values
+from nextblock.model.shapes import HUB_IDS, shape_values
+from nextblock.training.devices import DEVICES
+from nextblock.training.flops import Flops, kind_of_training
 from nextblock.training.launcher import check_sharding
-from nextblock.training.log import Flops, kind_of_training
 
 USABLE = 0.92
 """Share of a GPU's memory that a step may take; the rest is for the driver, libraries and fragments."""

@@ -26,7 +26,7 @@ from nextblock.model.decoder import (
 )
 from nextblock.recipe.cross_entropy import chunk_rows, cross_entropy
 from nextblock.recipe.objective import CleanCache
-from nextblock.training.log import kind_of_training
+from nextblock.training.flops import kind_of_training
 from nextblock.workflows.adapt import evaluation_rows
 
 GIB = 2**30

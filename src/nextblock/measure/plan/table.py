@@ -9,7 +9,7 @@ from rich.table import Table
 
 from nextblock.measure.plan import USABLE, Plan, StagedPlan
 from nextblock.measure.plan.memory import GIB
-from nextblock.model.shapes import DEVICES
+from nextblock.training.devices import DEVICES
 
 
 def plan_table(found: Plan) -> Table:

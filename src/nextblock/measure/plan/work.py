@@ -14,7 +14,7 @@ from nextblock.config.run import AdaptConfig
 from nextblock.config.sections import Context
 from nextblock.measure.plan.fakes import bare_model, low_rank_updates
 from nextblock.recipe import schedules
-from nextblock.training.log import Flops, Products, kind_of_training
+from nextblock.training.flops import Flops, Products, kind_of_training
 
 
 def micro_rows(config: AdaptConfig, devices: int) -> int:

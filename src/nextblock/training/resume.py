@@ -1,0 +1,159 @@
+"""What a resumed run takes from the one before."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nextblock.config.errors import UsageError
+from nextblock.config.files import write_whole
+from nextblock.config.run import AdaptConfig
+from nextblock.config.sections import DataConfig
+from nextblock.data.feed import merged
+from nextblock.training.checkpoint import load_checkpoint, load_optimizer, newest_whole_checkpoint, save_checkpoint
+from nextblock.training.ranks import gather
+from nextblock.training.run import Run
+
+LOG = "log.jsonl"
+RESOLVED_CONFIG = "nextblock.yaml"
+MAY_CHANGE_ON_RESUME = (
+    "training.micro_batch_rows",
+    "training.checkpoint_every",
+    "training.keep_last",
+    "training.keep_every",
+    "training.checkpoint",
+    "training.fsdp",
+    "training.evaluate_rows",
+    "training.evaluate_every",
+    "training.profile_every",
+    "training.trackers",
+    "training.compile",
+    "training.gradient_checkpointing",
+    "model.export_dtype",
+    "model.attention",
+    "machine.gpu",
+    "machine.gpus",
+)
+
+
+def stage_to_resume(stages: list[AdaptConfig]) -> tuple[int, Path | None, list[str]]:
+    """The last stage with a checkpoint, and that of `newest_whole_checkpoint`. Without any, the first and None.
+
+    Raises:
+        UsageError: of that stage, no checkpoint is whole: to start over must be asked for.
+    """
+    for number in range(len(stages) - 1, -1, -1):
+        folder, damaged = newest_whole_checkpoint(Path(stages[number].output))
+        if folder is not None:
+            return number, folder, damaged
+        if damaged:
+            raise UsageError(
+                f"{'; '.join(damaged)}; no other is left: delete what is damaged to start over, or choose another "
+                "--output"
+            )
+    return 0, None, []
+
+
+def carry_over(run: Run, folder: Path, *, fresh: bool, data: DataConfig) -> None:
+    """Take the optimizer's moments (unless `fresh`) and the position in equal `data` from a last checkpoint."""
+    if not fresh:
+        own = [{key: value for key, value in group.items() if key != "params"} for group in run.optimizer.param_groups]
+        load_optimizer(folder, run.trained, run.optimizer)
+        for group, options in zip(run.optimizer.param_groups, own, strict=True):
+            group.update(options)
+    if run.config.data == data:
+        run.feed.load_state(json.loads((folder / "state.json").read_text(encoding="utf-8"))["stream"])
+
+
+def save(run: Run) -> None:
+    """Save a resumable checkpoint at the run's step."""
+    state = {
+        "stream": merged(gather(run.feed.state())),
+        "config": run.config.model_dump(mode="json"),
+        "seconds": run.seconds,
+    }
+    options = run.config.training
+    run.checkpoint = save_checkpoint(
+        Path(run.config.output),
+        run.step,
+        run.trained,
+        run.optimizer,
+        state,
+        options.keep_last,
+        keep_every=options.keep_every and options.keep_every * options.checkpoint_every,
+        sharded=options.checkpoint == "sharded",
+    )
+
+
+def restore(run: Run, folder: Path) -> None:
+    """Go on from a checkpoint.
+
+    Raises:
+        UsageError: it was made under a configuration that would break the run.
+    """
+    saved = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    for change in check_differences(saved["config"], run.config, f"cannot resume from {folder}"):
+        run.accelerator.print(f"resuming: {change}")
+    state = load_checkpoint(folder, run.trained, run.optimizer)
+    run.feed.load_state(state["stream"])
+    run.step, run.seconds, run.checkpoint = state["step"], state.get("seconds", 0.0), folder
+
+
+def check_differences(saved: Mapping[str, Any], config: AdaptConfig, failure: str) -> list[str]:
+    """In words, what differs from the configuration that a run was started with and may differ.
+
+    Raises:
+        UsageError: what may not.
+    """
+    before, now = _flat(saved), _flat(config.model_dump(mode="json"))
+    differing = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k) and k != "output"]
+    named = {k: f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in differing}
+    if breaking := [named[k] for k in differing if k not in MAY_CHANGE_ON_RESUME]:
+        raise UsageError(f"{failure}: {'; '.join(breaking)}; set them back, or start in a new --output")
+    return list(named.values())
+
+
+def check_finished_stages(stages: list[AdaptConfig]) -> None:
+    """UsageError where a stage that is done was run under another configuration than it has now."""
+    for stage in stages:
+        resolved = Path(stage.output) / RESOLVED_CONFIG
+        saved = yaml.safe_load(resolved.read_text(encoding="utf-8")) if resolved.is_file() else None
+        if saved:
+            check_differences(saved, stage, f"cannot resume: {stage.output} is finished")
+
+
+def trim_log(path: Path, steps: int) -> int:
+    """Drop log lines of steps that will be done again, and what cannot be read.
+
+    Returns:
+        The number of damaged lines, without the last one that a killed run left unfinished.
+    """
+    if not path.is_file():
+        return 0
+    kept, damaged = [], 0
+    for line in path.read_bytes().splitlines(keepends=True):
+        if not line.endswith(b"\n"):
+            break
+        try:
+            again = json.loads(line.decode("utf-8"))["step"] >= steps
+        except (ValueError, TypeError, KeyError):  # not JSON, or not a record
+            damaged += 1
+            continue
+        if not again:
+            kept.append(line)
+    write_whole(path, b"".join(kept))
+    return damaged
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted keys."""
+    if not isinstance(values, dict):
+        return {prefix: values}
+    flat = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}.{key}" if prefix else key)
+    return flat

@@ -1,0 +1,123 @@
+"""What outlives a step: the run, and what a step reports."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+
+from nextblock.config.run import AdaptConfig
+from nextblock.config.sections import BlockDiffusionSettings
+from nextblock.data.encode import span_ends
+from nextblock.data.feed import Feed
+from nextblock.data.rows import Rows
+from nextblock.model.decoder import Decoder
+from nextblock.model.lora import LoraAdapter
+from nextblock.recipe.corruption import TwoView
+from nextblock.training.flops import Products, kind_of_training, peak_flops
+from nextblock.training.log import LossProfile
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """What one optimizer step did. Losses in nats per scored token; NaN where nothing was scored."""
+
+    step: int
+    block_size: int
+    diffusion_loss: float
+    ar_loss: float
+    loss: float
+    ar_weight: float
+    learning_rate: float
+    grad_norm: float
+    tokens: int
+    step_seconds: float
+    soft_loss: float = math.nan
+    """Mean KL from the clean half's predictions over the masked tokens; NaN without soft targets."""
+    device_tokens_per_second: float = math.nan
+    peak_memory_gib: float = math.nan
+    """Of the main process since it began: allocated on CUDA, resident elsewhere."""
+    mfu: float | None = None
+    """Useful floating-point operations per second over the device's bfloat16 peak, where that is known."""
+    stage: str | None = None
+    stage_number: int | None = None
+    """From 1; None in a run without stages."""
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Clean tokens with offset >= 0 that the step trained on, per second."""
+        return self.tokens / self.step_seconds
+
+
+@dataclass
+class Run:
+    """Everything that a step needs and that outlives it."""
+
+    config: AdaptConfig
+    accelerator: Accelerator
+    tokenizer: Any
+    decoder: Decoder
+    loss: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    feed: Feed
+    mask_token_id: int | None
+    output: Path
+    lora: LoraAdapter | None = None
+    step: int = 0
+    profile: LossProfile | None = None
+    held_out: Rows | None = None  # of rank 0: the first held-out rows, where the data leave any
+    first_step: int = 0  # steps of the stages before this one
+    stage: str | None = None
+    stage_number: int | None = None
+    checkpoint: Path | None = None  # the last one that was written or gone on from
+    seconds: float = 0.0  # of training until now, with checkpoints, evaluations and what was done before a resume
+    finished: bool = False
+
+    @cached_property
+    def span_ends(self) -> list[int]:
+        """Tokens that end a generated span: the end token and what ends a turn of chat."""
+        return span_ends(self.tokenizer)
+
+    @property
+    def trained(self) -> torch.nn.Module:
+        """What has been learned, so what a checkpoint holds: LoRA's or the draft adapter's weights, or all."""
+        if self.lora is not None:
+            return self.lora.weights
+        return self.decoder.adapter or self.decoder.model
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each rank holds a part of the model only (FSDP2)."""
+        return self.accelerator.distributed_type == DistributedType.FSDP
+
+    @property
+    def peak_flops(self) -> float | None:
+        """The bfloat16 peak that MFU is measured against; None where it is not known or another dtype computes."""
+        low = self.config.training.mixed_precision == "bf16" or self.config.model.dtype == "bfloat16"
+        return peak_flops(self.accelerator.device) if low else None
+
+    def flops(self, view: TwoView, score_ar: bool) -> float:
+        """Useful floating-point operations of a micro-batch; 0 where nothing is measured against them."""
+        if self.peak_flops is None:
+            return 0.0
+        model, trained, kind = self.decoder.model, self.trained, kind_of_training(self.config)
+        products = Products.of(model, () if kind == "full" else trained.parameters())
+        return products.of_view(kind, view, score_ar, self.config.recipe.soft_weight > 0).useful
+
+    @property
+    def settings(self) -> BlockDiffusionSettings | None:
+        """What the checkpoint tells a sampler; None after plain AR training (b = 1 to the end)."""
+        if self.mask_token_id is None or not self.config.masks:
+            return None
+        return BlockDiffusionSettings(
+            block_size=self.config.growth.b_max,
+            mask_token_id=self.mask_token_id,
+            context=self.config.recipe.context,
+            prediction=self.config.recipe.prediction,
+        )
