@@ -33,8 +33,8 @@ from torch.nn.utils import clip_grad_norm_
 from nextblock.config.run import AdaptConfig, load_config
 from nextblock.config.sections import DraftAdapterConfig
 from nextblock.data.rows import Rows
-from nextblock.measure.bench.contest import GIB, high_water_mark_gib, synchronize
 from nextblock.measure.bench.forwards import random_model
+from nextblock.measure.machine import GIB, environment, high_water_mark_gib, synchronize
 from nextblock.model.decoder import Decoder
 from nextblock.model.draft_adapter import DraftAdapter
 from nextblock.model.loading import load_model, read_settings
@@ -42,7 +42,6 @@ from nextblock.model.probe import run_in_parts, without_dropout
 from nextblock.recipe.objective import DraftLoss, TwoViewLoss
 from nextblock.training.run import Run
 from nextblock.training.step import train_step
-from nextblock.workflows.adapt import environment
 
 MEMORY_MEANING = {
     "cuda": "peak of torch's CUDA allocator over one step, less what it held before the step",

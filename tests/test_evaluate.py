@@ -17,7 +17,8 @@ from layouts import CHAT, PLAIN, PROMPTED, make_rows
 from nextblock.config.sections import BlockDiffusionSettings
 from nextblock.data.rows import Rows
 from nextblock.data.tasks import get_task
-from nextblock.measure.likelihood import bits_per_byte, score_task
+from nextblock.measure.accuracy import score_task
+from nextblock.measure.likelihood import bits_per_byte
 from nextblock.model.decoder import Decoder
 
 ROWS = make_rows([PLAIN, PROMPTED, CHAT], 28)

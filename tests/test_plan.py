@@ -21,6 +21,7 @@ from nextblock.cli.main import app
 from nextblock.config.errors import UsageError
 from nextblock.config.run import AdaptConfig, load_config, stage_configs
 from nextblock.config.sections import BlockDiffusionSettings, DraftAdapterConfig
+from nextblock.measure.held_out import evaluation_rows
 from nextblock.measure.likelihood import bits_per_byte
 from nextblock.measure.plan import USABLE, StagedPlan, largest_row, model_shape, plan, plan_stages
 from nextblock.measure.plan.memory import GIB, evaluation_memory, step_memory
@@ -41,7 +42,6 @@ from nextblock.training.flops import Products, kind_of_training
 from nextblock.training.launcher import check_sharding
 from nextblock.training.setup import prepare
 from nextblock.training.step import train_step
-from nextblock.workflows.adapt import evaluation_rows
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",

@@ -14,11 +14,10 @@ from nextblock.cli.live import progress
 from nextblock.config.errors import UsageError
 from nextblock.decoding.lm import BlockDiffusionLM
 from nextblock.decoding.request import end_tokens
-from nextblock.measure.bench.contest import MEMORY_MEANING
 from nextblock.measure.bench.decoding import bench_decode, compares_compiled, count_calls
 from nextblock.measure.bench.forwards import POSITIONS, random_prompts, time_forwards
 from nextblock.measure.bench.prompts import Options, Prompts, file_prompts, task_prompts
-from nextblock.workflows.adapt import environment
+from nextblock.measure.machine import MEMORY_MEANING, environment
 
 
 def wide_console() -> Console:

@@ -9,12 +9,10 @@ Letters: B prompts of a batch, T tokens.
 
 from __future__ import annotations
 
-import ctypes
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,13 +23,9 @@ from transformers.generation.streamers import BaseStreamer
 from nextblock.config.errors import UsageError
 from nextblock.decoding.lm import BlockDiffusionLM
 from nextblock.measure.bench.prompts import Options, variant_name
+from nextblock.measure.machine import synchronize
 
 TokenLists = Sequence[Sequence[int]]
-MEMORY_MEANING = {
-    "cuda": "peak of torch's CUDA allocator while decoding, weights included",
-    "cpu": "peak resident memory of the process while decoding, weights and Python included",
-}
-GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -131,12 +125,6 @@ def left_padded(prompts: TokenLists, device: torch.device) -> tuple[Tensor, Tens
     tokens = torch.tensor([[0] * n + list(prompt) for n, prompt in zip(padding, prompts, strict=True)])
     mask = (torch.arange(longest) >= torch.tensor(padding)[:, None]).long()
     return tokens.to(device), mask.to(device)
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for the device, so that the clock shows finished work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 # ------------------------------------------------------------------------------------------ contestants
@@ -258,28 +246,3 @@ def _cut(answer: list[int], ends: Sequence[int]) -> list[int]:
 
 
 # ----------------------------------------------------------------------------------------------- memory
-
-
-def peak_memory_gib(device: torch.device, run: Callable[[], Any]) -> float | None:
-    """Run, and say what memory it took at most, as `MEMORY_MEANING` says; None where the system cannot tell."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        run()
-        return torch.cuda.max_memory_allocated(device) / GIB
-    with suppress(AttributeError, OSError, TypeError):  # another C library than glibc
-        ctypes.CDLL(None).malloc_trim(0)  # what earlier runs freed shall not count
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: sets the high-water mark back
-    except OSError:
-        run()
-        return None
-    run()
-    return high_water_mark_gib()
-
-
-def high_water_mark_gib() -> float | None:
-    """Most resident memory of this process so far; None where the system cannot tell."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024 / GIB
-    return None

@@ -16,10 +16,10 @@ from nextblock.measure.bench.contest import (
     alternate,
     make_batches,
     our_mode,
-    peak_memory_gib,
     transformers_generate,
 )
 from nextblock.measure.bench.prompts import Options
+from nextblock.measure.machine import peak_memory_gib
 
 WARM_UP_ROUNDS = 2  # where passes are compiled: in the first call of a shape, and recorded in the second
 

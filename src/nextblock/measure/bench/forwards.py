@@ -21,7 +21,7 @@ from nextblock.decoding.batch import Batch, Row
 from nextblock.decoding.events import Stats
 from nextblock.decoding.lm import BlockDiffusionLM
 from nextblock.decoding.options import DecodingConfig
-from nextblock.measure.bench.contest import synchronize
+from nextblock.measure.machine import synchronize
 from nextblock.model.loading import choose_attention
 from nextblock.model.shapes import shape_values
 

@@ -9,10 +9,10 @@ from typing import Any
 from nextblock.data.tasks import Task
 from nextblock.decoding.lm import BlockDiffusionLM
 from nextblock.decoding.request import end_tokens
+from nextblock.measure.accuracy import score_task
 from nextblock.measure.bench.contest import alternate, our_mode
 from nextblock.measure.bench.decoding import speedups
 from nextblock.measure.bench.prompts import Options, task_prompts
-from nextblock.measure.likelihood import score_task
 
 TIMED, ROUNDS = 4, 4  # prompts of a round, decoded one at a time; rounds
 

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedConfig
 
 from nextblock.config.run import AdaptConfig
+from nextblock.measure.held_out import evaluation_rows
 from nextblock.measure.plan.fakes import fake_decoder, fake_mask
 from nextblock.measure.plan.work import micro_rows, noised_tokens, scored_tokens
 from nextblock.model.decoder import (
@@ -27,7 +28,6 @@ from nextblock.model.decoder import (
 from nextblock.recipe.cross_entropy import chunk_rows, cross_entropy
 from nextblock.recipe.objective import CleanCache
 from nextblock.training.flops import kind_of_training
-from nextblock.workflows.adapt import evaluation_rows
 
 GIB = 2**30
 
