@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import nextblock as nb
 from families import tiny_model
 from nextblock.cli import main as cli
+from nextblock.cli import train
 from nextblock.config.sections import BlockDiffusionSettings, DraftAdapterConfig
 from nextblock.model.draft_adapter import DraftAdapter, save_adapter
 from nextblock.model.parent import byte_tokenizer
@@ -376,7 +377,7 @@ def test_a_draft_adapter_out_of_place_gives_one_line(run, parent, tmp_path):
 def test_values_that_are_text_by_their_key_or_no_yaml_are_taken_as_they_stand():
     given = ["--data.sources.0.path", "*.jsonl", "--model.mask_token", "[MASK]", "--model.tokenizer=task:"]
     given += ["--data.sources.0.text_field", "a: b: c", "--growth.b_max", "["]
-    assert cli.parse_overrides(given) == {
+    assert train.parse_overrides(given) == {
         "data.sources.0.path": "*.jsonl",
         "model.mask_token": "[MASK]",
         "model.tokenizer": "task:",
@@ -393,7 +394,7 @@ def test_values_that_are_text_by_their_key_or_no_yaml_are_taken_as_they_stand():
         "--model.tokenizer",
         "null",
     ]
-    assert cli.parse_overrides(given) == {
+    assert train.parse_overrides(given) == {
         "model.mask_token": 7,
         "model.override.rope_theta": 1e6,
         "output": "2024",

@@ -16,7 +16,8 @@ import typer
 import yaml
 
 import nextblock as nb
-from nextblock.cli.main import app, decoding_options, parse_overrides
+from nextblock.cli.options import app, decoding_options
+from nextblock.cli.train import parse_overrides
 from nextblock.config.errors import UsageError
 from nextblock.config.presets import preset
 from nextblock.config.run import load_config

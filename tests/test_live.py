@@ -12,8 +12,9 @@ import pytest
 from rich.console import Console
 
 from nextblock.cli import live
-from nextblock.cli.live import DenoisingView, TrainingBar, progress, show_denoising
+from nextblock.cli.live import DenoisingView, TrainingBar, show_denoising
 from nextblock.decoding.events import BlockFinished, Committed, Event, Prefilled, Rejected, RowFinished
+from nextblock.measure.progress import progress
 from nextblock.training.run import StepMetrics
 
 

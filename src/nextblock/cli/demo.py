@@ -9,12 +9,13 @@ from typing import Any
 from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
-from nextblock.cli.live import TrainingBar, progress, show_denoising
+from nextblock.cli.live import TrainingBar, show_denoising
 from nextblock.config.presets import preset
 from nextblock.config.run import AdaptConfig, load_config
 from nextblock.data.tasks import get_task
 from nextblock.decoding.lm import BlockDiffusionLM, load
 from nextblock.measure.bench.scores import score_modes
+from nextblock.measure.progress import progress
 from nextblock.measure.report import decoding_table, write_report
 from nextblock.recipe import schedules
 from nextblock.workflows.adapt import adapt

@@ -4,88 +4,22 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from datetime import timedelta
-from time import monotonic
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.panel import Panel
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.text import Text
 
 from nextblock.decoding.events import Committed, Event, RowFinished
 from nextblock.decoding.text import TextStream
+from nextblock.measure.progress import progress
 from nextblock.training.run import StepMetrics
 
 MASK_CELL = "░"
-
-
-LINE_SECONDS = 5.0  # between two lines about some work, at least
-
-
-class Pace:
-    """When the next line about some work is due where there is no terminal, and how long the rest will take."""
-
-    def __init__(self) -> None:
-        self._start: tuple[float, int] | None = None
-        self._last = (-math.inf, 0)
-
-    def due(self, done: int, total: int) -> bool:
-        """At first and at the end; between them 5 s after the last line, if 2 % more is done or a minute over."""
-        now = monotonic()
-        self._start = self._start or (now, done)
-        waited, more = now - self._last[0], done - self._last[1]
-        due = waited >= LINE_SECONDS and (more >= total / 50 or waited >= 60)
-        if due or done == total:
-            self._last = (now, done)
-        return due or done == total
-
-    def left(self, done: int, total: int) -> str:
-        """`0:03:20 left`, at the speed so far; nothing where that is unknown."""
-        start, first = self._start or (0.0, done)
-        if done <= first or done == total:
-            return ""
-        return f"{timedelta(seconds=round((monotonic() - start) * (total - done) / (done - first)))} left"
-
-
-@contextmanager
-def progress(label: str, console: Console | None = None, *, transient: bool = True) -> Iterator[Callable[..., None]]:
-    """How far some work is: a bar; where there is no terminal, a line now and then (`Pace`).
-
-    Args:
-        label: what is done.
-        console: default: standard error.
-        transient: whether the bar vanishes at the end.
-    Yields:
-        update(done, total, what=""): call it as the work goes on.
-    """
-    console = console or Console(stderr=True)
-    if console.is_terminal:
-        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-        what = TextColumn("{task.fields[what]}", markup=False)
-        with Progress(TextColumn(label), *columns, what, console=console, transient=transient) as bar:
-            task = bar.add_task(label, total=None, what="")
-            yield lambda done, total, what="": bar.update(task, completed=done, total=total, what=what)
-        return
-    pace = Pace()
-
-    def update(done: int, total: int, what: str = "") -> None:
-        if pace.due(done, total):
-            words = (f"{label} {done}/{total}", what, pace.left(done, total))
-            console.print("  ".join(filter(None, words)), soft_wrap=True, highlight=False, markup=False)
-
-    yield update
 
 
 class TrainingBar(AbstractContextManager["TrainingBar"]):

@@ -10,7 +10,6 @@ from typing import Any
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from nextblock.cli.live import progress
 from nextblock.config.errors import UsageError
 from nextblock.decoding.lm import BlockDiffusionLM
 from nextblock.decoding.request import end_tokens
@@ -18,6 +17,7 @@ from nextblock.measure.bench.decoding import bench_decode, compares_compiled, co
 from nextblock.measure.bench.forwards import POSITIONS, random_prompts, time_forwards
 from nextblock.measure.bench.prompts import Options, Prompts, file_prompts, task_prompts
 from nextblock.measure.machine import MEMORY_MEANING, environment
+from nextblock.measure.progress import progress
 
 
 def wide_console() -> Console:

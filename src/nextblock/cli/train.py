@@ -1,0 +1,171 @@
+"""Commands that train or plan a training."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from contextlib import nullcontext
+from typing import Annotated, Any, get_args
+
+import typer
+import yaml
+
+from nextblock.cli.options import app
+from nextblock.config.errors import UsageError
+from nextblock.config.run import AdaptConfig
+from nextblock.config.sections import Section
+
+
+def _explain_config(section: type[Section] = AdaptConfig, prefix: str = "") -> list[str]:
+    """One line of help for each key of a run's configuration."""
+    lines = []
+    for name, field in section.model_fields.items():
+        inner: Any = next((t for t in (field.annotation, *get_args(field.annotation)) if is_section(t)), None)
+        if inner is not None:
+            many = ".0" if field.annotation is not inner and name.endswith("s") else ""
+            lines += _explain_config(inner, f"{prefix}{name}{many}.")
+        else:
+            default = "" if field.is_required() else f" [{field.get_default(call_default_factory=True)}]"
+            lines.append(f"--{prefix}{name}{default}: {field.description or ''}".rstrip(": "))
+    return lines
+
+
+def is_section(kind: Any) -> bool:
+    """Whether an annotation is a group of options."""
+    return isinstance(kind, type) and issubclass(kind, Section)
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    epilog="Every key of the configuration is an option: `--growth.b_max 16`, `--data.sources.0.path my_texts/`. "
+    "`nextblock adapt demo --keys` lists them all.",
+)
+def adapt(
+    context: typer.Context,
+    config: Annotated[str, typer.Argument(help="YAML file, or the name of a preset: demo, tiny_ar, ...")],
+    output: Annotated[str | None, typer.Option(help="folder for checkpoint, log and report")] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(help="auto: go on from the newest whole checkpoint in the output folder, else start"),
+    ] = None,
+    keys: Annotated[bool, typer.Option("--keys", help="list every key of the configuration and stop")] = False,
+) -> None:
+    """Adapt an AR model into a block-diffusion model, with any key of the configuration as an option."""
+    if keys:
+        print("\n".join(_explain_config()))
+        return
+    from nextblock.config.presets import find_config
+
+    overrides = parse_overrides(context.args)
+    if output is not None:
+        overrides["output"] = output
+    if resume not in (None, "auto"):
+        raise UsageError(f"--resume {resume}: the one value is auto; --output names the folder")
+
+    from transformers.utils.logging import disable_progress_bar
+
+    from nextblock.cli.live import TrainingBar
+    from nextblock.config.run import load_config, stage_configs
+    from nextblock.training.ranks import is_main, together
+    from nextblock.workflows.adapt import adapt as run
+
+    disable_progress_bar()
+    with together():  # a file may be missing on one machine
+        checked = load_config(find_config(config), overrides)
+    steps = sum(stage.training.steps for stage in stage_configs(checked))
+    with TrainingBar(steps) if is_main() else nullcontext() as bar:
+        options = {"on_step": bar.update, "on_evaluation": bar.evaluated} if bar else {}
+        result = run(checked, resume=resume == "auto", **options)
+    if not is_main():
+        return
+    if not result.finished:
+        print(f"stopped at step {result.steps}; go on with --resume auto", file=sys.stderr)
+        return
+    for measure in result.results.get("bits_per_byte", []):
+        print(f"{measure['model']:8s} {measure['measure']:18s} {measure['value']:.3f} bits per byte")
+    lost = result.results["training"]
+    if lost["truncated"] or lost["skipped"]:
+        print(f"data        {lost['truncated']} documents were cut at data.row_length, {lost['skipped']} left out")
+    print(f"checkpoint  {result.output}\nreport      {result.output / 'report.html'}")
+
+
+def parse_overrides(arguments: list[str]) -> dict[str, Any]:
+    """`--a.b value` and `--a.b=value` -> {"a.b": value}, values read as YAML."""
+    overrides: dict[str, Any] = {}
+    rest = list(arguments)
+    while rest:
+        key = rest.pop(0)
+        if not key.startswith("--"):
+            raise UsageError(f"unexpected argument '{key}'; options are written --key.sub value")
+        key, equals, value = key[2:].partition("=")
+        if not equals:
+            if not rest:
+                raise UsageError(f"option --{key} needs a value")
+            value = rest.pop(0)
+        overrides[key] = read_value(key, value)
+    return overrides
+
+
+def read_value(key: str, text: str) -> Any:
+    """An option's value, read as YAML; what is text by its key, or is no YAML, is taken as it stands."""
+    is_text = key.rpartition(".")[2] in ("path", "tokenizer", "text_field", "output", "revision", "mask_token")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    if is_text and value is not None and not (isinstance(value, int) and key.endswith("mask_token")):
+        return value if isinstance(value, str) else text
+    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?e[-+]?\d+", value):  # YAML wants 1.0e+3
+        return float(value)
+    return value
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    epilog="Every key of the configuration is an option, as for `nextblock adapt`.",
+)
+def plan(
+    context: typer.Context,
+    config: Annotated[str, typer.Argument(help="YAML file, or the name of a preset: qwen3-0.6b, qwen3-8b, ...")],
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            help="h200, h100, a100-80g, a100-40g, l40s, l4, rtx5090, rtx4090, b200; cpu: memory alone; "
+            "default: machine.gpu of the configuration"
+        ),
+    ] = None,
+    gpus: Annotated[int | None, typer.Option(help="how many of them; default: machine.gpus")] = None,
+    parallel: Annotated[
+        str | None,
+        typer.Option(help="ddp: copies; fsdp2: sharded weights, gradients and optimizer; default: as training.fsdp"),
+    ] = None,
+    mfu: Annotated[float, typer.Option(help="share of the GPU's peak that useful FLOPs reach, for the time")] = 0.4,
+    json_: Annotated[bool, typer.Option("--json", help="print JSON instead of the table")] = False,
+) -> None:
+    """Say what a run takes before it starts: parameters, memory by kind, the longest row, FLOPs, days, GPU-hours.
+
+    Without options: what `nextblock adapt` of the same configuration will do. Exit status 1 if it does not fit.
+    """
+    from nextblock.config.presets import find_config
+    from nextblock.config.run import load_config
+    from nextblock.measure.bench.command import wide_console
+    from nextblock.measure.plan import plan as run
+    from nextblock.measure.plan import plan_stages, shortfall
+    from nextblock.measure.plan.table import plan_table, stages_table
+
+    checked = load_config(find_config(config), parse_overrides(context.args))
+    machine: Any = {"device": gpu, "devices": gpus, "parallel": parallel, "mfu": mfu}
+    if checked.stages:
+        staged = plan_stages(checked, **machine)
+        found, table = staged, stages_table(staged)
+    else:
+        one = run(checked, **machine)
+        found, table = one, plan_table(one)
+    if json_:
+        print(json.dumps(found.as_dict(), indent=1))
+    else:
+        wide_console().print(table)
+    if line := shortfall(found, checked):
+        print(line, file=sys.stderr)
+        raise typer.Exit(1)
