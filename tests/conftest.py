@@ -81,5 +81,5 @@ def place(tmp_path_factory) -> Path:
 def processes() -> Any:
     """Starts real processes quickly: a server that has imported everything forks them."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["nextblock.workflows.adapt", "test_train"])
+    context.set_forkserver_preload(["nextblock.workflows.adapt", "test_loop"])
     return context

@@ -23,15 +23,15 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    "AdaptConfig": "config",
-    "BlockDiffusionSettings": "config",
-    "UsageError": "config",
-    "BlockDiffusionLM": "generate",
-    "Generation": "generate",
-    "load": "generate",
-    "block_diffusion": "custom_generate",
-    "RunResult": "adapt",
-    "adapt": "adapt",
+    "AdaptConfig": "config.run",
+    "BlockDiffusionSettings": "config.sections",
+    "UsageError": "config.errors",
+    "BlockDiffusionLM": "decoding.lm",
+    "Generation": "decoding.lm",
+    "load": "decoding.lm",
+    "block_diffusion": "decoding.custom_generate",
+    "RunResult": "workflows.adapt",
+    "adapt": "workflows.adapt",
 }
 
 __all__ = [

@@ -1,1 +1,4 @@
-"""TODO."""
+"""Who may look at whom: the rule of the two-view pass (Eq. 4), and the forms in which layers read it.
+
+Imports `config`. Start reading in `rule.py`: `block_diffusion_rule` is the rule.
+"""

@@ -1,1 +1,4 @@
-"""TODO."""
+"""The command line: options, commands, the live view, the demo.
+
+Imports everything. Start reading in `main.py`.
+"""

@@ -15,7 +15,7 @@ def preset(name: str) -> Path:
     Raises:
         UsageError: there is none of that name.
     """
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1]
     folder = here / "presets" if (here / "presets").is_dir() else here.parents[1] / "presets"
     names = sorted(path.stem for path in folder.glob("*.yaml"))
     stem = name.replace("-", "_").replace(".", "_")

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_files import largest_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -28,7 +29,6 @@ from nextblock.training.checkpoint import (
     save_checkpoint,
 )
 from nextblock.training.export import export
-from test_files import largest_file
 
 
 def trained(seed: int, width: int = 8) -> tuple[nn.Module, torch.optim.Optimizer]:

@@ -20,7 +20,7 @@ from nextblock.model.parent import byte_tokenizer
 from nextblock.training.export import export
 from nextblock.training.loop import train
 
-NAMES = sorted(path.stem for path in (Path(__file__).parents[1] / "presets").glob("*.yaml"))
+NAMES = sorted(path.stem for path in (Path(__file__).parents[2] / "presets").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from test_loop import config_of, signal_at, start, weights
 
 from nextblock.config.errors import UsageError
 from nextblock.config.run import AdaptConfig, load_config, stage_configs
@@ -21,7 +22,6 @@ from nextblock.model.loading import read_config
 from nextblock.training.loop import train
 from nextblock.training.run import StepMetrics
 from nextblock.workflows.adapt import adapt
-from test_train import config_of, signal_at, start, weights
 
 
 def staged(place: Path, output: Path, **overrides: Any) -> AdaptConfig:

@@ -98,7 +98,7 @@ def test_an_example_is_the_same_in_every_process_and_order(name: str) -> None:
         "import sys; from nextblock.data.tasks import get_task; t = get_task(sys.argv[1]);"
         "print([repr(t.example(s, i)) for s in ('train', 'test') for i in (10**12, 7, 0)])"
     )
-    path = str(Path(nextblock.config.sections.__file__).parents[1])
+    path = str(Path(nextblock.config.sections.__file__).parents[2])
     outputs = {
         subprocess.run(
             [sys.executable, "-c", program, name],

@@ -21,6 +21,7 @@ import pytest
 import torch
 from accelerate.utils import is_bnb_available
 from safetensors.torch import load_file
+from test_files import largest_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -34,14 +35,14 @@ from nextblock.data.rows import Rows, check_tokens
 from nextblock.data.sources import Records, read_source
 from nextblock.data.stream import is_held_out
 from nextblock.model.loading import load_tokenizer, read_config, read_settings
+from nextblock.model.probe import without_dropout
 from nextblock.training.checkpoint import list_checkpoints, newest_whole_checkpoint
-from nextblock.training.loop import train, without_dropout
+from nextblock.training.loop import train
 from nextblock.training.resume import save, trim_log
 from nextblock.training.run import StepMetrics
 from nextblock.training.setup import prepare
 from nextblock.training.step import train_step
 from nextblock.workflows.adapt import adapt
-from test_files import largest_file
 
 
 def config_of(place: Path, output: Path, **overrides: Any) -> AdaptConfig:

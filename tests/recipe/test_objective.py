@@ -22,7 +22,7 @@ from nextblock.config.sections import BlockDiffusionSettings, RecipeConfig
 from nextblock.data.rows import Rows
 from nextblock.measure.likelihood import bits_per_byte
 from nextblock.model.decoder import Decoder
-from nextblock.recipe import objective
+from nextblock.recipe import cross_entropy as cross_entropy_module
 from nextblock.recipe.corruption import TwoView, corrupt
 from nextblock.recipe.cross_entropy import cross_entropy
 from nextblock.recipe.objective import LossSums, TwoViewLoss
@@ -135,7 +135,7 @@ def test_the_diffusion_loss_is_that_of_each_block_behind_its_clean_prefix(family
 @pytest.mark.parametrize("soft", [False, True])
 @pytest.mark.parametrize("prediction", ["shifted", "aligned"])
 def test_early_tokens_of_a_block_count_more_with_an_offset_decay(prediction, soft, elements, llama, monkeypatch):
-    monkeypatch.setattr(objective, "LOGIT_ELEMENTS", elements)
+    monkeypatch.setattr(cross_entropy_module, "LOGIT_ELEMENTS", elements)
     view = view_of(ROWS, 4, prediction=prediction, offset_decay=2.0)
     first = 1 if prediction == "shifted" else 0  # the first token of a block that is ever masked
     mean = sum(math.exp(-(k - first) / 2) for k in range(first, 4)) / (4 - first)
@@ -214,7 +214,7 @@ def divergence_by_document(model: PreTrainedModel, view: TwoView, rows: Rows, sh
 @pytest.mark.parametrize("prediction", ["shifted", "aligned"])
 @pytest.mark.parametrize("elements", [1, 97 * 9, 97 * 10_000])
 def test_soft_targets_are_the_divergence_from_each_documents_own_causal_predictions(prediction, elements, monkeypatch):
-    monkeypatch.setattr(objective, "LOGIT_ELEMENTS", elements)
+    monkeypatch.setattr(cross_entropy_module, "LOGIT_ELEMENTS", elements)
     model = tiny_model("qwen3").double()
     rows = make_rows([PLAIN, PROMPTED, CHAT], 28, ended=True)
     recipe = RecipeConfig(prediction=prediction, views=2)  # filled last blocks: their end tokens have no teacher
@@ -239,7 +239,7 @@ def test_divergence_and_its_gradient_equal_the_plain_computation_and_the_teacher
         hidden = torch.randn(50, 32, dtype=torch.float64, generator=generator).requires_grad_(True)
         teacher = torch.randn(50, 32, dtype=torch.float64, generator=generator).requires_grad_(True)
         if elements:
-            monkeypatch.setattr(objective, "LOGIT_ELEMENTS", elements)
+            monkeypatch.setattr(cross_entropy_module, "LOGIT_ELEMENTS", elements)
             scores = cross_entropy(Decoder(model), hidden, target, weight, teacher=(teacher, taught))
             sums = torch.stack([scores.total, scores.soft])
         else:
@@ -273,7 +273,7 @@ HEADS = ("plain", "bias", "scaled", "capped", "wrapped", "frozen", "weighted", "
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("elements", [1, 97 * 7, 97 * 10_000])
 def test_the_chunk_loop_equals_plain_cross_entropy_and_its_gradient_in_float64(elements, head, monkeypatch):
-    monkeypatch.setattr(objective, "LOGIT_ELEMENTS", elements)
+    monkeypatch.setattr(cross_entropy_module, "LOGIT_ELEMENTS", elements)
     model = tiny_model("llama").double()
     if head == "bias":
         model.lm_head.bias = nn.Parameter(torch.linspace(-1, 1, 97, dtype=torch.float64))
@@ -323,7 +323,7 @@ def test_ligers_loss_and_gradient_are_those_of_our_loop(head, monkeypatch):
         model.lm_head.requires_grad_(False)
     target, results = torch.randint(0, 97, (50,), device=model.device), []
     for liger in (True, False):
-        monkeypatch.setattr(objective, "takes_liger", lambda decoder, hidden, liger=liger: liger)
+        monkeypatch.setattr(cross_entropy_module, "takes_liger", lambda decoder, hidden, liger=liger: liger)
         hidden = torch.randn(50, 32, generator=torch.Generator().manual_seed(3)).to(model.device).requires_grad_(True)
         loss = cross_entropy(Decoder(model), hidden, target).total
         found = gradients(model, loss / 7)
@@ -333,7 +333,7 @@ def test_ligers_loss_and_gradient_are_those_of_our_loop(head, monkeypatch):
 
 
 def test_no_chunk_holds_more_logits_than_the_limit_and_none_is_computed_twice(monkeypatch):
-    monkeypatch.setattr(objective, "LOGIT_ELEMENTS", 97 * 8)
+    monkeypatch.setattr(cross_entropy_module, "LOGIT_ELEMENTS", 97 * 8)
     model = tiny_model("llama")
     sizes: list[int] = []
 
@@ -363,7 +363,7 @@ def of_each_head(model: Any, head: str) -> None:
 @pytest.mark.parametrize("soft", [False, True])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_the_losses_of_single_tokens_add_up_to_the_sum_with_or_without_gradients(head, soft, weighted, monkeypatch):
-    monkeypatch.setattr(objective, "LOGIT_ELEMENTS", 97 * 7)
+    monkeypatch.setattr(cross_entropy_module, "LOGIT_ELEMENTS", 97 * 7)
     model = tiny_model("llama").double()
     of_each_head(model, head)
     decoder, target, weight = Decoder(model), torch.randint(0, 97, (50,)), torch.rand(50) if weighted else None
@@ -397,7 +397,7 @@ class Widest(TorchDispatchMode):
 @pytest.mark.parametrize("head", ["plain", "wrapped"])
 @pytest.mark.parametrize("what", ["training", "profile", "soft targets", "evaluation", "bits per byte"])
 def test_no_more_logits_than_the_limit_are_made_at_a_time_whatever_is_scored(what, head, monkeypatch):
-    monkeypatch.setattr(objective, "LOGIT_ELEMENTS", 97 * 8)
+    monkeypatch.setattr(cross_entropy_module, "LOGIT_ELEMENTS", 97 * 8)
     model = tiny_model("llama").double()
     widest = Widest(model)
     of_each_head(model, head)
