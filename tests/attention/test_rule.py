@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from layouts import LAYOUTS, Slot, make_rows, may_look, places_of, slots_of_row
-from nextblock.attention import rule as attention_mask
+from nextblock.attention import masks as masks_module
 from nextblock.attention.masks import decode_mask, to_block_mask, to_dense
 from nextblock.attention.rule import block_diffusion_rule, within_window
 
@@ -95,7 +95,7 @@ def test_flex_attention_with_the_block_mask_equals_plain_attention_with_the_dens
 def test_neither_growth_nor_packing_nor_a_new_batch_compiles_mask_or_attention_again(monkeypatch: pytest.MonkeyPatch):
     compiler = CompileCounterWithBackend("eager")
     attend = torch.compile(flex_attention, backend=compiler)
-    monkeypatch.setattr(attention_mask, "create_block_mask", torch.compile(create_block_mask, backend=compiler))
+    monkeypatch.setattr(masks_module, "create_block_mask", torch.compile(create_block_mask, backend=compiler))
     lengths, graphs = [], []
     for number, (block_size, layout) in enumerate(product((2, 1, 4, 28), LAYOUTS.values())):
         rows = make_rows([layout], LENGTH)

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from nextblock.cli import live
 from nextblock.cli.live import DenoisingView, TrainingBar, show_denoising
 from nextblock.decoding.events import BlockFinished, Committed, Event, Prefilled, Rejected, RowFinished
+from nextblock.measure import progress as progress_module
 from nextblock.measure.progress import progress
 from nextblock.training.run import StepMetrics
 
@@ -77,7 +77,7 @@ def clock(monkeypatch):
     class Clock:
         now = 0.0
 
-    monkeypatch.setattr(live, "monotonic", lambda: Clock.now)
+    monkeypatch.setattr(progress_module, "monotonic", lambda: Clock.now)
     return Clock
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import errno
-import resource
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +11,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from limits import largest_file
 from nextblock.config.files import unwritten, whole_folder, write_whole
 from nextblock.model.parent import byte_tokenizer
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """No file of this process may grow over `size` bytes."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
 
 TOKENIZER: Any = byte_tokenizer().backend_tokenizer
 LARGE = {"weight": torch.zeros(10_000)}

@@ -17,12 +17,13 @@ from layouts import CHAT, PLAIN, PROMPTED, make_rows
 from nextblock.config.sections import BlockDiffusionSettings
 from nextblock.data.rows import Rows
 from nextblock.data.tasks import get_task
+from nextblock.measure import held_out
 from nextblock.measure.accuracy import score_task
 from nextblock.measure.likelihood import bits_per_byte
 from nextblock.model.decoder import Decoder
 
 ROWS = make_rows([PLAIN, PROMPTED, CHAT], 28)
-end: Any = import_module("nextblock.workflows.adapt")  # its function has the same name
+workflow: Any = import_module("nextblock.workflows.adapt")  # its function has the same name
 
 
 class TwoBytes:
@@ -149,7 +150,8 @@ def test_the_final_evaluation_holds_one_model_at_a_time_and_no_optimizer(section
     tiny_model("llama", vocab_size=260, std=0.08).save_pretrained(tmp_path / "parent")
     alive: dict[str, Any] = {}
     seen: list[str] = []
-    real = {name: getattr(end, name) for name in ("train", "bits_per_byte", "load_parent")}
+    homes = {"train": workflow, "bits_per_byte": held_out, "load_parent": held_out}
+    real = {name: getattr(home, name) for name, home in homes.items()}
 
     def train(*arguments: Any, **options: Any) -> Any:
         run = real["train"](*arguments, **options)
@@ -167,7 +169,8 @@ def test_the_final_evaluation_holds_one_model_at_a_time_and_no_optimizer(section
         return real["load_parent"](*arguments)
 
     for own in (train, bits, load_parent):
-        monkeypatch.setattr(end, "bits_per_byte" if own is bits else own.__name__, own)
+        name = "bits_per_byte" if own is bits else own.__name__
+        monkeypatch.setattr(homes[name], name, own)
     config = {
         "model": {"path": str(tmp_path / "parent"), "tokenizer": "bytes"},
         "data": {"sources": [{"path": "task:algebra", "examples": 60}], "row_length": 64, "held_out": 0.3},

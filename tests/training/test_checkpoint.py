@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from test_files import largest_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from families import tiny_model
+from limits import largest_file
 from nextblock.config.errors import UsageError
 from nextblock.config.sections import BlockDiffusionSettings
 from nextblock.decoding.lm import load

@@ -21,13 +21,13 @@ import pytest
 import torch
 from accelerate.utils import is_bnb_available
 from safetensors.torch import load_file
-from test_files import largest_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from conftest import VOCABULARY
 from families import tiny_model
 from layouts import CHAT, PLAIN, PROMPTED, make_rows
+from limits import largest_file
 from nextblock.config.errors import UsageError
 from nextblock.config.run import AdaptConfig, load_config
 from nextblock.config.sections import Source
@@ -272,7 +272,7 @@ BAD = {
 @pytest.mark.parametrize("what", BAD)
 def test_bad_input_stops_with_one_line_and_leaves_no_folder(place, tmp_path, monkeypatch, what):
     overrides, said = BAD[what]
-    monkeypatch.setattr("nextblock.training.loop.is_bnb_available", lambda: False)
+    monkeypatch.setattr("nextblock.training.setup.is_bnb_available", lambda: False)
     config = config_of(place, tmp_path / "run", **{k.replace(".", "__"): v for k, v in overrides.items()})
     with pytest.raises(UsageError) as refused:
         train(config)
@@ -358,7 +358,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_weights_of_one_that_was_no
         ("torch.save", 2),
         ("nextblock.training.checkpoint._flush", 6),  # between two files of the second save
         ("os.replace", 3),
-        ("nextblock.training.loop.export", 0),
+        ("nextblock.training.output.export", 0),
         ("shutil.rmtree", 4),  # before the oldest checkpoint goes; the first is of a temporary folder
     ],
 )
@@ -686,7 +686,7 @@ def test_a_parent_whose_result_could_not_be_written_is_refused_before_the_first_
 
 def test_a_tokenizer_that_would_not_be_read_again_is_refused_before_the_first_step(place, tmp_path, monkeypatch):
     monkeypatch.setattr("nextblock.training.export.export_settings", lambda *_: None)
-    monkeypatch.setattr("nextblock.training.loop.export_settings", lambda *_: None)  # an empty folder
+    monkeypatch.setattr("nextblock.training.output.export_settings", lambda *_: None)  # an empty folder
     with pytest.raises(UsageError, match="the result of this parent could not be written"):
         train(config_of(place, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
@@ -707,7 +707,7 @@ def test_a_run_that_failed_in_its_export_exports_when_it_is_resumed(place, tmp_p
 
     config, done = config_of(place, tmp_path / "run", training__steps=9), []
     with monkeypatch.context() as patch:
-        patch.setattr("nextblock.training.loop.export", broken)
+        patch.setattr("nextblock.training.output.export", broken)
         with pytest.raises(type(error), match=str(error)):
             train(config)
     assert train(config, resume=True, on_step=done.append).finished
@@ -728,7 +728,7 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
             raise UsageError("all.jsonl:77: message 1 has no content")
         real(rows, *rest)
 
-    monkeypatch.setattr("nextblock.training.loop.check_tokens", check)
+    monkeypatch.setattr("nextblock.training.step.check_tokens", check)
 
 
 def test_bad_data_in_mid_run_leave_the_log_and_a_checkpoint_of_the_steps_until_there(
@@ -758,7 +758,7 @@ def test_a_first_step_that_fails_for_any_reason_leaves_the_output_folder_as_it_w
     def broken(*_: Any) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("nextblock.training.step.train_step", broken)
+    monkeypatch.setattr("nextblock.training.loop.train_step", broken)
     (tmp_path / "empty").mkdir()
     for output in (tmp_path / "run", tmp_path / "empty"):
         with pytest.raises(RuntimeError, match="out of memory"):
@@ -781,7 +781,7 @@ def test_a_run_in_the_same_folder_is_refused_while_one_goes_on_and_taken_when_it
     place, processes, tmp_path, undisturbed
 ):
     config = config_of(place, tmp_path / "run")
-    first = start(processes, config, "nextblock.training.step.train_step", 4)  # dies at its fifth step
+    first = start(processes, config, "nextblock.training.loop.train_step", 4)  # dies at its fifth step
     while first.is_alive() and not (tmp_path / "run" / ".lock").exists():
         time.sleep(0.001)
     os.kill(first.pid or 0, signal.SIGSTOP)
@@ -803,7 +803,7 @@ def test_the_seconds_of_a_run_are_those_of_checkpoints_and_evaluations_too(place
         time.sleep(0.3)
         save(run)
 
-    monkeypatch.setattr("nextblock.training.resume.save", slowly)
+    monkeypatch.setattr("nextblock.training.loop.save", slowly)
     options = {"training__steps": 9, "training__checkpoint_every": 3}
     config = config_of(place, tmp_path / "run", **options)
     seconds = adapt(config, resume=True).results["training"]["seconds"]
@@ -830,7 +830,7 @@ def test_a_dense_mask_is_named_with_its_memory_before_it_is_made(
     monkeypatch.setattr(
         "nextblock.training.loop.run_in_parts", lambda decoder: None
     )  # whose trial is over four tokens
-    monkeypatch.setattr("nextblock.training.loop.probe", lambda decoder: None)
+    monkeypatch.setattr("nextblock.training.setup.probe", lambda decoder: None)
     options = {"recipe__views": views, "training__micro_batch_rows": 2, "data__row_length": 512}
     config = config_of(place, tmp_path / "run", growth__b_0=2, **options)
     with pytest.raises(Begun):
