@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import sys
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -324,11 +325,12 @@ def test_what_is_given_on_the_command_line_goes_before_the_checkpoint_and_only_t
     settings = BlockDiffusionSettings(block_size=4, mask_token_id=263, decoding=stored)
     export(tmp_path / "adapted", tiny_model("llama", vocab_size=264, eos_token_id=None), byte_tokenizer(), settings)
     lm = nb.load(tmp_path / "adapted")
-    for given, options in (
+    cases: list[tuple[list[str], dict[str, Any]]] = [
         ([], {}),
         (["--temperature", "0"], {"temperature": 0.0}),
         (["--max-new-tokens", "256"], {"max_new_tokens": 256}),
-    ):
+    ]
+    for given, options in cases:
         expected = lm.generate("ab", seed=1, **options)
         status, out, err = run("generate", tmp_path / "adapted", "ab", "--seed", 1, "--stats", *given)
         assert (status, out) == (0, f"ab{expected.texts[0]}\n")

@@ -188,7 +188,7 @@ def test_a_warper_of_the_callers_own_acts_beside_an_equal_one_of_the_config(adap
 def test_stop_strings_come_as_a_stopping_criterion(adapted):
     tokenizer = byte_level()
     inputs, options = left_padded((6,)), {"max_new_tokens": 20, "do_sample": False}
-    stop = tokenizer.decode(adapted.generate(**inputs, **options)[0, 12:13])
+    stop = str(tokenizer.decode(adapted.generate(**inputs, **options)[0, 12:13]))
     plain = adapted.generate(**inputs, **options, stop_strings=[stop], tokenizer=tokenizer)
     options |= {"stopping_criteria": [StopStringCriteria(tokenizer, [stop])], "custom_generate": block_diffusion}
     for mode in ("ar", "speculative"):

@@ -179,7 +179,7 @@ def test_the_final_evaluation_holds_one_model_at_a_time_and_no_optimizer(section
         "output": str(tmp_path / "run"),
         **section,
     }
-    found = end.adapt(config).results["bits_per_byte"]
+    found = workflow.adapt(config).results["bits_per_byte"]
     assert seen == ["adapted", "parent"]
     assert [(one["model"], one["measure"]) for one in found] == [
         ("parent", "AR (exact)"),

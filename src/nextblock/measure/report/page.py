@@ -34,7 +34,9 @@ def render(results: Mapping[str, Any], log: Sequence[Entry] = (), profiles: Sequ
     facts = {"created": results["created"]} if results.get("created") else {}
     for part in ("settings", "environment"):
         facts |= {_words(key): value for key, value in (results.get(part) or {}).items()}
-    page = Environment(loader=PackageLoader(__package__, "."), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    page = Environment(
+        loader=PackageLoader("nextblock.measure.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
     return page.get_template("page.html").render(
         title=results.get("title") or "nextblock report",
         summary=summary(results),
