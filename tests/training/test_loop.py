@@ -37,8 +37,9 @@ from nextblock.data.stream import is_held_out
 from nextblock.model.loading import load_tokenizer, read_config, read_settings
 from nextblock.model.probe import without_dropout
 from nextblock.training.checkpoint import list_checkpoints, newest_whole_checkpoint
+from nextblock.training.log import trim_log
 from nextblock.training.loop import train
-from nextblock.training.resume import save, trim_log
+from nextblock.training.resume import save
 from nextblock.training.run import StepMetrics
 from nextblock.training.setup import prepare
 from nextblock.training.step import train_step
@@ -828,7 +829,7 @@ def test_a_dense_mask_is_named_with_its_memory_before_it_is_made(
 
     monkeypatch.setattr("nextblock.model.decoder.Decoder.two_view_masks", begun)
     monkeypatch.setattr(
-        "nextblock.training.loop.run_in_parts", lambda decoder: None
+        "nextblock.training.setup.run_in_parts", lambda decoder: None
     )  # whose trial is over four tokens
     monkeypatch.setattr("nextblock.training.setup.probe", lambda decoder: None)
     options = {"recipe__views": views, "training__micro_batch_rows": 2, "data__row_length": 512}

@@ -230,7 +230,7 @@ def test_a_resume_in_a_later_stage_reads_the_checkpoint_of_that_stage_alone_and_
 
     monkeypatch.setattr(module, "_digest", digest)
     monkeypatch.setattr(module, "safe_open", load)
-    monkeypatch.setattr("nextblock.training.loop.run_stage", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("nextblock.training.loop.train_step", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         train(config, resume=True)
     (folder,) = {file.parent for file in digested}
