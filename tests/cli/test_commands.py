@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from typing import Any
 
@@ -92,6 +93,13 @@ def small(parent, data, output):
         "--output",
         output,
     ]
+
+
+def test_the_entry_point_knows_every_command():
+    """In a process of its own: here other tests have imported the modules that add commands."""
+    names = "from nextblock.cli.main import app; print(*(c.callback.__name__ for c in app.registered_commands))"
+    found = subprocess.run([sys.executable, "-c", names], capture_output=True, text=True, check=True).stdout.split()
+    assert {"adapt", "plan", "generate", "chat", "evaluate", "tune", "verify", "report", "demo"} <= set(found)
 
 
 def test_adapt_leaves_a_checkpoint_figures_and_a_report(run, parent, texts, tmp_path):
