@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_loop import config_of, start
 
 from nextblock.config.run import AdaptConfig, load_config
 from nextblock.training.checkpoint import list_checkpoints
+from runs import config_of, start
 
 pytestmark = pytest.mark.slow
 LOOSE: dict[str, Any] = {"rtol": 2e-3, "atol": 2e-4}  # Adam enlarges rounding errors of small gradients

@@ -12,7 +12,6 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_loop import config_of, signal_at, start, weights
 
 from nextblock.config.errors import UsageError
 from nextblock.config.run import AdaptConfig, load_config, stage_configs
@@ -22,6 +21,7 @@ from nextblock.model.loading import read_config
 from nextblock.training.loop import train
 from nextblock.training.run import StepMetrics
 from nextblock.workflows.adapt import adapt
+from runs import config_of, signal_at, start, weights
 
 
 def staged(place: Path, output: Path, **overrides: Any) -> AdaptConfig:
