@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from typing import Any
 
@@ -94,6 +95,13 @@ def small(parent, data, output):
     ]
 
 
+def test_the_entry_point_knows_every_command():
+    """In a process of its own: here other tests have imported the modules that add commands."""
+    names = "from nextblock.cli.main import app; print(*(c.callback.__name__ for c in app.registered_commands))"
+    found = subprocess.run([sys.executable, "-c", names], capture_output=True, text=True, check=True).stdout.split()
+    assert {"adapt", "plan", "generate", "chat", "evaluate", "tune", "verify", "report", "demo"} <= set(found)
+
+
 def test_adapt_leaves_a_checkpoint_figures_and_a_report(run, parent, texts, tmp_path):
     status, out, _ = run("adapt", *small(parent, texts, tmp_path / "out"))
     assert status == 0
@@ -121,7 +129,11 @@ def test_a_finished_run_is_not_written_over_but_can_be_resumed(run, parent, text
 
 @pytest.mark.parametrize(
     "where",
-    ["nextblock.measure.likelihood._nats", "nextblock.training.loop.export", "nextblock.workflows.adapt.load_parent"],
+    [
+        "nextblock.measure.likelihood._nats",
+        "nextblock.training.loop.export_run",
+        "nextblock.workflows.adapt.load_parent",
+    ],
 )
 def test_sigterm_after_the_last_step_leaves_the_model_and_a_resume_measures_it(
     run, parent, texts, tmp_path, monkeypatch, where

@@ -16,7 +16,7 @@ from nextblock.config.errors import UsageError
 from nextblock.config.sections import validate
 from nextblock.decoding.options import DecodingConfig, spell_out
 
-Command = TypeVar("Command")
+C = TypeVar("C")
 
 Model = Annotated[str, typer.Argument(help="local folder, Hub id, tiny-ar or tiny-bd")]
 DraftAdapter = Annotated[str | None, typer.Option(help="folder of a draft adapter for this model, or tiny-draft")]
@@ -49,7 +49,7 @@ MaxNewTokens = Annotated[int, typer.Option(help="longest answer, in tokens")]
 Results = Annotated[Path | None, typer.Option(help="write the figures to this .json file, and a plot beside it")]
 
 
-def takes_decoding_options(command: Command) -> Command:
+def takes_decoding_options(command: C) -> C:
     """Decorate a command `f(..., **given)`: `given` holds an option for each field of `DecodingConfig`, as text."""
     parameters = []
     for name, field in DecodingConfig.model_fields.items():

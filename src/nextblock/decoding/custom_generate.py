@@ -1,6 +1,8 @@
 """Block-diffusion decoding inside transformers' own `generate`.
 
-model.generate(**inputs, custom_generate=nextblock.block_diffusion, mode="speculative")
+For example::
+
+    model.generate(**inputs, custom_generate=nextblock.block_diffusion, mode="speculative")
 """
 
 from __future__ import annotations
@@ -18,11 +20,11 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from nextblock.config.errors import UsageError
-from nextblock.decoding.batch import Row
 from nextblock.decoding.events import Finish
-from nextblock.decoding.lm import BlockDiffusionLM, Stream, look_at
+from nextblock.decoding.lm import BlockDiffusionLM, Stream, why_no_blocks
 from nextblock.decoding.options import DecodingConfig, parameters_of, resolve_config, spell_out
 from nextblock.decoding.request import make_request
+from nextblock.decoding.rows import Row
 from nextblock.model.draft_adapter import attached_adapter
 from nextblock.model.loading import read_settings
 
@@ -97,16 +99,11 @@ def block_diffusion(
     options = {name: model_kwargs.pop(name) for name in _OPTIONS if name in model_kwargs}
     adapter = attached_adapter(model)
     settings = read_settings(model.config) if adapter is None else adapter.settings
-    look_at(model)
-    lm = BlockDiffusionLM(model, None, settings, adapter)
+    lm = BlockDiffusionLM(model, None, settings, adapter, refusal=why_no_blocks(model))
     _check_generation_config(generation_config)
     foreign = _foreign(list(logits_processor or ()), lm, generation_config)
     _check_processors(foreign, resolve_config(lm.settings, options).mode, generation_config)
-    # Of sampling nothing is the checkpoint's: the generation config says it all.
-    options |= {"temperature": 1.0 if generation_config.do_sample else 0.0, "top_k": None, "top_p": None}
-    if generation_config.do_sample and not foreign:  # else they act in their place among the processors
-        options["temperature"] = float(generation_config.temperature or 1.0)
-        options |= {"top_k": generation_config.top_k or None, "top_p": generation_config.top_p}
+    options |= _sampling_options(generation_config, own_warpers=not foreign)
     criteria: list[Any] = list(stopping_criteria or ())
     lengths = [c.max_length for c in criteria if isinstance(c, MaxLengthCriteria)]
     ends = {int(i) for c in criteria if isinstance(c, EosTokenCriteria) for i in c.eos_token_id.tolist()}
@@ -134,6 +131,19 @@ def block_diffusion(
 spell_out(
     block_diffusion, parameters_of(_OPTIONS), kept="model_kwargs"
 )  # transformers hands on what the signature names
+
+
+def _sampling_options(config: Any, own_warpers: bool) -> dict[str, Any]:
+    """Temperature, top-k and top-p: nothing is the checkpoint's, the generation config says it all.
+
+    Args:
+        own_warpers: apply them here; else they act in their place among the caller's processors.
+    """
+    if not config.do_sample:
+        return {"temperature": 0.0, "top_k": None, "top_p": None}
+    if not own_warpers:
+        return {"temperature": 1.0, "top_k": None, "top_p": None}
+    return {"temperature": float(config.temperature or 1.0), "top_k": config.top_k or None, "top_p": config.top_p}
 
 
 def _check_generation_config(config: Any) -> None:

@@ -158,13 +158,13 @@ def resolve_config(
 
 P = ParamSpec("P")
 R = TypeVar("R")
-First = TypeVar("First")
-Second = TypeVar("Second")
+A = TypeVar("A")
+B = TypeVar("B")
 
 
 def takes(
     options: Callable[P, DecodingConfig],
-) -> Callable[[Callable[Concatenate[First, Second, ...], R]], Callable[Concatenate[First, Second, P], R]]:
+) -> Callable[[Callable[Concatenate[A, B, ...], R]], Callable[Concatenate[A, B, P], R]]:
     """Decorate a function `f(first, second, **options)` so that `help` and type checkers see a model's fields.
 
     Args:
@@ -174,7 +174,7 @@ def takes(
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         fields: dict[str, FieldInfo] = getattr(options, "model_fields")  # noqa: B009
         lines = [f"    {name}: {field.description}" for name, field in fields.items()]
-        function.__doc__ = "\n".join([inspect.cleandoc(function.__doc__ or ""), "", "Options:", *lines])
+        function.__doc__ = "\n".join([inspect.cleandoc(function.__doc__ or ""), "", "Keyword Args:", *lines])
         return spell_out(function, parameters_of(fields))
 
     return decorate
