@@ -9,17 +9,14 @@ from typing import Annotated, Any
 import typer
 
 from nextblock.cli.options import (
-    Compile,
-    DraftAdapter,
-    Dtype,
     Model,
     Seed,
-    Settings,
     Stop,
     decoding_options,
     load_lm,
+    loading_options,
     takes_decoding_options,
-    torch_dtype,
+    takes_loading_options,
 )
 from nextblock.config.errors import UsageError
 
@@ -41,15 +38,12 @@ Output = Annotated[
 
 
 @takes_decoding_options
+@takes_loading_options
 def generate(
     model: Model,
     prompts: Prompts = None,
     seed: Seed = None,
     stop: Stop = None,
-    draft_adapter: DraftAdapter = None,
-    settings: Settings = None,
-    dtype: Dtype = None,
-    compile: Compile = None,
     live: Annotated[bool, typer.Option("--live", help="watch the first answer being denoised")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="print forwards and speed to standard error")] = False,
     source: Input = None,
@@ -60,7 +54,6 @@ def generate(
 ) -> None:
     """Answer prompts, in ar, diffusion or speculative mode; with --input and --output, as training data."""
     options = {**decoding_options(given), "stop": stop or ()}
-    loading = {"draft_adapter": draft_adapter, "settings": settings, "compile": compile}
     if (source is None) != (output is None):
         raise UsageError(
             "--input and --output go together: prompts are read from one and answers written to the other"
@@ -68,15 +61,15 @@ def generate(
     if source is not None and output is not None:
         if prompts or live or stats:
             raise UsageError("--input does not go with prompts on the command line, --live or --stats; leave them out")
-        options |= {**loading, "dtype": torch_dtype(dtype), "examples": examples, "batch_size": batch_size}
-        _answer_file(model, source, output, seed=seed or 0, **options)
+        options |= {**loading_options(given), "examples": examples, "batch_size": batch_size, "seed": seed or 0}
+        _answer_file(model, source, output, **options)
         return
     from nextblock.data.sources import check_characters
 
     texts = prompts or [sys.stdin.read()]
     for number, text in enumerate(texts):
         check_characters(text, f"prompt {number}")
-    lm = load_lm(model, dtype, **loading)
+    lm = load_lm(model, given)
     options = {**_mode_of(lm), **options, "seed": seed}
     if live:
         _show_live(lm, texts[0], options)
@@ -119,16 +112,11 @@ def _show_live(lm: Any, prompt: str, options: dict[str, Any]) -> None:
 
 
 @takes_decoding_options
-def chat(
-    model: Model,
-    draft_adapter: DraftAdapter = None,
-    settings: Settings = None,
-    dtype: Dtype = None,
-    **given: Any,
-) -> None:
+@takes_loading_options
+def chat(model: Model, **given: Any) -> None:
     """Talk to a model; an empty line or end of input leaves."""
     options = decoding_options(given)
-    lm = load_lm(model, dtype, draft_adapter=draft_adapter, settings=settings)
+    lm = load_lm(model, given)
     options = {**_mode_of(lm), **options}
     messages: list[dict[str, str]] = []
     while True:

@@ -9,9 +9,6 @@ from typing import Annotated, Any
 import typer
 
 from nextblock.cli.options import (
-    Compile,
-    DraftAdapter,
-    Dtype,
     MaxNewTokens,
     Model,
     Modes,
@@ -23,12 +20,14 @@ from nextblock.cli.options import (
     Variants,
     at_least_one,
     load_lm,
+    loading_options,
+    takes_loading_options,
     thresholds_of,
-    torch_dtype,
 )
 from nextblock.config.errors import UsageError
 
 
+@takes_loading_options
 def evaluate(
     model: Model,
     task: TaskName = "word_problems",
@@ -39,9 +38,7 @@ def evaluate(
     first: Annotated[int, typer.Option(help="number of the first; choose settings on others than you report")] = 0,
     batch_size: Annotated[int, typer.Option(help="prompts decoded together")] = 25,
     output: Annotated[Path | None, typer.Option(help="write the figures as JSON")] = None,
-    draft_adapter: DraftAdapter = None,
-    settings: Settings = None,
-    dtype: Dtype = None,
+    **given: Any,
 ) -> None:
     """Score a model on a built-in task: accuracy, tokens per forward, tokens per second, agreement with AR mode."""
     from rich.console import Console
@@ -56,7 +53,7 @@ def evaluate(
     at_least_one(examples=examples, batch_size=batch_size)
     thresholds = thresholds_of(threshold or ["none", "0.9"])
     check_output(output)
-    lm = load_lm(model, dtype, draft_adapter=draft_adapter, settings=settings)
+    lm = load_lm(model, given)
     variants: list[dict[str, Any]] = []
     for name in mode or (["ar", "speculative", "diffusion"] if lm.settings else ["ar"]):
         common = {"mode": name} if name == "ar" or block_size is None else {"mode": name, "block_size": block_size}
@@ -81,6 +78,7 @@ Shape = Annotated[
 ]
 
 
+@takes_loading_options
 def bench_decode(
     model: Annotated[str | None, typer.Argument(help="local folder, Hub id, tiny-ar or tiny-bd")] = None,
     task: TaskName = "word_problems",
@@ -99,10 +97,7 @@ def bench_decode(
     assistant: Assistant = None,
     shape: Shape = None,
     output: Results = None,
-    draft_adapter: DraftAdapter = None,
-    settings: Settings = None,
-    dtype: Dtype = None,
-    compile: Compile = None,
+    **given: Any,
 ) -> None:
     """Time transformers' own `generate` and the three modes in turns, on the same model and prompts.
 
@@ -117,37 +112,40 @@ def bench_decode(
         raise UsageError("give either a MODEL or --shape")
     check_output(output)
     extra, thresholds = [parse_variant(text) for text in variant or ()], thresholds_of(threshold or [])
-    given = None if shape else read_prompts(task, prompts, examples, "test")
+    asked = None if shape else read_prompts(task, prompts, examples, "test")
     if shape:
-        lm = random_model(shape, dtype=torch_dtype(dtype), compile=compile)
+        loading = loading_options(given)
+        lm = random_model(shape, dtype=loading["dtype"], compile=loading["compile"])
     else:
-        lm = load_lm(str(model), dtype, draft_adapter=draft_adapter, compile=compile, settings=settings)
+        lm = load_lm(str(model), given)
     modes, sizes = mode or (["ar"] if shape else ()), block_size or ()
     variants = make_variants(lm.settings, modes=modes, thresholds=thresholds, block_sizes=sizes, extra=extra)
     results = run_bench(
         lm,
         model=model or f"random weights, shape {shape}",
-        prompts=given,
+        prompts=asked,
         variants=variants if model or mode or extra else [],
         batches=batch or [1],
         rounds=rounds,
         max_new_tokens=max_new_tokens,
         forwards=forwards or shape is not None,
         cache_length=cache_length,
-        assisted=_assisted(prompt_lookup, assistant, dtype),
+        assisted=_assisted(prompt_lookup, assistant, given),
     )
     _print_speeds(results)
     if output is not None:
         print(*write_results(results, plot_bench(results), output))
 
 
-def _assisted(prompt_lookup: bool, assistant: str | None, dtype: str | None) -> list[tuple[str, dict[str, Any]]]:
+def _assisted(prompt_lookup: bool, assistant: str | None, given: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """Transformers' assisted decodings to time, each with its arguments of `generate`."""
     found: list[tuple[str, dict[str, Any]]] = []
     if prompt_lookup:
         found.append(("prompt lookup", {"prompt_lookup_num_tokens": 10}))
     if assistant is not None:
-        found.append((f"assistant {assistant}", {"assistant_model": load_lm(assistant, dtype).model}))
+        found.append(
+            (f"assistant {assistant}", {"assistant_model": load_lm(assistant, {"dtype": given["dtype"]}).model})
+        )
     return found
 
 
@@ -161,6 +159,7 @@ def _print_speeds(results: dict[str, Any]) -> None:
             wide_console().print(table(results[kind]))
 
 
+@takes_loading_options
 def tune(
     model: Model,
     task: TaskName = "word_problems",
@@ -173,9 +172,7 @@ def tune(
     max_new_tokens: MaxNewTokens = 160,
     write: Annotated[bool, typer.Option("--write", help="make the choice the checkpoint's default")] = False,
     output: Results = None,
-    draft_adapter: DraftAdapter = None,
-    settings: Settings = None,
-    dtype: Dtype = None,
+    **given: Any,
 ) -> None:
     """Find the fastest settings that lose no more than you allow, draw the curve, and save the choice."""
     from nextblock.measure import tune as tuning
@@ -184,19 +181,19 @@ def tune(
     from nextblock.measure.bench.prompts import parse_variant
     from nextblock.measure.progress import progress
 
-    if write and settings:
+    if write and given["settings"]:
         raise UsageError(
             "--write changes settings in config.json; put the block_diffusion section there, not --settings"
         )
     folder = tuning.writable_folder(model) if write else None
     check_output(output)
-    given = read_prompts(task, prompts, examples, "train")
+    asked = read_prompts(task, prompts, examples, "train")
     extra = [parse_variant(text) for text in variant or ()]
-    lm = load_lm(model, dtype, draft_adapter=draft_adapter, settings=settings)
+    lm = load_lm(model, given)
     with progress("tuning") as update:
         found = tuning.tune(
             lm,
-            given,
+            asked,
             max_drop=max_drop,
             modes=mode or tuning.MODES,
             extra=extra,

@@ -19,16 +19,22 @@ from nextblock.decoding.options import DecodingConfig, spell_out
 C = TypeVar("C")
 
 Model = Annotated[str, typer.Argument(help="local folder, Hub id, tiny-ar or tiny-bd")]
-DraftAdapter = Annotated[str | None, typer.Option(help="folder of a draft adapter for this model, or tiny-draft")]
 Settings = Annotated[
     str | None,
     typer.Option(help="block-diffusion settings in place of config.json's: nbdiff-7b, {mask_token_id: 7}, or a file"),
 ]
-Dtype = Annotated[str | None, typer.Option(help="float32 or bfloat16; default: float32 on CPU, else as saved")]
-Compile = Annotated[
-    bool | None,
-    typer.Option("--compile/--no-compile", help="torch.compile and a static cache; default: on CUDA alone"),
-]
+LOADING: dict[str, Any] = {
+    "draft_adapter": Annotated[
+        str | None, typer.Option(help="folder of a draft adapter for this model, or tiny-draft")
+    ],
+    "settings": Settings,
+    "dtype": Annotated[str | None, typer.Option(help="float32 or bfloat16; default: float32 on CPU, else as saved")],
+    "compile": Annotated[
+        bool | None,
+        typer.Option("--compile/--no-compile", help="torch.compile and a static cache; default: on CUDA alone"),
+    ],
+}
+"""Options of commands that load a model to decode with it."""
 Seed = Annotated[int | None, typer.Option(help="of the random draws")]
 Stop = Annotated[list[str] | None, typer.Option(help="text that ends an answer; may be given again")]
 
@@ -49,8 +55,13 @@ MaxNewTokens = Annotated[int, typer.Option(help="longest answer, in tokens")]
 Results = Annotated[Path | None, typer.Option(help="write the figures to this .json file, and a plot beside it")]
 
 
+def takes_loading_options(command: C) -> C:
+    """Decorate a command `f(..., **given)`: `given` holds those of `LOADING`, for `load_lm`."""
+    return spell_out(command, [_parameter(name, annotation) for name, annotation in LOADING.items()])
+
+
 def takes_decoding_options(command: C) -> C:
-    """Decorate a command `f(..., **given)`: `given` holds an option for each field of `DecodingConfig`, as text."""
+    """Decorate a command `f(..., **given)`: `given` holds each field of `DecodingConfig`, for `decoding_options`."""
     parameters = []
     for name, field in DecodingConfig.model_fields.items():
         option = typer.Option(
@@ -59,9 +70,12 @@ def takes_decoding_options(command: C) -> C:
             show_default=False if field.default is None else str(field.default),
             rich_help_panel="Decoding options (default: the checkpoint's, else as shown)",
         )
-        annotation = Annotated[str | None, option]
-        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
+        parameters.append(_parameter(name, Annotated[str | None, option]))
     return spell_out(command, parameters)
+
+
+def _parameter(name: str, annotation: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
 def _in_words(annotation: Any) -> str:
@@ -95,17 +109,18 @@ def at_least_one(**counts: int) -> None:
             raise UsageError(f"{name}={count} must be at least 1")
 
 
-def torch_dtype(name: str | None) -> Any:
-    """A torch dtype by name, None for none."""
+def loading_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `nextblock.load`, with a torch dtype in place of its name."""
     import torch
 
+    name = given.get("dtype")
     if name not in (None, "float32", "bfloat16"):
         raise UsageError(f"dtype={name} is unknown; use float32 or bfloat16")
-    return getattr(torch, name) if name else None
+    return {option: given.get(option) for option in LOADING} | {"dtype": getattr(torch, name) if name else None}
 
 
-def load_lm(model: str, dtype: str | None = None, **options: Any) -> Any:
-    """`nextblock.load` with a dtype by name, and without transformers' own progress bars.
+def load_lm(model: str, given: Mapping[str, Any]) -> Any:
+    """`nextblock.load` with the loading options of a command, and without transformers' own progress bars.
 
     Raises:
         UsageError: what `load` refuses, or a model without a tokenizer.
@@ -116,7 +131,7 @@ def load_lm(model: str, dtype: str | None = None, **options: Any) -> Any:
     from nextblock.model.loading import no_tokenizer
 
     disable_progress_bar()
-    lm = load(model, dtype=torch_dtype(dtype), **options)
+    lm = load(model, **loading_options(given))
     if lm.tokenizer is None:
         raise UsageError(f"{no_tokenizer(model)}; use it from Python with token ids")
     return lm
