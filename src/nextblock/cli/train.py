@@ -42,8 +42,7 @@ def adapt(
     config: Annotated[str, typer.Argument(help="YAML file, or the name of a preset: demo, tiny_ar, ...")],
     output: Annotated[str | None, typer.Option(help="folder for checkpoint, log and report")] = None,
     resume: Annotated[
-        str | None,
-        typer.Option(help="auto: go on from the newest whole checkpoint in the output folder, else start"),
+        str | None, typer.Option(help="auto: go on from the newest whole checkpoint in the output folder, else start")
     ] = None,
     keys: Annotated[bool, typer.Option("--keys", help="list every key of the configuration and stop")] = False,
 ) -> None:

@@ -202,13 +202,7 @@ def stage_configs(config: AdaptConfig) -> list[AdaptConfig]:
     return found or [config]
 
 
-SET_FOR_THE_RUN = (
-    "training.seed",
-    "training.fsdp",
-    "training.mixed_precision",
-    "training.trackers",
-    "optimizer.name",
-)
+SET_FOR_THE_RUN = ("training.seed", "training.fsdp", "training.mixed_precision", "training.trackers", "optimizer.name")
 """Keys that a stage cannot change."""
 
 

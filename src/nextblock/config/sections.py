@@ -52,8 +52,7 @@ class ModelConfig(Section):
         default="auto", description="auto: FlexAttention on CUDA, elsewhere SDPA, in parts while training"
     )
     mask_token: int | str | None = Field(
-        default=None,
-        description="mask token id or text; default: the tokenizer's, else an unused row, else a new one",
+        default=None, description="mask token id or text; default: the tokenizer's, else an unused row, else a new one"
     )
     trust_remote_code: bool = Field(default=False, description="run model code that comes with the checkpoint")
     override: dict[str, Any] = Field(
@@ -79,10 +78,7 @@ class DataConfig(Section):
     sources: tuple[Source, ...] = Field(min_length=1, description="where documents come from")
     row_length: int = Field(default=512, ge=2, description="tokens in a packed row (L)")
     held_out: float = Field(
-        default=0.02,
-        ge=0,
-        lt=1,
-        description="share of documents kept for evaluation, chosen by hash of their text",
+        default=0.02, ge=0, lt=1, description="share of documents kept for evaluation, chosen by hash of their text"
     )
     shards: int = Field(
         default=1,
@@ -132,9 +128,7 @@ class RecipeConfig(Section):
         default=True, description="fill the last block of an ended span with end tokens, as decoding meets it"
     )
     annealed_mask_steps: int = Field(
-        default=0,
-        ge=0,
-        description="baseline: over this many steps go at random from the b = 1 to the b_max mask",
+        default=0, ge=0, description="baseline: over this many steps go at random from the b = 1 to the b_max mask"
     )
 
 

@@ -60,7 +60,7 @@ def write_answers(
         seed: of the random draws; row n draws with `seed + n`.
         stop: strings that end an answer.
         on_batch: called with rows done and rows in all, first with those that were there.
-        options: of `sampling.DecodingConfig`.
+        options: of `decoding.options.DecodingConfig`.
     Returns:
         Number of rows written by this call.
     Raises:
