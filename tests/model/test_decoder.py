@@ -35,7 +35,8 @@ from nextblock.model.loading import load_model, load_tokenizer, read_config, rea
 from nextblock.model.mask_token import MASK_TOKEN, check_round_trip, choose_mask_token
 from nextblock.model.parent import byte_tokenizer, load_parent, parent_tokenizer
 from nextblock.model.positions import check_row_length, layer_windows
-from nextblock.model.probe import probe, recompute_activations
+from nextblock.model.probe import probe
+from nextblock.model.training_mode import recompute_activations
 from nextblock.recipe.corruption import TwoView, corrupt
 from nextblock.training.export import export
 from nextblock.workflows.adapt import adapt

@@ -20,17 +20,13 @@ from nextblock.config.errors import UsageError
 from nextblock.config.run import load_config
 from nextblock.config.sections import BlockDiffusionSettings, DraftAdapterConfig, ModelConfig, RecipeConfig
 from nextblock.data.stream import RowStream
+from nextblock.model.adapter_files import fingerprint, load_adapter, save_adapter
 from nextblock.model.decoder import Decoder
-from nextblock.model.draft_adapter import (
-    DraftAdapter,
-    GatedLinear,
-    fingerprint,
-    load_adapter,
-    save_adapter,
-    target_names,
-)
+from nextblock.model.draft_adapter import DraftAdapter, GatedLinear
 from nextblock.model.parent import byte_tokenizer, load_parent
-from nextblock.model.probe import probe_adapter, recompute_activations, without_dropout
+from nextblock.model.probe import probe_adapter
+from nextblock.model.targets import target_names
+from nextblock.model.training_mode import recompute_activations, without_dropout
 from nextblock.recipe.corruption import corrupt
 from nextblock.recipe.objective import DraftLoss
 from nextblock.training.export import export

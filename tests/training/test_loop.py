@@ -35,7 +35,7 @@ from nextblock.data.rows import Rows, check_tokens
 from nextblock.data.sources import Records, read_source
 from nextblock.data.stream import is_held_out
 from nextblock.model.loading import load_tokenizer, read_config, read_settings
-from nextblock.model.probe import without_dropout
+from nextblock.model.training_mode import without_dropout
 from nextblock.training.checkpoint import list_checkpoints, newest_whole_checkpoint
 from nextblock.training.loop import train
 from nextblock.training.resume import save, trim_log

@@ -26,8 +26,9 @@ from nextblock.decoding.events import Committed, Event, Finish, RowFinished, Sta
 from nextblock.decoding.options import GenerateOptions
 from nextblock.decoding.request import Prompts, Request, make_request
 from nextblock.decoding.text import TextStream
+from nextblock.model.adapter_files import load_adapter
 from nextblock.model.decoder import Decoder
-from nextblock.model.draft_adapter import DraftAdapter, load_adapter
+from nextblock.model.draft_adapter import DraftAdapter
 from nextblock.model.loading import (
     GivenSettings,
     choose_attention,
