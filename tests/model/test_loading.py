@@ -15,7 +15,7 @@ from families import tiny_model
 from nextblock.config.errors import UsageError
 from nextblock.config.sections import BlockDiffusionSettings
 from nextblock.model.decoder import Decoder
-from nextblock.model.loading import load_model, load_tokenizer, read_config, read_settings
+from nextblock.model.loading import load_model, load_tokenizer, read_config, read_settings, replace_values
 from nextblock.model.mask_token import choose_mask_token
 from nextblock.model.parent import byte_tokenizer
 from nextblock.model.probe import probe
@@ -159,3 +159,44 @@ def test_settings_that_cannot_be_read_are_refused_in_one_line(llama, given, said
         read_settings(llama.config, given)
     assert said in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_a_checkpoint_in_shards_loads_whole_and_one_that_lacks_a_shard_names_it(llama, tmp_path):
+    llama.save_pretrained(tmp_path, max_shard_size="30KB")
+    again = load_model(tmp_path).state_dict()
+    assert all(torch.equal(again[name], value) for name, value in llama.state_dict().items())
+    sorted(tmp_path.glob("*.safetensors"))[1].unlink()
+    with pytest.raises(UsageError, match=r"cannot load model .*model-00002-of-"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"vocab_size": 50}, r"hold lm_head.weight of shape \(97, 32\), config.json says \(50, 32\)"),
+        ({"num_hidden_layers": 3}, r"lack 9 of the weights .* model.layers.2.input_layernorm.weight"),
+        ({"num_attention_heads": 3}, r"hidden size \(32\) is not a multiple of the number of attention heads \(3\)"),
+        ({"hidden_size": "x"}, r"Field 'hidden_size' expected int, got str"),
+        ({"block_diffusion": 5}, r"block_diffusion=5 of config.json is no mapping"),
+        ([1], r"config.json holds no mapping"),
+    ],
+)
+def test_a_config_that_does_not_fit_says_what_is_wrong(llama, tmp_path, values, said):
+    llama.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **values} if isinstance(values, dict) else values))
+    with pytest.raises(UsageError, match=said) as refused:
+        nb.load(tmp_path)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_replaced_value_of_a_wrong_kind_is_refused_by_its_name(llama):
+    with pytest.raises(UsageError, match=r"model.override.hidden_size='x': .*expected int"):
+        replace_values(llama.config, {"hidden_size": "x"})
+
+
+def test_settings_may_be_long_and_known_names_in_any_case(llama):
+    assert read_settings(llama.config, "{mask_token_id: 5" + " " * 300 + "}") == BlockDiffusionSettings(
+        mask_token_id=5
+    )
+    assert read_settings(llama.config, "NBDiff-7B") == read_settings(llama.config, "nbdiff-7b")

@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from families import head_rows, tiny_model
+from families import head_rows, nested_model, tiny_model
 from nextblock.config.errors import UsageError
 from nextblock.config.sections import BlockDiffusionSettings
 from nextblock.model.decoder import Decoder
@@ -128,3 +128,22 @@ def test_a_vocabulary_that_an_added_token_would_renumber_is_refused_and_takes_an
     export(tmp_path, model, tokenizer, BlockDiffusionSettings(mask_token_id=130))
     text = "".join(map(chr, range(32, 256)))
     assert load_tokenizer(tmp_path)(text)["input_ids"] == tokenizer(text)["input_ids"]  # type: ignore[misc]
+
+
+def test_a_token_that_is_called_as_ours_is_taken_with_its_own_row_and_not_overwritten():
+    model, tokenizer = tiny_model("llama", vocab_size=300), byte_tokenizer()
+    tokenizer.add_tokens([MASK_TOKEN])
+    before = head_rows(model)[0].clone()
+    assert choose_mask_token(Decoder(model), tokenizer, None) == 257
+    assert tokenizer.mask_token_id == 257
+    assert torch.equal(head_rows(model)[0], before)
+
+
+def test_a_nested_model_with_tied_heads_gets_a_new_row_that_it_is_saved_with(tmp_path):
+    model = nested_model(5)
+    mask_id = choose_mask_token(Decoder(model), None, None)
+    model.save_pretrained(tmp_path)
+    again, tokens = load_model(tmp_path), torch.arange(3, 13)[None]
+    assert (mask_id, Decoder(again).vocabulary) == (97, 98)
+    with torch.no_grad():
+        assert torch.equal(again(tokens).logits, model(tokens).logits)

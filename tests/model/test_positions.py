@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from transformers import AutoConfig
 
-from families import FAMILIES, WINDOW, longrope_model, nested_model, tiny_model
+from families import FAMILIES, TOKENS, WINDOW, longrope_model, nested_model, random_model, tiny_model
 from nextblock.config.errors import UsageError
 from nextblock.model.decoder import Decoder
 from nextblock.model.loading import replace_values
@@ -44,4 +45,14 @@ def test_other_rotary_factors_stay_the_same_up_to_the_models_positions(kind):
     rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128}
     decoder = Decoder(tiny_model("llama", rope_parameters=rope))
     assert decoder.max_positions == 512
+    probe(decoder)
+
+
+def test_scales_that_change_beyond_the_original_length_end_rows_there_as_factors_do():
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [1.0] * 4}
+    rope |= {"short_mscale": 1.0, "long_mscale": 1.5, "original_max_position_embeddings": 128}
+    sizes = {**TOKENS, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "num_local_experts": 4, "max_position_embeddings": 512}
+    decoder = Decoder(random_model(AutoConfig.for_model("phimoe", **sizes, rope_parameters=rope)))
+    assert decoder.max_positions == 128
     probe(decoder)
