@@ -29,8 +29,9 @@ from nextblock.decoding.options import takes
 from nextblock.decoding.request import CallOptions, Prompts, Request, make_request
 from nextblock.decoding.rows import Row
 from nextblock.decoding.text import TextStream
+from nextblock.model.adapter_files import load_adapter
 from nextblock.model.decoder import Decoder
-from nextblock.model.draft_adapter import DraftAdapter, load_adapter
+from nextblock.model.draft_adapter import DraftAdapter
 from nextblock.model.loading import (
     GivenSettings,
     choose_attention,
