@@ -11,7 +11,7 @@ import torch
 
 from families import tiny_model
 from nextblock.config.sections import BlockDiffusionSettings, DraftAdapterConfig, validate
-from nextblock.decoding.check import check_sampled
+from nextblock.decoding.check import accept_trunk, check_sampled
 from nextblock.decoding.drafts import Draft, branch, lay_out
 from nextblock.decoding.events import BlockFinished, Committed, Rejected
 from nextblock.decoding.lm import BlockDiffusionLM
@@ -19,6 +19,18 @@ from nextblock.decoding.options import DecodingConfig
 from nextblock.decoding.rows import Row
 from nextblock.decoding.sampling import draw, generator
 from nextblock.model.draft_adapter import DraftAdapter
+
+
+def test_drafts_are_accepted_by_their_ratio_up_to_the_first_that_is_not():
+    def kept(*numbers: list[float], drafts: int = 3) -> int:
+        p, q, u = torch.tensor(numbers, dtype=torch.float64)[:, None]
+        return int(accept_trunk(p, q, u, torch.arange(len(numbers[0]))[None] < drafts))
+
+    assert kept([0.5, 0.2, 0.9], [0.5, 0.4, 0.9], [0.99, 0.49, 0.0]) == 3
+    assert kept([0.5, 0.2, 0.9], [0.5, 0.4, 0.9], [0.99, 0.50, 0.0]) == 1
+    assert kept([0.5, 0.2, 0.9], [0.5, 0.4, 0.9], [0.99, 0.49, 0.0], drafts=2) == 2
+    assert kept([0.0], [0.4], [0.0]) == 0
+
 
 VOCABULARY, MASK, STEPS, SAMPLES = 7, 6, 4, 4000
 

@@ -33,12 +33,14 @@ class Draft:
     """Drafted tokens int64 [B, k] on the model's device, of which each row has its first `lengths` checked.
 
     distribution: when sampling, what they were drawn from, [B, k, V].
+    chances: float32 [B, k], of drafts that are made ahead: how likely each is to be kept, given those before it.
     """
 
     tokens: Tensor
     lengths: list[int]
     distribution: Tensor | None = None
     branches: Branches | None = None
+    chances: Tensor | None = None
 
     def own_slots(self, row: int, path: int) -> tuple[int, int]:
         """Where the check has the first token that a row's path does not share with the trunk, and its depth."""

@@ -122,7 +122,7 @@ class BlockDiffusionLM:
         Args:
             prompts: one text, a list of texts, one chat (a list of {"role", "content"}), a list of chats, or
                 token ids int64 [B, T].
-            options: see `GenerateOptions` and `sampling.DecodingConfig`; what is left out is taken from the
+            options: see `GenerateOptions` and `DecodingConfig`; what is left out is taken from the
                 checkpoint's `decoding` settings, then from the defaults of `DecodingConfig`.
         Raises:
             UsageError: bad input, in one line.
@@ -263,14 +263,8 @@ def load(
     adapter_folder = None if draft_adapter is None else resolve_adapter(draft_adapter)
     if attention == "auto":
         attention = choose_attention(config, "auto", torch.device("cpu"))
-    model = load_model(
-        path,
-        dtype=dtype,
-        attention=attention,
-        device=device,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-    )
+    code = {"revision": revision, "trust_remote_code": trust_remote_code}
+    model = load_model(path, dtype=dtype, attention=attention, device=device, **code)
     refusal = why_no_blocks(model)
     tokenizer, adapter = load_tokenizer(path, revision, trust_remote_code), None
     if settings is not None:

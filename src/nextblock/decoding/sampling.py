@@ -101,19 +101,6 @@ def commit(
     return sorted(chosen)
 
 
-def accepted(target: Tensor, draft: Tensor, uniform: Tensor, counts: Tensor) -> Tensor:
-    """How many drafts rejection sampling keeps: each with probability min(1, p / q), up to the first that is not.
-
-    Args:
-        target, draft: p and q of each drafted token, [B, k].
-        uniform: float64 [B, k], numbers in [0, 1).
-        counts: bool [B, k], where there is a draft.
-    Returns:
-        int64 [B].
-    """
-    return ((uniform * draft < target) & counts).cumprod(-1).sum(-1)
-
-
 def residual(target: Tensor, draft: Tensor) -> Tensor:
     """Weights of what follows a rejected draft: max(p - q, 0), [N, V], not normalised.
 
