@@ -45,7 +45,7 @@ class Batch:
         confidence: bool = True,
     ) -> None:
         self.decoder, self.device = decoder, decoder.device
-        self.mask_token_id = -1 if settings is None else settings.mask_token_id
+        self.mask_token_id = -1 if settings is None else settings.mask_token_id  # ar mode alone goes without
         self.shifted = settings is None or settings.prediction == "shifted"
         self.block_causal = settings is not None and settings.context == "block_causal"
         self.config = config
@@ -56,8 +56,7 @@ class Batch:
         scratch = 1 if config.mode == "ar" else self.block_size * (config.draft_paths + config.draft_ahead)
         capacity = max(len(row.prompt) + row.limit for row in rows) + scratch
         self.cache = SlotCache(len(rows), capacity) if passes is None else passes.cache(len(rows), capacity, scratch)
-        context = decoder.context(min(len(row.prompt) for row in rows))
-        self.masks = Masks(decoder, self.cache.capacity, context or None)
+        self.masks = Masks(decoder, self.cache.capacity, decoder.context(min(len(row.prompt) for row in rows)))
         self.max_positions = self.masks.max_positions
 
     def forward(
