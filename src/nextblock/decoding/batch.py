@@ -24,6 +24,7 @@ from nextblock.decoding.head import Head, Processor
 from nextblock.decoding.masks import Groups, Masks
 from nextblock.decoding.options import DecodingConfig
 from nextblock.decoding.rows import Row
+from nextblock.decoding.sampling import on_device
 from nextblock.model.decoder import Decoder
 
 
@@ -99,7 +100,7 @@ class Batch:
         tokens = torch.tensor([row.prompt + [0] * (longest - len(row.prompt)) for row in self.rows])
         hidden = self.forward(tokens.to(self.device), [0] * count, [True] * count, compiled=False)
         self.stats.count("prefill", count)
-        return hidden[torch.arange(count, device=self.device), torch.tensor(lengths, device=self.device) - 1]
+        return hidden[torch.arange(count, device=self.device), on_device(lengths, self.device) - 1]
 
     def begin(self, first_token: bool) -> list[Event]:
         """Read the prompts; with `first_token`, the causal pass also gives the first token of each answer."""
@@ -113,7 +114,7 @@ class Batch:
 
     def known(self) -> tuple[Tensor, list[int]]:
         """The last token of each answer, int64 [B, 1], which is not in the cache yet, and its position."""
-        tokens = torch.tensor([[row.answer[-1]] for row in self.rows], device=self.device)
+        tokens = on_device([[row.answer[-1]] for row in self.rows], self.device)
         return tokens, [len(row.prompt) + len(row.answer) - 1 for row in self.rows]
 
     def leave(self) -> list[int]:

@@ -17,7 +17,7 @@ from nextblock.decoding.batch import Batch
 from nextblock.decoding.drafts import Draft, Tree
 from nextblock.decoding.events import BlockFinished, Event, Rejected
 from nextblock.decoding.rows import Row
-from nextblock.decoding.sampling import draw, residual, without
+from nextblock.decoding.sampling import draw, on_device, residual, without
 
 
 @dataclass
@@ -92,7 +92,7 @@ def check_greedy(logits: Tensor, draft: Draft, tree: Tree) -> Verdict:
     """Keep the path that is the AR head's own choice furthest, that far. `logits`: [B, N, V]."""
     chosen = logits.argmax(-1).gather(1, tree.slots.flatten(1)).view_as(tree.slots)
     step = torch.arange(draft.tokens.shape[1], device=chosen.device)
-    within = step < torch.tensor(draft.lengths, device=chosen.device)[:, None, None]
+    within = step < on_device(draft.lengths, chosen.device)[:, None, None]
     agreed = ((chosen[:, :, :-1] == tree.paths) & within).cumprod(-1).sum(-1)
     kept, path = agreed.max(1)
     return Verdict(kept, path, _of_path(chosen, path), _of_path(tree.slots, path), torch.zeros_like(kept))
@@ -102,7 +102,7 @@ def check_sampled(rows: list[Row], target: Tensor, draft: Draft, tree: Tree) -> 
     """Rejection sampling: what is emitted has the AR distribution `target` [B, N, V], whatever the draft's."""
     width, device = draft.tokens.shape[1], target.device
     row, step = torch.arange(len(rows), device=device), torch.arange(width, device=device)
-    length = torch.tensor(draft.lengths, device=device)
+    length = on_device(draft.lengths, device)
     counts = step < length[:, None]
     # Behind a row's last draft nothing was proposed: q = 0 there, so that the head's own distribution remains.
     proposal = torch.zeros_like(target[:, : width + 1])
@@ -134,7 +134,7 @@ def _uniform(rows: list[Row], draft: Draft, device: torch.device) -> Tensor:
     counts = [length * (1 if draft.branches is None else 2) + 1 for length in draft.lengths]
     longest = max(counts)
     strips = [row.peek(n) + [0.0] * (longest - n) for row, n in zip(rows, counts, strict=True)]
-    return torch.tensor(strips, dtype=torch.float64, device=device)
+    return on_device(strips, device, torch.float64)
 
 
 def accept_trunk(p: Tensor, q: Tensor, uniform: Tensor, counts: Tensor) -> Tensor:

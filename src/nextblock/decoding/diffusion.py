@@ -11,7 +11,7 @@ from torch import Tensor
 from nextblock.decoding.batch import Batch
 from nextblock.decoding.events import BlockFinished, Committed, Event
 from nextblock.decoding.rows import Row
-from nextblock.decoding.sampling import commit, probability_of, scores
+from nextblock.decoding.sampling import commit, on_device, probability_of, scores
 
 
 @dataclass
@@ -60,7 +60,7 @@ def diffusion(batch: Batch) -> Iterator[list[Event]]:
     width = batch.block_size // batch.config.sub_blocks
     while rows := batch.rows:
         masked = [block.masked(width) for block in blocks]
-        tokens = torch.tensor([block.tokens for block in blocks], device=batch.device)
+        tokens = on_device([block.tokens for block in blocks], batch.device)
         starts = [len(row.prompt) + block.start for row, block in zip(rows, blocks, strict=True)]
         hidden = batch.forward(tokens, starts, [not positions and not batch.block_causal for positions in masked])
         denoising = sum(map(bool, masked))
@@ -94,7 +94,7 @@ def _propose(batch: Batch, hidden: Tensor, masked: list[list[int]]) -> list[Prop
     flat = [index * width + i for index, positions in enumerate(sources) for i in positions]
     if not flat:
         return [([], [], [])] * len(sources)
-    logits = batch.head.logits(hidden.flatten(0, 1)[torch.tensor(flat, device=batch.device)])
+    logits = batch.head.logits(hidden.flatten(0, 1)[on_device(flat, batch.device)])
     uniform = [u for row, positions in zip(batch.rows, sources, strict=True) for u in row.draw(len(positions))]
     token = batch.head.choose(logits, uniform)
     probability = probability_of(logits, token)

@@ -20,7 +20,7 @@ from nextblock.decoding.check import append, verify
 from nextblock.decoding.drafts import Draft, draft_length, lay_out
 from nextblock.decoding.events import Event
 from nextblock.decoding.masks import Groups
-from nextblock.decoding.sampling import probability_of
+from nextblock.decoding.sampling import on_device, probability_of
 
 
 def _part(ahead: Draft, batch: Batch) -> Draft:
@@ -34,7 +34,7 @@ def _of_rows(ahead: Draft, rows: list[int]) -> Draft:
     """The draft of some rows, in a new order."""
     if rows == [*range(len(ahead.lengths))]:
         return ahead
-    at = torch.tensor(rows, dtype=torch.int64, device=ahead.tokens.device)
+    at = on_device(rows, ahead.tokens.device, torch.int64)
     distribution, chances = (None if x is None else x[at] for x in (ahead.distribution, ahead.chances))
     return Draft(ahead.tokens[at], [ahead.lengths[row] for row in rows], distribution, chances=chances)
 
@@ -45,7 +45,7 @@ def likeliest_points(draft: Draft, count: int) -> Tensor:
     A row that has fewer numbers repeats its likeliest.
     """
     assert draft.chances is not None
-    length = torch.tensor(draft.lengths, device=draft.tokens.device)[:, None]
+    length = on_device(draft.lengths, draft.tokens.device)[:, None]
     number = torch.arange(max(draft.lengths) + 1, device=length.device)
     chance = torch.nn.functional.pad(draft.chances[:, : max(draft.lengths)].double(), (1, 1))
     chance[:, 0] = 1
@@ -85,7 +85,7 @@ def with_masks(batch: Batch, checked: Tensor, points: Tensor, starts: list[int])
     block, (rows, width), count = batch.block_size, checked.shape, points.shape[1]
     blocks = points.new_full((rows, count, block), batch.mask_token_id)
     blocks[:, :, 0] = checked.gather(1, points)
-    first, span = torch.tensor(starts, device=batch.device)[:, None], batch.masks.span
+    first, span = on_device(starts, batch.device)[:, None], batch.masks.span
     of_blocks = (first + points)[:, :, None] + span(block)
     position = torch.cat([first + span(width), of_blocks.flatten(1)], dim=1)
     context = torch.cat([position[:, :width], (of_blocks[:, :, :1] - 1).expand_as(of_blocks).flatten(1)], dim=1)
@@ -106,7 +106,7 @@ def drafted(batch: Batch, hidden: Tensor, hits: list[int | None]) -> Draft:
     ahead = Draft(tokens, [0 if hit is None else length for hit in hits], chances=chances)
     if not found:
         return ahead
-    rows, at = [batch.rows[index] for index, _ in found], torch.tensor([index for index, _ in found])
+    rows, at = [batch.rows[index] for index, _ in found], on_device([index for index, _ in found], batch.device)
     prefixes = ((row, row.answer) for row in rows for _ in range(length))
     chosen = torch.cat([hidden[index, first : first + length] for index, first in found])
     logits = batch.head.next_logits(chosen, prefixes)

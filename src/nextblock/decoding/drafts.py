@@ -17,7 +17,7 @@ from torch import Tensor
 from nextblock.decoding.batch import Batch
 from nextblock.decoding.masks import Groups
 from nextblock.decoding.rows import Row
-from nextblock.decoding.sampling import draw, without
+from nextblock.decoding.sampling import draw, on_device, without
 
 
 @dataclass
@@ -133,13 +133,13 @@ def branch(batch: Batch, logits: Tensor, draft: Draft) -> Branches | None:
     found = [(row, n, position) for row, positions in enumerate(depth) for n, position in enumerate(positions)]
     if not found:
         return None
-    row, number, position = torch.tensor(found, device=logits.device).unbind(1)
+    row, number, position = on_device(found, logits.device).unbind(1)
     if draft.distribution is None:
         token = top.indices[row, position, 1]
     else:
         uniform = [u for row, positions in zip(batch.rows, depth, strict=True) for u in row.draw(len(positions))]
         weights = without(draft.distribution[row, position], draft.tokens[row, position])
-        token = draw(weights, torch.tensor(uniform, dtype=torch.float64, device=logits.device))
+        token = draw(weights, on_device(uniform, logits.device, torch.float64))
     tokens = token.new_zeros(len(depth), max(map(len, depth)))
     tokens[row, number] = token
     return Branches(depth, tokens)
@@ -168,12 +168,12 @@ def lay_out(batch: Batch, draft: Draft, known: Tensor, starts: list[int]) -> Tre
         depths.append([-1, *leaves, *[-1] * (paths - 1 - len(leaves))])
         lines.append(line)
     longest = max(map(len, lines))
-    lines = torch.tensor([line + [(0, 0, -1, 0)] * (longest - len(line)) for line in lines], device=batch.device)
+    lines = on_device([line + [(0, 0, -1, 0)] * (longest - len(line)) for line in lines], batch.device)
     place, depth, group, shared = lines.unbind(-1)
-    first = torch.tensor(starts, device=batch.device)[:, None]
+    first = on_device(starts, batch.device)[:, None]
     return Tree(
         torch.cat([tokens, draft.branches.token], dim=1).gather(1, place),
-        torch.tensor(slots, device=batch.device),
-        torch.tensor(depths, device=batch.device),
+        on_device(slots, batch.device),
+        on_device(depths, batch.device),
         Groups(first + depth, first + shared, group, noised=False),
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -114,6 +115,11 @@ def residual(target: Tensor, draft: Tensor) -> Tensor:
 def without(weights: Tensor, token: Tensor) -> Tensor:
     """Weights [N, V] of a draw that must not be `token` int64 [N], not normalised."""
     return weights.scatter(-1, token[:, None], 0)
+
+
+def on_device(numbers: Sequence[Any], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """Numbers of the host as a tensor, without waiting for what the device still has to do."""
+    return torch.tensor(numbers, dtype=dtype).to(device, non_blocking=True)
 
 
 def generator(seed: int) -> torch.Generator:
