@@ -7,6 +7,7 @@ Letters: B rows, k drafted tokens, V vocabulary, P paths, N tokens of the check.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -25,17 +26,15 @@ class Verdict:
     """What a check decides, on the model's device.
 
     kept: int64 [B], how many drafts.
-    path: int64 [B], of which path.
     tokens: int64 [B, 1 + k]: the kept drafts and one more token; what lies behind means nothing.
-    slots: int64 [B, 1 + k]: where the check decided each of them.
-    used: int64 [B], how many of a row's uniform numbers; 0 when greedy.
+    path: int64 [B], whose drafts are kept; None: the trunk's.
+    used: int64 [B], how many of a row's uniform numbers; None when greedy.
     """
 
     kept: Tensor
-    path: Tensor
     tokens: Tensor
-    slots: Tensor
-    used: Tensor
+    path: Tensor | None = None
+    used: Tensor | None = None
 
 
 @dataclass
@@ -66,7 +65,7 @@ def verify(batch: Batch, hidden: Tensor, draft: Draft, tree: Tree, points: Tenso
         verdict = check_greedy(logits, draft, tree)
     else:
         verdict = check_sampled(batch.rows, target.view_as(logits), draft, tree)
-    return _gains(batch, draft, verdict, logits, points)
+    return _gains(batch, draft, tree, verdict, logits, points)
 
 
 def _prefixes(rows: list[Row], draft: Draft, tree: Tree) -> Iterator[tuple[Row, list[int] | None]]:
@@ -83,19 +82,25 @@ def _prefixes(rows: list[Row], draft: Draft, tree: Tree) -> Iterator[tuple[Row, 
             yield row, answer
 
 
-def _of_path(parts: Tensor, path: Tensor) -> Tensor:
+def _of_path(parts: Tensor, path: Tensor | None) -> Tensor:
     """[B, P, ...] and each row's path int64 [B] -> [B, ...]."""
-    return parts[:, 0] if parts.shape[1] == 1 else parts[torch.arange(len(path), device=path.device), path]
+    return parts[:, 0] if path is None else parts[torch.arange(len(path), device=path.device), path]
 
 
 def check_greedy(logits: Tensor, draft: Draft, tree: Tree) -> Verdict:
     """Keep the path that is the AR head's own choice furthest, that far. `logits`: [B, N, V]."""
-    chosen = logits.argmax(-1).gather(1, tree.slots.flatten(1)).view_as(tree.slots)
-    step = torch.arange(draft.tokens.shape[1], device=chosen.device)
-    within = step < on_device(draft.lengths, chosen.device)[:, None, None]
-    agreed = ((chosen[:, :, :-1] == tree.paths) & within).cumprod(-1).sum(-1)
-    kept, path = agreed.max(1)
-    return Verdict(kept, path, _of_path(chosen, path), _of_path(tree.slots, path), torch.zeros_like(kept))
+    chosen, width = logits.argmax(-1), draft.tokens.shape[1]
+    if tree.groups is not None:
+        chosen = chosen.gather(1, tree.slots.flatten(1)).view_as(tree.slots)
+    right = chosen.narrow(-1, 0, width) == (draft.tokens if tree.groups is None else tree.paths)
+    if min(draft.lengths) < width:
+        within = torch.arange(width, device=logits.device) < on_device(draft.lengths, logits.device)[:, None]
+        right = right & (within if tree.groups is None else within[:, None])
+    kept = right.cumprod(-1).sum(-1)
+    if tree.groups is None:
+        return Verdict(kept, chosen)
+    kept, path = kept.max(1)
+    return Verdict(kept, _of_path(chosen, path), path)
 
 
 def check_sampled(rows: list[Row], target: Tensor, draft: Draft, tree: Tree) -> Verdict:
@@ -113,9 +118,9 @@ def check_sampled(rows: list[Row], target: Tensor, draft: Draft, tree: Tree) -> 
     uniform = _uniform(rows, draft, device)
 
     kept = accept_trunk(p[:, 0], q[:, 0], uniform[:, :width], counts)
-    path, used = torch.zeros_like(kept), length
+    path, used = None, length
     last_p, last_q = target[row, kept], proposal[row, kept]
-    if tree.groups is not None:
+    if tree.depth is not None:
         rest = residual(last_p, last_q)
         others = without(last_q, draft.tokens[row, kept.clamp_max(width - 1)])
         second = rest / rest.sum(-1, keepdim=True), others / others.sum(-1, keepdim=True)
@@ -126,7 +131,7 @@ def check_sampled(rows: list[Row], target: Tensor, draft: Draft, tree: Tree) -> 
         last_q = torch.where(failed, second[1], proposal[row, kept])
     last = resample(last_p, last_q, uniform[row, used])[:, None]
     tokens = torch.cat([_of_path(tree.paths, path), last], dim=1).scatter(1, kept[:, None], last)
-    return Verdict(kept, path, tokens, _of_path(tree.slots, path), used + 1)
+    return Verdict(kept, tokens, path, used + 1)
 
 
 def _uniform(rows: list[Row], draft: Draft, device: torch.device) -> Tensor:
@@ -166,6 +171,7 @@ def try_branch(
     Returns:
         The branch that was tried, 0: none, and how many more drafts are kept: each int64 [B].
     """
+    assert tree.depth is not None
     row, step = torch.arange(len(kept), device=kept.device), torch.arange(p.shape[2], device=kept.device)
     path = (tree.depth == kept[:, None]).int().argmax(1)  # the trunk's depth is none that can be left
     tokens, here, before = tree.paths[row, path], step == kept[:, None], step < kept[:, None]
@@ -184,30 +190,38 @@ def resample(p: Tensor, q: Tensor, uniform: Tensor) -> Tensor:
     return draw(residual(p, q), uniform)
 
 
-def _gains(batch: Batch, draft: Draft, verdict: Verdict, logits: Tensor, points: Tensor | None) -> list[Gain]:
+def _gains(
+    batch: Batch, draft: Draft, tree: Tree, verdict: Verdict, logits: Tensor, points: Tensor | None
+) -> list[Gain]:
     """Bring a verdict to the host, in one copy, and use up the numbers that it took."""
-    width = draft.tokens.shape[1]
-    at = torch.arange(len(logits), device=logits.device)[:, None]
-    read = logits[at, verdict.slots] if batch.head.tells_confidence else logits
-    confidence = batch.head.confidence(read, verdict.tokens)
-    hit = torch.full_like(verdict.kept, -1)
+    width, hit = draft.tokens.shape[1], None
     if points is not None:
         right = points == verdict.kept[:, None]
-        hit = torch.where(right.any(1), right.int().argmax(1), hit)
-    parts = [torch.stack([verdict.kept, verdict.path, verdict.used, hit], dim=1), verdict.tokens, draft.tokens]
+        hit = torch.where(right.any(1), right.int().argmax(1), -1)
+    columns = {"kept": verdict.kept, "path": verdict.path, "used": verdict.used, "hit": hit}
+    columns = {name: part[:, None] for name, part in columns.items() if part is not None}
+    parts = [*columns.values(), verdict.tokens, draft.tokens]
     if draft.branches is not None:
         parts.append(draft.branches.token)
-    numbers = torch.cat([torch.cat(parts, dim=1).double(), confidence.double()], dim=1).tolist()
+    confidence = [[math.nan] * (width + 1)] * len(batch.rows)
+    if batch.head.tells_confidence:
+        at = torch.arange(len(logits), device=logits.device)[:, None]
+        told = batch.head.confidence(logits[at, _of_path(tree.slots, verdict.path)], verdict.tokens)
+        numbers = torch.cat([told.double(), *parts], dim=1).tolist()
+        confidence = [line[: width + 1] for line in numbers]
+        numbers = [[int(number) for number in line[width + 1 :]] for line in numbers]
+    else:
+        numbers = torch.cat(parts, dim=1).tolist()
     found = []
     for index, (row, line, length) in enumerate(zip(batch.rows, numbers, draft.lengths, strict=True)):
-        kept, path, used, own_hit, *tokens = map(int, line[: len(line) - width - 1])
-        row.draw(used)
+        of, tokens = dict(zip(columns, line, strict=False)), line[len(columns) :]
+        kept = of["kept"]
+        row.draw(of.get("used", 0))
         gained, drafted = tokens[: kept + 1], [*enumerate(tokens[width + 1 : width + 1 + length])]
         if draft.branches is not None:
             drafted += zip(draft.branches.depth[index], tokens[2 * width + 1 :], strict=False)
         rejected = [(n, token) for n, token in drafted if n >= kept or token != gained[n]]
-        sure = line[len(line) - width - 1 :][: kept + 1]
-        found.append(Gain(kept, path, gained, sure, rejected, own_hit))
+        found.append(Gain(kept, of.get("path", 0), gained, confidence[index][: kept + 1], rejected, of.get("hit", -1)))
     return found
 
 

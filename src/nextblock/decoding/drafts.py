@@ -56,12 +56,12 @@ class Tree:
     tokens: int64 [B, N].
     slots: int64 [B, P, 1 + k]: where the pass has the known token and each draft of a path. Path 0 is the trunk.
     depth: int64 [B, P]: how many drafts a path shares with the trunk; -1 for the trunk and where there is no path.
-    groups: which tokens see each other; None: the pass is a plain causal one.
+    groups: which tokens see each other. Both None: there is only the trunk, and the pass is a plain causal one.
     """
 
     tokens: Tensor
     slots: Tensor
-    depth: Tensor
+    depth: Tensor | None = None
     groups: Groups | None = None
 
     @property
@@ -153,7 +153,7 @@ def lay_out(batch: Batch, draft: Draft, known: Tensor, starts: list[int]) -> Tre
     tokens = torch.cat([known, draft.tokens], dim=1)
     count, width = tokens.shape
     if draft.branches is None:
-        return Tree(tokens, batch.masks.span(width).expand(count, 1, -1), known.new_full((count, 1), -1))
+        return Tree(tokens, batch.masks.span(width).expand(count, 1, -1))
     paths = 1 + draft.branches.token.shape[1]
     lines, slots, depths = [], [], []
     for length, leaves in zip(draft.lengths, draft.branches.depth, strict=True):
