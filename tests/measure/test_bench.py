@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 import nextblock as nb
 from families import tiny_model
-from nextblock.cli.options import app
+from nextblock.cli.main import app
 from nextblock.config.errors import UsageError
 from nextblock.config.sections import BlockDiffusionSettings
 from nextblock.data.tasks import get_task
@@ -27,9 +27,10 @@ from nextblock.measure.bench.contest import (
     left_padded,
     make_batches,
     our_mode,
+    speedups,
     transformers_generate,
 )
-from nextblock.measure.bench.decoding import bench_decode, count_calls, speedups
+from nextblock.measure.bench.decoding import bench_decode, count_calls
 from nextblock.measure.bench.figures import plot_bench
 from nextblock.measure.bench.forwards import random_model, random_prompts, time_forwards
 from nextblock.measure.bench.prompts import file_prompts, make_variants, parse_variant, task_prompts, variant_name

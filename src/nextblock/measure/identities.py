@@ -1,4 +1,12 @@
-"""The identities that define "correct" (DESIGN, section 3), measured on a user's own model.
+"""The identities that define "correct", measured on a user's own model: `nextblock verify`.
+
+1. Clean-half logits equal those of a plain causal forward pass on the same tokens.
+2. A noised block's logits in the parallel pass equal those of the cached decoding step for that block.
+3. At b = 1 the objective and its gradient equal lambda times those of AR cross-entropy.
+4. Dense mask, FlexAttention mask and a pair-by-pair reading of the paper's Eq. 4 agree in every entry.
+5. A packed row gives each document what it would get alone.
+6. A batch of unequal prompts gives each row, token for token, what it gets alone, in every mode.
+7. Speculative mode with greedy decoding equals AR greedy decoding, token for token.
 
 Random tokens in short rows: the laws hold for any weights, so nothing has to be trained or meaningful.
 Letters: B rows, T tokens, V vocabulary, b block size.
@@ -8,10 +16,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import partial
+from itertools import zip_longest
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from rich.table import Table
@@ -26,7 +35,7 @@ from nextblock.data.rows import Rows
 from nextblock.decoding.batch import Batch, Row
 from nextblock.decoding.events import Stats
 from nextblock.decoding.lm import BlockDiffusionLM
-from nextblock.decoding.options import DecodingConfig, Mode
+from nextblock.decoding.options import MODES, DecodingConfig, Mode
 from nextblock.model.decoder import Decoder
 from nextblock.model.loading import GivenSettings, load_model, load_tokenizer, read_settings
 from nextblock.model.mask_token import choose_mask_token
@@ -41,8 +50,8 @@ ALWAYS_TRIED = 1024  # positions up to this are tried on any model
 SCORES = 5e7  # attention scores of a pass, over heads and layers: beyond these a longer row costs too much
 AR_WEIGHT = 0.5
 
-
 Unit = Literal["relative", "tokens", "entries"]
+Status = Literal["passed", "failed", "skipped"]
 OnCheck = Callable[[int, int, str], None]
 
 
@@ -50,7 +59,7 @@ OnCheck = Callable[[int, int, str], None]
 class Check:
     """What came out of one identity.
 
-    name: the law, in words, with its number in DESIGN section 3.
+    name: the law, in words, with its number above.
     difference: the largest found: of logits or gradients over the largest of them, or a count of tokens or
         mask entries (`unit`). None where nothing was measured.
     tolerance: largest difference that passes, None likewise.
@@ -59,7 +68,7 @@ class Check:
     """
 
     name: str
-    status: Literal["passed", "failed", "skipped"]
+    status: Status
     difference: float | None
     tolerance: float | None
     unit: Unit
@@ -118,27 +127,17 @@ def verify_model(lm: BlockDiffusionLM, on_check: OnCheck = lambda done, total, n
     subject = _Subject(BlockDiffusionLM(lm.model, None, settings), settings)
     relative = TOLERANCE.get(lm.model.dtype, 5e-2)
     row, prompt = subject.longest(subject.rows), max(len(p) for prompts in subject.prompts for p in prompts)
+    context, short = subject.decoder.max_positions or 5, subject.longest(subject.short_rows)
     checks: list[tuple[str, Callable[[_Subject], float | None], float | None, Unit, int]] = [
-        (
-            "the model obeys the mask and positions it is given",
-            _probe,
-            None,
-            "relative",
-            subject.decoder.max_positions or 5,
-        ),
+        ("the model obeys the mask and positions it is given", _probe, None, "relative", context),
         ("1  clean half = plain causal forward", _clean_half, relative, "relative", row),
         ("2  noised block = cached decoding step", _decoding_step, relative, "relative", row),
         ("3  at b = 1 loss and gradient = lambda x AR's", _ar_objective, relative, "relative", row),
-        ("4  dense mask = FlexAttention mask = Eq. 4", _masks, 0, "entries", subject.longest(subject.short_rows)),
+        ("4  dense mask = FlexAttention mask = Eq. 4", _masks, 0, "entries", short),
         ("5  document in a packed row = document alone", _packing, relative, "relative", row),
-        ("6  prompt in a batch = prompt alone, ar", lambda s: _batching(s, "ar"), 0, "tokens", prompt),
-        ("6  prompt in a batch = prompt alone, diffusion", lambda s: _batching(s, "diffusion"), 0, "tokens", prompt),
-        (
-            "6  prompt in a batch = prompt alone, speculative",
-            lambda s: _batching(s, "speculative"),
-            0,
-            "tokens",
-            prompt,
+        *(
+            (f"6  prompt in a batch = prompt alone, {m}", partial(_batching, mode=m), 0, "tokens", prompt)
+            for m in MODES
         ),
         ("7  speculative greedy = ar greedy", _speculative, 0, "tokens", prompt),
     ]
@@ -146,10 +145,10 @@ def verify_model(lm: BlockDiffusionLM, on_check: OnCheck = lambda done, total, n
     for check in checks:
         on_check(len(done), len(checks), check[0])
         done.append(_measure(subject, *check))
-    return done + [
-        Check(f"   {limit} are exceeded", "skipped", None, None, "relative", "such a row is too long to try", 0.0, row)
-        for limit in subject.untried
-    ]
+    for limit in subject.untried:
+        why = "such a row is too long to try"
+        done.append(Check(f"   {limit} are exceeded", "skipped", None, None, "relative", why, 0.0, row))
+    return done
 
 
 def table(checks: Iterable[Check]) -> Table:
@@ -175,7 +174,7 @@ def _measure(
     positions: int,
 ) -> Check:
     start, difference, reason = time.perf_counter(), None, ""
-    status: Literal["passed", "failed", "skipped"]
+    status: Status
     try:
         difference = check(subject)
         within = difference is None or tolerance is None or difference <= tolerance  # NaN is not
@@ -183,9 +182,8 @@ def _measure(
     except _Skip as skip:
         status, reason = "skipped", str(skip)
     except Exception as error:  # a model that cannot do it at all is what this command is there to show
-        lines = str(error).strip().splitlines() or [""]
-        status = "failed"
-        reason = lines[0] if isinstance(error, UsageError) else f"{type(error).__name__}: {lines[0]}"
+        line = (str(error).strip().splitlines() or [""])[0]
+        status, reason = "failed", line if isinstance(error, UsageError) else f"{type(error).__name__}: {line}"
     return Check(name, status, difference, tolerance, unit, reason, time.perf_counter() - start, positions)
 
 
@@ -211,9 +209,8 @@ class _Subject:
         self.short_rows = self.row([[b + 3], [-5, 2 * b + 3], chat])  # for what is counted pair by pair
         room = max(1, context - 3 * b)
         self.prompts = [[self.tokens(min(length, room)) for length in (3, longest, 6)]]
-        if (
-            self.decoder.context(context + 1) != self.decoder.max_positions
-        ):  # longrope: all prompts beyond its factors' change
+        if self.decoder.context(context + 1) != self.decoder.max_positions:
+            # longrope: all prompts beyond the length where its factors change
             if self.affordable(context + 5 * b):
                 self.prompts.append([self.tokens(context + length) for length in (1, b, 3)])
             else:
@@ -249,19 +246,11 @@ class _Subject:
 
     def two_views(self, block_size: int, rows: Rows | None = None) -> TwoView:
         """The row (default: the long one) and its noised half, on the model's device."""
-        context, prediction = self.settings.context, self.settings.prediction
+        values = {"context": self.settings.context, "prediction": self.settings.prediction}
         # Half of the blocks whole: so that every document has noised ones, in both kinds.
-        recipe = RecipeConfig(context=context, prediction=prediction, full_mask_share=0.5, fill_last_block=False)
-        view = corrupt(
-            rows or self.rows,
-            block_size,
-            mask_token_id=self.settings.mask_token_id,
-            end_token_id=None,
-            recipe=recipe,
-            seed=0,
-            step=0,
-        )
-        return view.to(self.decoder.device)
+        recipe = RecipeConfig.model_validate({**values, "full_mask_share": 0.5, "fill_last_block": False})
+        noise: Any = {"mask_token_id": self.settings.mask_token_id, "end_token_id": None, "seed": 0, "step": 0}
+        return corrupt(rows or self.rows, block_size, recipe=recipe, **noise).to(self.decoder.device)
 
     @torch.no_grad()
     def logits(self, tokens: Tensor, places: Places) -> Tensor:
@@ -279,19 +268,6 @@ def _difference(ours: Tensor, theirs: Tensor) -> float:
     """Largest difference over the largest value."""
     scale = theirs.float().abs().max()
     return float((ours.float() - theirs.float()).abs().max() / scale.clamp_min(1e-30))
-
-
-@contextmanager
-def _dense_attention(subject: _Subject) -> Iterator[None]:
-    """Decoding passes bring dense masks, which FlexAttention does not take."""
-    before = subject.decoder.attention
-    if before == "flex_attention":
-        subject.model.set_attn_implementation("sdpa")
-    try:
-        yield
-    finally:
-        if before == "flex_attention":
-            subject.model.set_attn_implementation(before)
 
 
 # ------------------------------------------------------------------------------- the identities
@@ -326,17 +302,16 @@ def _decoding_step(subject: _Subject) -> float:
     config = DecodingConfig.model_validate({"mode": "diffusion", "block_size": b})
     row = Row(0, clean[:context], limit=len(clean) - context)
     differences = []
-    with _dense_attention(subject):
-        batch = Batch(subject.decoder, subject.settings, config, [row], Stats(rows=1))
-        batch.prefill()
-        for start in range(context, len(clean), b):
-            place = view.places
-            own = (place.view[0] > 0) & (place.document[0] == 0) & (place.block_start[0] == start)
-            if own.any():
-                step = batch.forward(view.tokens[:, own], [start], [False])
-                differences.append(_difference(parallel[own], subject.decoder.logits(step)[0]))
-            block = torch.tensor([clean[start : start + b]], device=subject.decoder.device)
-            batch.forward(block, [start], [subject.settings.context == "context_causal"])
+    batch = Batch(subject.decoder, subject.settings, config, [row], Stats(rows=1))
+    batch.prefill()
+    for start in range(context, len(clean), b):
+        place = view.places
+        own = (place.view[0] > 0) & (place.document[0] == 0) & (place.block_start[0] == start)
+        if own.any():
+            step = batch.forward(view.tokens[:, own], [start], [False])
+            differences.append(_difference(parallel[own], subject.decoder.logits(step)[0]))
+        block = torch.tensor([clean[start : start + b]], device=subject.decoder.device)
+        batch.forward(block, [start], [subject.settings.context == "context_causal"])
     return max(differences)
 
 
@@ -375,15 +350,14 @@ def _ar_objective(subject: _Subject) -> float:
 def _masks(subject: _Subject) -> float:
     view = subject.two_views(subject.settings.block_size, subject.short_rows)
     wanted = _equation_4(subject, view)
-    distance = view.places.position[0, :, None] - view.places.position[0]
+    distance = (view.places.position[0, :, None] - view.places.position[0]).cpu()
     wrong = 0
     for window in set(subject.decoder.windows.values()):
         rule: Rule = within_window(subject.rule, window)
-        near = wanted if window is None else wanted & (distance < window).cpu()
+        near = wanted if window is None else wanted & (distance < window)
         dense = to_dense(rule, view.places)[0, 0]
-        length = dense.shape[0]
         block_mask = to_block_mask(rule, view.places)
-        flex = create_mask(block_mask.mask_mod, 1, 1, length, length, device=dense.device)[0, 0]
+        flex = create_mask(block_mask.mask_mod, 1, 1, *dense.shape, device=dense.device)[0, 0]
         wrong += int((dense.cpu() != near).sum()) + int((flex.cpu() != near).sum())
     return wrong
 
@@ -394,8 +368,8 @@ def _equation_4(subject: _Subject, view: TwoView) -> Tensor:
     first: list[int] = []  # block -> position of its first token
     size = 0
     rows = subject.short_rows
-    columns = (rows.document[0], rows.position[0], rows.offset[0])
-    for document, position, offset in zip(*(column.tolist() for column in columns), strict=True):
+    columns = (column[0].tolist() for column in (rows.document, rows.position, rows.offset))
+    for document, position, offset in zip(*columns, strict=True):
         if offset < 0:
             continue
         if offset == 0 or size == subject.settings.block_size:
@@ -426,7 +400,7 @@ def _packing(subject: _Subject) -> float:
     view = subject.two_views(subject.settings.block_size)
     packed = subject.logits(view.tokens, view.places)[0]
     differences = []
-    for number in range(int(subject.rows.document.max()) + 1):
+    for number, _ in enumerate(subject.documents()):
         own = view.places.document[0] == number
         columns = {f.name: getattr(view.places, f.name) for f in fields(Places)}
         places = Places(**{name: v if name == "seed" else v[:, own] for name, v in columns.items()})
@@ -449,10 +423,8 @@ def _greedy(subject: _Subject, mode: Mode, prompts: list[Tensor]) -> list[list[i
 
 
 def _different_tokens(ours: list[list[int]], theirs: list[list[int]]) -> int:
-    return sum(
-        abs(len(a) - len(b)) + sum(x != y for x, y in zip(a, b, strict=False))
-        for a, b in zip(ours, theirs, strict=True)
-    )
+    pairs = ((a, b) for own, other in zip(ours, theirs, strict=True) for a, b in zip_longest(own, other))
+    return sum(a != b for a, b in pairs)
 
 
 def _batching(subject: _Subject, mode: Mode) -> float:

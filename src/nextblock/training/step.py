@@ -18,7 +18,8 @@ from nextblock.data.rows import Rows, check_tokens
 from nextblock.recipe import schedules
 from nextblock.recipe.corruption import corrupt
 from nextblock.training.checkpoint import checkpoint_folder
-from nextblock.training.log import LossProfile, peak_memory_gib
+from nextblock.training.devices import peak_memory_gib
+from nextblock.training.log import LossProfile
 from nextblock.training.ranks import gather, together
 from nextblock.training.resume import save
 from nextblock.training.run import Run, StepMetrics

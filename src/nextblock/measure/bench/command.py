@@ -1,9 +1,10 @@
-"""What `nextblock bench decode` and `nextblock tune` do around the measuring: prompts, progress, files."""
+"""What the commands that measure do around the measuring: the terminal, the prompts, the files of figures."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from nextblock.measure.bench.decoding import bench_decode, compares_compiled, co
 from nextblock.measure.bench.forwards import POSITIONS, random_prompts, time_forwards
 from nextblock.measure.bench.prompts import Options, Prompts, file_prompts, task_prompts
 from nextblock.measure.machine import MEMORY_MEANING, environment
-from nextblock.measure.progress import progress
+from nextblock.measure.progress import counter, progress
 
 
 def wide_console() -> Console:
@@ -55,55 +56,32 @@ def run_bench(
     Returns:
         What is written as JSON: `decode` and `forwards` hold `Speed` and `ForwardTime` as plain values.
     """
-    device = lm.decoder.device
+    if any(size < 1 for size in batches):
+        raise UsageError(f"batch={min(batches)} must be at least 1")
     if prompts is None:
         encoded, ends = random_prompts(lm.decoder.vocabulary, cache_length, max([1, *batches])), []
     else:
         encoded, ends = prompts.encode(lm), end_tokens(lm.decoder, lm.tokenizer)
-    if any(size < 1 for size in batches):
-        raise UsageError(f"batch={min(batches)} must be at least 1")
-    calls = sum(
-        count_calls(compares_compiled(lm), len(encoded), len(variants), size, rounds, len(assisted))
-        for size in batches
-    )
-    total = (calls if variants else 0) + (len(POSITIONS) * rounds * len(batches) if forwards else 0)
-    done = 0
-    decode: list[dict[str, Any]] = []
-    times: list[dict[str, Any]] = []
+    decoded, passed = batches if variants else (), batches if forwards else ()
+    common = (compares_compiled(lm), len(encoded), len(variants))
+    calls = sum(count_calls(*common, size, rounds, len(assisted)) for size in decoded)
+    limits: dict[str, Any] = {"ends": ends, "rounds": rounds, "max_new_tokens": max_new_tokens, "assisted": assisted}
     with progress("timing") as update:
-
-        def advance() -> None:
-            nonlocal done
-            done += 1
-            update(done, total)
-
-        for size in batches if variants else ():
-            speeds = bench_decode(
-                lm,
-                encoded,
-                variants,
-                batch=size,
-                ends=ends,
-                rounds=rounds,
-                max_new_tokens=max_new_tokens,
-                assisted=assisted,
-                on_call=advance,
-            )
-            decode += [speed.as_dict() for speed in speeds]
-        for size in batches if forwards else ():
-            found = time_forwards(lm, cache_length=cache_length, batch=size, rounds=rounds, on_call=advance)
-            times += [time.as_dict() for time in found]
+        advance = counter(update, calls + len(POSITIONS) * rounds * len(passed))
+        speeds = [bench_decode(lm, encoded, variants, batch=n, on_call=advance, **limits) for n in decoded]
+        widths = {"cache_length": cache_length, "rounds": rounds}
+        times = [time_forwards(lm, batch=n, on_call=advance, **widths) for n in passed]
     return {
         "model": model,
         "parameters": sum(p.numel() for p in lm.model.parameters()),
         "dtype": str(lm.model.dtype).removeprefix("torch."),
-        "environment": environment(device),
+        "environment": environment(lm.decoder.device),
         "prompts": prompts.source if prompts else f"{cache_length} random tokens",
         "max_new_tokens": max_new_tokens,
         "rounds": rounds,
-        "memory": MEMORY_MEANING.get(device.type),
-        "decode": decode,
-        "forwards": times,
+        "memory": MEMORY_MEANING.get(lm.decoder.device.type),
+        "decode": [asdict(speed) for each in speeds for speed in each],
+        "forwards": [asdict(time) for each in times for time in each],
     }
 
 

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import median
-from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -77,10 +76,6 @@ class ForwardTime:
     milliseconds: float
     ratio: float
 
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
-
 
 def time_forwards(
     lm: BlockDiffusionLM,
@@ -125,16 +120,11 @@ def time_forwards(
                 if number:
                     milliseconds[width].append(took)
                     on_call()
-    return [
-        ForwardTime(
-            batch,
-            cache_length,
-            width,
-            median(took),
-            median(own / one for own, one in zip(took, milliseconds[1], strict=True)),
-        )
-        for width, took in milliseconds.items()
-    ]
+    found = []
+    for width, took in milliseconds.items():
+        ratio = median(own / one for own, one in zip(took, milliseconds[1], strict=True))
+        found.append(ForwardTime(batch, cache_length, width, median(took), ratio))
+    return found
 
 
 def _pass_milliseconds(runner: Batch, tokens: torch.Tensor, start: int) -> float:

@@ -22,14 +22,10 @@ from nextblock.config.run import AdaptConfig
 from nextblock.measure.held_out import evaluation_rows
 from nextblock.measure.plan.fakes import fake_decoder, fake_mask
 from nextblock.measure.plan.work import micro_rows, noised_tokens, scored_tokens
-from nextblock.model.decoder import (
-    Decoder,
-)
+from nextblock.model.decoder import Decoder
 from nextblock.recipe.cross_entropy import chunk_rows, cross_entropy
 from nextblock.recipe.objective import CleanCache
 from nextblock.training.flops import kind_of_training
-
-GIB = 2**30
 
 
 class Live(TorchDispatchMode):

@@ -1,11 +1,11 @@
-"""The report's figures: loss curves, and accuracy against speed. They touch no global state of matplotlib."""
+"""The report's figures: loss curves, and accuracy against speed."""
 
 from __future__ import annotations
 
 import io
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from html import escape
 from itertools import pairwise, product
 from typing import Any
@@ -18,17 +18,18 @@ from matplotlib.lines import Line2D
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
-# Colours of the figures, and the CSS variables that replace them on the page (light and dark).
-INK, MUTED, LINE, BLUE, ORANGE, GREEN = "#1f2328", "#626b77", "#dfe3e8", "#0072b2", "#d55e00", "#00875f"
+from nextblock.measure import words
+from nextblock.measure.style import BLUE, GREEN, INK, LABEL, LINE, MUTED, ORANGE, Entry, canvas
+
+WIDTH = 7.4  # inches
 CSS_VARIABLES = {INK: "ink", MUTED: "muted", LINE: "line", BLUE: "blue", ORANGE: "orange", GREEN: "green"}
+"""What replaces the colours on the page, which has a light and a dark look."""
 KINDS = {  # (model, mode): legend, colour, marker
     ("parent", "ar"): ("parent, AR", INK, "D"),
     ("adapted", "ar"): ("adapted, AR", BLUE, "s"),
     ("adapted", "diffusion"): ("adapted, diffusion", ORANGE, "o"),
     ("adapted", "speculative"): ("adapted, speculative", GREEN, "^"),
 }
-
-Entry = Mapping[str, Any]
 
 
 def tasks_of(decoding: Sequence[Entry]) -> list[str]:
@@ -52,7 +53,7 @@ def plot_losses(
     starts anew where the block grows, so no mean mixes two block sizes.
 
     Args:
-        log: steps, as `train.StepMetrics` writes them; a loss may be NaN or null (nothing was scored).
+        log: steps, as `training.run.StepMetrics` writes them; a loss may be NaN or null (nothing was scored).
         growth: (step, block size) of each growth; default: as the log has it.
         stages: (first step, name) of each stage.
     """
@@ -60,7 +61,7 @@ def plot_losses(
     sizes = [entry["block_size"] for entry in log]
     changes = [0, *(i for i in range(1, len(log)) if sizes[i] != sizes[i - 1]), len(log)]
     window = max(1, len(log) // 50)
-    figure, axes = _canvas(1, 1, height=3.3)
+    figure, axes = canvas(1, 1, (WIDTH, 3.3))
     top = 0.0
     for field, name, colour in (("diffusion_loss", "diffusion loss", ORANGE), ("ar_loss", "AR loss", BLUE)):
         values = np.array([math.nan if entry[field] is None else entry[field] for entry in log], dtype=float)
@@ -75,8 +76,8 @@ def plot_losses(
         axes[0, 0].plot(*broken, color=colour, linewidth=1.8, label=name)
         top = max(top, float(np.nanmax(mean)), float(np.nanquantile(values, 0.99)))
     axes[0, 0].set(xlim=(0, step[-1] + 1 if len(log) else 1), ylim=(0, top * 1.08 or 1))
-    axes[0, 0].set_xlabel("step", fontsize=9, color=MUTED)
-    axes[0, 0].set_ylabel("loss (nats per scored token)", fontsize=9, color=MUTED)
+    axes[0, 0].set_xlabel("step", **LABEL)
+    axes[0, 0].set_ylabel("loss (nats per scored token)", **LABEL)
     if len(log):
         _mark_growth(axes[0, 0], growth or [(log[i]["step"], sizes[i]) for i in changes[:-1]])
         _mark_stages(axes[0, 0], stages or ())
@@ -92,10 +93,10 @@ def plot_profile(profiles: Sequence[Entry]) -> Figure:
     """Diffusion loss by noise level and by offset in the block: one line for each block size, its last profile.
 
     Args:
-        profiles: records of `tracking.LossProfile`; a bucket without tokens is null.
+        profiles: records of `training.log.LossProfile`; a bucket without tokens is null.
     """
     last = {entry["block_size"]: entry for entry in profiles}
-    figure, axes = _canvas(1, 2, height=3.0)
+    figure, axes = canvas(1, 2, (WIDTH, 3.0), sharey="row")
     handles = []
     for rank, size in enumerate(sorted(last), 1):
         noise, offset = last[size]["loss_by_noise"], last[size]["loss_by_offset"]
@@ -108,10 +109,10 @@ def plot_profile(profiles: Sequence[Entry]) -> Figure:
         offsets = [(k * size / len(offset), loss) for k, loss in enumerate(offset) if loss is not None]
         axes[0, 0].plot(*zip(*shares, strict=True), **style)
         handles += axes[0, 1].plot(*zip(*offsets, strict=True), label=f"b = {size}", **style)
-    axes[0, 0].set_xlabel("masked share of the block (%)", fontsize=9, color=MUTED)
-    axes[0, 0].set_ylabel("diffusion loss (nats)", fontsize=9, color=MUTED)
+    axes[0, 0].set_xlabel("masked share of the block (%)", **LABEL)
+    axes[0, 0].set_ylabel("diffusion loss (nats)", **LABEL)
     axes[0, 0].set(xlim=(0, 100))
-    axes[0, 1].set_xlabel("offset in the block (tokens)", fontsize=9, color=MUTED)
+    axes[0, 1].set_xlabel("offset in the block (tokens)", **LABEL)
     axes[0, 1].set(xlim=(0, max(last, default=1)), ylim=(0, None))
     axes[0, 1].tick_params(labelleft=False)
     figure.subplots_adjust(left=0.075, right=0.985, wspace=0.1, top=0.87, bottom=0.16)
@@ -166,7 +167,7 @@ def plot_tradeoff(decoding: Sequence[Entry]) -> Figure:
     threshold ("1/step" is one token per denoising step); the dashed line is the parent's accuracy.
     """
     tasks = tasks_of(decoding)
-    figure, axes = _canvas(max(1, len(tasks)), 2, height=3.5 if len(tasks) < 2 else 3.1 * len(tasks))
+    figure, axes = canvas(max(1, len(tasks)), 2, (WIDTH, 3.5 if len(tasks) < 2 else 3.1 * len(tasks)), sharey="row")
     figure.subplots_adjust(
         left=0.085, right=0.985, wspace=0.12, hspace=0.42, top=1 - 0.42 / figure.get_figheight(),
         bottom=0.48 / figure.get_figheight(),
@@ -176,11 +177,11 @@ def plot_tradeoff(decoding: Sequence[Entry]) -> Figure:
         entries = [entry for entry in decoding if entry["task"] == task]
         for panel, (field, label) in zip(row, fields, strict=True):
             _tradeoff_panel(panel, entries, field)
-            panel.set_xlabel(label, fontsize=9, color=MUTED)
-        row[0].set_ylabel("accuracy (%)", fontsize=9, color=MUTED)
+            panel.set_xlabel(label, **LABEL)
+        row[0].set_ylabel("accuracy (%)", **LABEL)
         row[1].tick_params(labelleft=False)
         if len(tasks) > 1:
-            row[0].set_title(task.replace("_", " "), loc="left", fontsize=9.5, color=INK, parse_math=False)
+            row[0].set_title(words.spaced(task), loc="left", fontsize=9.5, color=INK, parse_math=False)
     shown = {(entry["model"], entry["mode"]) for entry in decoding}
     handles = [
         Line2D([], [], color=colour, marker=marker, markersize=6, linestyle="", label=name,
@@ -267,19 +268,6 @@ def _place_labels(
 def _box(x: float, y: float, width: float, height: float) -> Bbox:
     """A box by its centre and size."""
     return Bbox.from_bounds(x - width / 2, y - height / 2, width, height)
-
-
-def _canvas(rows: int, columns: int, height: float) -> tuple[Figure, Any]:
-    """A figure of its own (nothing global), and its axes [rows, columns] in the report's style."""
-    figure = Figure(figsize=(7.4, height), dpi=150)
-    axes = figure.subplots(rows, columns, squeeze=False, sharey="row" if columns > 1 else False)
-    for panel in axes.flat:
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.spines[["left", "bottom"]].set_color(MUTED)
-        panel.tick_params(colors=MUTED, labelsize=8.5)
-        panel.grid(color=LINE, linewidth=0.7)
-        panel.set_axisbelow(True)
-    return figure, axes
 
 
 def inline_svg(figure: Figure, name: str, description: str) -> str:
