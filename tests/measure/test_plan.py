@@ -21,8 +21,7 @@ from nextblock.cli.main import app
 from nextblock.config.errors import UsageError
 from nextblock.config.run import AdaptConfig, load_config, stage_configs
 from nextblock.config.sections import BlockDiffusionSettings, DraftAdapterConfig
-from nextblock.measure.held_out import evaluation_rows
-from nextblock.measure.likelihood import bits_per_byte
+from nextblock.measure.likelihood import bits_per_byte, evaluation_rows
 from nextblock.measure.plan import USABLE, StagedPlan, largest_row, model_shape, plan, plan_stages
 from nextblock.measure.plan.memory import evaluation_memory, step_memory
 from nextblock.measure.plan.work import (

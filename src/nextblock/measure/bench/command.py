@@ -16,7 +16,8 @@ from nextblock.decoding.lm import BlockDiffusionLM
 from nextblock.decoding.request import end_tokens
 from nextblock.measure.bench.decoding import bench_decode, compares_compiled, count_calls
 from nextblock.measure.bench.forwards import POSITIONS, random_prompts, time_forwards
-from nextblock.measure.bench.prompts import Options, Prompts, file_prompts, task_prompts
+from nextblock.measure.bench.prompts import Options, Prompts
+from nextblock.measure.bench.prompts import read_prompts as read_prompts
 from nextblock.measure.machine import MEMORY_MEANING, environment
 from nextblock.measure.progress import counter, progress
 
@@ -25,11 +26,6 @@ def wide_console() -> Console:
     """Standard output; where it is no terminal, wide enough for the tables."""
     console = Console()
     return console if console.is_terminal else Console(width=140)
-
-
-def read_prompts(task: str, file: Path | None, count: int, split: str) -> Prompts:
-    """The file's prompts if one is given, else the task's."""
-    return task_prompts(task, split, count) if file is None else file_prompts(file, count)
 
 
 def run_bench(
@@ -103,9 +99,7 @@ def write_results(results: Mapping[str, Any], figure: Figure, output: Path) -> t
 
 def check_output(output: Path | None) -> None:
     """Refuse, before anything is measured, an output that is no JSON file."""
-    if output is None:
-        return
-    if not output.absolute().parent.is_dir():
+    if output is not None and not output.absolute().parent.is_dir():
         raise UsageError(f"--output {output}: the folder {output.parent} does not exist; make it, or name another")
-    if output.suffix != ".json" or output.is_dir():
+    if output is not None and (output.suffix != ".json" or output.is_dir()):
         raise UsageError(f"--output {output} is not the name of a .json file; the plot is written beside it as .png")

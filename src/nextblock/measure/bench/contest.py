@@ -30,33 +30,22 @@ TokenLists = Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True)
-class Call:
-    """One batch decoded.
-
-    answers: token ids of each answer, end token included.
-    seconds: whole call. first_token_seconds: until a token was decided.
-    forwards: calls of the model. row_forwards: these times the rows that took part in them.
-    """
-
-    answers: list[list[int]]
-    seconds: float
-    first_token_seconds: float
-    forwards: int
-    row_forwards: int
-
-
-@dataclass(frozen=True)
 class Contestant:
-    """A way to decode a batch of prompts (lists of token ids)."""
+    """A way to decode a batch of prompts (lists of token ids), as a round of that batch alone."""
 
     name: str
     options: Options
-    run: Callable[[TokenLists], Call]
+    run: Callable[[TokenLists], Round]
 
 
 @dataclass
 class Round:
-    """What one contestant took for all prompts of one round."""
+    """What one contestant took for the batches of a round.
+
+    answers: token ids of each answer, end token included.
+    seconds: of the whole calls. first_token_seconds: of each call until a token was decided.
+    forwards: calls of the model. row_forwards: these times the rows that took part in them.
+    """
 
     answers: list[list[int]] = field(default_factory=list)
     seconds: float = 0.0
@@ -64,13 +53,10 @@ class Round:
     forwards: int = 0
     row_forwards: int = 0
 
-    def add(self, call: Call) -> None:
-        """Book one batch."""
-        self.answers += call.answers
-        self.seconds += call.seconds
-        self.first_token_seconds.append(call.first_token_seconds)
-        self.forwards += call.forwards
-        self.row_forwards += call.row_forwards
+    def add(self, other: Round) -> None:
+        """Book another batch."""
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
 
     @property
     def new_tokens(self) -> int:
@@ -88,14 +74,11 @@ def alternate(
     rounds: Sequence[Sequence[TokenLists]],
     on_call: Callable[[], None] = lambda: None,
 ) -> list[list[Round]]:
-    """Let contestants take turns at every batch of every round.
+    """Let contestants take turns at every batch of every round; for each of them its rounds.
 
     Args:
-        contestants: in the order of their turns.
         rounds: the batches of each round.
         on_call: called after each batch of each contestant.
-    Returns:
-        For each contestant its rounds.
     """
     results = [[Round() for _ in rounds] for _ in contestants]
     for number, batches in enumerate(rounds):
@@ -152,7 +135,7 @@ def our_mode(lm: BlockDiffusionLM, options: Options, max_new_tokens: int, ends: 
     device = lm.decoder.device
     shared: Any = {"temperature": 0.0, "max_new_tokens": max_new_tokens, "eos_token_id": list(ends)}
 
-    def run(prompts: TokenLists) -> Call:
+    def run(prompts: TokenLists) -> Round:
         tokens, mask = left_padded(prompts, device)
         synchronize(device)
         began = time.perf_counter()
@@ -162,8 +145,8 @@ def our_mode(lm: BlockDiffusionLM, options: Options, max_new_tokens: int, ends: 
         synchronize(device)
         seconds = time.perf_counter() - began
         stats = stream.stats
-        passes = sum(stats.row_forwards.values())
-        return Call([row.answer for row in stream.rows], seconds, stats.first_token_seconds, stats.forwards, passes)
+        answers, passes = [row.answer for row in stream.rows], sum(stats.row_forwards.values())
+        return Round(answers, seconds, [stats.first_token_seconds], stats.forwards, passes)
 
     return Contestant(variant_name(options), options, run)
 
@@ -212,7 +195,7 @@ def transformers_generate(
         plain.compile_config._compile_all_devices = True  # by itself it compiles on accelerators alone
         extra = {"past_key_values": cache}
 
-    def run(prompts: TokenLists) -> Call:
+    def run(prompts: TokenLists) -> Round:
         tokens, mask = left_padded(prompts, device)
         passes = _Passes()  # a counter inside the model would have it compiled again at each count
         # generate fills what is unset from the model's own generation config: penalties, say, or sampling.
@@ -230,7 +213,7 @@ def transformers_generate(
         seconds = time.perf_counter() - began
         answers = [_cut(answer, ends) for answer in out[:, tokens.shape[1] :].tolist()]
         # Rows that have finished are computed on until the last one has: their passes count.
-        return Call(answers, seconds, passes.first_at - began, passes.count, passes.count * len(answers))
+        return Round(answers, seconds, [passes.first_at - began], passes.count, passes.count * len(answers))
 
     return Contestant(name, {}, run)
 

@@ -86,9 +86,11 @@ def bench_decode(
     check_length(lm, prompts, max_new_tokens)
     device = lm.decoder.device
     longest = max(batches, key=lambda rows: max(map(len, rows)))
-    contestants = _contestants(lm, prompts, variants, max_new_tokens, ends)
-    if batch == 1:
-        contestants[1:1] = [transformers_generate(lm, max_new_tokens, ends, assisted=extra) for extra in assisted]
+    common, room = (lm, max_new_tokens, ends), max(map(len, prompts)) + max_new_tokens
+    contestants = [transformers_generate(*common)]
+    contestants += [transformers_generate(*common, assisted=extra) for extra in assisted if batch == 1]
+    contestants += [transformers_generate(*common, room)] if compares_compiled(lm) else []
+    contestants += [our_mode(lm, options, max_new_tokens, ends) for options in variants]
     memory = []
     for contestant in contestants:
         for prompt_lists in batches * WARM_UP_ROUNDS if compares_compiled(lm) else [longest]:
@@ -102,15 +104,6 @@ def bench_decode(
         _speed(contestant, own, results[0], batch, peak)
         for contestant, own, peak in zip(contestants, results, memory, strict=True)
     ]
-
-
-def _contestants(
-    lm: BlockDiffusionLM, prompts: TokenLists, variants: Sequence[Options], limit: int, ends: Sequence[int]
-) -> list[Contestant]:
-    contestants = [transformers_generate(lm, limit, ends)]
-    if compares_compiled(lm):
-        contestants.append(transformers_generate(lm, limit, ends, max(map(len, prompts)) + limit))
-    return contestants + [our_mode(lm, options, limit, ends) for options in variants]
 
 
 def compares_compiled(lm: BlockDiffusionLM) -> bool:

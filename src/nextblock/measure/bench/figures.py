@@ -11,7 +11,8 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from nextblock.measure import words
-from nextblock.measure.style import BLUE, INK, LABEL, MODE_COLOURS, MUTED, ORANGE, Entry, canvas
+from nextblock.measure.report.figures import plot_tradeoff
+from nextblock.measure.style import BLUE, INK, LABEL, MODE_COLOURS, MUTED, Entry, canvas
 from nextblock.training.devices import GIB
 
 
@@ -127,56 +128,32 @@ def tuning_table(trials: Sequence[Entry], measure: str) -> Table:
 
 
 def plot_tuning(trials: Sequence[Entry], measure: str, max_drop: float) -> Figure:
-    """Accuracy (or agreement) over tokens per second and over tokens per forward.
+    """Accuracy (or agreement) over tokens per second and over tokens per forward, as the report has it.
 
-    Filled: measured on all examples; hollow: the coarse pass, on fewer. Ringed: the choice of each mode.
-    Dashed: AR mode; dotted: the lowest that is allowed. Lines: diffusion at one block size, by threshold.
-    Tokens per second are the ratio to AR mode in the same rounds times AR mode's speed, so that what else ran
-    on the machine meanwhile moves no point.
+    Ringed, with its name: the choice of each mode. Hollow: the coarse pass, on fewer examples. Dashed: AR mode;
+    dotted: the lowest that is allowed. Lines: diffusion at one block size, by threshold. Tokens per second are the
+    ratio to AR mode in the same rounds times AR mode's speed, so that what else ran meanwhile moves no point.
     """
     ar = next(trial for trial in trials if trial["mode"] == "ar")
-    figure, axes = canvas(1, 2, (9.0, 3.8), layout="constrained")
-    seconds = ("speedup", "tokens per second", ar["tokens_per_second"])
-    for panel, (field, label, unit) in zip(axes[0], (seconds, ("tokens_per_forward",) * 2 + (1.0,)), strict=True):
+    entries = []
+    for trial in trials:
+        options = {"block_size": 1, **trial["options"]}
+        entries.append(
+            {
+                **options,
+                "model": "adapted",
+                "task": measure,
+                "accuracy": trial["quality"],
+                "tokens_per_second": trial["speedup"] * ar["tokens_per_second"],
+                "tokens_per_forward": trial["tokens_per_forward"],
+                "joined": options.get("sub_blocks") == 1 and options.get("sampler") == "confidence",
+                "hollow": trial["stage"] == "coarse",
+                "ringed": trial["chosen"],
+                "label": trial["name"].replace(", ", "\n") if trial["chosen"] else "",
+            }
+        )
+    figure = plot_tradeoff(entries, measure)
+    for panel in figure.axes:
         panel.axhline(100 * ar["quality"], color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
         panel.axhline(100 * ar["quality"] - max_drop, color=MUTED, linewidth=0.9, linestyle=":")
-        for curve in _curves(trials):
-            points = [(unit * t[field], 100 * t["quality"]) for t in curve]
-            panel.plot(*zip(*points, strict=True), color=ORANGE, alpha=0.45, linewidth=1.0)
-        for trial in trials:
-            _tuning_point(panel, trial, unit * trial[field])
-        qualities = [100 * trial["quality"] for trial in trials]
-        margin = 0.22 * max(5.0, max(qualities) - min(qualities))
-        panel.set(xlim=(0, 1.1 * unit * max(t[field] for t in trials)))
-        panel.set(ylim=(min(qualities) - margin, max(qualities) + margin))
-        panel.set_xlabel(words.spaced(label), **LABEL)
-    axes[0, 0].set_ylabel(f"{measure} (%)", **LABEL)
-    for mode in dict.fromkeys(trial["mode"] for trial in trials):
-        axes[0, 0].plot([], [], "o", color=MODE_COLOURS[mode], markersize=5, label=mode)
-    figure.legend(loc="outside upper left", ncols=3, fontsize=8.5, frameon=False)
     return figure
-
-
-def _curves(trials: Sequence[Entry]) -> list[list[Entry]]:
-    """Diffusion settings that differ in their threshold alone, in its order; a curve for each block size."""
-    plain = [t for t in trials if t["mode"] == "diffusion" and t["options"]["threshold"] is not None]
-    plain = [t for t in plain if t["options"]["sub_blocks"] == 1 and t["options"]["sampler"] == "confidence"]
-    curves: dict[int, list[Entry]] = {}
-    for trial in sorted(plain, key=lambda t: t["options"]["threshold"]):
-        curves.setdefault(trial["options"]["block_size"], []).append(trial)
-    return list(curves.values())
-
-
-def _tuning_point(axes: Axes, trial: Entry, x: float) -> None:
-    """One setting; if it was chosen, with a ring and its name: of diffusion below, of speculative above."""
-    y, colour = 100 * trial["quality"], MODE_COLOURS[trial["mode"]]
-    face = colour if trial["stage"] == "fine" else "none"
-    axes.plot([x], [y], "o", color=colour, markerfacecolor=face, markersize=5, alpha=0.85)
-    if not trial["chosen"]:
-        return
-    axes.plot([x], [y], "o", color=INK, markerfacecolor="none", markersize=12, markeredgewidth=1.4)
-    below = trial["mode"] == "diffusion"
-    axes.annotate(
-        trial["name"].replace(", ", "\n"), (x, y), xytext=(0, -10 if below else 10), textcoords="offset points",
-        ha="center", va="top" if below else "bottom", fontsize=7.5, color=colour, parse_math=False,
-    )  # fmt: skip

@@ -295,14 +295,12 @@ def model_shape(config: ModelConfig) -> PreTrainedConfig:
     Raises:
         UsageError: a model that is none of these.
     """
-    shape = _shape(config)
+    shape = _stored_shape(config) if config.scratch is None else scratch_config(config.scratch)
     replace_values(shape, config.override)
     return shape
 
 
-def _shape(config: ModelConfig) -> PreTrainedConfig:
-    if config.scratch is not None:
-        return scratch_config(config.scratch)
+def _stored_shape(config: ModelConfig) -> PreTrainedConfig:
     source = resolve(config.path)
     known = config.path in HUB_IDS
     options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}

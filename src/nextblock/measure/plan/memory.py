@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedConfig
 
 from nextblock.config.run import AdaptConfig
-from nextblock.measure.held_out import evaluation_rows
+from nextblock.measure.likelihood import evaluation_rows
 from nextblock.measure.plan.fakes import fake_decoder, fake_mask
 from nextblock.measure.plan.work import micro_rows, noised_tokens, scored_tokens
 from nextblock.model.decoder import Decoder

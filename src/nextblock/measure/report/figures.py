@@ -160,11 +160,16 @@ def _trailing_mean(values: np.ndarray, window: int) -> np.ndarray:
     return np.where(number > 0, (total[end] - total[start]) / np.maximum(number, 1), math.nan)
 
 
-def plot_tradeoff(decoding: Sequence[Entry]) -> Figure:
+def plot_tradeoff(decoding: Sequence[Entry], measure: str = "accuracy") -> Figure:
     """Accuracy against tokens per forward and tokens per second; a row of panels for each task.
 
     Diffusion settings of one block size are joined in the order of their speed and labelled with their
     threshold ("1/step" is one token per denoising step); the dashed line is the parent's accuracy.
+
+    Args:
+        decoding: as `results.json` has it. An entry may say that its point is `hollow` or `ringed`, is not `joined`
+            with the others, or has a `label` of its own.
+        measure: what is called accuracy.
     """
     tasks = tasks_of(decoding)
     figure, axes = canvas(max(1, len(tasks)), 2, (WIDTH, 3.5 if len(tasks) < 2 else 3.1 * len(tasks)), sharey="row")
@@ -178,7 +183,7 @@ def plot_tradeoff(decoding: Sequence[Entry]) -> Figure:
         for panel, (field, label) in zip(row, fields, strict=True):
             _tradeoff_panel(panel, entries, field)
             panel.set_xlabel(label, **LABEL)
-        row[0].set_ylabel("accuracy (%)", **LABEL)
+        row[0].set_ylabel(f"{measure} (%)", **LABEL)
         row[1].tick_params(labelleft=False)
         if len(tasks) > 1:
             row[0].set_title(words.spaced(task), loc="left", fontsize=9.5, color=INK, parse_math=False)
@@ -203,24 +208,29 @@ def _tradeoff_panel(axes: Axes, entries: Sequence[Entry], field: str) -> None:
         axes.axhline(100 * entry["accuracy"], color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
     diffusion = sorted(of_kind(points, "adapted", "diffusion"), key=lambda e: e[field])
     curves = []
-    for size in sorted({e["block_size"] for e in diffusion}):
-        curves.append([(e[field], 100 * e["accuracy"]) for e in diffusion if e["block_size"] == size])
+    joined = [e for e in diffusion if e.get("joined", True)]
+    for size in sorted({e["block_size"] for e in joined}):
+        curves.append([(e[field], 100 * e["accuracy"]) for e in joined if e["block_size"] == size])
         axes.plot(*zip(*curves[-1], strict=True), color=ORANGE, linewidth=1.1, alpha=0.6)
     labels = []
     for entry in points:
         model, mode = entry["model"], entry["mode"]
         _, colour, marker = KINDS[model, mode]
-        x, y, hollow = entry[field], 100 * entry["accuracy"], model == "parent"
-        axes.plot(
-            [x], [y], marker=marker, color=colour, linestyle="", markersize=9 if hollow else 6, zorder=3,
-            markerfacecolor="none" if hollow else colour,
-        )  # fmt: skip
-        words = []
+        x, y, face = (
+            entry[field],
+            100 * entry["accuracy"],
+            "none" if entry.get("hollow", model == "parent") else colour,
+        )
+        size = 9 if model == "parent" else 6
+        axes.plot([x], [y], marker, color=colour, markersize=size, zorder=3, markerfacecolor=face)
+        if entry.get("ringed"):
+            axes.plot([x], [y], "o", color=INK, markerfacecolor="none", markersize=12, markeredgewidth=1.4)
+        said = []
         if mode == "diffusion":
-            words.append("1/step" if entry.get("threshold") is None else f"{entry['threshold']:g}")
+            said.append("1/step" if entry.get("threshold") is None else f"{entry['threshold']:g}")
         if mode != "ar" and len({e["block_size"] for e in of_kind(points, model, mode)}) > 1:
-            words.append(f"b={entry['block_size']}")
-        labels.append((x, y, " ".join(words), colour))
+            said.append(f"b={entry['block_size']}")
+        labels.append((x, y, entry.get("label", " ".join(said)), colour))
     _place_labels(axes, labels, curves)
 
 

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from nextblock.attention.rule import block_diffusion_rule
-from nextblock.config.run import AdaptConfig
 from nextblock.data.rows import Rows
 from nextblock.decoding.lm import BlockDiffusionLM
 from nextblock.decoding.options import GenerateOptions
-from nextblock.measure.likelihood import bits_per_byte
+from nextblock.measure.likelihood import bits_per_byte, evaluation_rows
 from nextblock.model.decoder import Decoder
 from nextblock.model.loading import load_model
 from nextblock.model.parent import load_parent
@@ -43,17 +42,17 @@ def evaluate_midway(run: Run, rows: Rows) -> dict[str, Any]:
     objective = run.accelerator.unwrap_model(run.loss)
     modes = {module: module.training for module in objective.modules()}
     objective.eval()
+    noise: Any = {
+        "mask_token_id": run.mask_token_id or 0,
+        "end_token_id": run.span_ends,
+        "recipe": recipe.model_copy(update={"offset_decay": None}),  # every token counts, whatever is trained
+        "seed": config.training.seed,
+        "step": 0,
+    }
     sums, size = torch.zeros(4, dtype=torch.float64), config.training.micro_batch_rows or len(rows)
     for start in range(0, len(rows), size):
-        view = corrupt(
-            rows.slice(start, min(start + size, len(rows))),
-            block_size,
-            mask_token_id=run.mask_token_id or 0,
-            end_token_id=run.span_ends,
-            recipe=recipe.model_copy(update={"offset_decay": None}),  # as every token counts, whatever is trained
-            seed=config.training.seed,
-            step=0,
-        ).to(run.accelerator.device)
+        some = rows.slice(start, min(start + size, len(rows)))
+        view = corrupt(some, block_size, **noise).to(run.accelerator.device)
         losses = objective(view, block_diffusion_rule(recipe.context))
         parts = (losses.diffusion, losses.diffusion_tokens, losses.ar, losses.ar_tokens)
         sums += torch.stack([part.double() for part in parts]).cpu()
@@ -90,11 +89,6 @@ def first_prompt(rows: Rows) -> Tensor:
     own = rows.document[0] == 0
     tokens, context = rows.tokens[0][own], int((rows.offset[0][own] < 0).long().cumprod(0).sum())
     return tokens[: context or max(1, min(PROMPT_TOKENS, len(tokens) // 2))]
-
-
-def evaluation_rows(config: AdaptConfig) -> int:
-    """Rows of one forward pass of the final evaluation: no more than a process takes while training."""
-    return min(4, config.training.micro_batch_rows or 4)
 
 
 def held_out_bits(run: Run, received: list[int]) -> list[dict[str, Any]]:
