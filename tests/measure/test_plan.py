@@ -22,7 +22,7 @@ from nextblock.config.errors import UsageError
 from nextblock.config.run import AdaptConfig, load_config, stage_configs
 from nextblock.config.sections import BlockDiffusionSettings, DraftAdapterConfig
 from nextblock.measure.likelihood import bits_per_byte, evaluation_rows
-from nextblock.measure.plan import USABLE, StagedPlan, largest_row, model_shape, plan, plan_stages
+from nextblock.measure.plan import USABLE, StagedPlan, largest_row, plan, plan_stages
 from nextblock.measure.plan.memory import evaluation_memory, step_memory
 from nextblock.measure.plan.work import (
     attention_pairs,
@@ -33,7 +33,7 @@ from nextblock.measure.plan.work import (
     step_flops,
 )
 from nextblock.model.draft_adapter import DraftAdapter
-from nextblock.model.parent import load_parent, scratch_config
+from nextblock.model.parent import load_parent, model_shape, scratch_config
 from nextblock.model.shapes import shape_values
 from nextblock.recipe.corruption import UNSCORED, corrupt
 from nextblock.training.devices import DEVICES, GIB
@@ -442,7 +442,7 @@ def test_online_a_config_is_downloaded_alone_and_that_of_a_known_model_is_not(tm
             raise OSError("not in the cache")
         return scratch_config(LLAMA)
 
-    monkeypatch.setattr("nextblock.measure.plan.config_as_stored", stored)
+    monkeypatch.setattr("nextblock.model.parent.config_as_stored", stored)
     found = plan(config_of(None, tmp_path, model__path="someone/else"), device="l4")
     assert found.parameters == plan(config_of(LLAMA, tmp_path), device="l4").parameters
     model_shape(config_of(None, tmp_path, model__path="Qwen/Qwen3-8B-Base").model)

@@ -10,28 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, TypedDict, Unpack, cast
 
-from huggingface_hub import is_offline_mode
 from transformers import PreTrainedConfig
 
-from nextblock.config.errors import UsageError, nearest, one_line
+from nextblock.config.errors import UsageError, nearest
 from nextblock.config.run import AdaptConfig, stage_configs
-from nextblock.config.sections import ModelConfig
 from nextblock.measure.plan.memory import evaluation_memory, step_memory
 from nextblock.measure.plan.work import count_parameters, micro_rows, noised_tokens, run_flops, step_flops
-from nextblock.model.loading import (
-    check_architecture,
-    check_backward,
-    check_quantization,
-    config_as_stored,
-    replace_values,
-    resolve,
-)
-from nextblock.model.parent import scratch_config
+from nextblock.model.loading import check_backward, check_quantization
+from nextblock.model.parent import model_shape
 from nextblock.model.positions import check_row_length, steady_positions
-from nextblock.model.shapes import HUB_IDS, shape_values
 from nextblock.training.devices import DEVICES, GIB
 from nextblock.training.flops import Flops, kind_of_training
 from nextblock.training.launcher import check_batch, check_sharding
@@ -287,37 +276,6 @@ def check_machine(config: AdaptConfig, machine: Machine) -> tuple[str, int, str,
     if not 0 < mfu <= 1:
         raise UsageError(f"mfu={mfu} is a share of the peak; use more than 0 and at most 1")
     return device, devices, parallel, mfu
-
-
-def model_shape(config: ModelConfig) -> PreTrainedConfig:
-    """The parent's Hugging Face config: `scratch`, a folder, the cache, a known shape, or downloaded alone.
-
-    Raises:
-        UsageError: a model that is none of these.
-    """
-    shape = _stored_shape(config) if config.scratch is None else scratch_config(config.scratch)
-    replace_values(shape, config.override)
-    return shape
-
-
-def _stored_shape(config: ModelConfig) -> PreTrainedConfig:
-    source = resolve(config.path)
-    known = config.path in HUB_IDS
-    options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-    try:  # of a model that is known nothing is downloaded, of another its config alone
-        shape = config_as_stored(source, local_files_only=known, **options)
-    except Exception as error:  # transformers raises many kinds here; each means that there is no config to read
-        if Path(source).is_dir():
-            raise UsageError(f"cannot read the config of model {config.path}: {one_line(error)}") from None
-        if not known:
-            why = "the Hub is not asked (HF_HUB_OFFLINE)" if is_offline_mode() else f"the Hub says: {one_line(error)}"
-            raise UsageError(
-                f"model {config.path} is not on this machine and its shape is not among those known "
-                f"({', '.join(sorted(set(HUB_IDS.values())))}); {why}; download its config.json, or set model.scratch"
-            ) from None
-        shape = scratch_config(shape_values(HUB_IDS[config.path]))
-    check_architecture(shape)
-    return shape
 
 
 def largest_row(

@@ -206,7 +206,7 @@ def _tradeoff_panel(axes: Axes, entries: Sequence[Entry], field: str) -> None:
     axes.set_xlim(0, 1.12 * max([e[field] for e in points], default=1.0))
     for entry in of_kind(points, "parent", "ar"):
         axes.axhline(100 * entry["accuracy"], color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
-    diffusion = sorted(of_kind(points, "adapted", "diffusion"), key=lambda e: e[field])
+    diffusion = sorted(of_kind(points, "adapted", "diffusion"), key=lambda e: -(e["threshold"] or 2.0))
     curves = []
     joined = [e for e in diffusion if e.get("joined", True)]
     for size in sorted({e["block_size"] for e in joined}):
