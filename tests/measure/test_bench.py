@@ -23,10 +23,10 @@ from nextblock.measure.bench.contest import (
     Contestant,
     Round,
     alternate,
+    compared,
     left_padded,
     make_batches,
     our_mode,
-    speedups,
     transformers_generate,
 )
 from nextblock.measure.bench.decoding import bench_decode, count_calls
@@ -142,7 +142,8 @@ def test_a_speedup_is_a_ratio_within_one_round():
     """The machine is ten times slower in the second round; the ratio does not see it."""
     fast = [Round([[1] * 8], seconds) for seconds in (1.0, 10.0)]
     slow = [Round([[1] * 4], seconds) for seconds in (1.0, 10.0)]
-    assert speedups(fast, slow) == [2.0, 2.0]
+    found = compared(fast, slow)
+    assert (found["speedup"], found["speedup_low"], found["speedup_high"]) == (2.0, 2.0, 2.0)
 
 
 def test_only_whole_batches_are_used():

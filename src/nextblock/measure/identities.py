@@ -1,12 +1,4 @@
-"""The identities that define "correct", measured on a user's own model: `nextblock verify`.
-
-1. Clean-half logits equal those of a plain causal forward pass on the same tokens.
-2. A noised block's logits in the parallel pass equal those of the cached decoding step for that block.
-3. At b = 1 the objective and its gradient equal lambda times those of AR cross-entropy.
-4. Dense mask, FlexAttention mask and a pair-by-pair reading of the paper's Eq. 4 agree in every entry.
-5. A packed row gives each document what it would get alone.
-6. A batch of unequal prompts gives each row, token for token, what it gets alone, in every mode.
-7. Speculative mode with greedy decoding equals AR greedy decoding, token for token.
+"""The identities that define "correct", measured on a user's own model; `verify_model` lists them.
 
 Random tokens in short rows: the laws hold for any weights, so nothing has to be trained or meaningful.
 Letters: B rows, T tokens, V vocabulary, b block size.
@@ -26,6 +18,7 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_mask
+from torch.nn.utils.rnn import pad_sequence
 
 from nextblock.attention.masks import to_block_mask, to_dense
 from nextblock.attention.rule import Places, Rule, block_diffusion_rule, within_window
@@ -59,7 +52,7 @@ OnCheck = Callable[[int, int, str], None]
 class Check:
     """What came out of one identity.
 
-    name: the law, in words, with its number above.
+    name: the law, in words, with its number.
     difference: the largest found: of logits or gradients over the largest of them, or a count of tokens or
         mask entries (`unit`). None where nothing was measured.
     tolerance: largest difference that passes, None likewise.
@@ -110,10 +103,9 @@ def verify(
     if given is not None:
         model.config.block_diffusion = given.model_dump()
     probe(decoder)
+    mask_id = decoder.vocabulary - 1
     if mask_token is not None or given is not None or getattr(tokenizer, "mask_token_id", None) is not None:
         mask_id = choose_mask_token(decoder, tokenizer, mask_token)
-    else:
-        mask_id = decoder.vocabulary - 1
     given = given or BlockDiffusionSettings(mask_token_id=mask_id)
     given = given.model_copy(update={"mask_token_id": mask_id})
     return verify_model(BlockDiffusionLM(model, None, given), on_check)
@@ -129,26 +121,21 @@ def verify_model(lm: BlockDiffusionLM, on_check: OnCheck = lambda done, total, n
     row, prompt = subject.longest(subject.rows), max(len(p) for prompts in subject.prompts for p in prompts)
     context, short = subject.decoder.max_positions or 5, subject.longest(subject.short_rows)
     checks: list[tuple[str, Callable[[_Subject], float | None], float | None, Unit, int]] = [
-        ("the model obeys the mask and positions it is given", _probe, None, "relative", context),
+        ("the model obeys the mask and positions it is given", lambda s: probe(s.decoder), None, "relative", context),
         ("1  clean half = plain causal forward", _clean_half, relative, "relative", row),
         ("2  noised block = cached decoding step", _decoding_step, relative, "relative", row),
         ("3  at b = 1 loss and gradient = lambda x AR's", _ar_objective, relative, "relative", row),
         ("4  dense mask = FlexAttention mask = Eq. 4", _masks, 0, "entries", short),
         ("5  document in a packed row = document alone", _packing, relative, "relative", row),
-        *(
-            (f"6  prompt in a batch = prompt alone, {m}", partial(_batching, mode=m), 0, "tokens", prompt)
-            for m in MODES
-        ),
+        *((f"6  prompt in a batch = prompt alone, {m}", partial(_batching, m), 0, "tokens", prompt) for m in MODES),
         ("7  speculative greedy = ar greedy", _speculative, 0, "tokens", prompt),
     ]
     done: list[Check] = []
     for check in checks:
         on_check(len(done), len(checks), check[0])
         done.append(_measure(subject, *check))
-    for limit in subject.untried:
-        why = "such a row is too long to try"
-        done.append(Check(f"   {limit} are exceeded", "skipped", None, None, "relative", why, 0.0, row))
-    return done
+    skipped = ("skipped", None, None, "relative", "such a row is too long to try", 0.0, row)
+    return done + [Check(f"   {limit} are exceeded", *skipped) for limit in subject.untried]
 
 
 def table(checks: Iterable[Check]) -> Table:
@@ -157,9 +144,8 @@ def table(checks: Iterable[Check]) -> Table:
     colour = {"passed": "green", "failed": "bold red", "skipped": "yellow"}
     for check in checks:
         unit = "" if check.unit == "relative" else f" {check.unit}"
-        difference, tolerance = (
-            "" if value is None else f"{value:.2g}{unit}" for value in (check.difference, check.tolerance)
-        )
+        numbers = (check.difference, check.tolerance)
+        difference, tolerance = ("" if value is None else f"{value:.2g}{unit}" for value in numbers)
         result = f"[{colour[check.status]}]{check.status}[/]" + (f": {check.reason}" if check.reason else "")
         out.add_row(check.name, str(check.positions), difference, tolerance, f"{check.seconds:.2f}", result)
     return out
@@ -271,10 +257,6 @@ def _difference(ours: Tensor, theirs: Tensor) -> float:
 
 
 # ------------------------------------------------------------------------------- the identities
-
-
-def _probe(subject: _Subject) -> None:
-    probe(subject.decoder)
 
 
 @torch.no_grad()
@@ -412,11 +394,7 @@ def _greedy(subject: _Subject, mode: Mode, prompts: list[Tensor]) -> list[list[i
     """Greedy answers of two blocks and a bit to a batch of prompts, end tokens ignored."""
     if subject.model.dtype not in (torch.float32, torch.float64):
         raise _Skip(f"in {str(subject.model.dtype).removeprefix('torch.')} rounding decides near ties; use float32")
-    longest = max(len(prompt) for prompt in prompts)
-    tokens = torch.zeros(len(prompts), longest, dtype=torch.int64)
-    real = torch.zeros_like(tokens)
-    for row, prompt in enumerate(prompts):
-        tokens[row, : len(prompt)], real[row, : len(prompt)] = prompt, 1
+    tokens, real = (pad_sequence(rows, batch_first=True) for rows in (prompts, [torch.ones_like(p) for p in prompts]))
     new = 2 * subject.settings.block_size + 2
     out = subject.lm.generate(tokens, attention_mask=real, mode=mode, max_new_tokens=new, eos_token_id=())
     return out.answers
@@ -427,7 +405,7 @@ def _different_tokens(ours: list[list[int]], theirs: list[list[int]]) -> int:
     return sum(a != b for a, b in pairs)
 
 
-def _batching(subject: _Subject, mode: Mode) -> float:
+def _batching(mode: Mode, subject: _Subject) -> float:
     different = 0
     for prompts in subject.prompts:
         alone = [answer for prompt in prompts for answer in _greedy(subject, mode, [prompt])]

@@ -13,8 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 LINE_SECONDS = 5.0  # between two lines about some work, at least
 
-Update = Callable[..., None]
-"""update(done, total, what="")"""
+Update = Callable[..., None]  # update(done, total, what="")
 
 
 class Pace:

@@ -11,8 +11,7 @@ INK, MUTED, LINE, BLUE, ORANGE, GREEN = "#1f2328", "#626b77", "#dfe3e8", "#0072b
 MODE_COLOURS = {"ar": BLUE, "diffusion": ORANGE, "speculative": GREEN}
 LABEL: dict[str, Any] = {"fontsize": 9, "color": MUTED}  # of axes
 
-Entry = Mapping[str, Any]
-"""A record of a log or of results, as JSON has it."""
+Entry = Mapping[str, Any]  # a record of a log or of results, as JSON has it
 
 
 def canvas(rows: int, columns: int, size: tuple[float, float], **layout: Any) -> tuple[Figure, Any]:

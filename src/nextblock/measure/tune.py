@@ -8,16 +8,12 @@ Every setting takes turns with AR mode on the same prompts; a speed is the media
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, field, replace
 from statistics import fmean, stdev
 from typing import Any
 
 from nextblock.config.errors import UsageError, nearest
-from nextblock.config.files import write_whole
 from nextblock.decoding.lm import BlockDiffusionLM
 from nextblock.decoding.options import DecodingConfig, resolve_config
 from nextblock.decoding.request import end_tokens
@@ -25,7 +21,8 @@ from nextblock.measure.bench.contest import Round, alternate, compared, make_bat
 from nextblock.measure.bench.decoding import check_length
 from nextblock.measure.bench.prompts import Options, Prompts, variant_name
 from nextblock.measure.progress import Update, counter
-from nextblock.model.loading import SHIPPED
+from nextblock.model.stored import writable_folder as writable_folder
+from nextblock.model.stored import write_decoding as write_decoding
 
 TUNED = {  # what is tuned of each mode; the values left out of a name are the defaults of `DecodingConfig`
     "diffusion": ("block_size", "threshold", "sampler", "sub_blocks"),
@@ -228,8 +225,9 @@ def _worth_a_closer_look(coarse: Sequence[Trial], max_drop: float) -> list[Optio
     possible = [t for t in coarse if t.drop - t.drop_error <= max_drop]
     fastest = sorted(possible, key=lambda t: -t.speedup)[:KEPT]
     safest = min(coarse, key=lambda t: (t.drop, -t.speedup))
-    found = [trial.options for trial in (*fastest, safest)]
-    return found + [near for trial in (fastest or [safest])[:2] for near in neighbours(trial.options)]
+    return [trial.options for trial in (*fastest, safest)] + [
+        near for trial in (fastest or [safest])[:2] for near in neighbours(trial.options)
+    ]
 
 
 def _unique(candidates: Sequence[Options]) -> list[Options]:
@@ -249,9 +247,7 @@ class _Runner:
     batch: int
     max_new_tokens: int
     on_call: Update
-
-    def __post_init__(self) -> None:
-        self._grades: dict[tuple[int, str], bool] = {}
+    grades: dict[tuple[int, str], bool] = field(default_factory=dict)
 
     def measure(self, candidates: Sequence[Options], count: int, stage: str) -> list[Trial]:
         """AR mode and the candidates on the first `count` prompts (whole batches of them)."""
@@ -278,15 +274,15 @@ class _Runner:
 
     def _grade(self, index: int, answer: list[int]) -> bool:
         text = self.lm.tokenizer.decode(answer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        if (index, text) not in self._grades:
+        if (index, text) not in self.grades:
             assert self.prompts.task is not None
-            self._grades[index, text] = self.prompts.task.grade(text, self.prompts.cases[index])
-        return self._grades[index, text]
+            self.grades[index, text] = self.prompts.task.grade(text, self.prompts.cases[index])
+        return self.grades[index, text]
 
     def _trial(self, options: Options, own: list[Round], ar: list[Round], reference: list[bool], stage: str) -> Trial:
         right = self._right(own, ar)
         lost = [100 * (before - now) for before, now in zip(reference, right, strict=True)]
-        speeds = compared(own, ar)
+        speeds = {name: compared(own, ar)[name] for name in ("speedup", "tokens_per_second")}
         return Trial(
             name=setting_name(options),
             mode=options["mode"],
@@ -296,47 +292,9 @@ class _Runner:
             quality=fmean(right),
             drop=fmean(lost),
             drop_error=stdev(lost) / len(lost) ** 0.5 if len(lost) > 1 else 0.0,
-            speedup=speeds["speedup"],
-            tokens_per_second=speeds["tokens_per_second"],
+            **speeds,
             tokens_per_forward=sum(r.new_tokens for r in own) / sum(r.row_forwards for r in own),
         )
-
-
-# ----------------------------------------------------------------------------------------------- writing
-
-
-def writable_folder(model: str | Path) -> Path:
-    """The folder whose settings `--write` changes; asked before anything is measured.
-
-    Raises:
-        UsageError: a shipped model, a Hub id, or a folder that cannot be written.
-    """
-    folder = Path(model).expanduser()
-    if str(model) in SHIPPED:
-        raise UsageError(f"--write: {model} is a shipped model and stays as it is; copy it first, and tune the copy")
-    if not folder.is_dir():
-        raise UsageError(f"--write: {model} is not a local folder; copy it first, and tune the copy")
-    if not os.access(folder, os.W_OK) or not os.access(folder / "config.json", os.W_OK):
-        raise UsageError(
-            f"--write: {folder / 'config.json'} cannot be written; copy the folder first, and tune the copy"
-        )
-    return folder
-
-
-def write_decoding(folder: Path, decoding: Options) -> Path:
-    """Put default arguments of `generate` into a checkpoint's config.json; returns its path.
-
-    Options that `decoding` does not name stay as they are, and so does all else in the file.
-    """
-    path = folder / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    section = config["block_diffusion"]
-    section["decoding"] = {**section.get("decoding", {}), **decoding}
-    try:
-        write_whole(path, (json.dumps(config, indent=2) + "\n").encode())
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror}") from None
-    return path
 
 
 def setting_in_words(trial: Trial | None) -> str:

@@ -82,11 +82,7 @@ def run_bench(
 
 
 def write_results(results: Mapping[str, Any], figure: Figure, output: Path) -> tuple[Path, Path]:
-    """Write the figures as JSON at `output`, and the plot beside it as PNG; returns both paths.
-
-    Raises:
-        UsageError: the folder cannot be written.
-    """
+    """Write the figures as JSON at `output`, the plot beside it as PNG; both paths. UsageError if it cannot be."""
     plot = output.with_suffix(".png")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -90,11 +90,7 @@ def alternate(
 
 
 def make_batches(prompts: TokenLists, size: int) -> list[TokenLists]:
-    """Whole batches of `size` prompts; what is left over is not used.
-
-    Raises:
-        UsageError: fewer prompts than one batch.
-    """
+    """Whole batches of `size` prompts; what is left over is not used. UsageError for less than one batch."""
     if size < 1:
         raise UsageError(f"batch={size} must be at least 1")
     if len(prompts) < size:
@@ -111,14 +107,13 @@ def left_padded(prompts: TokenLists, device: torch.device) -> tuple[Tensor, Tens
     return tokens.to(device), mask.to(device)
 
 
-def speedups(rounds: Sequence[Round], reference: Sequence[Round]) -> list[float]:
-    """Tokens per second over the reference's, round by round."""
-    return [own.tokens_per_second / other.tokens_per_second for own, other in zip(rounds, reference, strict=True)]
-
-
 def compared(rounds: Sequence[Round], reference: Sequence[Round]) -> dict[str, float]:
-    """`tokens_per_second`, and `speedup` over the reference with its lowest and highest round; medians over rounds."""
-    ratios = speedups(rounds, reference)
+    """`tokens_per_second`, and `speedup`, the ratio to the reference in the same round: medians over rounds.
+
+    `speedup_low` and `speedup_high` are those of the lowest and the highest round.
+    """
+    pairs = zip(rounds, reference, strict=True)
+    ratios = [own.tokens_per_second / other.tokens_per_second for own, other in pairs]
     return {
         "tokens_per_second": median(each.tokens_per_second for each in rounds),
         "speedup": median(ratios),

@@ -137,21 +137,13 @@ def plot_tuning(trials: Sequence[Entry], measure: str, max_drop: float) -> Figur
     ar = next(trial for trial in trials if trial["mode"] == "ar")
     entries = []
     for trial in trials:
-        options = {"block_size": 1, **trial["options"]}
-        entries.append(
-            {
-                **options,
-                "model": "adapted",
-                "task": measure,
-                "accuracy": trial["quality"],
-                "tokens_per_second": trial["speedup"] * ar["tokens_per_second"],
-                "tokens_per_forward": trial["tokens_per_forward"],
-                "joined": options.get("sub_blocks") == 1 and options.get("sampler") == "confidence",
-                "hollow": trial["stage"] == "coarse",
-                "ringed": trial["chosen"],
-                "label": trial["name"].replace(", ", "\n") if trial["chosen"] else "",
-            }
-        )
+        options, chosen = trial["options"], trial["chosen"]
+        entry = {**options, "model": "adapted", "task": measure, "accuracy": trial["quality"]}
+        entry["tokens_per_second"] = trial["speedup"] * ar["tokens_per_second"]
+        entry["tokens_per_forward"] = trial["tokens_per_forward"]
+        entry["joined"] = (options.get("sub_blocks"), options.get("sampler")) == (1, "confidence")
+        entry |= {"hollow": trial["stage"] == "coarse", "ringed": chosen}
+        entries.append(entry | {"label": trial["name"].replace(", ", "\n") if chosen else ""})
     figure = plot_tradeoff(entries, measure)
     for panel in figure.axes:
         panel.axhline(100 * ar["quality"], color=INK, linewidth=0.9, linestyle=(0, (4, 3)))

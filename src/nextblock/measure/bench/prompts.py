@@ -44,11 +44,7 @@ class Prompts:
 
 
 def task_prompts(name: str, split: str, count: int) -> Prompts:
-    """The first `count` problems of a built-in task.
-
-    Raises:
-        UsageError: unknown task or split, or fewer than one.
-    """
+    """The first `count` problems of a built-in task; UsageError for an unknown task or split, or fewer than one."""
     if count < 1:
         raise UsageError(f"examples={count} must be at least 1")
     task = get_task(name)

@@ -267,12 +267,11 @@ def check_machine(config: AdaptConfig, machine: Machine) -> tuple[str, int, str,
     devices = config.machine.gpus if devices is None else devices
     parallel = machine.get("parallel") or ("fsdp2" if config.training.fsdp else "ddp")
     mfu = machine.get("mfu", 0.4)
-    if device not in DEVICES:
-        raise UsageError(f"gpu '{device}' is unknown{nearest(device, list(DEVICES))}")
+    for name, value, known in (("gpu", device, tuple(DEVICES)), ("parallel", parallel, PARALLEL)):
+        if value not in known:
+            raise UsageError(f"{name} '{value}' is unknown{nearest(value, known)}")
     if devices < 1:
         raise UsageError(f"gpus={devices} must be at least 1")
-    if parallel not in PARALLEL:
-        raise UsageError(f"parallel '{parallel}' is unknown{nearest(parallel, PARALLEL)}")
     if not 0 < mfu <= 1:
         raise UsageError(f"mfu={mfu} is a share of the peak; use more than 0 and at most 1")
     return device, devices, parallel, mfu

@@ -12,6 +12,8 @@ from nextblock.measure.plan import USABLE, Plan, StagedPlan
 from nextblock.measure.words import count, memory, number
 from nextblock.training.devices import DEVICES
 
+YES = {True: "yes", False: "no", None: ""}
+
 
 def plan_table(found: Plan | StagedPlan) -> Table:
     """What `nextblock plan` prints: one column with notes, or a column for each stage and one for all of them."""
@@ -45,7 +47,7 @@ def plan_table(found: Plan | StagedPlan) -> Table:
         row("at the final evaluation", lambda one: memory(one.evaluation_bytes), "the first device")
     row("memory at the peak", lambda one: memory(one.peak_bytes), total=memory(found.peak_bytes), style="bold")
     if room is not None:
-        row(f"fits {USABLE:.0%} of {room:.0f} GiB", lambda one: _yes(one.fits), total=_yes(found.fits))
+        row(f"fits {USABLE:.0%} of {room:.0f} GiB", lambda one: YES[one.fits], total=YES[found.fits])
         row("longest row that fits", lambda one: str(one.largest_row or "none"), "tokens")
     table.add_section()
 
@@ -62,14 +64,6 @@ def plan_table(found: Plan | StagedPlan) -> Table:
     table.caption = f"{first.model} on {where} at {first.mfu:.0%} MFU, assumed"
     row("tokens per second", lambda one: number(one.tokens_per_second, 0))
     row("seconds a step", lambda one: number(one.step_seconds))
-    row("days", lambda one: number(one.seconds and one.seconds / 86400), "with block growth", _days(found.seconds))
+    row("days", lambda one: number((one.seconds or 0) / 86400), "with block growth", number(found.seconds / 86400))
     row("GPU-hours", lambda one: number(one.device_hours, 1), total=number(found.device_hours, 1), style="bold")
     return table
-
-
-def _yes(fits: bool | None) -> str:
-    return "yes" if fits else "no"
-
-
-def _days(seconds: float) -> str:
-    return number(seconds / 86400)

@@ -90,10 +90,10 @@ def plot_losses(
 
 
 def plot_profile(profiles: Sequence[Entry]) -> Figure:
-    """Diffusion loss by noise level and by offset in the block: one line for each block size, its last profile.
+    """Diffusion loss by masked share of the block and by place in it: a line for each block size, its last profile.
 
     Args:
-        profiles: records of `training.log.LossProfile`; a bucket without tokens is null.
+        profiles: records of `training.log.LossProfile`; a bin without tokens is null.
     """
     last = {entry["block_size"]: entry for entry in profiles}
     figure, axes = canvas(1, 2, (WIDTH, 3.0), sharey="row")
@@ -104,7 +104,7 @@ def plot_profile(profiles: Sequence[Entry]) -> Figure:
             "color": ORANGE, "alpha": 0.25 + 0.75 * rank / len(last), "linewidth": 0.8 + 1.2 * rank / len(last),
             "marker": "o", "markersize": 3,
         }  # fmt: skip
-        # Only buckets that had tokens, joined: small blocks can be masked in few ways.
+        # Only bins that had tokens, joined: small blocks can be masked in few ways.
         shares = [(100 * (k + 0.5) / len(noise), loss) for k, loss in enumerate(noise) if loss is not None]
         offsets = [(k * size / len(offset), loss) for k, loss in enumerate(offset) if loss is not None]
         axes[0, 0].plot(*zip(*shares, strict=True), **style)
@@ -151,19 +151,16 @@ def _mark_growth(axes: Axes, growth: Sequence[Sequence[int]]) -> None:
 
 def _trailing_mean(values: np.ndarray, window: int) -> np.ndarray:
     """Mean of the last `window` values at each place, fewer at the start; NaN values do not count."""
-    known = ~np.isnan(values)
-    total = np.concatenate([[0.0], np.cumsum(np.where(known, values, 0.0))])
-    count = np.concatenate([[0], np.cumsum(known)])
-    end = np.arange(1, len(values) + 1)
-    start = np.maximum(0, end - window)
-    number = count[end] - count[start]
-    return np.where(number > 0, (total[end] - total[start]) / np.maximum(number, 1), math.nan)
+    known, ones = ~np.isnan(values), np.ones(window)
+    total = np.convolve(np.where(known, values, 0.0), ones)[: len(values)]
+    count = np.convolve(known, ones)[: len(values)].round()
+    return np.where(count > 0, total / np.maximum(count, 1), math.nan)
 
 
 def plot_tradeoff(decoding: Sequence[Entry], measure: str = "accuracy") -> Figure:
     """Accuracy against tokens per forward and tokens per second; a row of panels for each task.
 
-    Diffusion settings of one block size are joined in the order of their speed and labelled with their
+    Diffusion settings of one block size are joined in the order of their threshold and labelled with their
     threshold ("1/step" is one token per denoising step); the dashed line is the parent's accuracy.
 
     Args:
@@ -246,8 +243,8 @@ def _place_labels(
         points: x, y in data units, text ("" for none), colour.
         curves: polylines in data units.
     """
-    canvas = FigureCanvasAgg(axes.get_figure(root=True))  # type: ignore[arg-type]
-    renderer, frame, scale = canvas.get_renderer(), axes.get_window_extent(), canvas.figure.dpi / 72
+    drawing = FigureCanvasAgg(axes.get_figure(root=True))  # type: ignore[arg-type]
+    renderer, frame, scale = drawing.get_renderer(), axes.get_window_extent(), drawing.figure.dpi / 72
     centres = [axes.transData.transform((x, y)) for x, y, _, _ in points]
     taken = [_box(x, y, 10 * scale, 10 * scale) for x, y in centres]
     for curve in curves:

@@ -19,12 +19,11 @@ from nextblock.measure.words import DASH, count, duration, number, percent, spac
 MODES = {"ar": "AR"}  # the others are called as they are
 SIGNS = {" ": "␣", "\n": "↵", "\t": "⇥", "": "∅"}  # for tokens that would not be seen
 SAME_ACCURACY = 0.01  # a faster setting counts as no worse within this much of the slow one's accuracy
-FIGURES = {
+FIGURES = {  # what each figure shows, for those who cannot see it
     "losses": "Diffusion and AR loss against the training step",
     "profile": "Diffusion loss by masked share of the block and by place in the block",
     "tradeoff": "Accuracy against tokens per forward and per second",
 }
-"""What each figure shows, for those who cannot see it."""
 
 
 def render(results: Mapping[str, Any], log: Sequence[Entry] = (), profiles: Sequence[Entry] = ()) -> str:
@@ -44,7 +43,16 @@ def render(results: Mapping[str, Any], log: Sequence[Entry] = (), profiles: Sequ
         profile=_svg("profile", profiles and plot_profile(profiles)),
         tradeoff=_svg("tradeoff", decoding and plot_tradeoff(decoding)),
         tasks=[_task_table(task, decoding) for task in tasks_of(decoding)],
-        bits_per_byte=[_bits_row(entry) for entry in results.get("bits_per_byte") or []],
+        bits_per_byte=[
+            (
+                e["model"],
+                e["measure"],
+                number(e.get("block_size"), 0),
+                number(e["value"], 3),
+                number(e.get("bytes"), 0),
+            )
+            for e in results.get("bits_per_byte") or []
+        ],
         samples=[_sample(sample) for sample in results.get("samples") or []],
         command=results.get("command"),
         facts=list(facts.items()),
@@ -191,11 +199,6 @@ def _task_table(task: str, decoding: Sequence[Entry]) -> dict[str, Any]:
     columns = ("Model and mode", *MEASURES)
     name = spaced(task).capitalize()
     return {"name": name, "prompts": _prompts(entries), "columns": columns, "rows": _decoding_rows(entries)}
-
-
-def _bits_row(entry: Entry) -> tuple[str, ...]:
-    block, size = number(entry.get("block_size"), 0), number(entry.get("bytes"), 0)
-    return entry["model"], entry["measure"], block, number(entry["value"], 3), size
 
 
 # -------------------------------------------------------------------------------------------- samples
