@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from rich.table import Table
@@ -28,7 +28,7 @@ from nextblock.data.rows import Rows
 from nextblock.decoding.batch import Batch, Row
 from nextblock.decoding.events import Stats
 from nextblock.decoding.lm import BlockDiffusionLM
-from nextblock.decoding.options import MODES, DecodingConfig, Mode
+from nextblock.decoding.options import DecodingConfig, Mode
 from nextblock.model.decoder import Decoder
 from nextblock.model.loading import GivenSettings, load_model, load_tokenizer, read_settings
 from nextblock.model.mask_token import choose_mask_token
@@ -127,7 +127,10 @@ def verify_model(lm: BlockDiffusionLM, on_check: OnCheck = lambda done, total, n
         ("3  at b = 1 loss and gradient = lambda x AR's", _ar_objective, relative, "relative", row),
         ("4  dense mask = FlexAttention mask = Eq. 4", _masks, 0, "entries", short),
         ("5  document in a packed row = document alone", _packing, relative, "relative", row),
-        *((f"6  prompt in a batch = prompt alone, {m}", partial(_batching, m), 0, "tokens", prompt) for m in MODES),
+        *(
+            (f"6  prompt in a batch = prompt alone, {m}", partial(_batching, m), 0, "tokens", prompt)
+            for m in get_args(Mode)
+        ),
         ("7  speculative greedy = ar greedy", _speculative, 0, "tokens", prompt),
     ]
     done: list[Check] = []

@@ -282,7 +282,7 @@ class _Runner:
     def _trial(self, options: Options, own: list[Round], ar: list[Round], reference: list[bool], stage: str) -> Trial:
         right = self._right(own, ar)
         lost = [100 * (before - now) for before, now in zip(reference, right, strict=True)]
-        speeds = {name: compared(own, ar)[name] for name in ("speedup", "tokens_per_second")}
+        speeds: Any = {name: compared(own, ar)[name] for name in ("speedup", "tokens_per_second")}
         return Trial(
             name=setting_name(options),
             mode=options["mode"],

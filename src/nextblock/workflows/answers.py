@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from nextblock.config.errors import UsageError
+from nextblock.config.files import write_whole
 from nextblock.data.prompts import read_prompts
 from nextblock.data.sources import Record
 from nextblock.decoding.events import Finish
@@ -103,9 +104,7 @@ def write_answers(
                 raise UsageError(f"{record.where}: {error}".replace(" prompt 0 ", " the prompt ")) from None
     try:
         if not begun:
-            part = record_of.with_name(f".{record_of.name}.part")
-            part.write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
-            part.replace(record_of)
+            write_whole(record_of, (json.dumps(identity, indent=2) + "\n").encode())
         with output.open("ab") as stream:
             stream.truncate(size)
             if on_batch:

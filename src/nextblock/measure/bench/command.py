@@ -65,7 +65,7 @@ def run_bench(
     with progress("timing") as update:
         advance = counter(update, calls + len(POSITIONS) * rounds * len(passed))
         speeds = [bench_decode(lm, encoded, variants, batch=n, on_call=advance, **limits) for n in decoded]
-        widths = {"cache_length": cache_length, "rounds": rounds}
+        widths: Any = {"cache_length": cache_length, "rounds": rounds}
         times = [time_forwards(lm, batch=n, on_call=advance, **widths) for n in passed]
     return {
         "model": model,

@@ -122,9 +122,6 @@ def compared(rounds: Sequence[Round], reference: Sequence[Round]) -> dict[str, f
     }
 
 
-# ------------------------------------------------------------------------------------------ contestants
-
-
 def our_mode(lm: BlockDiffusionLM, options: Options, max_new_tokens: int, ends: Sequence[int]) -> Contestant:
     """One of this package's modes, greedy. `ends`: end tokens, none if empty."""
     device = lm.decoder.device
@@ -186,8 +183,9 @@ def transformers_generate(
     if static_length is not None:
         name = "transformers, static cache, compiled"
         cache = StaticCache(config=model.config, max_cache_len=static_length)
-        plain.compile_config = CompileConfig()
-        plain.compile_config._compile_all_devices = True  # by itself it compiles on accelerators alone
+        compiling: Any = CompileConfig()
+        compiling._compile_all_devices = True  # by itself it compiles on accelerators alone
+        plain.compile_config = compiling
         extra = {"past_key_values": cache}
 
     def run(prompts: TokenLists) -> Round:
