@@ -17,7 +17,7 @@ from nextblock.data.rows import Rows, check_tokens
 from nextblock.data.stream import NoDocument, RowStream
 from nextblock.model.decoder import Decoder
 from nextblock.model.draft_adapter import DraftAdapter
-from nextblock.model.loading import weight_shapes
+from nextblock.model.loading import check_backward, weight_shapes
 from nextblock.model.lora import LoraAdapter
 from nextblock.model.mask_token import check_round_trip, choose_mask_token
 from nextblock.model.parent import load_parent, parent_config, parent_tokenizer
@@ -126,8 +126,7 @@ def open_parent(
     decoder = load_parent(model, device)
     if checkpoint is not None:
         load_weights(checkpoint, decoder.model)
-    if decoder.attention == "flex_attention" and decoder.device.type == "cpu":
-        raise UsageError("model.attention=flex_attention has no backward pass on CPU; use sdpa, or auto")
+    check_backward(decoder.attention, decoder.device.type)
     if len(tokenizer) > decoder.vocabulary:  # else a new mask token would make rows for the missing ones, untrained
         raise UsageError(
             f"the tokenizer has {len(tokenizer)} tokens, the model's vocabulary {decoder.vocabulary}; "
