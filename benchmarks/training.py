@@ -39,7 +39,7 @@ from nextblock.model.decoder import Decoder
 from nextblock.model.draft_adapter import DraftAdapter
 from nextblock.model.loading import load_model, read_settings
 from nextblock.model.probe import run_in_parts, without_dropout
-from nextblock.recipe.objective import DraftLoss, TwoViewLoss
+from nextblock.recipe.objective import TwoViewLoss
 from nextblock.training.run import Run
 from nextblock.training.step import train_step
 
@@ -161,7 +161,7 @@ class Contest:
             accelerator=Accelerator(),
             tokenizer=SimpleNamespace(eos_token_id=None),
             decoder=decoder,
-            loss=DraftLoss(decoder) if drafting else TwoViewLoss(decoder),
+            loss=TwoViewLoss(decoder),
             optimizer=cast(torch.optim.Optimizer, self.adapter_optimizer if drafting else self.optimizer),
             feed=cast(Any, SimpleNamespace(next=lambda: whole_rows(self.tokens))),
             mask_token_id=mask,

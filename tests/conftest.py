@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from transformers import PreTrainedModel
 
 from families import FAMILIES, pangu_folder, tiny_model
+from runs import config_of, start, weights
 
 # Models here are tiny: more threads cost more than they give, and sums keep one order.
 torch.set_num_threads(1)
@@ -81,5 +83,18 @@ def place(tmp_path_factory) -> Path:
 def processes() -> Any:
     """Starts real processes quickly: a server that has imported everything forks them."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["nextblock.workflows.adapt", "test_loop"])
+    context.set_forkserver_preload(["nextblock.workflows.adapt", "runs"])
     return context
+
+
+@pytest.fixture(scope="session")
+def undisturbed(place, processes, tmp_path_factory) -> tuple[bytes, float]:
+    """(final weights, seconds) of a run that nothing stops."""
+    output = tmp_path_factory.mktemp("undisturbed") / "run"
+    start(processes, config_of(place, output, training__steps=9)).join()  # the first start imports everything
+    began = time.perf_counter()
+    output = output.with_name("timed")
+    process = start(processes, config_of(place, output))
+    process.join()
+    assert process.exitcode == 0
+    return weights(output), time.perf_counter() - began

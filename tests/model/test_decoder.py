@@ -134,14 +134,7 @@ def test_a_packed_row_gives_each_document_its_own_logits_in_both_halves(any_mode
             places = Places(
                 **{k: v[row : row + 1] if k == "seed" else v[row : row + 1, own] for k, v in vars(view.places).items()}
             )
-            alone = TwoView(
-                view.tokens[row : row + 1, own],
-                places,
-                view.target[row : row + 1, own],
-                view.teacher[:1, :0],
-                view.noise[:1, :0],
-                0,
-            )
+            alone = replace(view, tokens=view.tokens[row : row + 1, own], places=places, noised_length=0)
             torch.testing.assert_close(logits[row, own], logits_of(any_model, alone, context)[0], **CLOSE)
 
 

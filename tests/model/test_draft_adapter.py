@@ -32,7 +32,7 @@ from nextblock.model.draft_adapter import (
 from nextblock.model.parent import byte_tokenizer, load_parent
 from nextblock.model.probe import probe_adapter, recompute_activations, without_dropout
 from nextblock.recipe.corruption import corrupt
-from nextblock.recipe.objective import DraftLoss
+from nextblock.recipe.objective import TwoViewLoss
 from nextblock.training.export import export
 from nextblock.training.loop import train
 
@@ -173,7 +173,7 @@ def test_the_two_passes_give_the_loss_of_one_gated_pass(parent):
         step=0,
     )
     decoder, rule = Decoder(lm.model, adapter), block_diffusion_rule()
-    two = DraftLoss(decoder)(view, rule)
+    two = TwoViewLoss(decoder)(view, rule)
     mask = decoder.masks(rule, view.places)
     hidden = decoder.hidden(view.tokens, view.places.position, mask, noised=view.places.view > 0)
     n = view.noised_length
@@ -202,7 +202,7 @@ def test_soft_targets_of_a_draft_adapter_are_the_frozen_parents_predictions(llam
     recipe = load_config({"data": {"sources": [{"path": "x"}]}}).recipe
     view = corrupt(tokens, BLOCK, mask_token_id=97, end_token_id=256, recipe=recipe, seed=0, step=0)
     decoder, rule, n = Decoder(model, adapter), block_diffusion_rule(), view.noised_length
-    sums = DraftLoss(decoder)(view, rule, soft=True)
+    sums = TwoViewLoss(decoder)(view, rule, soft=True)
     with torch.no_grad():
         mask = decoder.masks(rule, view.places)
         hidden = decoder.hidden(view.tokens, view.places.position, mask, noised=view.places.view > 0)
@@ -518,7 +518,7 @@ def test_activations_computed_again_give_the_same_loss_and_gradients(family_mode
         torch.manual_seed(7)
         ran: list[int] = []
         hook = adapter.layers[0].base.register_forward_hook(lambda *_, ran=ran: ran.append(1))
-        loss = DraftLoss(Decoder(family_model, adapter))(view, block_diffusion_rule(), soft=True)
+        loss = TwoViewLoss(Decoder(family_model, adapter))(view, block_diffusion_rule(), soft=True)
         loss.total(0.0, 2, 0.5).backward()
         hook.remove()
         assert len(ran) == (3 if again else 2)  # the clean half once, the noised one once or twice

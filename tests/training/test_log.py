@@ -31,9 +31,8 @@ from nextblock.model.decoder import Decoder
 from nextblock.recipe.corruption import corrupt
 from nextblock.recipe.objective import TwoViewLoss
 from nextblock.training.flops import Products
-from nextblock.training.log import NOISE_LEVELS, LossProfile, scalars
+from nextblock.training.log import NOISE_LEVELS, LossProfile, scalars, trim_log
 from nextblock.training.loop import train
-from nextblock.training.resume import trim_log
 from nextblock.training.run import StepMetrics
 from nextblock.training.setup import prepare
 from nextblock.workflows.adapt import adapt
@@ -54,7 +53,7 @@ def test_a_profile_holds_each_masked_tokens_loss_once_by_noise_level_and_by_offs
     losses = TwoViewLoss(decoder)(view, rule, profile=True)
     assert losses.nats is not None
     profile = LossProfile(block_size, torch.device("cpu"))
-    profile.add(view, losses.nats, shifted)
+    profile.add(view.masked, losses.nats)
     record = profile.record(Accelerator(), 7)
     assert record is not None
 

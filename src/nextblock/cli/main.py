@@ -41,7 +41,7 @@ def main() -> None:
     if (
         ranks := sys.modules.get("nextblock.training.ranks")
     ) is not None:  # not for its sake alone: torch takes seconds
-        ranks.leave()
+        ranks.end_process_group()
     sys.exit(2)
 
 

@@ -67,11 +67,11 @@ def adapt(
 
     from nextblock.cli.live import TrainingBar
     from nextblock.config.run import load_config, stage_configs
-    from nextblock.training.ranks import is_main, together
+    from nextblock.training.ranks import errors_on_all_ranks, is_main
     from nextblock.workflows.adapt import adapt as run
 
     disable_progress_bar()
-    with together():  # a file may be missing on one machine
+    with errors_on_all_ranks():  # a file may be missing on one machine
         checked = load_config(find_config(config), overrides)
     steps = sum(stage.training.steps for stage in stage_configs(checked))
     with TrainingBar(steps) if is_main() else nullcontext() as bar:

@@ -20,11 +20,11 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from nextblock.config.errors import UsageError
-from nextblock.decoding.batch import Row
 from nextblock.decoding.events import Finish
-from nextblock.decoding.lm import BlockDiffusionLM, Stream, look_at
+from nextblock.decoding.lm import BlockDiffusionLM, Stream, why_no_blocks
 from nextblock.decoding.options import resolve_config
 from nextblock.decoding.request import make_request
+from nextblock.decoding.rows import Row
 from nextblock.model.draft_adapter import attached_adapter
 from nextblock.model.loading import read_settings
 
@@ -114,8 +114,7 @@ def block_diffusion(
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not _UNSET}
     adapter = attached_adapter(model)
     settings = read_settings(model.config) if adapter is None else adapter.settings
-    look_at(model)
-    lm = BlockDiffusionLM(model, None, settings, adapter)
+    lm = BlockDiffusionLM(model, None, settings, adapter, refusal=why_no_blocks(model))
     _check_generation_config(generation_config)
     foreign = _foreign(list(logits_processor or ()), lm, generation_config)
     _check_processors(foreign, resolve_config(lm.settings, options).mode, generation_config)

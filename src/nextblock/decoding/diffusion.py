@@ -1,7 +1,4 @@
-"""The three ways to decode, as streams of events: token by token, a block at a time, a block with a check.
-
-Letters: B rows, b block size, N positions whose logits are read.
-"""
+"""Decode a block at a time, by denoising."""
 
 from __future__ import annotations
 
@@ -11,38 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nextblock.decoding.batch import Batch, Row, begin, finished, push
+from nextblock.decoding.batch import Batch
 from nextblock.decoding.events import BlockFinished, Committed, Event
+from nextblock.decoding.rows import Row
 from nextblock.decoding.sampling import commit, probability_of, scores
-from nextblock.decoding.speculative import speculative
-
-
-def decode(batch: Batch) -> Iterator[list[Event]]:
-    """Decode all rows in the mode that `batch.config` names; afterwards each row holds its answer.
-
-    Yields the events of each step: of a pass, or in speculative mode of a draft and its check.
-    """
-    modes = {"ar": autoregressive, "diffusion": diffusion, "speculative": speculative}
-    return modes[batch.config.mode](batch)
-
-
-def autoregressive(batch: Batch) -> Iterator[list[Event]]:
-    """One causal pass per token."""
-    yield [*begin(batch, first_token=True)]
-    batch.leave()
-    while rows := batch.rows:
-        last = torch.tensor([[row.answer[-1]] for row in rows], device=batch.device)
-        starts = [len(row.prompt) + len(row.answer) - 1 for row in rows]
-        hidden = batch.forward(last, starts, [True] * len(rows))
-        batch.stats.count("decode", len(rows))
-        logits = batch.next_logits(hidden[:, 0], [(row, row.answer) for row in rows])
-        tokens = batch.choose(logits, [u for row in rows for u in row.draw(1)])
-        told = zip(rows, *batch.tell(logits, tokens), strict=True)
-        yield [event for row, token, probability in told for event in push(row, [token], [probability])]
-        batch.leave()
-
-
-# ------------------------------------------------------------------------------------------- diffusion
 
 
 @dataclass
@@ -71,7 +40,6 @@ class _Block:
 
 def _new_block(batch: Batch, row: Row, start: int) -> _Block:
     """All masked but the first token if it is known; what lies past the model's positions counts as decided."""
-    assert batch.mask_token_id is not None
     known = row.answer[start:]
     inside = batch.max_positions - len(row.prompt) - start
     tokens = known + [batch.mask_token_id] * (batch.block_size - len(known))
@@ -87,8 +55,7 @@ def diffusion(batch: Batch) -> Iterator[list[Event]]:
     current sub-block. When nothing is masked, one causal pass writes the block to the cache and yields the
     next one's first token. Rows denoise and commit in the same passes.
     """
-    yield [*begin(batch, first_token=batch.shifted)]
-    batch.leave()
+    yield batch.begin(first_token=batch.shifted)
     blocks = [_new_block(batch, row, 0) for row in batch.rows]
     width = batch.block_size // batch.config.sub_blocks
     while rows := batch.rows:
@@ -107,7 +74,7 @@ def diffusion(batch: Batch) -> Iterator[list[Event]]:
                 events += _decide(batch, row, block, masked[index], token, probability, score)
             else:
                 events.append(BlockFinished(row.number, block.start, block.start + batch.block_size))
-                events += push(row, token, probability)
+                events += row.extend(token, probability)
                 blocks[index] = _new_block(batch, row, block.start + batch.block_size)
         yield events
         blocks = [blocks[index] for index in batch.leave()]
@@ -129,9 +96,9 @@ def _propose(batch: Batch, hidden: Tensor, masked: list[list[int]]) -> list[Prop
     flat = [index * hidden.shape[1] + i for index, positions in enumerate(sources) for i in positions]
     if not flat:
         return [([], [], [])] * len(sources)
-    logits = batch.logits(hidden.flatten(0, 1)[torch.tensor(flat, device=batch.device)])
+    logits = batch.head.logits(hidden.flatten(0, 1)[torch.tensor(flat, device=batch.device)])
     uniform = [u for row, positions in zip(batch.rows, sources, strict=True) for u in row.draw(len(positions))]
-    token = batch.choose(logits, uniform)
+    token = batch.head.choose(logits, uniform)
     probability = probability_of(logits, token)
     score = scores(logits, probability, batch.config.sampler)
     numbers = torch.stack([token.double(), probability.double(), score.double()]).tolist()  # one copy to the host
@@ -169,6 +136,6 @@ def _decide(
             events.append(Committed(row.number, offset, tokens[choice], probabilities[choice], row.passes))
     while (position := len(row.answer) - block.start) < len(block.tokens) and block.decided[position]:
         if row.push(block.tokens[position]):
-            events += [BlockFinished(row.number, block.start, len(row.answer)), finished(row)]
+            events += [BlockFinished(row.number, block.start, len(row.answer)), row.finished()]
             break
     return events

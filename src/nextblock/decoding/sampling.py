@@ -101,17 +101,17 @@ def commit(
     return sorted(chosen)
 
 
-def accepted(target: Sequence[float], draft: Sequence[float], uniform: Sequence[float]) -> int:
-    """How many drafts rejection sampling keeps: draft i with probability min(1, p_i / q_i), up to the first not.
+def accepted(target: Tensor, draft: Tensor, uniform: Tensor, counts: Tensor) -> Tensor:
+    """How many drafts rejection sampling keeps: each with probability min(1, p / q), up to the first that is not.
 
     Args:
-        target, draft: p and q of each drafted token.
-        uniform: one number in [0, 1) for each.
+        target, draft: p and q of each drafted token, [B, k].
+        uniform: float64 [B, k], numbers in [0, 1).
+        counts: bool [B, k], where there is a draft.
+    Returns:
+        int64 [B].
     """
-    for index, (p, q, u) in enumerate(zip(target, draft, uniform, strict=True)):
-        if u * q >= p:
-            return index
-    return len(target)
+    return ((uniform * draft < target) & counts).cumprod(-1).sum(-1)
 
 
 def residual(target: Tensor, draft: Tensor) -> Tensor:

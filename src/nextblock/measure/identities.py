@@ -23,10 +23,11 @@ from nextblock.attention.rule import Places, Rule, block_diffusion_rule, within_
 from nextblock.config.errors import UsageError
 from nextblock.config.sections import BlockDiffusionSettings, RecipeConfig
 from nextblock.data.rows import Rows
-from nextblock.decoding.batch import Batch, Row
+from nextblock.decoding.batch import Batch
 from nextblock.decoding.events import Stats
 from nextblock.decoding.lm import BlockDiffusionLM
 from nextblock.decoding.options import DecodingConfig, Mode
+from nextblock.decoding.rows import Row
 from nextblock.model.decoder import Decoder
 from nextblock.model.loading import GivenSettings, load_model, load_tokenizer, read_settings
 from nextblock.model.mask_token import choose_mask_token

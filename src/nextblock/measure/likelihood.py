@@ -115,9 +115,7 @@ def bits_per_byte(
 def clean_blocks(view: TwoView) -> TwoView:
     """The clean half alone."""
     n = view.noised_length
-    return TwoView(
-        view.tokens[:, n:], view.places.part(n), view.target[:, n:], view.teacher[:, :0], view.noise[:, :0], 0
-    )
+    return TwoView(view.tokens[:, n:], view.places.part(n), 0, view.masked.none(), view.following)
 
 
 def _nats(decoder: Decoder, view: TwoView, context: Any) -> torch.Tensor:

@@ -35,7 +35,7 @@ def recompute_activations(model: PreTrainedModel, **options: Any) -> None:
             "be computed again under a draft adapter; lower training.micro_batch_rows instead"
         )
     for layer in layers:
-        # Not by transformers, which takes the cache away: that of `DraftLoss` is only read when layers run again.
+        # Not by transformers, which takes the cache away: that of `CleanCache` is only read when layers run again.
         again = functools.partial(checkpoint, layer.forward, context_fn=recomputation, **options)
         plain = layer.forward
         layer.forward = lambda *x, a=again, p=plain, **y: (a if torch.is_grad_enabled() else p)(*x, **y)

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from nextblock.config.errors import UsageError
 from nextblock.config.files import PARTIAL, unwritten
-from nextblock.training.ranks import is_main, together
+from nextblock.training.ranks import errors_on_all_ranks, is_main
 
 MANIFEST, STATE, WEIGHTS, OPTIMIZER = "manifest.json", "state.json", "model.safetensors", "optimizer.pt"
 PARTS = ({STATE, WEIGHTS, OPTIMIZER}, {STATE, ".metadata"})
@@ -66,17 +66,17 @@ def save_checkpoint(
     main = is_main()
     whole = None if sharded else (whole_weights(model), whole_moments(model, optimizer))
     try:
-        with together(), _named_failure(folder):
+        with errors_on_all_ranks(), _named_failure(folder):
             if main:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
-        with together(), _named_failure(folder):
+        with errors_on_all_ranks(), _named_failure(folder):
             if sharded:
                 save_shards(partial, model, optimizer)
             elif main and whole is not None:
                 save_file(whole[0], partial / WEIGHTS)
                 torch.save(whole[1], partial / OPTIMIZER)
-        with together(), _named_failure(folder):
+        with errors_on_all_ranks(), _named_failure(folder):
             if main:
                 (partial / STATE).write_text(json.dumps({"step": step, **state}), encoding="utf-8")
                 digests = {file.name: _digest(file) for file in sorted(partial.iterdir())}

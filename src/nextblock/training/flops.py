@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from nextblock.config.run import AdaptConfig
 from nextblock.model.positions import text_config
-from nextblock.recipe.corruption import UNSCORED, TwoView
+from nextblock.recipe.corruption import TwoView
 from nextblock.training.devices import device_named
 
 
@@ -103,11 +103,9 @@ class Products:
         real = places.document >= 0
         block = int((places.position - places.block_start)[:, :n][real[:, :n]].max()) + 1 if n else 1
         pairs = torch.where(places.view == 0, places.position + 1, places.block_start + block) * real
-        tokens, seen, targets = (
-            (int(x[:, n:].sum()), int(x[:, :n].sum())) for x in (real, pairs, view.target != UNSCORED)
-        )
-        ar = targets[0] if score_ar and kind != "draft adapter" else 0
-        return self.flops(kind, tokens, seen, ar + targets[1], targets[1] if soft else 0)
+        tokens, seen = ((int(x[:, n:].sum()), int(x[:, :n].sum())) for x in (real, pairs))
+        masked, ar = len(view.masked), len(view.following) if score_ar and kind != "draft adapter" else 0
+        return self.flops(kind, tokens, seen, ar + masked, masked if soft else 0)
 
 
 def kind_of_training(config: AdaptConfig) -> str:

@@ -18,8 +18,7 @@ from nextblock.recipe import schedules
 from nextblock.training.loop import stop_on_sigterm, train
 from nextblock.training.output import writing
 from nextblock.training.ranks import gather
-from nextblock.training.resume import LOG
-from nextblock.training.run import Run, StepMetrics
+from nextblock.training.run import LOG, Run, StepMetrics
 
 
 @dataclass(frozen=True)

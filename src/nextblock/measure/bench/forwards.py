@@ -17,10 +17,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from nextblock.config.errors import UsageError
 from nextblock.config.sections import BlockDiffusionSettings, validate
-from nextblock.decoding.batch import Batch, Row
+from nextblock.decoding.batch import Batch
 from nextblock.decoding.events import Stats
 from nextblock.decoding.lm import BlockDiffusionLM
 from nextblock.decoding.options import DecodingConfig
+from nextblock.decoding.rows import Row
 from nextblock.measure.machine import synchronize
 from nextblock.model.loading import choose_attention
 from nextblock.model.shapes import shape_values
@@ -144,6 +145,6 @@ def _pass_milliseconds(runner: Batch, tokens: torch.Tensor, start: int) -> float
     began = time.perf_counter()
     for _ in range(REPEATS):
         hidden = runner.forward(tokens, [start] * rows, [width == 1] * rows)
-        runner.choose(runner.logits(hidden.flatten(0, 1)), [])[0].tolist()
+        runner.head.choose(runner.head.logits(hidden.flatten(0, 1)), [])[0].tolist()
     synchronize(runner.device)
     return 1000 * (time.perf_counter() - began) / REPEATS

@@ -159,7 +159,7 @@ def evaluation_memory(
 def _fake_losses(
     config: AdaptConfig, decoder: Decoder, rows: int, length: int, live: Live, device: str
 ) -> list[Tensor]:
-    """The forward pass of a training step with tensors of the right shapes   (see `TwoViewLoss`, `DraftLoss`).
+    """The forward pass of a training step with tensors of the right shapes   (see `TwoViewLoss`).
 
     Returns:
         The loss, and what lives as long as it does.
