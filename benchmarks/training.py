@@ -38,7 +38,7 @@ from nextblock.measure.machine import GIB, environment, high_water_mark_gib, syn
 from nextblock.model.decoder import Decoder
 from nextblock.model.draft_adapter import DraftAdapter
 from nextblock.model.loading import load_model, read_settings
-from nextblock.model.probe import run_in_parts, without_dropout
+from nextblock.model.training_mode import run_in_parts, without_dropout
 from nextblock.recipe.objective import TwoViewLoss
 from nextblock.training.run import Run
 from nextblock.training.step import train_step

@@ -18,7 +18,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from families import FAMILIES, pangu_folder, tiny_model
+from families import FAMILIES, WINDOW, pangu_folder, tiny_model
 from runs import config_of, start, weights
 
 # Models here are tiny: more threads cost more than they give, and sums keep one order.
@@ -53,6 +53,13 @@ def family(request: pytest.FixtureRequest) -> str:
 def family_model(family: str) -> PreTrainedModel:
     """A fresh tiny random model of each supported family in turn; a test may change it."""
     return tiny_model(family)
+
+
+@pytest.fixture(params=[*FAMILIES, *(f"{family}, window" for family in ("mistral", "gemma3", "phi3", "llama"))])
+def any_model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    """Every family, those that have sliding windows once more with a short one, and one that ignores its window."""
+    family, _, windowed = request.param.partition(", ")
+    return tiny_model(family, sliding_window=WINDOW) if windowed else tiny_model(family)
 
 
 @pytest.fixture

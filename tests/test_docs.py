@@ -25,7 +25,8 @@ from nextblock.config.presets import preset
 from nextblock.config.run import load_config
 from nextblock.config.sections import validate
 from nextblock.data.tasks import get_task
-from nextblock.decoding.options import MODES, DecodingConfig, GenerateOptions
+from nextblock.decoding.options import MODES, DecodingConfig
+from nextblock.decoding.request import CallOptions
 from nextblock.measure.bench.prompts import parse_variant
 
 ROOT = Path(__file__).parents[1]
@@ -192,7 +193,7 @@ def test_every_python_block_compiles_and_uses_names_that_exist(page):
                 fields = getattr(owner, "__dataclass_fields__", {})
                 assert owner is None or hasattr(owner, node.attr) or node.attr in fields, ast.unparse(node)
             if isinstance(node, ast.Call) and re.fullmatch(r"lm\.(generate|stream\w*)", ast.unparse(node.func)):
-                assert {str(word.arg) for word in node.keywords} <= set(GenerateOptions.__annotations__)
+                assert {str(word.arg) for word in node.keywords} <= set(CallOptions.model_fields)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)

@@ -15,7 +15,7 @@ from nextblock.attention.rule import Places, block_diffusion_rule, within_window
 from nextblock.config.sections import DraftAdapterConfig, RecipeConfig
 from nextblock.model.decoder import Decoder
 from nextblock.model.draft_adapter import DraftAdapter
-from nextblock.model.probe import recompute_activations, run_in_parts
+from nextblock.model.training_mode import recompute_activations, run_in_parts
 from nextblock.recipe.corruption import TwoView, corrupt
 from nextblock.recipe.objective import TwoViewLoss
 

@@ -20,7 +20,8 @@ from families import tiny_model
 from nextblock.cli import main as cli
 from nextblock.cli import train
 from nextblock.config.sections import BlockDiffusionSettings, DraftAdapterConfig
-from nextblock.model.draft_adapter import DraftAdapter, save_adapter
+from nextblock.model.adapter_files import save_adapter
+from nextblock.model.draft_adapter import DraftAdapter
 from nextblock.model.parent import byte_tokenizer
 from nextblock.training.export import export
 

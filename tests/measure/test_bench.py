@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 import nextblock as nb
 from families import tiny_model
-from nextblock.cli.options import app
+from nextblock.cli.main import app
 from nextblock.config.errors import UsageError
 from nextblock.config.sections import BlockDiffusionSettings
 from nextblock.data.tasks import get_task

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from layouts import make_rows
 from nextblock.attention.masks import to_dense
 from nextblock.attention.rule import block_diffusion_rule
-from nextblock.cli.options import app
+from nextblock.cli.main import app
 from nextblock.config.errors import UsageError
 from nextblock.config.run import AdaptConfig, load_config, stage_configs
 from nextblock.config.sections import BlockDiffusionSettings, DraftAdapterConfig

@@ -9,10 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from families import MASK_ID, head_rows, tiny_model
+from layouts import make_rows
+from nextblock.config.sections import BlockDiffusionSettings
 from nextblock.model.loading import load_tokenizer, read_config, read_settings
+from nextblock.training.export import export
 from nextblock.training.loop import train
 from runs import config_of
 
@@ -52,3 +57,37 @@ def test_a_greedy_config_with_sampling_values_is_exported_without_them_and_with_
     written = json.loads((tmp_path / "run" / "generation_config.json").read_text())
     assert (written["do_sample"], written["eos_token_id"], written["pad_token_id"]) == (False, 256, 256)
     assert not {"temperature", "top_p"} & written.keys()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_export_loads_in_plain_transformers_with_the_same_logits(family, tied, tmp_path):
+    model = tiny_model(family, tie_word_embeddings=tied)
+    export(tmp_path, model, None, BlockDiffusionSettings(block_size=8, mask_token_id=MASK_ID, context="block_causal"))
+    assert not torch.equal(head_rows(model)[0], head_rows(model)[1]) or tied
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    tokens = make_rows([[[20]]], 20).tokens
+    with torch.no_grad():
+        torch.testing.assert_close(plain(tokens).logits, model(tokens).logits, rtol=1e-6, atol=1e-6)
+    section = json.loads((tmp_path / "config.json").read_text())["block_diffusion"]
+    assert section["block_size"] == 8
+    settings = read_settings(read_config(tmp_path))
+    assert settings == BlockDiffusionSettings(block_size=8, mask_token_id=MASK_ID, context="block_causal")
+
+
+def test_an_export_in_bfloat16_holds_rounded_weights_and_leaves_the_model_as_it_was(llama, tmp_path):
+    before = {name: value.clone() for name, value in llama.state_dict().items()}
+    export(tmp_path, llama, None, BlockDiffusionSettings(mask_token_id=MASK_ID), torch.bfloat16)
+    assert all(torch.equal(value, before[name]) for name, value in llama.state_dict().items())
+    assert llama.dtype == torch.float32
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
+    assert plain.dtype == torch.bfloat16
+    for name, value in plain.state_dict().items():
+        assert torch.equal(value, before[name].bfloat16()), name
+
+
+def test_tied_weights_are_exported_once_in_any_dtype(tmp_path):
+    model = tiny_model("llama", tie_word_embeddings=True)
+    for dtype in (torch.float32, torch.bfloat16):
+        export(tmp_path / str(dtype), model, None, BlockDiffusionSettings(mask_token_id=MASK_ID), dtype)
+        with safe_open(tmp_path / str(dtype) / "model.safetensors", "pt") as weights:
+            assert "lm_head.weight" not in weights.keys()  # noqa: SIM118

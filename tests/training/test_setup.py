@@ -16,7 +16,7 @@ from nextblock.config.errors import UsageError
 from nextblock.config.sections import Source
 from nextblock.data.sources import Records, read_source
 from nextblock.data.stream import is_held_out
-from nextblock.model.probe import without_dropout
+from nextblock.model.training_mode import without_dropout
 from nextblock.training.loop import train
 from runs import config_of, weights
 

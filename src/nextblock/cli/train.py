@@ -6,12 +6,13 @@ import json
 import re
 import sys
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import typer
 import yaml
 
-from nextblock.cli.options import app
+from nextblock.cli.options import at_least_one
 from nextblock.config.errors import UsageError
 from nextblock.config.run import AdaptConfig
 from nextblock.config.sections import Section
@@ -36,18 +37,12 @@ def is_section(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, Section)
 
 
-@app.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-    epilog="Every key of the configuration is an option: `--growth.b_max 16`, `--data.sources.0.path my_texts/`. "
-    "`nextblock adapt demo --keys` lists them all.",
-)
 def adapt(
     context: typer.Context,
     config: Annotated[str, typer.Argument(help="YAML file, or the name of a preset: demo, tiny_ar, ...")],
     output: Annotated[str | None, typer.Option(help="folder for checkpoint, log and report")] = None,
     resume: Annotated[
-        str | None,
-        typer.Option(help="auto: go on from the newest whole checkpoint in the output folder, else start"),
+        str | None, typer.Option(help="auto: go on from the newest whole checkpoint in the output folder, else start")
     ] = None,
     keys: Annotated[bool, typer.Option("--keys", help="list every key of the configuration and stop")] = False,
 ) -> None:
@@ -121,10 +116,6 @@ def read_value(key: str, text: str) -> Any:
     return value
 
 
-@app.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-    epilog="Every key of the configuration is an option, as for `nextblock adapt`.",
-)
 def plan(
     context: typer.Context,
     config: Annotated[str, typer.Argument(help="YAML file, or the name of a preset: qwen3-0.6b, qwen3-8b, ...")],
@@ -169,3 +160,14 @@ def plan(
     if line := shortfall(found, checked):
         print(line, file=sys.stderr)
         raise typer.Exit(1)
+
+
+def demo(
+    output: Annotated[Path | None, typer.Option(help="folder for everything; default: a new one under runs/")] = None,
+    examples: Annotated[int, typer.Option(help="held-out problems scored in each mode")] = 200,
+) -> None:
+    """Adapt the shipped AR model in front of your eyes, then decode with it in every mode (about 8 minutes)."""
+    at_least_one(examples=examples)
+    from nextblock.cli.demo import demo as run
+
+    run(output, examples=examples)

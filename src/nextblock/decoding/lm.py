@@ -11,7 +11,7 @@ from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -25,12 +25,13 @@ from nextblock.decoding.compiled import StaticPasses
 from nextblock.decoding.engine import run
 from nextblock.decoding.events import Event, Finish, RowFinished, Stats
 from nextblock.decoding.head import Processor
-from nextblock.decoding.options import GenerateOptions
-from nextblock.decoding.request import Prompts, Request, make_request
+from nextblock.decoding.options import takes
+from nextblock.decoding.request import CallOptions, Prompts, Request, make_request
 from nextblock.decoding.rows import Row
 from nextblock.decoding.text import TextStream
+from nextblock.model.adapter_files import load_adapter
 from nextblock.model.decoder import Decoder
-from nextblock.model.draft_adapter import DraftAdapter, load_adapter
+from nextblock.model.draft_adapter import DraftAdapter
 from nextblock.model.loading import (
     GivenSettings,
     choose_attention,
@@ -116,14 +117,15 @@ class BlockDiffusionLM:
         if self.decoder.device.type == "cuda" if self.compile is None else self.compile:
             self.passes = compiled_passes(self.model)
 
-    def generate(self, prompts: Prompts, **options: Unpack[GenerateOptions]) -> Generation:
+    @takes(CallOptions)
+    def generate(self, prompts: Prompts, **options: Any) -> Generation:
         """Answer every prompt.
 
         Args:
             prompts: one text, a list of texts, one chat (a list of {"role", "content"}), a list of chats, or
                 token ids int64 [B, T].
-            options: see `GenerateOptions` and `sampling.DecodingConfig`; what is left out is taken from the
-                checkpoint's `decoding` settings, then from the defaults of `DecodingConfig`.
+            options: those of `CallOptions`; what is left out is taken from the checkpoint's `decoding` settings,
+                then from the defaults.
         Raises:
             UsageError: bad input, in one line.
         """
@@ -141,12 +143,14 @@ class BlockDiffusionLM:
             stats=stream.stats,
         )
 
-    def stream(self, prompts: Prompts, **options: Unpack[GenerateOptions]) -> Stream:
+    @takes(CallOptions)
+    def stream(self, prompts: Prompts, **options: Any) -> Stream:
         """The same as `generate`, as an iterator of events. Bad input is refused here, not at the first event."""
         request = make_request(self.decoder, self.tokenizer, self.settings, prompts, options)
         return self.run(request, time.perf_counter(), confidence=True)
 
-    def stream_text(self, prompts: Prompts, **options: Unpack[GenerateOptions]) -> Iterator[tuple[int, str]]:
+    @takes(CallOptions)
+    def stream_text(self, prompts: Prompts, **options: Any) -> Iterator[tuple[int, str]]:
         """The same as `generate`, as pieces (row, text); no piece splits a character or is ever taken back."""
         if self.tokenizer is None:
             raise UsageError("stream_text: this model has no tokenizer; use `stream`, which gives token ids")

@@ -11,7 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nextblock.decoding.options import _TINY, Sampler
+from nextblock.decoding.options import Sampler
+
+TINY = 1e-30
+"""Temperatures and top-p go no lower: below lie the limits of float32."""
 
 
 def filter_logits(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
@@ -20,7 +23,7 @@ def filter_logits(logits: Tensor, temperature: float, top_k: int | None, top_p: 
     Temperature goes first, then top-k, then top-p, as in transformers. `logits` stays as it is.
     """
     if temperature != 1:
-        scale = min(max(temperature, _TINY), 1 / _TINY)  # beyond lie the limits of float32, 0 / 0 and inf / inf
+        scale = min(max(temperature, TINY), 1 / TINY)  # beyond lie 0 / 0 and inf / inf
         logits = (logits - logits.amax(dim=-1, keepdim=True)) / scale  # or a small one would overflow
     if top_k is not None and top_k < logits.shape[-1]:
         kth = logits.topk(top_k, dim=-1).values[:, -1:]
@@ -28,7 +31,7 @@ def filter_logits(logits: Tensor, temperature: float, top_k: int | None, top_p: 
     if top_p is not None and top_p < 1:
         ranked, order = logits.sort(dim=-1, descending=True, stable=True)
         before = ranked.softmax(-1).cumsum(-1) - ranked.softmax(-1)
-        dropped = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, order, before >= max(top_p, _TINY))
+        dropped = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, order, before >= max(top_p, TINY))
         logits = logits.masked_fill(dropped, -math.inf)
     return logits
 

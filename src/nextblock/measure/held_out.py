@@ -14,7 +14,6 @@ from nextblock.attention.rule import block_diffusion_rule
 from nextblock.config.run import AdaptConfig
 from nextblock.data.rows import Rows
 from nextblock.decoding.lm import BlockDiffusionLM
-from nextblock.decoding.options import GenerateOptions
 from nextblock.measure.likelihood import bits_per_byte
 from nextblock.model.decoder import Decoder
 from nextblock.model.loading import load_model
@@ -54,7 +53,7 @@ def evaluate_midway(run: Run, rows: Rows) -> dict[str, Any]:
     settings = run.settings and run.settings.model_copy(update={"block_size": block_size})
     lm = BlockDiffusionLM(run.decoder.model, run.tokenizer, settings, run.decoder.adapter, compile=False)
     prompt = first_prompt(rows)
-    options: GenerateOptions = {"max_new_tokens": max(1, min(SAMPLE_TOKENS, config.data.row_length - len(prompt)))}
+    options: dict[str, Any] = {"max_new_tokens": max(1, min(SAMPLE_TOKENS, config.data.row_length - len(prompt)))}
     if block_size == 1:
         options["mode"] = "ar"
     else:

@@ -15,11 +15,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from nextblock.config.errors import UsageError
+from nextblock.config.errors import UsageError, nearest, one_line
 from nextblock.config.sections import ModelConfig
 from nextblock.model.decoder import Decoder
 from nextblock.model.loading import (
-    _first_line,
     check_architecture,
     choose_attention,
     load_model,
@@ -61,14 +60,19 @@ def scratch_config(scratch: Mapping[str, Any]) -> PreTrainedConfig:
     """The Hugging Face config that plain values describe; `model_type` is llama if they name none.
 
     Raises:
-        UsageError: an unknown `model_type`, or one that cannot be adapted.
+        UsageError: an unknown `model_type` or one that cannot be adapted, an unknown value or one of a wrong kind.
     """
     values = dict(scratch)
     kind = str(values.pop("model_type", "llama"))
     try:
-        shape = AutoConfig.for_model(kind, **values)
-    except ValueError as error:
-        raise UsageError(f"model.scratch.model_type={kind!r}: {_first_line(error)}") from None
+        plain, shape = AutoConfig.for_model(kind), AutoConfig.for_model(kind, **values)
+    except Exception as error:  # of whatever kind a config raises at values that it cannot take
+        raise UsageError(f"model.scratch with model_type={kind!r}: {one_line(error)}") from None
+    # Transformers keeps values that it does not know, without a word; the rotary ones are their older names.
+    known = {*plain.to_dict(), *plain.attribute_map, "rope_theta", "rope_scaling", "partial_rotary_factor"}
+    if unknown := sorted(values.keys() - known):
+        close = nearest(unknown[0], sorted(known))
+        raise UsageError(f"model.scratch.{unknown[0]}: the config of architecture '{kind}' has no such value{close}")
     check_architecture(shape)
     return shape
 

@@ -104,16 +104,6 @@ def _moved(of: Any, device: torch.device) -> dict[str, Tensor]:
     return {name: x.to(device, non_blocking=True) for name, x in vars(of).items() if isinstance(x, Tensor)}
 
 
-def block_starts(position: Tensor, offset: Tensor, block_size: int) -> Tensor:
-    """`position - offset % b` where tokens are generated, the own position elsewhere."""
-    return torch.where(offset >= 0, position - offset % block_size, position)
-
-
-def row_generator(seed: int, epoch: int, number: int, step: int) -> np.random.Generator:
-    """The random stream of one row at one step."""
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch, number, step])))
-
-
 MaskDraw = Callable[[np.random.Generator, np.ndarray], list[np.ndarray]]
 """draw(generator, maskable bool [K, b]) -> masks of one or more views, bool [K, b], True = becomes the mask token."""
 
@@ -174,21 +164,17 @@ def corrupt(
     halves, seeds = [], []
     for row in range(len(rows)):
         key = (seed, int(rows.epoch[row]), int(rows.number[row]), step)
-        halves.append(noised_half(rows, row, block_size, mask_token_id, ends, recipe, draw, row_generator(*key)))
+        generator = np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
+        halves.append(noised_half(rows, row, block_size, mask_token_id, ends, recipe, draw, generator))
         seeds.append([int(np.random.SeedSequence([*key, 1]).generate_state(1)[0]) >> 1])
     noised_length = max(half["tokens"].size for half in halves)
-    noised = {}
-    for name, first in halves[0].items():
-        columns = np.full((len(rows), noised_length), PADDING.get(name, 0), first.dtype)
-        for row, half in zip(columns, halves, strict=True):
-            row[: half[name].size] = half[name]
-        noised[name] = torch.from_numpy(columns)
+    noised = {name: padded([half[name] for half in halves], noised_length, PADDING.get(name, 0)) for name in halves[0]}
     clean = {
         "tokens": rows.tokens,
         "view": torch.zeros_like(rows.tokens),
         "document": rows.document,
         "position": rows.position,
-        "block_start": block_starts(rows.position, rows.offset, block_size),
+        "block_start": torch.where(rows.offset >= 0, rows.position - rows.offset % block_size, rows.position),
     }
     both = {name: torch.cat([noised[name], values], dim=1) for name, values in clean.items()}
     return TwoView(
@@ -198,6 +184,11 @@ def corrupt(
         masked=masked_targets(noised, block_size, recipe),
         following=next_token_targets(rows, block_size, recipe.context),
     )
+
+
+def padded(columns: Sequence[np.ndarray], length: int, padding: int) -> Tensor:
+    """One column of each row as [B, length]."""
+    return torch.from_numpy(np.stack([np.pad(x, (0, length - x.size), constant_values=padding) for x in columns]))
 
 
 def masked_targets(noised: dict[str, Tensor], block_size: int, recipe: RecipeConfig) -> MaskedTargets:
@@ -236,21 +227,6 @@ def next_token_targets(rows: Rows, block_size: int, context: Context) -> Targets
     return Targets(row, slot, rows.tokens[row, slot + 1])
 
 
-@dataclass(frozen=True)
-class BlockGrid:
-    """One row's generated tokens as K blocks of b slots. Arrays [K, b]; slots that are not `present` are void.
-
-    teacher: index in the row of the token before, UNSCORED at a document's first token and past a span's end.
-    """
-
-    clean: np.ndarray
-    present: np.ndarray
-    teacher: np.ndarray
-    document: np.ndarray
-    position: np.ndarray
-    block_start: np.ndarray
-
-
 def random_starts(offset: np.ndarray, block_size: int, share: float, generator: np.random.Generator) -> np.ndarray:
     """Offsets int64 [L] with which, in a `share` of spans, the first block starts up to b - 1 tokens late.
 
@@ -266,8 +242,16 @@ def random_starts(offset: np.ndarray, block_size: int, share: float, generator: 
     return np.where(offset >= late, offset - late, -1)
 
 
-def block_grid(rows: Rows, row: int, offset: np.ndarray, block_size: int, ends: Sequence[int]) -> BlockGrid:
-    """Cut a row's spans into blocks; the last block of a span that one of `ends` ends is filled up with that token."""
+def block_grid(
+    rows: Rows, row: int, offset: np.ndarray, block_size: int, ends: Sequence[int]
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Cut a row's spans into K blocks; the last block of a span that one of `ends` ends is filled up with that token.
+
+    Returns:
+        bool [K, b], which slots exist; and int64 [K, b] by name: the `clean` token, `document`, `position`,
+        `block_start`, `offset` in the block, and `teacher`, the index in the row of the token before, UNSCORED at a
+        document's first token and past a span's end.
+    """
     tokens, document, position = (getattr(rows, name)[row].numpy() for name in ("tokens", "document", "position"))
     starts = (offset >= 0) & (offset % block_size == 0)
     first = np.flatnonzero(starts)
@@ -281,14 +265,10 @@ def block_grid(rows: Rows, row: int, offset: np.ndarray, block_size: int, ends: 
     # Not past the row's length, which the model's positions are known to allow.
     present = real | (np.isin(last, ends) & (slot_position < tokens.size))
     clean = np.where(real, tokens[np.minimum(first[:, None] + slot, tokens.size - 1)], last)
-    return BlockGrid(
-        clean=clean,
-        present=present,
-        teacher=np.where(real & (slot_position > 0), first[:, None] + slot - 1, UNSCORED),
-        document=np.broadcast_to(document[first][:, None], clean.shape),
-        position=slot_position,
-        block_start=np.broadcast_to(position[first][:, None], clean.shape),
-    )
+    teacher = np.where(real & (slot_position > 0), first[:, None] + slot - 1, UNSCORED)
+    own = {"clean": clean, "teacher": teacher, "document": document[first][:, None], "position": slot_position}
+    own |= {"block_start": position[first][:, None], "offset": slot}
+    return present, {name: np.broadcast_to(values, clean.shape) for name, values in own.items()}
 
 
 def noised_half(
@@ -308,22 +288,21 @@ def noised_half(
     parts: list[dict[str, np.ndarray]] = []
     while len(parts) < recipe.views:
         offset = random_starts(rows.offset[row].numpy(), block_size, recipe.random_start_share, generator)
-        grid = block_grid(rows, row, offset, block_size, ends if recipe.fill_last_block else ())
-        maskable = grid.present.copy()
+        present, grid = block_grid(rows, row, offset, block_size, ends if recipe.fill_last_block else ())
+        maskable = present.copy()
         if recipe.prediction == "shifted":
             maskable[:, :1] = False
         most = np.maximum(maskable.sum(axis=1), 1)
         for masked in draw(generator, maskable):
             # A block in which nothing was masked carries no loss.
-            keep = grid.present & masked.any(axis=1, keepdims=True)
+            keep = present & masked.any(axis=1, keepdims=True)
             noise = (masked.sum(axis=1) * NOISE_LEVELS - 1) // most  # ceil(share * NOISE_LEVELS) - 1
             slots = {
-                **{name: values for name, values in vars(grid).items() if name != "present"},
-                "tokens": np.where(masked, mask_token_id, grid.clean),
+                **grid,
+                "tokens": np.where(masked, mask_token_id, grid["clean"]),
                 "masked": masked,
-                "view": np.full_like(grid.clean, len(parts) + 1),
+                "view": np.full_like(grid["clean"], len(parts) + 1),
                 "noise": np.broadcast_to(noise[:, None], masked.shape),
-                "offset": np.broadcast_to(np.arange(block_size), masked.shape),
             }
             parts.append({name: values[keep] for name, values in slots.items()})
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

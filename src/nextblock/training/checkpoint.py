@@ -1,4 +1,4 @@
-"""Resumable training checkpoints, whole or absent, and the Hugging Face folder that a run ends with."""
+"""Resumable training checkpoints: whole or absent, of one process or in shards."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def save_checkpoint(
     folder = checkpoint_folder(output, step)
     partial = folder.with_name(f"{PARTIAL}{folder.name}")
     main = is_main()
-    whole = None if sharded else (whole_weights(model), whole_moments(model, optimizer))
+    whole = None if sharded else (whole_weights(model), gathered(optimizer.state_dict()))
     try:
         with errors_on_all_ranks(), _named_failure(folder):
             if main:
@@ -193,13 +193,8 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.contiguous() for name, value in found.items() if value is not None}
 
 
-def whole_moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The optimizer's state on the CPU of rank 0; all ranks call it together."""
-    return gathered(optimizer.state_dict())
-
-
 def gathered(values: Any) -> Any:
-    """Nested dicts and lists with every tensor whole and on the CPU; None for each, but on rank 0."""
+    """Nested dicts and lists with every tensor whole and on the CPU; None for each, but on rank 0. All together."""
 
     def whole(tensor: Tensor) -> Tensor | None:
         # A copy: what the collective returns is a promise of a tensor, without storage that could be written.

@@ -1,4 +1,4 @@
-"""Floating-point operations, planned and counted."""
+"""Floating-point operations of a training step: of a view that was trained on, or planned from sizes."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Products:
         tokens: tuple[float, float],
         pairs: tuple[float, float],
         scored: float,
-        taught: float = 0,
+        distilled: float = 0,
         again: bool = False,
     ) -> Flops:
         """Of training: 2 for a multiply-add; a backward pass is twice a forward one, or as much if weights are frozen.
@@ -84,7 +84,7 @@ class Products:
         Args:
             kind: of `kind_of_training`. A draft adapter's clean half has no gradient.
             tokens, pairs: of the clean half, and of the noised one.
-            scored: targets. taught: those that have a teacher, whose logits are computed, too.
+            scored: targets. distilled: those for which the logits of a teacher are computed, too.
             again: with gradient checkpointing.
         """
         passes, drafting = 3 if kind == "full" else 2, kind == "draft adapter"
@@ -95,7 +95,7 @@ class Products:
 
         clean = half(0, 1, 1, 0) if drafting else half(0, passes, 3, 3)
         recomputed = (half(1, 1, 1, 1) + (0 if drafting else half(0, 1, 1, 1))) if again else 0.0
-        return Flops(clean, half(1, passes, 3, 3), 2.0 * self.head * (scored * passes + taught), recomputed)
+        return Flops(clean, half(1, passes, 3, 3), 2.0 * self.head * (scored * passes + distilled), recomputed)
 
     def of_view(self, kind: str, view: TwoView, score_ar: bool, soft: bool = False) -> Flops:
         """What training on this view needs, best on the CPU; padding does not count. Arguments as of `TwoViewLoss`."""

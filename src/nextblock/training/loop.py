@@ -61,17 +61,17 @@ def train(
             run = begin_stage(config, stages, number, run, checkpoint if number == first else None)
             write = write or until_the_end.enter_context(open_log(config, run))
             with closing(run.feed):
-                began, stop = time.perf_counter() - run.seconds, came(signals)
+                began, stop = time.perf_counter() - run.seconds, any_signal(signals)
                 while run.step < run.config.training.steps and not stop:
                     metrics = train_step(run, run.step)
                     run.step += 1
-                    stop = came(signals)
+                    stop = any_signal(signals)
                     report(run, metrics, write, on_step, evaluate)
                     run.seconds = time.perf_counter() - began
                     if stop or run.is_checkpoint_due:
                         save(run)
                         run.seconds = time.perf_counter() - began
-            if came(signals):
+            if any_signal(signals):
                 return run
             run.finished = number == len(stages) - 1
             export_run(run, Path((config if run.finished else stages[number]).output))
@@ -79,7 +79,7 @@ def train(
     return run
 
 
-def came(signals: list[int]) -> bool:
+def any_signal(signals: list[int]) -> bool:
     """Whether a signal came to any rank: all stop after the same step. All ranks call it together."""
     return any(gather(bool(signals)))
 

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from nextblock.config.errors import TrainingStopped, UsageError
 from nextblock.config.files import LOCK, locked, make_folder, unwritten, whole_folder
 from nextblock.config.run import AdaptConfig
-from nextblock.model.draft_adapter import save_adapter
+from nextblock.model.adapter_files import save_adapter
 from nextblock.model.loading import weights_folder
 from nextblock.model.lora import LoraAdapter
 from nextblock.model.mask_token import choose_mask_token

@@ -1,4 +1,4 @@
-"""What the processes of one run (its ranks) must agree on, so that none waits for one that has stopped."""
+"""The processes of one run (its ranks): what they tell each other, and errors that stop all or none."""
 
 from __future__ import annotations
 

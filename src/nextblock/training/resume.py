@@ -48,11 +48,12 @@ def checkpoint_to_resume(stages: list[AdaptConfig]) -> tuple[int, Path | None]:
     """
     first, newest = 0, None
     with errors_on_all_ranks():  # or the other ranks would wait for ever
-        for number in reversed(range(len(stages)) if is_main() else ()):
+        for number in reversed(range(len(stages) if is_main() else 0)):
             newest, damaged = newest_whole_checkpoint(Path(stages[number].output))
             if newest is not None:
-                print(*damaged, sep="\n", end="\n" * bool(damaged))
                 first = number
+                for line in damaged:
+                    print(line)
                 break
             if damaged:
                 raise UsageError(

@@ -1,4 +1,4 @@
-"""What outlives a step: the run, and what a step reports."""
+"""What outlives a step: the run with all that its steps need, and what each of them reports."""
 
 from __future__ import annotations
 

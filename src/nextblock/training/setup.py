@@ -22,7 +22,8 @@ from nextblock.model.lora import LoraAdapter
 from nextblock.model.mask_token import check_round_trip, choose_mask_token
 from nextblock.model.parent import load_parent, parent_config, parent_tokenizer
 from nextblock.model.positions import check_row_length
-from nextblock.model.probe import probe, probe_adapter, recompute_activations, run_in_parts, without_dropout
+from nextblock.model.probe import probe, probe_adapter
+from nextblock.model.training_mode import recompute_activations, run_in_parts, without_dropout
 from nextblock.recipe.objective import TwoViewLoss
 from nextblock.training.checkpoint import load_weights
 from nextblock.training.launcher import check_batch, make_accelerator

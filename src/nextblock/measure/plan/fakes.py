@@ -21,10 +21,11 @@ from transformers.pytorch_utils import Conv1D
 from nextblock.attention.split import PIECE, SPLIT, TILE, Piece, SplitMask, Tiles
 from nextblock.config.run import AdaptConfig
 from nextblock.model.decoder import Decoder
-from nextblock.model.draft_adapter import DraftAdapter, target_names
+from nextblock.model.draft_adapter import DraftAdapter
 from nextblock.model.loading import choose_attention
 from nextblock.model.lora import TiedHead
-from nextblock.model.probe import recompute_activations
+from nextblock.model.targets import target_names
+from nextblock.model.training_mode import recompute_activations
 
 
 def fake_decoder(
