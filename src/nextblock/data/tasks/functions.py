@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import random
 from collections.abc import Sequence
+from textwrap import indent
 from typing import Any
 
 from nextblock.data.tasks.example import Example, Task, draw
@@ -61,7 +62,7 @@ def _arguments(rng: random.Random, draft: Draft) -> Sequence[list[int] | int | s
 
 
 def _outputs(source: str, name: str, arguments: Sequence[Any]) -> list[Any]:
-    """What our own reference returns; only ever called on the bodies written in this file."""
+    """What our own reference returns; `source` is only ever made from the templates."""
     namespace: dict[str, Any] = {}
     exec(compile(source, "<reference>", "exec"), namespace)
     return [namespace[name](argument) for argument in arguments]
@@ -71,7 +72,7 @@ def _propose(rng: random.Random) -> Example:
     draft = rng.choice(_TEMPLATES)(rng)
     name, parameter = rng.choice(_FUNCTIONS), rng.choice(_PARAMETERS[draft.kind])
     prompt = f'def {name}({parameter}):\n    """{draft.doc.format(v=parameter)}"""\n'
-    completion = "\n".join(f"    {line.format(v=parameter)}" for line in draft.body)
+    completion = indent(draft.body.format(v=parameter), "    ")
     arguments = _arguments(rng, draft)
     outputs = _outputs(prompt + completion, name, arguments)
     assertions = [f"assert {name}({given!r}) == {out!r}" for given, out in zip(arguments, outputs, strict=True)]
