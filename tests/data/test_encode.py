@@ -13,8 +13,9 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from nextblock.config.errors import UsageError
-from nextblock.data.encode import Document, encode, encode_prompt, span_ends
-from nextblock.data.sources import Record
+from nextblock.data.encode import encode, encode_prompt, span_ends
+from nextblock.data.records import Record
+from nextblock.data.rows import Document
 from nextblock.model.parent import byte_tokenizer
 
 ZEPHYR = (

@@ -13,7 +13,8 @@ import pytest
 from nextblock.config.errors import UsageError
 from nextblock.config.sections import DataConfig, Source
 from nextblock.data.prompts import read_prompts
-from nextblock.data.sources import Record, Records, check_characters, read_source
+from nextblock.data.records import Record, Records, check_characters
+from nextblock.data.sources import read_source
 from nextblock.data.stream import RowStream
 from nextblock.model.parent import byte_tokenizer
 
@@ -198,7 +199,7 @@ def test_a_part_of_a_text_without_line_breaks_costs_the_same_wherever_it_is(tmp_
         taken.append(len(data))
         return data
 
-    monkeypatch.setattr("nextblock.data.sources._read_bytes", counted)
+    monkeypatch.setattr("nextblock.data.formats.read_bytes", counted)
     for index in (0, 1, 100, (records.count or 0) - 1):
         taken.clear()
         assert records.read(index).value["text"]

@@ -31,9 +31,10 @@ from limits import largest_file
 from nextblock.config.errors import UsageError
 from nextblock.config.run import AdaptConfig, load_config
 from nextblock.config.sections import Source
+from nextblock.data.mixture import is_held_out
+from nextblock.data.records import Records
 from nextblock.data.rows import Rows, check_tokens
-from nextblock.data.sources import Records, read_source
-from nextblock.data.stream import is_held_out
+from nextblock.data.sources import read_source
 from nextblock.model.loading import load_tokenizer, read_config, read_settings
 from nextblock.model.probe import without_dropout
 from nextblock.training.checkpoint import list_checkpoints, newest_whole_checkpoint

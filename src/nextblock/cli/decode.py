@@ -80,7 +80,7 @@ def generate(
     batch_size: Annotated[int, typer.Option(help="with --input: prompts decoded together")] = 8,
 ) -> None:
     """Answer prompts, in ar, diffusion or speculative mode; with --input and --output, as training data."""
-    from nextblock.data.sources import check_characters
+    from nextblock.data.records import check_characters
 
     options = decoding_options(locals())
     if (source is None) != (output is None):

@@ -21,17 +21,10 @@ from tokenizers import AddedToken
 
 from nextblock.config.errors import UsageError
 from nextblock.data.chat import MARKER, MEANT, PRIVATE, Chat, Pieces, Specials
-from nextblock.data.sources import Record
+from nextblock.data.records import Record
+from nextblock.data.rows import Document
 
 GUARDS = ("\n", "0", "a", ".")
-
-
-@dataclass(frozen=True)
-class Document:
-    """One tokenised document: `tokens` int64 [n]; `offset` int64 [n] in the generated span, -1 context."""
-
-    tokens: np.ndarray
-    offset: np.ndarray
 
 
 def encode(record: Record | Mapping[str, Any], tokenizer: Any) -> Document:

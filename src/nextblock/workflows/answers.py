@@ -17,7 +17,7 @@ import torch
 
 from nextblock.config.errors import UsageError
 from nextblock.data.prompts import read_prompts
-from nextblock.data.sources import Record
+from nextblock.data.records import Record
 from nextblock.decoding.events import Finish
 from nextblock.decoding.lm import load
 from nextblock.decoding.options import with_stored
