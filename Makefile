@@ -31,7 +31,7 @@ demo: $(PACKAGE_STAMP) ## set up, then adapt the shipped AR model and show the r
 	$(OFFLINE) $(BIN)/python -m nextblock demo
 
 .PHONY: test
-test: lint types imports wheel ## set up, then run every check: what CI runs
+test: lint types imports wheel docs ## set up, then run every check: what CI runs
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .PHONY: install
@@ -62,9 +62,13 @@ imports: $(DEV_STAMP) ## import-linter: modules import downwards only
 wheel: $(DEV_STAMP) ## build sdist and wheel, import the wheel, look for its data
 	$(BIN)/python tests/check_wheel.py
 
+.PHONY: docs
+docs: $(DEV_STAMP) ## build the documentation into build/docs; a dead link or a missing name fails
+	$(OFFLINE) $(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs build/docs
+
 .PHONY: clean
 clean: ## remove .venv, caches and build products; runs/ stays
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) build dist docs/api .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps are written last, so an install that was cut short is done again.

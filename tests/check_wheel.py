@@ -33,7 +33,7 @@ def expected_files() -> set[str]:
         for path in PACKAGE.rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
-    presets = {f"nextblock/config/presets/{path.name}" for path in (ROOT / "presets").glob("*.yaml")}
+    presets = {f"nextblock/presets/{path.name}" for path in (ROOT / "presets").glob("*.yaml")}
     models = {
         f"nextblock/assets/{model}/{name}"
         for model in SHIPPED_MODELS

@@ -1,10 +1,13 @@
 """nextblock: turn an autoregressive language model into a block-diffusion one, and run it.
 
-import nextblock as nb
+For example::
 
-nb.adapt("presets/demo.yaml")
-lm = nb.load("tiny-bd")
-print(lm.generate("Q: Leo has 8 bags with 7 coins in each. He loses 13. How many coins does Leo have?\\nA:").texts[0])
+    import nextblock as nb
+
+    nb.adapt("presets/demo.yaml")
+    lm = nb.load("tiny-bd")
+    prompt = "Q: Leo has 8 bags with 7 coins in each. He loses 13. How many coins does Leo have?\\nA:"
+    print(lm.generate(prompt).texts[0])
 """
 
 from __future__ import annotations

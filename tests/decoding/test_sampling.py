@@ -264,6 +264,8 @@ def test_two_tokens_checked_against_a_bad_draft_have_the_target_distribution(pat
     rows = [Row(i, [1], limit=9, random=generator(i)) for i in range(count)]
     config = validate(DecodingConfig, {"mode": "speculative", "temperature": 1.0, "draft_paths": paths})
     batch: Any = SimpleNamespace(config=config, rows=rows, device=torch.device("cpu"))
+    batch.confidence = lambda logits, tokens: logits.softmax(-1).gather(-1, tokens[:, None])[:, 0]
+    batch.tell = lambda logits, tokens: (tokens.tolist(), batch.confidence(logits, tokens).tolist())
     logits = draft_of.log().expand(count, 2, 5)
     drawn = torch.tensor([row.draw(2) for row in rows], dtype=torch.float64)
     drafts = torch.stack([draw(logits[:, i].softmax(-1), drawn[:, i]) for i in range(2)], dim=1)

@@ -57,13 +57,13 @@ Rule = Callable[[Places, Places], Tensor]
 
 
 def block_diffusion_rule(context: Context = "context_causal", target_share: float | None = None) -> Rule:
-    """The mask of the parallel pass over [noised ; clean]   (arXiv 2512.06776, Eq. 4 and App. A).
+    """The mask of the parallel pass over [noised ; clean]   (arXiv 2512.06776, Eq. 4 and App. A)::
 
-    noised -> noised   same view and block, both directions            M_BD
-    noised -> clean    strictly earlier blocks                         M_OBC
-    clean  -> clean    itself and earlier tokens                       M_CC
-                       ("block_causal": and the whole own block)
-    clean  -> noised   never
+        noised -> noised   same view and block, both directions            M_BD
+        noised -> clean    strictly earlier blocks                         M_OBC
+        clean  -> clean    itself and earlier tokens                       M_CC
+                           ("block_causal": and the whole own block)
+        clean  -> noised   never
 
     Nothing crosses documents. Padding sees padding, so that no query is left without a key.
 

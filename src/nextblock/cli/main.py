@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from nextblock.cli import decode, train  # noqa: F401  # each module adds its commands to `app`
 from nextblock.cli.measure import bench_app
 from nextblock.cli.options import (
     app,

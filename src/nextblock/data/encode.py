@@ -35,10 +35,11 @@ def encode(record: Record | Mapping[str, Any], tokenizer: Any) -> Document:
 def encode_batch(records: Sequence[Record], tokenizer: Any) -> list[Document]:
     """Tokenise records, in few calls of the tokenizer.
 
-    {"text"}: [begin token if the tokenizer adds one] text, end token; offset 0..n-1.
-    {"prompt", "completion"}: offset -1 in the prompt, 0.. over the completion and its end token.
-    {"messages"}: the tokenizer's chat template; each assistant turn with its end-of-turn token is a span
-        with offset 0.., all else is context (`chat.Chat.pieces`).
+    - `{"text"}`: [begin token if the tokenizer adds one] text, end token; offset 0..n-1.
+    - `{"prompt", "completion"}`: offset -1 in the prompt, 0.. over the completion and its end token.
+    - `{"messages"}`: the tokenizer's chat template; each assistant turn with its end-of-turn token is a span
+      with offset 0.., all else is context (`chat.Chat.pieces`).
+
     A record that is not `ended` has no end token; of messages, the last turn then has no end-of-turn token.
     A text that is empty, or nothing but white space, gives an empty document.
 

@@ -101,7 +101,7 @@ class StaticPasses:
         return self.slots(layer, part, rows, (heads, capacity, size)).zero_()
 
     def slots(self, layer: int, part: str, rows: int, shape: Sequence[int]) -> Tensor:
-        """The memory as [rows, *shape]: for equal arguments the same tensor, which compiled passes know again.
+        """The memory as `[rows, *shape]`: for equal arguments the same tensor, which compiled passes know again.
 
         Fewer rows are the first ones of more, so a batch that shrinks finds its rows where they were.
         """

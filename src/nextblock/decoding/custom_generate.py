@@ -1,6 +1,8 @@
 """Block-diffusion decoding inside transformers' own `generate`.
 
-model.generate(**inputs, custom_generate=nextblock.block_diffusion, mode="speculative")
+For example::
+
+    model.generate(**inputs, custom_generate=nextblock.block_diffusion, mode="speculative")
 """
 
 from __future__ import annotations
