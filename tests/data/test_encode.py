@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import string
 import warnings
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,9 +15,11 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from nextblock.config.errors import UsageError
+from nextblock.config.sections import DataConfig
 from nextblock.data.encode import encode, encode_prompt, span_ends
 from nextblock.data.records import Record
 from nextblock.data.rows import Document
+from nextblock.data.stream import RowStream
 from nextblock.model.parent import byte_tokenizer
 
 ZEPHYR = (
@@ -187,10 +191,53 @@ def test_a_text_that_spells_its_begin_and_end_has_one_of_each(kind: str) -> None
 
 def test_a_special_token_spelled_in_a_text_is_text_and_is_told_of() -> None:
     tokenizer = byte_tokenizer()
-    with pytest.warns(UserWarning, match=r"<\|end\|> in a text is read as text"):
-        ids = encode({"text": "a<|end|>b"}, tokenizer).tokens.tolist()
+    document = encode({"text": "a<|end|>b"}, tokenizer)
+    ids = document.tokens.tolist()
+    assert document.spelled == 1
     assert 256 not in ids[:-1]
     assert tokenizer.decode(ids[:-1]) == "a<|end|>b"
+    with pytest.warns(UserWarning, match=r"request 1: special tokens spelled in a text prompt are read as text"):
+        assert encode_prompt("a<|end|>b", tokenizer, "request 1") == ids[:-1]
+
+
+def test_special_tokens_in_contents_are_counted_with_the_first_place(tmp_path: Path) -> None:
+    rows = [{"text": "fine"}, {"messages": [user("<|end|>"), assistant("a <|end|> <|end|>")]}, {"text": "<|end|>?"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = DataConfig.model_validate(
+        {"sources": [{"path": str(tmp_path / "a.jsonl"), "examples": 2}], "row_length": 64, "held_out": 0.0}
+    )
+    stream = RowStream(config, byte_tokenizer(), seed=0)
+    stream.next(1)
+    lost = stream.state()["lost"]
+    assert lost["spelled"] > 3
+    assert lost["spelled"] % 3 == 0
+    assert lost["spelled_at"] == f"{tmp_path / 'a.jsonl'}:2"
+    again = RowStream(config, byte_tokenizer(), seed=0)
+    again.load_state(stream.state())
+    assert again.state() == stream.state()
+    assert all((again.next(40).tokens == stream.next(40).tokens).all() for _ in range(3))
+    assert again.state()["lost"] == stream.state()["lost"]
+
+
+def test_a_special_token_spelled_in_a_later_turn_leaves_those_before_it_as_they_are(tokenizer: Any) -> None:
+    messages = [*TALK[:2], user(f"{tokenizer.eos_token}?"), assistant("5")]
+    document = encode({"messages": messages}, tokenizer)
+    second = int(np.flatnonzero(document.offset == 0)[1])
+    before = encode_prompt(TALK[:1], tokenizer, "prompt")
+    assert document.tokens[: len(before)].tolist() == before
+    assert document.tokens[:second].tolist() == encode_prompt(messages[:3], tokenizer, "prompt")
+
+
+@pytest.mark.parametrize("turns", [[user("hi")], [user("a"), user("b")]])
+def test_a_chat_without_an_assistant_turn_is_context(turns: list[Any], tokenizer: Any) -> None:
+    document = encode({"messages": turns}, tokenizer)
+    assert len(document.tokens)
+    assert (document.offset == -1).all()
+
+
+def test_a_chat_whose_turns_all_begin_otherwise_is_refused() -> None:
+    with pytest.raises(UsageError, match="does not render message 2 as a continuation"):
+        encode({"messages": [user("a"), assistant("b"), user("c")]}, words(THOUGHTFUL))
 
 
 def test_a_special_token_spelled_in_a_content_is_text(tokenizer: Any) -> None:

@@ -17,10 +17,16 @@ from nextblock.config.errors import UsageError
 
 @dataclass(frozen=True)
 class Document:
-    """One tokenised document: `tokens` int64 [n]; `offset` int64 [n] in the generated span, -1 for context."""
+    """One tokenised document.
+
+    tokens: int64 [n].
+    offset: int64 [n], offset in the generated span, -1 for context.
+    spelled: special tokens that its contents spell, which are read as text.
+    """
 
     tokens: np.ndarray
     offset: np.ndarray
+    spelled: int = 0
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,11 @@ MOST_ROWS, MOST_TOKENS = 512, 2**21  # of a chunk
 BATCH_DOCUMENTS, BATCH_BYTES = 256, 2**20  # one call of the tokenizer ends at either
 IDLE_BATCHES = 8  # batches without one usable document after which the data counts as empty
 
+NOTHING: dict[str, Any] = {"truncated": 0, "skipped": 0, "spelled": 0, "spelled_at": ""}
+"""What is counted of documents: those cut short at the end of a row (prompt or chat documents only), those with
+nothing to generate (empty, or a prompt that fills the row), special tokens that contents spell, and the first place
+of these."""
+
 
 class Cut(NamedTuple):
     """A document as pieces that fit in a row, and the position before it, for a resume."""
@@ -37,17 +42,12 @@ class Cut(NamedTuple):
 
 
 class Documents:
-    """The documents of a mixture, tokenised in batches and cut to rows of L tokens.
-
-    Attributes:
-        truncated: documents cut short at the end of a row so far (prompt or chat documents only).
-        skipped: documents so far with nothing to generate (empty, or a prompt that fills the row).
-    """
+    """The documents of a mixture, tokenised in batches and cut to rows of L tokens; see NOTHING for what it counts."""
 
     def __init__(self, mixture: Mixture, tokenizer: PreTrainedTokenizerBase, row_length: int) -> None:
         self._mixture, self._tokenizer, self._length = mixture, tokenizer, row_length
         self._queue: deque[Cut] = deque()
-        self.truncated = self.skipped = 0
+        self._counts = dict(NOTHING)
 
     def peek(self) -> Cut:
         """The next document. NoDocument if there is none that could be used."""
@@ -67,7 +67,7 @@ class Documents:
     def load_state(self, place: Mapping[str, Any], digests: list[str]) -> None:
         """Go to the position before a document. UsageError if it belongs to other sources."""
         self._mixture.load_state(place, digests)
-        self.truncated, self.skipped = place["truncated"], place["skipped"]
+        self._counts = {name: place.get(name, nothing) for name, nothing in NOTHING.items()}
         self._queue.clear()
 
     def _fill(self) -> None:
@@ -77,15 +77,17 @@ class Documents:
             while len(records) < BATCH_DOCUMENTS and self._mixture.bytes < end:
                 places.append(self._mixture.state())
                 records.append(self._mixture.draw())
-            for document, place in zip(encode_batch(records, self._tokenizer), places, strict=True):
-                found = Cut(
-                    cut(document, self._length), {**place, "truncated": self.truncated, "skipped": self.skipped}
-                )
+            documents = encode_batch(records, self._tokenizer)
+            for record, document, place in zip(records, documents, places, strict=True):
+                found, counts = Cut(cut(document, self._length), {**place, **self._counts}), self._counts
+                if document.spelled:
+                    counts["spelled"] += document.spelled
+                    counts["spelled_at"] = counts["spelled_at"] or record.where
                 if found.pieces:
-                    self.truncated += found.tokens < len(document.tokens)
+                    counts["truncated"] += found.tokens < len(document.tokens)
                     self._queue.append(found)
                 else:
-                    self.skipped += 1
+                    counts["skipped"] += 1
             if self._queue:
                 return
         raise NoDocument(
@@ -124,7 +126,7 @@ class RowStream:
         self._pad: Any = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self._first = self._taken = 0  # number of the chunk's first row; its rows used so far
         self._chunk: Rows | None = None
-        self._lost = {"truncated": 0, "skipped": 0}
+        self._lost = dict(NOTHING)
         self._start = self._documents.peek().place  # before the chunk's first document
 
     def next(self, rows: int) -> Rows:
@@ -144,7 +146,7 @@ class RowStream:
     def state(self) -> dict[str, Any]:
         """Small and JSON-serialisable: what `load_state` needs to give exactly the next rows.
 
-        `lost` counts the documents that were `truncated` and `skipped` up to the end of the chunk.
+        `lost` counts what NOTHING names, up to the end of the chunk.
         """
         place = {"start": self._start, "first": self._first, "taken": self._taken, "lost": self._lost}
         return {**place, "digests": self._mixture.digests}
@@ -170,7 +172,7 @@ class RowStream:
                 self._documents.give_back(more[len(read) :])
                 break
             read, packed = more, wider
-        self._lost = {name: self._documents.peek().place[name] for name in ("truncated", "skipped")}
+        self._lost = {name: self._documents.peek().place[name] for name in NOTHING}
         order = np.random.default_rng([*self._mixture.seed, self._first]).permutation(len(packed))
         epoch = self._start["sources"][0]["epoch"]
         return collate([packed[i] for i in order], self._length, self._pad, epoch, self._first)
