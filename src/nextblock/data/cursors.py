@@ -53,6 +53,9 @@ class HubStream:
     Shard (s, S) takes whole files where S divides their number, else every S-th row.
     """
 
+    # As those of `Records`.
+    count, split_by_hash, digest = None, True, ""
+
     def __init__(self, source: Source, shard: tuple[int, int] = (0, 1)) -> None:
         from datasets import IterableDataset, load_dataset
         from datasets.distributed import split_dataset_by_node

@@ -40,18 +40,6 @@ class _Part:
     drawn: int = 0
     bytes: int = 0
 
-    @property
-    def split_by_hash(self) -> bool:
-        return not isinstance(self.opened, Records) or self.opened.split_by_hash
-
-    @property
-    def count(self) -> int | None:
-        return self.opened.count if isinstance(self.opened, Records) else None
-
-    @property
-    def digest(self) -> str:
-        return self.opened.digest if isinstance(self.opened, Records) else ""
-
 
 class Mixture:
     """Endless documents of one side of the held-out border: a function of (config, seed, shard) only.
@@ -75,7 +63,7 @@ class Mixture:
                 opened = read_source(source, held_out, max(8192, 16 * config.row_length), shard)
             cursor = Cursor(opened, [seed, k], shard) if isinstance(opened, Records) else opened
             self._parts.append(_Part(source.path, source.weight, opened, cursor))
-        self.digests = [part.digest for part in self._parts]
+        self.digests = [part.opened.digest for part in self._parts]
 
     @property
     def bytes(self) -> int:
@@ -89,7 +77,7 @@ class Mixture:
         # One whole epoch at least; a shard meets few documents of each, so it must look through more.
         while cursor.epoch <= epoch + (1 if shards == 1 else 20 * shards):
             record = cursor.take()
-            if not part.split_by_hash or is_held_out(record, self._share) == self._held_out:
+            if not part.opened.split_by_hash or is_held_out(record, self._share) == self._held_out:
                 part.drawn += 1
                 part.bytes += sum(len(str(value).encode()) for value in record.value.values())
                 return record
@@ -118,7 +106,7 @@ class Mixture:
         return {
             "drawn": [part.drawn for part in self._parts],
             "bytes": [part.bytes for part in self._parts],
-            "counts": [part.count for part in self._parts],
+            "counts": [part.opened.count for part in self._parts],
             "sources": [part.cursor.state() for part in self._parts],
         }
 
@@ -130,12 +118,12 @@ class Mixture:
                 f"{len(self._parts)}; resume with the configuration of the run"
             )
         for part, count, digest in zip(self._parts, state["counts"], digests, strict=True):
-            if count != part.count:
+            if count != part.opened.count:
                 raise UsageError(
-                    f"data source {part.path} had {count} documents and has {part.count}, so its order would be "
-                    "another; put it back, or start in a new --output"
+                    f"data source {part.path} had {count} documents and has {part.opened.count}, so its order would "
+                    "be another; put it back, or start in a new --output"
                 )
-            if digest != part.digest:
+            if digest != part.opened.digest:
                 raise UsageError(
                     f"data source {part.path} holds other text than when the run was stopped; put it back, or start "
                     "in a new --output"

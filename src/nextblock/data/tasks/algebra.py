@@ -1,8 +1,13 @@
-"""Algebra in written steps (solve, expand, evaluate): a small stand-in for MATH."""
+"""Algebra in written steps (solve, expand, evaluate): a small stand-in for MATH.
+
+Prompts are about 25 to 50 bytes, completions 45 to 105; sizes of all numbers are below 200. An expanded polynomial
+must be written as the reference writes it: falling powers, no zero terms.
+"""
 
 from __future__ import annotations
 
 import random
+from functools import partial
 
 from nextblock.data.tasks.example import ANSWER_MARKER, Example, Task, draw, final_answer_is
 
@@ -168,23 +173,4 @@ def _propose(rng: random.Random) -> Example:
     return rng.choice(rng.choice(_KINDS))(rng)
 
 
-def example(split: str, index: int) -> Example:
-    """Algebra problem number `index` of `split`; pure.
-
-    Prompts are about 25 to 50 bytes, completions 45 to 105; sizes of all numbers are below 200.
-
-    Raises:
-        UsageError: an unknown split or a negative index.
-    """
-    return draw(NAME, split, index, _propose)
-
-
-def grade(completion: str, problem: Example) -> bool:
-    """True when the completion ends in the one statement of the right answer (`final_answer_is`).
-
-    An expanded polynomial must be written as the reference writes it: falling powers, no zero terms.
-    """
-    return final_answer_is(completion, problem.answer)
-
-
-TASK = Task(NAME, example, grade)
+TASK = Task(NAME, partial(draw, NAME, propose=_propose), final_answer_is)

@@ -1,10 +1,15 @@
-"""Short Python functions from a docstring, scored by running them: a small stand-in for HumanEval."""
+"""Short Python functions from a docstring, scored by running them: a small stand-in for HumanEval.
+
+Prompts (signature and docstring) are about 60 to 110 bytes, completions (the body) 20 to 110; `answer` holds eight or
+more assertions that compare the function with the reference.
+"""
 
 from __future__ import annotations
 
 import ast
 import random
 from collections.abc import Sequence
+from functools import partial
 from textwrap import indent
 from typing import Any
 
@@ -79,18 +84,6 @@ def _propose(rng: random.Random) -> Example:
     return Example(prompt, completion, "\n".join(assertions), draft.key)
 
 
-def example(split: str, index: int) -> Example:
-    """Function number `index` of `split`; pure.
-
-    Prompts (signature and docstring) are about 60 to 110 bytes, completions (the body) 20 to 110;
-    `answer` holds eight or more assertions that compare the function with the reference.
-
-    Raises:
-        UsageError: an unknown split or a negative index.
-    """
-    return draw(NAME, split, index, _propose)
-
-
 def grade(completion: str, problem: Example) -> bool:
     """True when the function made of prompt and completion passes every hidden assertion.
 
@@ -108,4 +101,4 @@ def grade(completion: str, problem: Example) -> bool:
     return evaluate_python(problem.prompt + completion, calls) == expected
 
 
-TASK = Task(NAME, example, grade)
+TASK = Task(NAME, partial(draw, NAME, propose=_propose), grade)

@@ -143,25 +143,20 @@ def _list_replace(rng: random.Random) -> Draft:
 
 def _list_slice(rng: random.Random) -> Draft:
     start, step = rng.randint(1, 6), rng.randint(2, 6)
-    return rng.choice(
+    doc, code = rng.choice(
         (
-            _list_draft(
+            (
                 f"Skip the first {start} items of {{v}}, then return every item number {step}.",
-                f"return {{v}}[{start}::{step}]",
-                f"str {{v}}[{start}::{step}]",
+                f"{{v}}[{start}::{step}]",
             ),
-            _list_draft(
-                f"Return {{v}} without its first {start} and last {step} items.",
-                f"return {{v}}[{start}:-{step}]",
-                f"str {{v}}[{start}:-{step}]",
-            ),
-            _list_draft(
+            (f"Return {{v}} without its first {start} and last {step} items.", f"{{v}}[{start}:-{step}]"),
+            (
                 f"Return the first {start} and then the last {step} items of {{v}}.",
-                f"return {{v}}[:{start}] + {{v}}[-{step}:]",
-                f"str {{v}}[:{start}] + {{v}}[-{step}:]",
+                f"{{v}}[:{start}] + {{v}}[-{step}:]",
             ),
         )
     )
+    return _list_draft(doc, f"return {code}", f"str {code}")
 
 
 def _list_insert(rng: random.Random) -> Draft:

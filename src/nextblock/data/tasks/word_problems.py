@@ -1,10 +1,14 @@
-"""Word problems of two or three arithmetic steps, solved in writing: a small stand-in for GSM8K."""
+"""Word problems of two or three arithmetic steps, solved in writing: a small stand-in for GSM8K.
+
+Prompts are about 80 to 150 bytes, completions 40 to 75; every number lies in 2..198.
+"""
 
 from __future__ import annotations
 
 import random
 import re
 from collections.abc import Callable
+from functools import partial
 
 from nextblock.data.tasks.example import ANSWER_MARKER, Example, Task, draw, final_answer_is
 
@@ -57,14 +61,6 @@ def _changes(rng: random.Random, count: int) -> Story:
         wordings, steps = [*wordings, wording], [*steps, step]
     told, now = f"{', '.join(wordings[:-1])} and {wordings[-1]}", " now" if count > 2 else ""
     return f"{name} has {start} {thing}. {pronoun} {told}. How many {thing} does {name} have{now}?", steps
-
-
-def _two_changes(rng: random.Random) -> Story:
-    return _changes(rng, 2)
-
-
-def _three_changes(rng: random.Random) -> Story:
-    return _changes(rng, 3)
 
 
 def _groups(rng: random.Random) -> Story:
@@ -161,8 +157,8 @@ def _reading(rng: random.Random) -> Story:
 
 
 _STORIES: tuple[Callable[[random.Random], Story], ...] = (
-    *(_two_changes, _two_changes, _three_changes, _three_changes, _groups, _compare),
-    *(_times, _prices, _money_left, _share, _reading),
+    *(partial(_changes, count=count) for count in (2, 2, 3, 3)),
+    *(_groups, _compare, _times, _prices, _money_left, _share, _reading),
 )
 
 
@@ -173,28 +169,8 @@ def _propose(rng: random.Random) -> Example:
     # Every wording of a problem names the same numbers and needs the same operations, in whatever order.
     quantities = sorted(int(number) for number in re.findall(r"\d+", text))
     operations = sorted(operation for _, operation, _ in steps)
-    return Example(
-        prompt=f"Q: {text}\nA:",
-        completion=f" {written} {ANSWER_MARKER}{answer}.",
-        answer=answer,
-        key=f"{' '.join(operations)} : {' '.join(map(str, quantities))}",
-    )
+    key = f"{' '.join(operations)} : {' '.join(map(str, quantities))}"
+    return Example(f"Q: {text}\nA:", f" {written} {ANSWER_MARKER}{answer}.", answer, key)
 
 
-def example(split: str, index: int) -> Example:
-    """Word problem number `index` of `split`; pure.
-
-    Prompts are about 80 to 150 bytes, completions 40 to 75; every number lies in 2..198.
-
-    Raises:
-        UsageError: an unknown split or a negative index.
-    """
-    return draw(NAME, split, index, _propose)
-
-
-def grade(completion: str, problem: Example) -> bool:
-    """True when the completion ends in the one statement of the right number (`final_answer_is`)."""
-    return final_answer_is(completion, problem.answer)
-
-
-TASK = Task(NAME, example, grade)
+TASK = Task(NAME, partial(draw, NAME, propose=_propose), final_answer_is)
