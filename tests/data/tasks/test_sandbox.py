@@ -8,6 +8,7 @@ import socket
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,7 @@ from nextblock.data.tasks.sandbox import evaluate_python
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the sandbox needs Linux")
 
 
-def run_python(source: str, **limits: float) -> bool:
+def run_python(source: str, **limits: Any) -> bool:
     """Whether a program reaches its end in the sandbox."""
     return evaluate_python(source, (), **limits) is not None
 
