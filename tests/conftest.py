@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from families import FAMILIES, pangu_folder, tiny_model
+from families import FAMILIES, WINDOW, pangu_folder, tiny_model
+from runs import config_of, start, weights
 
 # Models here are tiny: more threads cost more than they give, and sums keep one order.
 torch.set_num_threads(1)
@@ -53,6 +55,13 @@ def family_model(family: str) -> PreTrainedModel:
     return tiny_model(family)
 
 
+@pytest.fixture(params=[*FAMILIES, *(f"{family}, window" for family in ("mistral", "gemma3", "phi3", "llama"))])
+def any_model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    """Every family, those that have sliding windows once more with a short one, and one that ignores its window."""
+    family, _, windowed = request.param.partition(", ")
+    return tiny_model(family, sliding_window=WINDOW) if windowed else tiny_model(family)
+
+
 @pytest.fixture
 def llama() -> PreTrainedModel:
     """A fresh tiny random Llama, for laws that do not depend on the family."""
@@ -81,5 +90,18 @@ def place(tmp_path_factory) -> Path:
 def processes() -> Any:
     """Starts real processes quickly: a server that has imported everything forks them."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["nextblock.workflows.adapt", "test_loop"])
+    context.set_forkserver_preload(["nextblock.workflows.adapt", "runs"])
     return context
+
+
+@pytest.fixture(scope="session")
+def undisturbed(place, processes, tmp_path_factory) -> tuple[bytes, float]:
+    """(final weights, seconds) of a run that nothing stops."""
+    output = tmp_path_factory.mktemp("undisturbed") / "run"
+    start(processes, config_of(place, output, training__steps=9)).join()  # the first start imports everything
+    began = time.perf_counter()
+    output = output.with_name("timed")
+    process = start(processes, config_of(place, output))
+    process.join()
+    assert process.exitcode == 0
+    return weights(output), time.perf_counter() - began

@@ -46,6 +46,7 @@ _SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 FAMILIES = list(_SETTINGS)
+WINDOW = 5  # shorter than most documents of the tests
 TOKENS = {"vocab_size": VOCABULARY, "pad_token_id": PAD_ID, "bos_token_id": BOS_ID, "eos_token_id": EOS_ID}
 
 
@@ -92,6 +93,12 @@ def random_model(config: PreTrainedConfig, *, seed: int = 0, std: float = 0.25) 
                 else:
                     parameter.add_(torch.randn_like(parameter), alpha=0.1)
     return model.eval()
+
+
+def head_rows(model: Any) -> list[torch.Tensor]:
+    """The matrices of the embedding and of the head, one tensor where they are tied."""
+    layers: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
+    return [layer.weight for layer in layers]
 
 
 def pangu_folder(folder: Path) -> PreTrainedModel:

@@ -6,6 +6,7 @@ import ast
 import importlib
 import importlib.util
 import json
+import pkgutil
 import re
 import shlex
 from pathlib import Path
@@ -16,20 +17,24 @@ import typer
 import yaml
 
 import nextblock as nb
-from nextblock.cli.options import app, decoding_options
+from nextblock.cli.main import app
+from nextblock.cli.options import decoding_options
 from nextblock.cli.train import parse_overrides
 from nextblock.config.errors import UsageError
 from nextblock.config.presets import preset
 from nextblock.config.run import load_config
 from nextblock.config.sections import validate
 from nextblock.data.tasks import get_task
-from nextblock.decoding.options import MODES, DecodingConfig, GenerateOptions
+from nextblock.decoding.options import MODES, DecodingConfig
+from nextblock.decoding.request import CallOptions
 from nextblock.measure.bench.prompts import parse_variant
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+ARCHITECTURE = ROOT / "docs" / "architecture.md"
+PACKAGE = ROOT / "src" / "nextblock"
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # pyright: ignore[reportAttributeAccessIssue]
-FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"^```([\w{}-]*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def name(page: Path) -> str:
@@ -53,7 +58,8 @@ def lines(page: Path, program: str) -> list[list[str]]:
     found = []
     for line in [*shell, *spans]:
         if re.match(rf"(\.venv/bin/)?{program}( |$)", line):
-            found.append(shlex.split(line, comments=True)[1:])
+            plain = re.sub(r"\$'([^']*)'", lambda text: shlex.quote(text[1].replace("\\n", "\n")), line)
+            found.append(shlex.split(plain, comments=True)[1:])
     return found
 
 
@@ -88,6 +94,27 @@ def test_the_mask_picture_is_what_its_script_draws():
 def test_every_command_is_in_the_readme():
     listed = {call[0] for page, call in CALLS if page == ROOT / "README.md"}
     assert listed >= set(COMMANDS)
+
+
+def test_the_architecture_page_has_a_line_for_each_file():
+    named, folders = set(), [PACKAGE]
+    for line in blocks(ARCHITECTURE, "text")[0].splitlines()[1:]:
+        level = (len(line) - len(line.lstrip())) // 2
+        path = folders[level - 1] / line.split()[0]
+        folders[level:] = [path]
+        assert len(line.split()) > 1, f"{path.name}: what is it?"
+        named |= {path} - {path if line.split()[0].endswith("/") else None}
+    there = {path for path in PACKAGE.rglob("*") if path.suffix in (".py", ".html") and "assets" not in path.parts}
+    # Of a package's own file its folder's line tells.
+    assert named == {path for path in there if path.name != "__init__.py" or path.parent == PACKAGE}
+
+
+def test_the_architecture_page_names_functions_that_exist():
+    packages = "|".join(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
+    spans = set(re.findall(rf"`((?:{packages})(?:\.\w+)+)`", ARCHITECTURE.read_text(encoding="utf-8")))
+    assert len(spans) > 30
+    for span in spans:
+        pkgutil.resolve_name(f"nextblock.{span}")
 
 
 @pytest.mark.parametrize(("page", "call"), CALLS, ids=call_id)
@@ -130,6 +157,12 @@ def test_every_make_target_exists(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
+def test_every_source_file_named_exists(page):
+    named = re.findall(r"`((?:\w+/)+\w+\.(?:py|md|html))`", prose(page))
+    assert [path for path in named if not (ROOT / path).exists() and not (PACKAGE / path).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
 def test_every_relative_link_resolves(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
         if "://" in target:
@@ -160,7 +193,7 @@ def test_every_python_block_compiles_and_uses_names_that_exist(page):
                 fields = getattr(owner, "__dataclass_fields__", {})
                 assert owner is None or hasattr(owner, node.attr) or node.attr in fields, ast.unparse(node)
             if isinstance(node, ast.Call) and re.fullmatch(r"lm\.(generate|stream\w*)", ast.unparse(node.func)):
-                assert {str(word.arg) for word in node.keywords} <= set(GenerateOptions.__annotations__)
+                assert {str(word.arg) for word in node.keywords} <= set(CallOptions.model_fields)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
@@ -174,7 +207,7 @@ def test_every_configuration_shown_is_valid(page):
 def test_the_example_of_the_docs_is_answered_right_by_the_shipped_models():
     shown = {text for _, call in CALLS for text in call if text.startswith("Q: ")}
     assert len(shown) == 1
-    prompt = shown.pop().replace("\\n", "\n")
+    prompt = shown.pop()
     calls: list[tuple[dict[str, Any], list[dict[str, Any]]]] = [
         ({"path": "tiny-ar"}, [{"mode": "ar"}]),
         ({"path": "tiny-ar", "draft_adapter": "tiny-draft"}, [{"mode": "speculative"}]),

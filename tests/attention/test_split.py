@@ -15,9 +15,9 @@ from nextblock.attention.rule import Places, block_diffusion_rule, within_window
 from nextblock.config.sections import DraftAdapterConfig, RecipeConfig
 from nextblock.model.decoder import Decoder
 from nextblock.model.draft_adapter import DraftAdapter
-from nextblock.model.probe import recompute_activations, run_in_parts
+from nextblock.model.training_mode import recompute_activations, run_in_parts
 from nextblock.recipe.corruption import TwoView, corrupt
-from nextblock.recipe.objective import DraftLoss, TwoViewLoss
+from nextblock.recipe.objective import TwoViewLoss
 
 LENGTH = 28
 ROWS = make_rows([PLAIN, PROMPTED, CHAT], LENGTH)
@@ -155,7 +155,7 @@ def test_a_draft_adapters_noised_pass_on_cached_clean_keys(llama):
     view, decoder, rule = view_of(4, views=2), Decoder(model, adapter), block_diffusion_rule()
 
     def run() -> tuple[Tensor, list[Tensor]]:
-        total = DraftLoss(decoder)(view, rule, soft=True).total(0.0, 2, 0.5)
+        total = TwoViewLoss(decoder)(view, rule, soft=True).total(0.0, 2, 0.5)
         return total, list(torch.autograd.grad(total, list(adapter.parameters())))
 
     dense, dense_grads = run()

@@ -20,7 +20,8 @@ from families import tiny_model
 from nextblock.cli import main as cli
 from nextblock.cli import train
 from nextblock.config.sections import BlockDiffusionSettings, DraftAdapterConfig
-from nextblock.model.draft_adapter import DraftAdapter, save_adapter
+from nextblock.model.adapter_files import save_adapter
+from nextblock.model.draft_adapter import DraftAdapter
 from nextblock.model.parent import byte_tokenizer
 from nextblock.training.export import export
 
@@ -129,7 +130,11 @@ def test_a_finished_run_is_not_written_over_but_can_be_resumed(run, parent, text
 
 @pytest.mark.parametrize(
     "where",
-    ["nextblock.measure.likelihood._nats", "nextblock.training.loop.export", "nextblock.workflows.adapt.load_parent"],
+    [
+        "nextblock.measure.likelihood._nats",
+        "nextblock.training.loop.export_run",
+        "nextblock.workflows.adapt.load_parent",
+    ],
 )
 def test_sigterm_after_the_last_step_leaves_the_model_and_a_resume_measures_it(
     run, parent, texts, tmp_path, monkeypatch, where
@@ -251,7 +256,7 @@ def test_generate_refuses_bad_options_in_one_line(run, parent, tmp_path, argumen
 @pytest.mark.parametrize(
     "options",
     [
-        ["--draft-length", "auto", "--draft-steps", "2"],
+        ["--draft-length", "auto"],
         ["--draft-length", "3", "--draft-paths", "3"],
         ["--draft-ahead", "2"],
     ],

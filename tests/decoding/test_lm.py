@@ -16,7 +16,7 @@ from families import EOS_ID, MASK_ID, longrope_model, nested_model, tiny_model
 from nextblock.config.errors import UsageError
 from nextblock.config.sections import BlockDiffusionSettings
 from nextblock.decoding.events import BlockFinished, Committed, Prefilled, Rejected, RowFinished
-from nextblock.decoding.lm import BlockDiffusionLM, load, look_at
+from nextblock.decoding.lm import BlockDiffusionLM, load, why_no_blocks
 from nextblock.decoding.request import make_request
 from nextblock.model.parent import byte_tokenizer
 from nextblock.training.export import export
@@ -403,7 +403,7 @@ def test_the_confidence_of_tokens_is_worked_out_only_for_those_who_read_events(m
     told = [event for event in lm.stream(tokens, max_new_tokens=9, **options) if isinstance(event, Committed)]
     assert all(0 < event.confidence <= 1 + 1e-6 for event in told)
     if not options.get("temperature"):
-        monkeypatch.setattr("nextblock.decoding.batch.probability_of", lambda *_: pytest.fail("nobody reads it"))
+        monkeypatch.setattr("nextblock.decoding.head.probability_of", lambda *_: pytest.fail("nobody reads it"))
         assert lm.generate(tokens, max_new_tokens=9, **options).stats.new_tokens == len(told)
 
 
@@ -431,7 +431,8 @@ def test_a_row_that_goes_along_costs_no_further_call_of_a_processor(options):
 def test_the_clock_is_read_once_a_pass_and_not_for_each_event(monkeypatch):
     reads = []
     clock = SimpleNamespace(perf_counter=lambda: float(len(reads.append(1) or reads)))
-    monkeypatch.setattr("nextblock.decoding.lm.time", clock)
+    for module in ("lm", "engine"):
+        monkeypatch.setattr(f"nextblock.decoding.{module}.time", clock)
     out = ids_only().generate(torch.tensor([[5, 6, 7]] * 4), mode="ar", max_new_tokens=10, eos_token_id=[])
     assert out.stats.new_tokens == 40
     assert len(reads) == out.stats.forwards + 2  # the beginning and the end
@@ -514,7 +515,7 @@ def test_a_model_that_ignores_positions_decodes_one_prompt_in_ar_mode_and_no_bat
     lm = BlockDiffusionLM(tiny_model("llama"), None, None)
     blind = lm.model.model.forward
     lm.model.model.forward = lambda *args, position_ids=None, **rest: blind(*args, **rest)  # type: ignore[method-assign]
-    look_at(lm.model)
+    lm.refusal = why_no_blocks(lm.model)
     tokens = torch.tensor([[5, 6, 7, 8]])
     assert lm.generate(tokens, mode="ar", max_new_tokens=2).answers
     with pytest.raises(UsageError, match="ignores the attention mask or the position"):

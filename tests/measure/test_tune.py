@@ -9,7 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 from families import tiny_model
-from nextblock.cli.options import app
+from nextblock.cli.main import app
 from nextblock.config.errors import UsageError
 from nextblock.config.sections import BlockDiffusionSettings
 from nextblock.data.tasks import Example, Task

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import nextblock as nb
@@ -20,19 +20,15 @@ from nextblock.config.errors import UsageError
 from nextblock.config.run import load_config
 from nextblock.config.sections import BlockDiffusionSettings, DraftAdapterConfig, ModelConfig, RecipeConfig
 from nextblock.data.stream import RowStream
+from nextblock.model.adapter_files import fingerprint, load_adapter, save_adapter
 from nextblock.model.decoder import Decoder
-from nextblock.model.draft_adapter import (
-    DraftAdapter,
-    GatedLinear,
-    fingerprint,
-    load_adapter,
-    save_adapter,
-    target_names,
-)
+from nextblock.model.draft_adapter import DraftAdapter, GatedLinear
 from nextblock.model.parent import byte_tokenizer, load_parent
-from nextblock.model.probe import probe_adapter, recompute_activations, without_dropout
+from nextblock.model.probe import probe_adapter
+from nextblock.model.targets import target_names
+from nextblock.model.training_mode import recompute_activations, without_dropout
 from nextblock.recipe.corruption import corrupt
-from nextblock.recipe.objective import DraftLoss
+from nextblock.recipe.objective import TwoViewLoss
 from nextblock.training.export import export
 from nextblock.training.loop import train
 
@@ -173,7 +169,7 @@ def test_the_two_passes_give_the_loss_of_one_gated_pass(parent):
         step=0,
     )
     decoder, rule = Decoder(lm.model, adapter), block_diffusion_rule()
-    two = DraftLoss(decoder)(view, rule)
+    two = TwoViewLoss(decoder)(view, rule)
     mask = decoder.masks(rule, view.places)
     hidden = decoder.hidden(view.tokens, view.places.position, mask, noised=view.places.view > 0)
     n = view.noised_length
@@ -202,7 +198,7 @@ def test_soft_targets_of_a_draft_adapter_are_the_frozen_parents_predictions(llam
     recipe = load_config({"data": {"sources": [{"path": "x"}]}}).recipe
     view = corrupt(tokens, BLOCK, mask_token_id=97, end_token_id=256, recipe=recipe, seed=0, step=0)
     decoder, rule, n = Decoder(model, adapter), block_diffusion_rule(), view.noised_length
-    sums = DraftLoss(decoder)(view, rule, soft=True)
+    sums = TwoViewLoss(decoder)(view, rule, soft=True)
     with torch.no_grad():
         mask = decoder.masks(rule, view.places)
         hidden = decoder.hidden(view.tokens, view.places.position, mask, noised=view.places.view > 0)
@@ -430,6 +426,37 @@ def test_bad_adapters_are_refused_in_one_line(tmp_path, llama):
 
 
 @pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("adapter_model.safetensors", b"\x10"),
+        ("mask_vector.safetensors", b""),
+        ("draft_adapter.json", b"[]"),
+        ("draft_adapter.json", b"{}"),
+        ("adapter_config.json", b"{}"),
+        ("adapter_config.json", b'{"r": 2, "lora_alpha": 4, "lora_dropout": 0, "target_modules": ["other"]}'),
+    ],
+)
+def test_a_file_of_an_adapter_that_is_cut_or_of_another_program_is_refused_in_one_line(tmp_path, llama, name, content):
+    llama.save_pretrained(tmp_path / "parent")
+    adapter = DraftAdapter(llama, DraftAdapterConfig(rank=2))
+    settings = BlockDiffusionSettings(mask_token_id=adapter.mask_token_id)
+    save_adapter(tmp_path / "adapter", adapter, settings, "parent", tmp_path / "parent")
+    (tmp_path / "adapter" / name).write_bytes(content)
+    with pytest.raises(UsageError, match="holds no draft adapter") as refused:
+        nb.load(tmp_path / "parent", draft_adapter=tmp_path / "adapter")
+    assert "\n" not in str(refused.value)
+
+
+def test_the_fingerprint_reads_weights_of_every_shape(tmp_path):
+    weights = {"scalar": torch.tensor(1.0), "empty": torch.zeros(0, 3), "vector": torch.arange(3).bfloat16()}
+    found = []
+    for value in (1.0, 2.0):
+        save_file({**weights, "scalar": torch.tensor(value)}, tmp_path / "model.safetensors")
+        found.append(fingerprint(tmp_path))
+    assert found[0] != found[1]
+
+
+@pytest.mark.parametrize(
     ("key", "value", "words"),
     [
         ("growth.b_0", 1, "nothing to learn"),
@@ -518,7 +545,7 @@ def test_activations_computed_again_give_the_same_loss_and_gradients(family_mode
         torch.manual_seed(7)
         ran: list[int] = []
         hook = adapter.layers[0].base.register_forward_hook(lambda *_, ran=ran: ran.append(1))
-        loss = DraftLoss(Decoder(family_model, adapter))(view, block_diffusion_rule(), soft=True)
+        loss = TwoViewLoss(Decoder(family_model, adapter))(view, block_diffusion_rule(), soft=True)
         loss.total(0.0, 2, 0.5).backward()
         hook.remove()
         assert len(ran) == (3 if again else 2)  # the clean half once, the noised one once or twice

@@ -147,7 +147,7 @@ def test_early_tokens_of_a_block_count_more_with_an_offset_decay(prediction, sof
     assert count == int(sums.diffusion_tokens) > 0
     assert float(sums.diffusion) == pytest.approx(wanted, rel=1e-4)
     plain = view_of(ROWS, 4, prediction=prediction)
-    assert plain.weight is None
+    assert plain.masked.weight is None
     assert torch.equal(plain.tokens, view.tokens)
 
 
@@ -219,7 +219,7 @@ def test_soft_targets_are_the_divergence_from_each_documents_own_causal_predicti
     rows = make_rows([PLAIN, PROMPTED, CHAT], 28, ended=True)
     recipe = RecipeConfig(prediction=prediction, views=2)  # filled last blocks: their end tokens have no teacher
     view = corrupt(rows, 4, mask_token_id=MASK_ID, end_token_id=EOS_ID, recipe=recipe, seed=1, step=0)
-    assert bool(((view.target[:, : view.noised_length] >= 0) & (view.teacher < 0)).any())
+    assert not bool(view.masked.has_teacher.all())
     loss = TwoViewLoss(Decoder(model))
     soft, hard = loss(view, block_diffusion_rule(), soft=True), loss(view, block_diffusion_rule())
     wanted = divergence_by_document(model, view, rows, prediction == "shifted")

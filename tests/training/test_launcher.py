@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
-from test_loop import config_of
 
 from nextblock.config.errors import UsageError
 from nextblock.training.launcher import check_launcher
 from nextblock.training.loop import train
+from runs import config_of
 
 
 def test_gradient_accumulation_of_a_launcher_changes_nothing(place, tmp_path, monkeypatch):

@@ -25,18 +25,17 @@ from nextblock.cli.live import TrainingBar
 from nextblock.config.errors import UsageError
 from nextblock.config.run import load_config
 from nextblock.config.sections import RecipeConfig
-from nextblock.measure.held_out import first_prompt
 from nextblock.measure.report import read_log
 from nextblock.model.decoder import Decoder
 from nextblock.recipe.corruption import corrupt
 from nextblock.recipe.objective import TwoViewLoss
 from nextblock.training.flops import Products
-from nextblock.training.log import NOISE_LEVELS, LossProfile, scalars
+from nextblock.training.log import NOISE_LEVELS, LossProfile, scalars, trim_log
 from nextblock.training.loop import train
-from nextblock.training.resume import trim_log
 from nextblock.training.run import StepMetrics
 from nextblock.training.setup import prepare
 from nextblock.workflows.adapt import adapt
+from nextblock.workflows.held_out import first_prompt
 
 
 def test_products_are_those_of_the_text_model_where_images_come_with_it():
@@ -54,7 +53,7 @@ def test_a_profile_holds_each_masked_tokens_loss_once_by_noise_level_and_by_offs
     losses = TwoViewLoss(decoder)(view, rule, profile=True)
     assert losses.nats is not None
     profile = LossProfile(block_size, torch.device("cpu"))
-    profile.add(view, losses.nats, shifted)
+    profile.add(view.masked, losses.nats)
     record = profile.record(Accelerator(), 7)
     assert record is not None
 

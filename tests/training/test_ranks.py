@@ -16,11 +16,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_loop import config_of, start
 
 from nextblock.config.run import AdaptConfig, load_config
-from nextblock.training import step
 from nextblock.training.checkpoint import list_checkpoints
+from runs import config_of, start
 
 pytestmark = pytest.mark.slow
 LOOSE: dict[str, Any] = {"rtol": 2e-3, "atol": 2e-4}  # Adam enlarges rounding errors of small gradients
@@ -62,7 +61,7 @@ def finish(ranks: list[Any]) -> list[int]:
 
 def adapt_rank(rank: int, values: dict[str, Any], stop_after: int | None = None) -> None:
     """Train; end without a word after `stop_after` steps, as a machine that goes away."""
-    from nextblock.training.loop import train
+    from nextblock.training import loop
     from nextblock.training.step import train_step
 
     if stop_after is not None:
@@ -72,8 +71,8 @@ def adapt_rank(rank: int, values: dict[str, Any], stop_after: int | None = None)
                 os._exit(0)
             return train_step(run, step)
 
-        step.train_step = doomed
-    train(load_config(values), resume=True)
+        loop.train_step = doomed
+    loop.train(load_config(values), resume=True)
 
 
 def cli_rank(rank: int, each: list[list[str]]) -> None:

@@ -12,7 +12,6 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_loop import config_of, signal_at, start, weights
 
 from nextblock.config.errors import UsageError
 from nextblock.config.run import AdaptConfig, load_config, stage_configs
@@ -22,6 +21,7 @@ from nextblock.model.loading import read_config
 from nextblock.training.loop import train
 from nextblock.training.run import StepMetrics
 from nextblock.workflows.adapt import adapt
+from runs import config_of, signal_at, start, weights
 
 
 def staged(place: Path, output: Path, **overrides: Any) -> AdaptConfig:
@@ -230,7 +230,7 @@ def test_a_resume_in_a_later_stage_reads_the_checkpoint_of_that_stage_alone_and_
 
     monkeypatch.setattr(module, "_digest", digest)
     monkeypatch.setattr(module, "safe_open", load)
-    monkeypatch.setattr("nextblock.training.loop.run_stage", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("nextblock.training.loop.train_step", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         train(config, resume=True)
     (folder,) = {file.parent for file in digested}

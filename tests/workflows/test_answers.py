@@ -23,7 +23,8 @@ from nextblock.data.prompts import read_prompts
 from nextblock.data.records import Records
 from nextblock.data.sources import read_source
 from nextblock.data.stream import RowStream
-from nextblock.model.draft_adapter import DraftAdapter, save_adapter
+from nextblock.model.adapter_files import save_adapter
+from nextblock.model.draft_adapter import DraftAdapter
 from nextblock.model.parent import byte_tokenizer
 from nextblock.training.export import export
 from nextblock.workflows.answers import write_answers

@@ -1,4 +1,4 @@
-"""The command line: options, commands, the live view, the demo.
+"""The command line: commands, the options that they share, the live view, the demo.
 
-Imports everything. Start reading in `main.py`.
+May import every other package; commands import what needs torch only when they run. Start reading in `main.py`.
 """

@@ -119,13 +119,7 @@ class DenoisingView:
 
 
 def show_denoising(
-    events: Iterable[Event],
-    tokenizer: Any,
-    prompt: str,
-    block_size: int,
-    *,
-    console: Console,
-    seconds: float = 0.0,
+    events: Iterable[Event], tokenizer: Any, prompt: str, block_size: int, *, console: Console, seconds: float = 0.0
 ) -> DenoisingView:
     """Show one row's events live, each frame for at least `seconds`; without a terminal only its end."""
     view = DenoisingView(tokenizer, block_size)

@@ -1,4 +1,4 @@
-"""The command line: thin; every command is one call into the library."""
+"""The command line: the app with its commands, and the entry point."""
 
 from __future__ import annotations
 
@@ -8,18 +8,37 @@ import logging
 import os
 import sys
 import warnings
-from pathlib import Path
-from typing import Annotated
+from typing import Any
 
 import typer
 
-from nextblock.cli import decode, train  # noqa: F401  # each module adds its commands to `app`
-from nextblock.cli.measure import bench_app
-from nextblock.cli.options import (
-    app,
-    at_least_one,
-)
+from nextblock.cli import decode, measure, train
 from nextblock.config.errors import UsageError
+
+app = typer.Typer(
+    name="nextblock",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Turn an autoregressive language model into a block-diffusion one, and run it (arXiv 2512.06776).\n\n"
+    "A MODEL is a local Hugging Face folder, a Hub id, or a shipped model: tiny-ar (the AR parent) or tiny-bd "
+    "(adapted).",
+)
+bench = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", help="Measure speed.")
+any_key: Any = {
+    "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True},
+    "epilog": "Every key of the configuration is an option: `--growth.b_max 16`, `--data.sources.0.path my_texts/`. "
+    "`nextblock adapt demo --keys` lists them all.",
+}
+
+app.command()(train.demo)
+app.command(**any_key)(train.adapt)
+app.command(**any_key)(train.plan)
+for command in (decode.generate, decode.chat, measure.evaluate, measure.tune, measure.verify, measure.report):
+    app.command()(command)
+app.add_typer(bench, name="bench")
+bench.command("decode")(measure.bench_decode)
 
 
 def main() -> None:
@@ -41,7 +60,7 @@ def main() -> None:
     if (
         ranks := sys.modules.get("nextblock.training.ranks")
     ) is not None:  # not for its sake alone: torch takes seconds
-        ranks.leave()
+        ranks.end_process_group()
     sys.exit(2)
 
 
@@ -55,18 +74,3 @@ def _make_streams_safe() -> None:
             stream.reconfigure(errors="surrogateescape" if stream is sys.stdin else "backslashreplace")
     if isinstance(sys.stdin, io.TextIOWrapper) and codecs.lookup(sys.stdin.encoding).name == "ascii":
         sys.stdin.reconfigure(encoding="utf-8")  # which ASCII is a part of
-
-
-app.add_typer(bench_app, name="bench")
-
-
-@app.command()
-def demo(
-    output: Annotated[Path | None, typer.Option(help="folder for everything; default: a new one under runs/")] = None,
-    examples: Annotated[int, typer.Option(help="held-out problems scored in each mode")] = 200,
-) -> None:
-    """Adapt the shipped AR model in front of your eyes, then decode with it in every mode (about 8 minutes)."""
-    at_least_one(examples=examples)
-    from nextblock.cli.demo import demo as run
-
-    run(output, examples=examples)

@@ -9,38 +9,36 @@ from typing import Annotated, Any
 import typer
 
 from nextblock.cli.options import (
-    BlockSize,
-    Compile,
-    DraftAdapterFolder,
-    Dtype,
     MaxNewTokens,
     Model,
+    Modes,
+    PromptFile,
+    Results,
     Settings,
-    app,
+    TaskName,
+    Thresholds,
+    Variants,
     at_least_one,
     load_lm,
-    number,
-    torch_dtype,
+    loading_options,
+    takes_loading_options,
+    thresholds_of,
 )
 from nextblock.config.errors import UsageError
 
 
-@app.command()
+@takes_loading_options
 def evaluate(
     model: Model,
-    task: Annotated[str, typer.Option(help="word_problems, algebra or functions")] = "word_problems",
-    mode: Annotated[list[str] | None, typer.Option(help="modes to score; may be given again; default: all")] = None,
-    threshold: Annotated[
-        list[str] | None, typer.Option(help="thresholds of diffusion mode; 'none': one a step")
-    ] = None,
-    block_size: BlockSize = None,
+    task: TaskName = "word_problems",
+    mode: Modes = None,
+    threshold: Thresholds = None,
+    block_size: Annotated[int | None, typer.Option(help="tokens in a block; default: the checkpoint's")] = None,
     examples: Annotated[int, typer.Option(help="held-out prompts")] = 200,
     first: Annotated[int, typer.Option(help="number of the first; choose settings on others than you report")] = 0,
     batch_size: Annotated[int, typer.Option(help="prompts decoded together")] = 25,
     output: Annotated[Path | None, typer.Option(help="write the figures as JSON")] = None,
-    draft_adapter: DraftAdapterFolder = None,
-    settings: Settings = None,
-    dtype: Dtype = None,
+    **given: Any,
 ) -> None:
     """Score a model on a built-in task: accuracy, tokens per forward, tokens per second, agreement with AR mode."""
     from rich.console import Console
@@ -49,13 +47,13 @@ def evaluate(
     from nextblock.measure.bench.command import check_output
     from nextblock.measure.bench.scores import score_modes
     from nextblock.measure.progress import progress
-    from nextblock.measure.report import decoding_table
+    from nextblock.measure.report.page import decoding_table
 
     chosen = get_task(task)
     at_least_one(examples=examples, batch_size=batch_size)
-    thresholds = [number(value, "threshold") for value in threshold or ("none", "0.9")]
+    thresholds = thresholds_of(threshold or ["none", "0.9"])
     check_output(output)
-    lm = load_lm(model, dtype, draft_adapter, settings=settings)
+    lm = load_lm(model, given)
     variants: list[dict[str, Any]] = []
     for name in mode or (["ar", "speculative", "diffusion"] if lm.settings else ["ar"]):
         common = {"mode": name} if name == "ar" or block_size is None else {"mode": name, "block_size": block_size}
@@ -68,99 +66,100 @@ def evaluate(
         output.write_text(json.dumps(rows, indent=1), encoding="utf-8")
 
 
-bench_app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", help="Measure speed.")
-
-TaskName = Annotated[str, typer.Option(help="prompts of a built-in task: word_problems, algebra or functions")]
-PromptFile = Annotated[
-    Path | None, typer.Option(help="prompts of a file instead: one a line, or .jsonl with `prompt` or `messages`")
+Forwards = Annotated[bool, typer.Option("--forwards", help="also time one pass of 1 to 160 positions")]
+PromptLookup = Annotated[
+    bool, typer.Option("--prompt-lookup", help="also time transformers' prompt-lookup decoding, at batch 1")
 ]
-Variants = Annotated[
-    list[str] | None, typer.Option(help="further settings: 'speculative,draft_length=8'; may be given again")
+Assistant = Annotated[
+    str | None, typer.Option(help="also time transformers' assisted decoding with this smaller model, at batch 1")
 ]
-Results = Annotated[Path | None, typer.Option(help="write the figures to this .json file, and a plot beside it")]
+Shape = Annotated[
+    str | None, typer.Option(help="random weights instead of MODEL: qwen3-0.6b, qwen3-4b, openpangu-7b, ...")
+]
 
 
-@bench_app.command("decode")
+@takes_loading_options
 def bench_decode(
     model: Annotated[str | None, typer.Argument(help="local folder, Hub id, tiny-ar or tiny-bd")] = None,
     task: TaskName = "word_problems",
     prompts: PromptFile = None,
     examples: Annotated[int, typer.Option(help="prompts in each round")] = 16,
-    mode: Annotated[list[str] | None, typer.Option(help="may be given again; default: all")] = None,
-    threshold: Annotated[list[str] | None, typer.Option(help="of diffusion mode; may be given again")] = None,
+    mode: Modes = None,
+    threshold: Thresholds = None,
     block_size: Annotated[list[int] | None, typer.Option(help="may be given again; default: the checkpoint's")] = None,
     variant: Variants = None,
     batch: Annotated[list[int] | None, typer.Option(help="prompts decoded together; may be given again")] = None,
     rounds: Annotated[int, typer.Option(help="passes over the prompts; medians are taken over them")] = 5,
     max_new_tokens: MaxNewTokens = 128,
-    forwards: Annotated[bool, typer.Option("--forwards", help="also time one pass of 1 to 160 positions")] = False,
+    forwards: Forwards = False,
     cache_length: Annotated[int, typer.Option(help="cached tokens in front of these passes")] = 256,
-    prompt_lookup: Annotated[
-        bool, typer.Option("--prompt-lookup", help="also time transformers' prompt-lookup decoding, at batch 1")
-    ] = False,
-    assistant: Annotated[
-        str | None, typer.Option(help="also time transformers' assisted decoding with this smaller model, at batch 1")
-    ] = None,
-    shape: Annotated[
-        str | None, typer.Option(help="random weights instead of MODEL: qwen3-0.6b, qwen3-4b, openpangu-7b, ...")
-    ] = None,
+    prompt_lookup: PromptLookup = False,
+    assistant: Assistant = None,
+    shape: Shape = None,
     output: Results = None,
-    draft_adapter: DraftAdapterFolder = None,
-    settings: Settings = None,
-    dtype: Dtype = None,
-    compile: Compile = None,
+    **given: Any,
 ) -> None:
     """Time transformers' own `generate` and the three modes in turns, on the same model and prompts.
 
     With --shape only forward passes are timed, unless --mode or --variant asks for decoding as well.
     """
-    from nextblock.measure.bench.command import check_output, read_prompts, run_bench, wide_console, write_results
-    from nextblock.measure.bench.figures import forward_table, plot_bench, speed_table
+    from nextblock.measure.bench.command import check_output, read_prompts, run_bench, write_results
+    from nextblock.measure.bench.figures import plot_bench
     from nextblock.measure.bench.forwards import random_model
     from nextblock.measure.bench.prompts import make_variants, parse_variant
 
     if (model is None) == (shape is None):
         raise UsageError("give either a MODEL or --shape")
     check_output(output)
-    extra = [parse_variant(text) for text in variant or ()]
-    thresholds = [number(text, "threshold") for text in threshold or ()]
-    given = None if shape else read_prompts(task, prompts, examples, "test")
+    extra, thresholds = [parse_variant(text) for text in variant or ()], thresholds_of(threshold or [])
+    asked = None if shape else read_prompts(task, prompts, examples, "test")
     if shape:
-        lm = random_model(shape, dtype=torch_dtype(dtype), compile=compile)
+        loading = loading_options(given)
+        lm = random_model(shape, dtype=loading["dtype"], compile=loading["compile"])
     else:
-        lm = load_lm(str(model), dtype, draft_adapter, compile, settings)
-    assisted: list[tuple[str, dict[str, Any]]] = []
-    if prompt_lookup:
-        assisted.append(("prompt lookup", {"prompt_lookup_num_tokens": 10}))
-    if assistant is not None:
-        assisted.append((f"assistant {assistant}", {"assistant_model": load_lm(assistant, dtype).model}))
-    variants = make_variants(
-        lm.settings,
-        modes=mode or (["ar"] if shape else ()),
-        thresholds=thresholds,
-        block_sizes=block_size or (),
-        extra=extra,
-    )
+        lm = load_lm(str(model), given)
+    modes, sizes = mode or (["ar"] if shape else ()), block_size or ()
+    variants = make_variants(lm.settings, modes=modes, thresholds=thresholds, block_sizes=sizes, extra=extra)
     results = run_bench(
         lm,
         model=model or f"random weights, shape {shape}",
-        prompts=given,
+        prompts=asked,
         variants=variants if model or mode or extra else [],
         batches=batch or [1],
         rounds=rounds,
         max_new_tokens=max_new_tokens,
         forwards=forwards or shape is not None,
         cache_length=cache_length,
-        assisted=assisted,
+        assisted=_assisted(prompt_lookup, assistant, given),
     )
-    for kind, table in (("decode", speed_table), ("forwards", forward_table)):
-        if results[kind]:
-            wide_console().print(table(results[kind]))
+    _print_speeds(results)
     if output is not None:
         print(*write_results(results, plot_bench(results), output))
 
 
-@app.command()
+def _assisted(prompt_lookup: bool, assistant: str | None, given: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Transformers' assisted decodings to time, each with its arguments of `generate`."""
+    found: list[tuple[str, dict[str, Any]]] = []
+    if prompt_lookup:
+        found.append(("prompt lookup", {"prompt_lookup_num_tokens": 10}))
+    if assistant is not None:
+        found.append(
+            (f"assistant {assistant}", {"assistant_model": load_lm(assistant, {"dtype": given["dtype"]}).model})
+        )
+    return found
+
+
+def _print_speeds(results: dict[str, Any]) -> None:
+    """The tables of a benchmark."""
+    from nextblock.measure.bench.command import wide_console
+    from nextblock.measure.bench.figures import forward_table, speed_table
+
+    for kind, table in (("decode", speed_table), ("forwards", forward_table)):
+        if results[kind]:
+            wide_console().print(table(results[kind]))
+
+
+@takes_loading_options
 def tune(
     model: Model,
     task: TaskName = "word_problems",
@@ -173,9 +172,7 @@ def tune(
     max_new_tokens: MaxNewTokens = 160,
     write: Annotated[bool, typer.Option("--write", help="make the choice the checkpoint's default")] = False,
     output: Results = None,
-    draft_adapter: DraftAdapterFolder = None,
-    settings: Settings = None,
-    dtype: Dtype = None,
+    **given: Any,
 ) -> None:
     """Find the fastest settings that lose no more than you allow, draw the curve, and save the choice."""
     from nextblock.measure import tune as tuning
@@ -184,19 +181,19 @@ def tune(
     from nextblock.measure.bench.prompts import parse_variant
     from nextblock.measure.progress import progress
 
-    if write and settings:
+    if write and given["settings"]:
         raise UsageError(
             "--write changes settings in config.json; put the block_diffusion section there, not --settings"
         )
     folder = tuning.writable_folder(model) if write else None
     check_output(output)
-    given = read_prompts(task, prompts, examples, "train")
+    asked = read_prompts(task, prompts, examples, "train")
     extra = [parse_variant(text) for text in variant or ()]
-    lm = load_lm(model, dtype, draft_adapter, settings=settings)
+    lm = load_lm(model, given)
     with progress("tuning") as update:
         found = tuning.tune(
             lm,
-            given,
+            asked,
             max_drop=max_drop,
             modes=mode or tuning.MODES,
             extra=extra,
@@ -215,7 +212,6 @@ def tune(
         print(f"wrote {found.decoding()} to {tuning.write_decoding(folder, found.decoding())}")
 
 
-@app.command()
 def verify(
     model: Model,
     mask_token: Annotated[
@@ -238,7 +234,6 @@ def verify(
         raise typer.Exit(1)
 
 
-@app.command()
 def report(run: Annotated[Path, typer.Argument(help="output folder of adapt or demo")]) -> None:
     """Make `report.html` of a finished run again, from its figures and its log."""
     from nextblock.measure.report import load_results, write_report

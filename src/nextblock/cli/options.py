@@ -1,83 +1,105 @@
-"""Options that commands share."""
+"""Options that commands share, stated once: those of decoding are made from `DecodingConfig`.
+
+Nothing here imports torch before a command runs, so that `--help` takes no seconds.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import typer
 
 from nextblock.config.errors import UsageError
+from nextblock.config.sections import validate
+from nextblock.decoding.options import DecodingConfig, spell_out
 
-app = typer.Typer(
-    name="nextblock",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode="markdown",
-    context_settings={"help_option_names": ["-h", "--help"]},
-    help="Turn an autoregressive language model into a block-diffusion one, and run it (arXiv 2512.06776).\n\n"
-    "A MODEL is a local Hugging Face folder, a Hub id, or a shipped model: tiny-ar (the AR parent) or tiny-bd "
-    "(adapted).",
-)
+C = TypeVar("C", bound=Callable[..., Any])
 
 Model = Annotated[str, typer.Argument(help="local folder, Hub id, tiny-ar or tiny-bd")]
-Mode = Annotated[
-    str | None,
-    typer.Option(help="ar: token by token. diffusion: a block at a time. speculative: a block at a time, AR's output"),
-]
-MaxNewTokens = Annotated[int, typer.Option(help="longest answer, in tokens")]
-AnswerTokens = Annotated[
-    int | None, typer.Option("--max-new-tokens", help="longest answer, in tokens; default: the checkpoint's, else 256")
-]
-BlockSize = Annotated[int | None, typer.Option(help="tokens in a block; default: the checkpoint's")]
-SubBlocks = Annotated[int | None, typer.Option(help="runs in which a block is denoised; divides the block size")]
-Sampler = Annotated[str | None, typer.Option(help="confidence, entropy, margin or entropy_bound")]
-Threshold = Annotated[str | None, typer.Option(help="diffusion: commit all above it, 0 to 1; 'none': one a step")]
-Temperature = Annotated[float | None, typer.Option(help="0: greedy; default: the checkpoint's, else 0")]
-TopP = Annotated[float | None, typer.Option(help="nucleus sampling")]
-TopK = Annotated[int | None, typer.Option(help="sample from the k likeliest tokens")]
-Seed = Annotated[int | None, typer.Option(help="of the random draws")]
-Steps = Annotated[int | None, typer.Option(help="diffusion: denoising steps per block")]
-DraftLength = Annotated[
-    str | None, typer.Option(help="speculative: tokens per draft, or 'auto': by what was kept lately")
-]
-DraftAhead = Annotated[
-    int | None, typer.Option(help="speculative: draft in the check's own pass, for so many points of acceptance")
-]
-DraftPaths = Annotated[int | None, typer.Option(help="speculative: paths of a draft, checked at once as a tree")]
-DraftAdapterFolder = Annotated[
-    str | None, typer.Option("--draft-adapter", help="folder of a draft adapter for this model, or tiny-draft")
-]
 Settings = Annotated[
     str | None,
     typer.Option(help="block-diffusion settings in place of config.json's: nbdiff-7b, {mask_token_id: 7}, or a file"),
 ]
-Dtype = Annotated[str | None, typer.Option(help="float32 or bfloat16; default: float32 on CPU, else as saved")]
-Compile = Annotated[
-    bool | None,
-    typer.Option("--compile/--no-compile", help="torch.compile and a static cache; default: on CUDA alone"),
+LOADING: dict[str, Any] = {
+    "draft_adapter": Annotated[
+        str | None, typer.Option(help="folder of a draft adapter for this model, or tiny-draft")
+    ],
+    "settings": Settings,
+    "dtype": Annotated[str | None, typer.Option(help="float32 or bfloat16; default: float32 on CPU, else as saved")],
+    "compile": Annotated[
+        bool | None,
+        typer.Option("--compile/--no-compile", help="torch.compile and a static cache; default: on CUDA alone"),
+    ],
+}
+"""Options of commands that load a model to decode with it."""
+Seed = Annotated[int | None, typer.Option(help="of the random draws")]
+Stop = Annotated[list[str] | None, typer.Option(help="text that ends an answer; may be given again")]
+
+TaskName = Annotated[str, typer.Option(help="built-in task: word_problems, algebra or functions")]
+PromptFile = Annotated[
+    Path | None, typer.Option(help="prompts of a file instead: one a line, or .jsonl with `prompt` or `messages`")
 ]
+Modes = Annotated[
+    list[str] | None, typer.Option(help="ar, diffusion or speculative; may be given again; default: all")
+]
+Thresholds = Annotated[
+    list[str] | None, typer.Option(help="of diffusion mode; 'none': one a step; may be given again")
+]
+Variants = Annotated[
+    list[str] | None, typer.Option(help="further settings: 'speculative,draft_length=8'; may be given again")
+]
+MaxNewTokens = Annotated[int, typer.Option(help="longest answer, in tokens")]
+Results = Annotated[Path | None, typer.Option(help="write the figures to this .json file, and a plot beside it")]
 
 
-def decoding_options(given: dict[str, Any]) -> dict[str, Any]:
-    """The decoding options that were given; the others stay the checkpoint's, or `generate`'s own."""
-    names = ("mode", "max_new_tokens", "block_size", "sub_blocks", "sampler", "steps", "temperature", "top_p", "top_k")
-    names += ("draft_ahead", "draft_paths")
-    options = {name: given[name] for name in names if given.get(name) is not None}
-    if given.get("threshold") is not None:
-        options["threshold"] = number(given["threshold"], "threshold")
-    if (length := given["draft_length"]) is not None:
-        if length != "auto" and not length.isdecimal():
-            raise UsageError(f"draft_length={length} is not a number of tokens; use 1 or more, or auto")
-        options["draft_length"] = length if length == "auto" else int(length)
-    return options
+def takes_loading_options(command: C) -> C:
+    """Decorate a command `f(..., **given)`: `given` holds those of `LOADING`, for `load_lm`."""
+    return spell_out(command, [_parameter(name, annotation) for name, annotation in LOADING.items()])
 
 
-def number(text: str, name: str) -> float | None:
-    """A number, or None for 'none'."""
-    try:
-        return None if text == "none" else float(text)
-    except ValueError:
-        raise UsageError(f"{name}={text} is not a number; use 0 to 1, or none") from None
+def takes_decoding_options(command: C) -> C:
+    """Decorate a command `f(..., **given)`: `given` holds each field of `DecodingConfig`, for `decoding_options`."""
+    parameters = []
+    for name, field in DecodingConfig.model_fields.items():
+        option = typer.Option(
+            help=field.description,
+            metavar=f"<{_in_words(field.annotation)}>",
+            show_default=False if field.default is None else str(field.default),
+            rich_help_panel="Decoding options (default: the checkpoint's, else as shown)",
+        )
+        parameters.append(_parameter(name, Annotated[str | None, option]))
+    return spell_out(command, parameters)
+
+
+def _parameter(name: str, annotation: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _in_words(annotation: Any) -> str:
+    """The type of an option: `int`, `ar|diffusion|speculative`, `int|auto`."""
+    if get_origin(annotation) is Literal:
+        return "|".join(get_args(annotation))
+    parts = [part for part in get_args(annotation) or (annotation,) if part is not type(None)]
+    return "|".join(part.__name__ if isinstance(part, type) else _in_words(part) for part in parts)
+
+
+def decoding_options(given: Mapping[str, str | None]) -> dict[str, Any]:
+    """The decoding options that were given, read from text; the others stay the checkpoint's, or `generate`'s own.
+
+    Raises:
+        UsageError: a value out of its limits.
+    """
+    texts = {name: given[name] for name in DecodingConfig.model_fields if given.get(name) is not None}
+    config = validate(DecodingConfig, {name: None if text == "none" else text for name, text in texts.items()})
+    return {name: getattr(config, name) for name in texts}
+
+
+def thresholds_of(texts: list[str]) -> list[float | None]:
+    """Thresholds from text; 'none' is None."""
+    return [decoding_options({"threshold": text})["threshold"] for text in texts]
 
 
 def at_least_one(**counts: int) -> None:
@@ -87,30 +109,29 @@ def at_least_one(**counts: int) -> None:
             raise UsageError(f"{name}={count} must be at least 1")
 
 
-def torch_dtype(name: str | None) -> Any:
-    """A torch dtype by name, None for none."""
+def loading_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `nextblock.load`, with a torch dtype in place of its name."""
     import torch
 
+    name = given.get("dtype")
     if name not in (None, "float32", "bfloat16"):
         raise UsageError(f"dtype={name} is unknown; use float32 or bfloat16")
-    return getattr(torch, name) if name else None
+    return {option: given.get(option) for option in LOADING} | {"dtype": getattr(torch, name) if name else None}
 
 
-def load_lm(
-    model: str,
-    dtype: str | None = None,
-    draft_adapter: str | None = None,
-    compile: bool | None = None,
-    settings: str | None = None,
-) -> Any:
-    """`nextblock.load` with a dtype by name, and without transformers' own progress bars."""
+def load_lm(model: str, given: Mapping[str, Any]) -> Any:
+    """`nextblock.load` with the loading options of a command, and without transformers' own progress bars.
+
+    Raises:
+        UsageError: what `load` refuses, or a model without a tokenizer.
+    """
     from transformers.utils.logging import disable_progress_bar
 
     from nextblock.decoding.lm import load
     from nextblock.model.loading import no_tokenizer
 
     disable_progress_bar()
-    lm = load(model, dtype=torch_dtype(dtype), draft_adapter=draft_adapter, compile=compile, settings=settings)
+    lm = load(model, **loading_options(given))
     if lm.tokenizer is None:
         raise UsageError(f"{no_tokenizer(model)}; use it from Python with token ids")
     return lm

@@ -6,12 +6,13 @@ import json
 import re
 import sys
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import typer
 import yaml
 
-from nextblock.cli.options import app
+from nextblock.cli.options import at_least_one
 from nextblock.config.errors import UsageError
 from nextblock.config.run import AdaptConfig
 from nextblock.config.sections import Section
@@ -36,18 +37,12 @@ def is_section(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, Section)
 
 
-@app.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-    epilog="Every key of the configuration is an option: `--growth.b_max 16`, `--data.sources.0.path my_texts/`. "
-    "`nextblock adapt demo --keys` lists them all.",
-)
 def adapt(
     context: typer.Context,
     config: Annotated[str, typer.Argument(help="YAML file, or the name of a preset: demo, tiny_ar, ...")],
     output: Annotated[str | None, typer.Option(help="folder for checkpoint, log and report")] = None,
     resume: Annotated[
-        str | None,
-        typer.Option(help="auto: go on from the newest whole checkpoint in the output folder, else start"),
+        str | None, typer.Option(help="auto: go on from the newest whole checkpoint in the output folder, else start")
     ] = None,
     keys: Annotated[bool, typer.Option("--keys", help="list every key of the configuration and stop")] = False,
 ) -> None:
@@ -67,11 +62,11 @@ def adapt(
 
     from nextblock.cli.live import TrainingBar
     from nextblock.config.run import load_config, stage_configs
-    from nextblock.training.ranks import is_main, together
+    from nextblock.training.ranks import errors_on_all_ranks, is_main
     from nextblock.workflows.adapt import adapt as run
 
     disable_progress_bar()
-    with together():  # a file may be missing on one machine
+    with errors_on_all_ranks():  # a file may be missing on one machine
         checked = load_config(find_config(config), overrides)
     steps = sum(stage.training.steps for stage in stage_configs(checked))
     with TrainingBar(steps) if is_main() else nullcontext() as bar:
@@ -123,10 +118,6 @@ def read_value(key: str, text: str) -> Any:
     return value
 
 
-@app.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-    epilog="Every key of the configuration is an option, as for `nextblock adapt`.",
-)
 def plan(
     context: typer.Context,
     config: Annotated[str, typer.Argument(help="YAML file, or the name of a preset: qwen3-0.6b, qwen3-8b, ...")],
@@ -152,22 +143,26 @@ def plan(
     from nextblock.config.presets import find_config
     from nextblock.config.run import load_config
     from nextblock.measure.bench.command import wide_console
-    from nextblock.measure.plan import plan as run
-    from nextblock.measure.plan import plan_stages, shortfall
-    from nextblock.measure.plan.table import plan_table, stages_table
+    from nextblock.measure.plan import plan_run, shortfall
+    from nextblock.measure.plan.table import plan_table
 
     checked = load_config(find_config(config), parse_overrides(context.args))
-    machine: Any = {"device": gpu, "devices": gpus, "parallel": parallel, "mfu": mfu}
-    if checked.stages:
-        staged = plan_stages(checked, **machine)
-        found, table = staged, stages_table(staged)
-    else:
-        one = run(checked, **machine)
-        found, table = one, plan_table(one)
+    found = plan_run(checked, device=gpu, devices=gpus, parallel=parallel, mfu=mfu)
     if json_:
         print(json.dumps(found.as_dict(), indent=1))
     else:
-        wide_console().print(table)
+        wide_console().print(plan_table(found))
     if line := shortfall(found, checked):
         print(line, file=sys.stderr)
         raise typer.Exit(1)
+
+
+def demo(
+    output: Annotated[Path | None, typer.Option(help="folder for everything; default: a new one under runs/")] = None,
+    examples: Annotated[int, typer.Option(help="held-out problems scored in each mode")] = 200,
+) -> None:
+    """Adapt the shipped AR model in front of your eyes, then decode with it in every mode (about 8 minutes)."""
+    at_least_one(examples=examples)
+    from nextblock.cli.demo import demo as run
+
+    run(output, examples=examples)

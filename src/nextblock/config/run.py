@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any, Self
 
@@ -73,104 +74,98 @@ class AdaptConfig(Section):
         if self.stages:  # each is checked as a run of its own
             stage_configs(self)
             return self
-        growth, steps = self.growth, self.training.steps
-        row, b_max = self.data.row_length, growth.b_max
-        if growth.b_0 > b_max:
-            raise ValueError(f"growth.b_0={growth.b_0} is larger than growth.b_max={b_max}; start at or below it")
-        if row < b_max:
-            raise ValueError(
-                f"data.row_length={row} is smaller than the block growth.b_max={b_max}; use at least {b_max}"
-            )
-        if row % b_max:
-            raise ValueError(
-                f"data.row_length={row} is not a multiple of growth.b_max={b_max}; use {row // b_max * b_max}"
-            )
-        growths, size = 0, growth.b_0
-        while size < b_max:
-            size, growths = size * growth.r, growths + 1
-        needed = growth.s_0 + growths * growth.delta + 1 if growths else 1
-        if steps < needed:
-            raise ValueError(
-                f"growth.b_max={b_max} is not reached in training.steps={steps}; "
-                f"use at least {needed} steps or a smaller growth.delta"
-            )
-        if self.training.evaluate_every and not (self.training.evaluate_rows and self.data.held_out):
-            raise ValueError(
-                f"training.evaluate_every={self.training.evaluate_every} needs held-out rows; set "
-                "training.evaluate_rows and data.held_out above 0"
-            )
-        if self.draft_adapter is not None:
-            self._check_draft_adapter()
-        if self.training.fsdp and self.optimizer.name == "adamw_8bit":
-            raise ValueError("optimizer.name=adamw_8bit cannot share out its states; use adamw or training.fsdp=false")
-        if self.lora is not None and self.draft_adapter is not None:
-            raise ValueError("lora and draft_adapter exclude each other; leave one of the sections out")
-        if self.lora is not None and self.training.fsdp:
-            raise ValueError("training.fsdp=true has no use for lora, whose trained weights are small; leave it out")
-        if self.lora is not None and self.model.scratch is not None:
-            raise ValueError(
-                "lora leaves random weights (model.scratch) as they are; set model.path, or train them all"
-            )
-        if self.model.quantization is not None and self.lora is None and self.draft_adapter is None:
-            raise ValueError(
-                f"model.quantization={self.model.quantization} is for a frozen parent, but without draft_adapter or "
-                "lora its weights are trained; leave one out or set the other"
-            )
-        if self.model.dtype == "bfloat16" and self.lora is None and self.draft_adapter is None:
-            # With 8 bits of mantissa most updates are lost: at lr 1e-5 a weight above 0.004 never moves.
-            raise ValueError(
-                "model.dtype=bfloat16 would round most updates of trained weights away; set model.dtype=float32 and "
-                "training.mixed_precision=bf16"
-            )
-        if self.recipe.complementary and self.recipe.views % 2:
-            raise ValueError(
-                f"recipe.views={self.recipe.views} is odd, but recipe.complementary needs pairs; "
-                f"use {self.recipe.views + 1}"
-            )
-        if self.recipe.soft_weight and self.recipe.context == "block_causal":
-            raise ValueError(  # a block-causal clean token has seen the token that it would teach
-                f"recipe.soft_weight={self.recipe.soft_weight:g} needs recipe.context=context_causal; set it, or "
-                "leave soft targets out"
-            )
-        if self.recipe.random_start_share and self.recipe.context == "block_causal":
-            # There blocks must start where decoding starts them, in the clean half as in the noised one.
-            raise ValueError(
-                f"recipe.random_start_share={self.recipe.random_start_share} needs recipe.context=context_causal; "
-                "set it, or leave the random starts out"
-            )
-        if self.recipe.random_start_share and self.recipe.annealed_mask_steps:
-            # One coin decides over a pair of one block, in both halves: their blocks must be the same.
-            raise ValueError(
-                f"recipe.random_start_share={self.recipe.random_start_share} does not go with "
-                "recipe.annealed_mask_steps; leave one of them out"
-            )
-        if self.recipe.annealed_mask_steps and growth.b_0 != b_max:
-            raise ValueError(
-                f"recipe.annealed_mask_steps={self.recipe.annealed_mask_steps} replaces block growth; "
-                f"set growth.b_0 to growth.b_max={b_max}"
-            )
-        if self.recipe.annealed_mask_steps and self.recipe.context == "block_causal":
-            # A block-causal clean token has seen the rest of its block: it would tell the query its answer.
-            raise ValueError(
-                f"recipe.annealed_mask_steps={self.recipe.annealed_mask_steps} needs "
-                "recipe.context=context_causal; set it, or leave the annealing out"
-            )
+        for broken in chain(_lengths(self), _draft_adapter(self), _weights(self), _recipe(self)):
+            raise ValueError(broken)  # the first
         return self
 
-    def _check_draft_adapter(self) -> None:
-        if self.training.fsdp:
-            raise ValueError("training.fsdp=true has no use for a draft adapter, which is small; leave it out")
-        if self.growth.b_0 == 1 and self.recipe.prediction == "shifted":
-            raise ValueError("growth.b_0=1 gives a draft adapter nothing to learn; start at growth.b_0=2 or more")
-        if self.recipe.context != "context_causal":
-            raise ValueError(
-                f"recipe.context={self.recipe.context} changes the clean half, which a draft adapter leaves to the "
-                "parent; use context_causal"
-            )
-        if self.model.scratch is not None:
-            raise ValueError(
-                "model.scratch has no weights that a draft adapter could leave as they are; set model.path"
-            )
+
+def _lengths(run: AdaptConfig) -> Iterator[str]:
+    """Rules that are broken: blocks, rows and steps fit each other."""
+    growth, training, row, b_max = run.growth, run.training, run.data.row_length, run.growth.b_max
+    if growth.b_0 > b_max:
+        yield f"growth.b_0={growth.b_0} is larger than growth.b_max={b_max}; start at or below it"
+    if row < b_max:
+        yield f"data.row_length={row} is smaller than the block growth.b_max={b_max}; use at least {b_max}"
+    if row % b_max:
+        yield f"data.row_length={row} is not a multiple of growth.b_max={b_max}; use {row // b_max * b_max}"
+    growths, size = 0, growth.b_0
+    while size < b_max:
+        size, growths = size * growth.r, growths + 1
+    needed = growth.s_0 + growths * growth.delta + 1 if growths else 1
+    if training.steps < needed:
+        yield (
+            f"growth.b_max={b_max} is not reached in training.steps={training.steps}; "
+            f"use at least {needed} steps or a smaller growth.delta"
+        )
+    if training.evaluate_every and not (training.evaluate_rows and run.data.held_out):
+        yield (
+            f"training.evaluate_every={training.evaluate_every} needs held-out rows; set "
+            "training.evaluate_rows and data.held_out above 0"
+        )
+
+
+def _draft_adapter(run: AdaptConfig) -> Iterator[str]:
+    """Rules that are broken: what a draft adapter leaves as it is, and what it has no use for."""
+    if run.draft_adapter is None:
+        return
+    if run.training.fsdp:
+        yield "training.fsdp=true has no use for a draft adapter, which is small; leave it out"
+    if run.growth.b_0 == 1 and run.recipe.prediction == "shifted":
+        yield "growth.b_0=1 gives a draft adapter nothing to learn; start at growth.b_0=2 or more"
+    if run.recipe.context != "context_causal":
+        yield (
+            f"recipe.context={run.recipe.context} changes the clean half, which a draft adapter leaves to the "
+            "parent; use context_causal"
+        )
+    if run.model.scratch is not None:
+        yield "model.scratch has no weights that a draft adapter could leave as they are; set model.path"
+
+
+def _weights(run: AdaptConfig) -> Iterator[str]:
+    """Rules that are broken: which weights are trained, in which form, and on how many devices."""
+    model, fsdp, lora = run.model, run.training.fsdp, run.lora is not None
+    trains_parent = not lora and run.draft_adapter is None
+    if fsdp and run.optimizer.name == "adamw_8bit":
+        yield "optimizer.name=adamw_8bit cannot share out its states; use adamw or training.fsdp=false"
+    if lora and run.draft_adapter is not None:
+        yield "lora and draft_adapter exclude each other; leave one of the sections out"
+    if lora and fsdp:
+        yield "training.fsdp=true has no use for lora, whose trained weights are small; leave it out"
+    if lora and model.scratch is not None:
+        yield "lora leaves random weights (model.scratch) as they are; set model.path, or train them all"
+    if trains_parent and model.quantization is not None:
+        yield (
+            f"model.quantization={model.quantization} is for a frozen parent, but without draft_adapter or lora its "
+            "weights are trained; leave one out or set the other"
+        )
+    if trains_parent and model.dtype == "bfloat16":
+        # With 8 bits of mantissa most updates are lost: at lr 1e-5 a weight above 0.004 never moves.
+        yield (
+            "model.dtype=bfloat16 would round most updates of trained weights away; set model.dtype=float32 and "
+            "training.mixed_precision=bf16"
+        )
+
+
+def _recipe(run: AdaptConfig) -> Iterator[str]:
+    """Rules that are broken: which parts of the recipe go together."""
+    recipe, b_max = run.recipe, run.growth.b_max
+    random_starts = f"recipe.random_start_share={recipe.random_start_share}"
+    annealing = f"recipe.annealed_mask_steps={recipe.annealed_mask_steps}"
+    if recipe.complementary and recipe.views % 2:
+        yield f"recipe.views={recipe.views} is odd, but recipe.complementary needs pairs; use {recipe.views + 1}"
+    if recipe.context == "block_causal":
+        cure = "needs recipe.context=context_causal; set it, or leave"
+        if recipe.soft_weight:  # a clean token has seen the token that it would teach
+            yield f"recipe.soft_weight={recipe.soft_weight:g} {cure} soft targets out"
+        if recipe.random_start_share:  # blocks must start where decoding starts them, in both halves
+            yield f"{random_starts} {cure} the random starts out"
+        if recipe.annealed_mask_steps:  # a clean token has seen the rest of its block: the answer to the query
+            yield f"{annealing} {cure} the annealing out"
+    if recipe.annealed_mask_steps:
+        if recipe.random_start_share:  # one coin decides over a pair of one block: both halves have the same blocks
+            yield f"{random_starts} does not go with recipe.annealed_mask_steps; leave one of them out"
+        if run.growth.b_0 != b_max:
+            yield f"{annealing} replaces block growth; set growth.b_0 to growth.b_max={b_max}"
 
 
 def stage_configs(config: AdaptConfig) -> list[AdaptConfig]:
@@ -207,13 +202,7 @@ def stage_configs(config: AdaptConfig) -> list[AdaptConfig]:
     return found or [config]
 
 
-SET_FOR_THE_RUN = (
-    "training.seed",
-    "training.fsdp",
-    "training.mixed_precision",
-    "training.trackers",
-    "optimizer.name",
-)
+SET_FOR_THE_RUN = ("training.seed", "training.fsdp", "training.mixed_precision", "training.trackers", "optimizer.name")
 """Keys that a stage cannot change."""
 
 

@@ -6,10 +6,12 @@ that names the value, the rule and the cure.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic.fields import FieldInfo
 
 from nextblock.config.errors import UsageError, nearest
 
@@ -50,8 +52,7 @@ class ModelConfig(Section):
         default="auto", description="auto: FlexAttention on CUDA, elsewhere SDPA, in parts while training"
     )
     mask_token: int | str | None = Field(
-        default=None,
-        description="mask token id or text; default: the tokenizer's, else an unused row, else a new one",
+        default=None, description="mask token id or text; default: the tokenizer's, else an unused row, else a new one"
     )
     trust_remote_code: bool = Field(default=False, description="run model code that comes with the checkpoint")
     override: dict[str, Any] = Field(
@@ -77,10 +78,7 @@ class DataConfig(Section):
     sources: tuple[Source, ...] = Field(min_length=1, description="where documents come from")
     row_length: int = Field(default=512, ge=2, description="tokens in a packed row (L)")
     held_out: float = Field(
-        default=0.02,
-        ge=0,
-        lt=1,
-        description="share of documents kept for evaluation, chosen by hash of their text",
+        default=0.02, ge=0, lt=1, description="share of documents kept for evaluation, chosen by hash of their text"
     )
     shards: int = Field(
         default=1,
@@ -130,9 +128,7 @@ class RecipeConfig(Section):
         default=True, description="fill the last block of an ended span with end tokens, as decoding meets it"
     )
     annealed_mask_steps: int = Field(
-        default=0,
-        ge=0,
-        description="baseline: over this many steps go at random from the b = 1 to the b_max mask",
+        default=0, ge=0, description="baseline: over this many steps go at random from the b = 1 to the b_max mask"
     )
 
 
@@ -229,28 +225,60 @@ class BlockDiffusionSettings(Section):
         return {name: value for name, value in decoding.items() if name != "draft_steps"}
 
 
+LIMITS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+"""Names of a field's limits, and how they are said."""
+OUT_OF_LIMITS = ("greater_than_equal", "greater_than", "less_than_equal", "less_than", "finite_number")
+"""What pydantic calls values beyond them."""
+
+
 def validate(section: type[S], values: Any) -> S:
-    """Build a section from plain values, turning pydantic's findings into one line."""
+    """Build a section from plain values, turning pydantic's findings into one line.
+
+    A validator that raises UsageError has said the whole line; another ValueError says what is wrong with a value.
+    """
     try:
         return section.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            known = _known_keys(section, first["loc"][:-1])
-            raise UsageError(f"unknown key '{where}'{nearest(str(first['loc'][-1]), known)}") from None
-        if first["type"] == "missing":
-            raise UsageError(f"{where} is missing; it must be set") from None
-        message = first["msg"].removeprefix("Value error, ")
-        message = message if not where else f"{where}={first['input']!r}: {message}"
-        raise UsageError(message) from None
+        raise UsageError(_in_words(section, error.errors()[0])) from None
 
 
-def _known_keys(section: type[Section], location: Sequence[int | str]) -> list[str]:
-    """Keys that are valid at a location such as ('data', 'sources', 0)."""
+def _in_words(section: type[Section], found: Any) -> str:
+    """One of pydantic's findings as a line with the key, its value and what is wrong."""
+    kind, location, value = found["type"], found["loc"], found["input"]
+    where, message = ".".join(map(str, location)), found["msg"].removeprefix("Value error, ")
+    if kind == "extra_forbidden":
+        known = list(_section_at(section, location[:-1]).model_fields)
+        return f"unknown key '{where}'{nearest(str(location[-1]), known)}"
+    if kind == "missing":
+        return f"{where} is missing; it must be set"
+    if kind == "literal_error":
+        choices = re.findall(r"'([^']*)'", found["ctx"]["expected"])
+        name = next(part for part in reversed(location) if isinstance(part, str))
+        return f"{where}={value!r}: unknown {name}{nearest(str(value), choices, 0.7)}"
+    if kind in ("float_parsing", "float_type"):
+        return f"{where}={value} is not a number"
+    if kind in OUT_OF_LIMITS:
+        return f"{where}={value} {limits_in_words(_section_at(section, location[:-1]).model_fields[location[-1]])}"
+    if not where or isinstance(found.get("ctx", {}).get("error"), UsageError):
+        return message
+    return f"{where}={value!r}: {message}"
+
+
+def limits_in_words(field: FieldInfo) -> str:
+    """The limits of a number: "must be at least 1", "must lie in (0, 1]"."""
+    limits = {name: getattr(rule, name) for rule in field.metadata for name in LIMITS if hasattr(rule, name)}
+    if len(limits) == 2:
+        low, high = limits.values()
+        return f"must lie in {'[' if 'ge' in limits else '('}{low}, {high}{']' if 'le' in limits else ')'}"
+    name, limit = limits.popitem()
+    return "must be 0 or more" if (name, limit) == ("ge", 0) else f"must be {LIMITS[name]} {limit}"
+
+
+def _section_at(section: type[Section], location: Sequence[int | str]) -> type[Section]:
+    """The section at a location such as ('data', 'sources', 0)."""
     for part in location:
         if isinstance(part, str):
             annotation = section.model_fields[part].annotation
             candidates = [annotation, *get_args(annotation)]
             section = next(c for c in candidates if isinstance(c, type) and issubclass(c, Section))
-    return list(section.model_fields)
+    return section

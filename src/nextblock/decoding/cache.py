@@ -11,11 +11,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
-
-from nextblock.attention.masks import additive, decode_mask
 
 
 class SlotCache(Cache):
@@ -117,47 +114,3 @@ class SlotCache(Cache):
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """Slots that there can be."""
         return self.capacity
-
-    def reset(self) -> None:
-        """Forget everything; the memory stays."""
-        for slots in (*self.keys, *self.values):
-            slots.zero_()
-
-
-class Masks:
-    """Additive masks of cached passes: 0 where a query may look, the dtype's lowest number elsewhere.
-
-    Where all rows stand at the same position the mask is a slice of a template that is seldom made anew.
-    """
-
-    def __init__(self, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.capacity = capacity
-        self.dtype = dtype
-        self.device = device
-        self._templates: dict[tuple[int, bool, int | None], Tensor] = {}
-
-    def aligned(self, start: int, width: int, causal: bool, window: int | None) -> Tensor:
-        """Every row's queries at `start` ... `start + width - 1`: [1, 1, Q, S] with S = start + width.
-
-        Args:
-            causal: each query sees up to itself; else up to the last query (a block being denoised).
-            window: sliding window of the layer.
-        """
-        key = (width, causal, window)
-        template = self._templates.get(key)
-        if template is None or template.shape[3] < start + width:
-            room = min(self.capacity, start + max(64, start // 4))
-            query = torch.arange(width, device=self.device)
-            last = query if causal else torch.full_like(query, width - 1)
-            # Shifted by the room in front, so that a slice exists for every start.
-            template = self.additive(decode_mask(query[None] + room, last[None] + room, room + width, window))
-            self._templates[key] = template
-        return template.narrow(3, template.shape[3] - width - start, start + width)
-
-    def each(self, position: Tensor, last_visible: Tensor, slots: int, window: int | None) -> Tensor:
-        """Rows at positions of their own, [B, 1, Q, S]; arguments as in `decode_mask`."""
-        return self.additive(decode_mask(position, last_visible, slots, window))
-
-    def additive(self, allowed: Tensor) -> Tensor:
-        """bool of any shape, True where a query may look -> additive mask."""
-        return additive(allowed, self.dtype)

@@ -1,216 +1,236 @@
-"""The check of drafts by the AR head."""
+"""The check of drafts by the AR head: which are kept, and which token follows them.
+
+All of it happens in tensors on the model's device; the result then goes to the host, in one copy.
+
+Letters: B rows, k drafted tokens, V vocabulary, P paths, N tokens of the check.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from nextblock.decoding.batch import Batch, Row, push
-from nextblock.decoding.drafts import Draft
+from nextblock.decoding.batch import Batch
+from nextblock.decoding.drafts import Draft, Tree
 from nextblock.decoding.events import BlockFinished, Event, Rejected
-from nextblock.decoding.sampling import accepted, draw, residual, without
+from nextblock.decoding.rows import Row
+from nextblock.decoding.sampling import draw, on_device, residual, without
 
 
 @dataclass
 class Verdict:
-    """For each row: how many drafts are kept, the tokens it gains (one more), their probabilities, and the path."""
+    """What a check decides, on the model's device.
 
-    kept: list[int] = field(default_factory=list)
-    tokens: list[list[int]] = field(default_factory=list)
-    probabilities: list[list[float]] = field(default_factory=list)
-    paths: list[int] = field(default_factory=list)
-
-
-def _check_tree(batch: Batch, known: Tensor, starts: list[int], draft: Draft) -> Tensor:
-    """Hidden states [B, N, D] of: the known token and the first path; then what is each other path's own.
-
-    Each token stands at the position of its depth and sees the context, and its own path up to itself.
+    kept: int64 [B], how many drafts.
+    tokens: int64 [B, 1 + k]: the kept drafts and one more token; what lies behind means nothing.
+    path: int64 [B], whose drafts are kept; None: the trunk's.
+    used: int64 [B], how many of a row's uniform numbers; None when greedy.
     """
-    lines = []  # of (token, depth, group, depth of the last shared token) for each node of each row
-    for (token,), (first, *others) in zip(known.tolist(), draft.paths, strict=True):
-        line = [(token, 0, -1, 0)] + [(t, depth, -1, depth) for depth, t in enumerate(first.tokens, 1)]
-        line += [(0, 0, -1, 0)] * (draft.tokens.shape[1] - len(first.tokens))  # filled up: nobody looks there
-        for group, path in enumerate(others):
-            own = enumerate(path.tokens[path.shared :], path.shared + 1)
-            line += [(t, depth, group, path.shared) for depth, t in own]
-        lines.append(line)
-    width = max(map(len, lines))
-    lines = [line + [(0, 0, -1, 0)] * (width - len(line)) for line in lines]
-    tokens, depth, group, shared = torch.tensor(lines, device=batch.device).unbind(-1)
-    first = torch.tensor(starts, device=batch.device)[:, None]
-    return _forward_groups(batch, tokens, starts, first + depth, first + shared, group, causal=True)
+
+    kept: Tensor
+    tokens: Tensor
+    path: Tensor | None = None
+    used: Tensor | None = None
 
 
-def _forward_groups(
-    batch: Batch, tokens: Tensor, starts: list[int], position: Tensor, context: Tensor, group: Tensor, causal: bool
-) -> Tensor:
-    """One pass in which groups of tokens share a context and do not see each other; all arguments int64 [B, N].
+@dataclass
+class Gain:
+    """What a row gains by a check, on the host: as in `Verdict`, and what was overruled as (draft's number, token).
+
+    hit: index of the point of acceptance that came true among those that a draft was made for; -1: none.
+    """
+
+    kept: int
+    path: int
+    tokens: list[int]
+    confidence: list[float]
+    rejected: list[tuple[int, int]]
+    hit: int
+
+
+def verify(batch: Batch, hidden: Tensor, draft: Draft, tree: Tree, points: Tensor | None = None) -> list[Gain]:
+    """Check a draft by the pass over its `tree`: what each row gains.
 
     Args:
-        position: of each token.
-        context: last slot that it sees of what belongs to no group.
-        group: its group; -1: none.
-        causal: it sees its group up to itself; else all of it, as a block that is being denoised.
+        hidden: [B, N, D].
+        points: int64 [B, G], numbers of kept drafts that the next draft was made for; `Gain.hit` is of these.
     """
-    end = max(starts) + tokens.shape[1]
-    slots = torch.tensor(starts, device=batch.device)[:, None] + batch.span(tokens.shape[1])
-    slot = batch.span(end).expand(len(starts), -1)
-    slot_position = slot.scatter(1, slots, position)
-    slot_group = torch.full_like(slot, -1).scatter(1, slots, group)
-    own = (slot_group[:, None] == group[:, :, None]) & (group >= 0)[:, :, None]
-    if causal:
-        own = own & (slot_position[:, None] <= position[:, :, None])
-    seen = own | ((slot[:, None] <= context[:, :, None]) & (slot_group < 0)[:, None])
-
-    def visible(window: int | None) -> Tensor:
-        return seen if window is None else seen & (slot_position[:, None] > position[:, :, None] - window)
-
-    return batch.forward_places(tokens, starts, position, visible, False if causal else group >= 0)
-
-
-def _verify(batch: Batch, hidden: Tensor, draft: Draft) -> Verdict:
-    """Check drafts against the causal pass over the known token and them: `hidden` [B, N, D]."""
-    logits = batch.next_logits(hidden.flatten(0, 1), _prefixes(batch.rows, draft, hidden.shape[1]))
-    target, logits = batch.distribution(logits), logits.unflatten(0, hidden.shape[:2])
+    flat = batch.head.next_logits(hidden.flatten(0, 1), _prefixes(batch.rows, draft, tree))
+    target, logits = batch.head.distribution(flat), flat.unflatten(0, hidden.shape[:2])
     if target is None:
-        return _verify_greedy(batch, logits, draft)
-    return _verify_sampled(batch, logits, target.view_as(logits), draft)
+        verdict = check_greedy(logits, draft, tree)
+    else:
+        verdict = check_sampled(batch.rows, target.view_as(logits), draft, tree)
+    return _gains(batch, draft, tree, verdict, logits, points)
 
 
-def _prefixes(rows: list[Row], draft: Draft, width: int) -> Iterator[tuple[Row, list[int] | None]]:
-    """For each place of the check its row and the answer up to there, None where nobody looks; made only if a
+def _prefixes(rows: list[Row], draft: Draft, tree: Tree) -> Iterator[tuple[Row, list[int] | None]]:
+    """For each token of the check its row and the answer up to there, None where nobody looks; made only if a
     processor asks.
     """
-    for row, paths in zip(rows, draft.paths, strict=True):
-        answers: list[list[int] | None] = [None] * width
+    trees = zip(tree.tokens.tolist(), tree.slots.tolist(), strict=True)
+    for row, length, (line, paths) in zip(rows, draft.lengths, trees, strict=True):
+        answers: list[list[int] | None] = [None] * len(line)
         for path in paths:
-            for count, node in enumerate(path.nodes):
-                answers[node] = row.answer + path.tokens[:count]
+            for count in range(length + 1):
+                answers[path[count]] = row.answer + [line[slot] for slot in path[1 : count + 1]]
         for answer in answers:
             yield row, answer
 
 
-def _verify_greedy(batch: Batch, logits: Tensor, draft: Draft) -> Verdict:
+def _of_path(parts: Tensor, path: Tensor | None) -> Tensor:
+    """[B, P, ...] and each row's path int64 [B] -> [B, ...]."""
+    return parts[:, 0] if path is None else parts[torch.arange(len(path), device=path.device), path]
+
+
+def check_greedy(logits: Tensor, draft: Draft, tree: Tree) -> Verdict:
     """Keep the path that is the AR head's own choice furthest, that far. `logits`: [B, N, V]."""
-    flat, width = logits.flatten(0, 1), logits.shape[1]
-    tokens, confidence = batch.tell(flat, batch.choose(flat, []))
-    verdict = Verdict()
-    for index, paths in enumerate(draft.paths):
-        own = slice(index * width, (index + 1) * width)
-        chosen, probability = tokens[own], confidence[own]
-        agreed = [_agreed([chosen[node] for node in path.nodes], path.tokens) for path in paths]
-        number = agreed.index(max(agreed))
-        nodes = paths[number].nodes[: agreed[number] + 1]
-        verdict.kept.append(agreed[number])
-        verdict.tokens.append([chosen[node] for node in nodes])
-        verdict.probabilities.append([probability[node] for node in nodes])
-        verdict.paths.append(number)
-    return verdict
+    chosen, width = logits.argmax(-1), draft.tokens.shape[1]
+    if tree.groups is not None:
+        chosen = chosen.gather(1, tree.slots.flatten(1)).view_as(tree.slots)
+    right = chosen.narrow(-1, 0, width) == (draft.tokens if tree.groups is None else tree.paths)
+    if min(draft.lengths) < width:
+        within = torch.arange(width, device=logits.device) < on_device(draft.lengths, logits.device)[:, None]
+        right = right & (within if tree.groups is None else within[:, None])
+    kept = right.cumprod(-1).sum(-1)
+    if tree.groups is None:
+        return Verdict(kept, chosen)
+    kept, path = kept.max(1)
+    return Verdict(kept, _of_path(chosen, path), path)
 
 
-def _agreed(chosen: list[int], drafts: list[int]) -> int:
-    """How many drafts, from the first on, are what was chosen."""
-    return next((n for n, token in enumerate(drafts) if token != chosen[n]), len(drafts))
+def check_sampled(rows: list[Row], target: Tensor, draft: Draft, tree: Tree) -> Verdict:
+    """Rejection sampling: what is emitted has the AR distribution `target` [B, N, V], whatever the draft's."""
+    width, device = draft.tokens.shape[1], target.device
+    row, step = torch.arange(len(rows), device=device), torch.arange(width, device=device)
+    length = on_device(draft.lengths, device)
+    counts = step < length[:, None]
+    # Behind a row's last draft nothing was proposed: q = 0 there, so that the head's own distribution remains.
+    proposal = torch.zeros_like(target[:, : width + 1])
+    if draft.distribution is not None:
+        proposal[:, :-1] = draft.distribution.masked_fill(~counts[..., None], 0)
+    p = target[row[:, None, None], tree.slots[:, :, :-1], tree.paths]
+    q = proposal[row[:, None, None], step, tree.paths]
+    uniform = _uniform(rows, draft, device)
+
+    kept = accept_trunk(p[:, 0], q[:, 0], uniform[:, :width], counts)
+    path, used = None, length
+    last_p, last_q = target[row, kept], proposal[row, kept]
+    if tree.depth is not None:
+        rest = residual(last_p, last_q)
+        others = without(last_q, draft.tokens[row, kept.clamp_max(width - 1)])
+        second = rest / rest.sum(-1, keepdim=True), others / others.sum(-1, keepdim=True)
+        tried, more = try_branch(p, q, second, tree, kept, uniform, length)
+        used, kept = used + torch.where(tried > 0, length - kept, 0), kept + more
+        path, failed = torch.where(more > 0, tried, 0), ((tried > 0) & (more == 0))[:, None]
+        last_p = torch.where(failed, second[0], target[row, tree.slots[row, path, kept]])
+        last_q = torch.where(failed, second[1], proposal[row, kept])
+    last = resample(last_p, last_q, uniform[row, used])[:, None]
+    tokens = torch.cat([_of_path(tree.paths, path), last], dim=1).scatter(1, kept[:, None], last)
+    return Verdict(kept, tokens, path, used + 1)
 
 
-def _verify_sampled(batch: Batch, logits: Tensor, target: Tensor, draft: Draft) -> Verdict:
-    """Rejection sampling: what is emitted has the AR distribution, whatever the draft's.
+def _uniform(rows: list[Row], draft: Draft, device: torch.device) -> Tensor:
+    """The numbers that a check may use, float64 [B, _]: for the trunk, for a branch, for the last token."""
+    counts = [length * (1 if draft.branches is None else 2) + 1 for length in draft.lengths]
+    longest = max(counts)
+    strips = [row.peek(n) + [0.0] * (longest - n) for row, n in zip(rows, counts, strict=True)]
+    return on_device(strips, device, torch.float64)
 
-    (Leviathan et al., arXiv 2211.17192, Theorem 1.) Where another path leaves a draft that is rejected, its token
-    is tried next: it was drawn from q without the first one, and is checked against what then is to be drawn from,
-    max(p - q, 0); the same once more, so that the theorem holds for it (as in SpecInfer, arXiv 2305.09781).
-    Behind it that path goes on like the first one.
+
+def accept_trunk(p: Tensor, q: Tensor, uniform: Tensor, counts: Tensor) -> Tensor:
+    """How many drafts are kept, int64 [B]: each with probability min(1, p / q), up to the first that is not.
+
+    A token that was drawn from q, is kept with min(1, p / q), and else gives way to `resample`, has the distribution
+    p (Leviathan et al., arXiv 2211.17192, Theorem 1).
 
     Args:
-        logits: [B, N, V], the AR head's own; what the probabilities that are told come from.
-        target: [B, N, V], what is drawn from, filtered as the drafts' distribution was.
+        p, q: of each drafted token, [B, k], by the AR head and by what it was drawn from.
+        uniform: float64 [B, k], numbers in [0, 1).
+        counts: bool [B, k], where there is a draft.
     """
-    device = batch.device
-    # Behind a row's last draft nothing was proposed: q = 0 there, so that the head's own distribution remains.
-    proposal = torch.zeros_like(target[:, : draft.tokens.shape[1] + 1])
-    if draft.distribution is not None:
-        proposal[:, :-1] = draft.distribution
-        for index, own in enumerate(draft.lengths):
-            proposal[index, own:] = 0
-    # What a second token is checked against, and what it was drawn from, [branches, V].
-    branches = [(index, path.shared) for index, paths in enumerate(draft.paths) for path in paths[1:]]
-    left = torch.tensor(branches, dtype=torch.int64, device=device).view(-1, 2).unbind(1)
-    rest = residual(target[left], proposal[left])
-    others = without(proposal[left], draft.tokens[left])
-    rest, others = (weights / weights.sum(-1, keepdim=True) for weights in (rest, others))
-    chances = _chances(batch, draft, logits, target, proposal, rest, others)
-
-    verdict, ends, failed = Verdict(), [], []
-    uniform: list[float] = []
-    passed = 0  # branches of the rows before
-    for index, (row, paths) in enumerate(zip(batch.rows, draft.paths, strict=True)):
-        (p, q, confidence), *seconds = [next(chances) for _ in paths]
-        kept, number = accepted(p, q, row.draw(len(p))), 0
-        confidence = confidence[:kept]
-        other = next((n for n, path in enumerate(paths) if n and path.shared == kept), 0)
-        if other:
-            p, q, found = seconds[other - 1]
-            if more := accepted(p, q, row.draw(len(p))):
-                kept, number = kept + more, other
-                confidence += found[:more]
-            else:
-                failed.append((index, passed + other - 1))
-        passed += len(seconds)
-        uniform += row.draw(1)
-        ends.append((index, paths[number].nodes[kept], kept))
-        verdict.kept.append(kept)
-        verdict.tokens.append(paths[number].tokens[:kept])
-        verdict.probabilities.append(confidence)
-        verdict.paths.append(number)
-
-    at, node, position = torch.tensor(ends, device=device).unbind(1)
-    weights = residual(target[at, node], proposal[at, position])
-    if failed:
-        at_failed, branch = torch.tensor(failed, device=device).unbind(1)
-        weights[at_failed] = residual(rest[branch], others[branch])
-    last = draw(weights, torch.tensor(uniform, dtype=torch.float64, device=device))
-    for index, (token, chance) in enumerate(zip(*batch.tell(logits[at, node], last), strict=True)):
-        verdict.tokens[index].append(token)
-        verdict.probabilities[index].append(chance)
-    return verdict
+    return ((uniform * q < p) & counts).cumprod(-1).sum(-1)
 
 
-def _chances(
-    batch: Batch, draft: Draft, logits: Tensor, target: Tensor, proposal: Tensor, rest: Tensor, others: Tensor
-) -> Iterator[tuple[list[float], list[float], list[float]]]:
-    """For each path, from where it leaves the first one: p and q of its drafts, and the AR head's probabilities.
+def try_branch(
+    p: Tensor, q: Tensor, second: tuple[Tensor, Tensor], tree: Tree, kept: Tensor, uniform: Tensor, length: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Where a branch leaves the trunk at the draft that was rejected, go on along it.
 
-    p is of `target`, but for the second token, where a path begins: its p is of `rest` and its q of `others`.
+    Its token was drawn from q without the trunk's and is checked against max(p - q, 0): the theorem once more, with
+    these two for q and p (as in SpecInfer, arXiv 2305.09781). Behind it the branch goes on like the trunk.
+
+    Args:
+        p, q: of the drafts of each path, [B, P, k].
+        second: max(p - q, 0) and q without the trunk's token, where the trunk was left: each [B, V], normalised.
+        uniform: float64 [B, _], the trunk's numbers first, int64 [B] `length` of them.
+    Returns:
+        The branch that was tried, 0: none, and how many more drafts are kept: each int64 [B].
     """
-    places = [
-        (index, path.nodes[count], count, path.tokens[count], number > 0 and count == path.shared)
-        for index, paths in enumerate(draft.paths)
-        for number, path in enumerate(paths)
-        for count in range(path.shared, len(path.tokens))
-    ]
-    columns = torch.tensor(places, dtype=torch.int64, device=target.device).view(-1, 5).unbind(1)
-    row, node, position, token, second = *columns[:4], columns[4].bool()
-    told = batch.confidence(logits[row, node], token)
-    p = target[row, node, token].masked_scatter(second, rest.gather(1, token[second, None]))
-    q = proposal[row, position, token].masked_scatter(second, others.gather(1, token[second, None]))
-    numbers, low = torch.stack([p, q, told]).tolist(), 0
-    for path in (path for paths in draft.paths for path in paths):
-        part = slice(low, low + len(path.tokens) - path.shared)
-        yield numbers[0][part], numbers[1][part], numbers[2][part]
-        low = part.stop
+    assert tree.depth is not None
+    row, step = torch.arange(len(kept), device=kept.device), torch.arange(p.shape[2], device=kept.device)
+    path = (tree.depth == kept[:, None]).int().argmax(1)  # the trunk's depth is none that can be left
+    tokens, here, before = tree.paths[row, path], step == kept[:, None], step < kept[:, None]
+    p, q = (torch.where(here, s.gather(1, tokens), own[row, path]) for s, own in zip(second, (p, q), strict=True))
+    p, q = p.masked_fill(before, 1), q.masked_fill(before, 0)  # the trunk's, which are kept
+    numbers = uniform.gather(1, (length[:, None] + step - kept[:, None]).clamp(0, uniform.shape[1] - 1))
+    more = accept_trunk(p, q, numbers, step < length[:, None]) - kept
+    return path, torch.where(path > 0, more, 0)
 
 
-def _emit(batch: Batch, draft: Draft, verdict: Verdict, recent: dict[int, float]) -> Iterator[Event]:
+def resample(p: Tensor, q: Tensor, uniform: Tensor) -> Tensor:
+    """The token that follows the kept drafts, int64 [B]: from max(p - q, 0), [B, V].
+
+    Given that a draft from q was rejected, this is what is left of p (arXiv 2211.17192, Theorem 1); q = 0 gives p.
+    """
+    return draw(residual(p, q), uniform)
+
+
+def _gains(
+    batch: Batch, draft: Draft, tree: Tree, verdict: Verdict, logits: Tensor, points: Tensor | None
+) -> list[Gain]:
+    """Bring a verdict to the host, in one copy, and use up the numbers that it took."""
+    width, hit = draft.tokens.shape[1], None
+    if points is not None:
+        right = points == verdict.kept[:, None]
+        hit = torch.where(right.any(1), right.int().argmax(1), -1)
+    columns = {"kept": verdict.kept, "path": verdict.path, "used": verdict.used, "hit": hit}
+    columns = {name: part[:, None] for name, part in columns.items() if part is not None}
+    parts = [*columns.values(), verdict.tokens, draft.tokens]
+    if draft.branches is not None:
+        parts.append(draft.branches.token)
+    confidence = [[math.nan] * (width + 1)] * len(batch.rows)
+    if batch.head.tells_confidence:
+        at = torch.arange(len(logits), device=logits.device)[:, None]
+        told = batch.head.confidence(logits[at, _of_path(tree.slots, verdict.path)], verdict.tokens)
+        numbers = torch.cat([told.double(), *parts], dim=1).tolist()
+        confidence = [line[: width + 1] for line in numbers]
+        numbers = [[int(number) for number in line[width + 1 :]] for line in numbers]
+    else:
+        numbers = torch.cat(parts, dim=1).tolist()
+    found = []
+    for index, (row, line, length) in enumerate(zip(batch.rows, numbers, draft.lengths, strict=True)):
+        of, tokens = dict(zip(columns, line, strict=False)), line[len(columns) :]
+        kept = of["kept"]
+        row.draw(of.get("used", 0))
+        gained, drafted = tokens[: kept + 1], [*enumerate(tokens[width + 1 : width + 1 + length])]
+        if draft.branches is not None:
+            drafted += zip(draft.branches.depth[index], tokens[2 * width + 1 :], strict=False)
+        rejected = [(n, token) for n, token in drafted if n >= kept or token != gained[n]]
+        found.append(Gain(kept, of.get("path", 0), gained, confidence[index][: kept + 1], rejected, of.get("hit", -1)))
+    return found
+
+
+def append(batch: Batch, found: list[Gain]) -> Iterator[Event]:
     """Append what was gained to the answers."""
-    for index, (row, (main, *others)) in enumerate(zip(batch.rows, draft.paths, strict=True)):
-        recent[row.number] = 0.7 * recent[row.number] + 0.3 * verdict.kept[index]
-        first, gained = len(row.answer), verdict.tokens[index]
-        yield from push(row, gained, verdict.probabilities[index])
-        drafted = [*enumerate(main.tokens), *((path.shared, path.tokens[path.shared]) for path in others)]
-        for offset, token in drafted:
-            if offset >= verdict.kept[index] or token != gained[offset]:
-                yield Rejected(row.number, first + offset, token, row.passes)
-        yield BlockFinished(row.number, first, len(row.answer), verdict.paths[index])
+    for row, gain in zip(batch.rows, found, strict=True):
+        row.recent = 0.7 * row.recent + 0.3 * gain.kept
+        first = len(row.answer)
+        yield from row.extend(gain.tokens, gain.confidence)
+        for number, token in gain.rejected:
+            yield Rejected(row.number, first + number, token, row.passes)
+        yield BlockFinished(row.number, first, len(row.answer), gain.path)

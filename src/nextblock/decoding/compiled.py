@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -22,6 +22,8 @@ from torch import Tensor
 
 from nextblock.attention.masks import decode_mask
 from nextblock.decoding.cache import SlotCache
+from nextblock.decoding.masks import Groups, Masks
+from nextblock.decoding.sampling import on_device
 from nextblock.model.decoder import Decoder
 from nextblock.model.draft_adapter import Gate
 
@@ -118,43 +120,35 @@ class StaticPasses:
         self,
         decoder: Decoder,
         cache: StaticCache,
+        masks: Masks,
         tokens: Tensor,
-        starts: Sequence[int],
-        last: Sequence[int],
-        *,
-        windows: Mapping[str, int | None],
-        max_positions: int,
-        noised: Gate | None,
-        position: Tensor | None = None,
-        seen: Mapping[int | None, Tensor] | None = None,
+        starts: list[int],
+        causal: list[bool],
+        groups: Groups | None = None,
     ) -> Tensor | None:
-        """One pass, as `Batch.forward` and `Batch.forward_places` describe it.
+        """One pass, as `Batch.forward` describes it.
 
-        Args:
-            tokens: int64 [rows, width].
-            starts: first slot of each row.
-            last: the last slot that all tokens of a row see; -1: each sees up to itself.
-            windows: kind of layer -> sliding window.
-            noised: where a draft adapter acts; None: in the rows that have a `last`.
-            position: int64 [rows, width] of the tokens; None: their slots.
-            seen: window -> bool [rows, width, slots up to the end], instead of `last`; needs `position`.
         Returns:
-            Final hidden states [rows, width, D], or None if the pass could not be compiled.
+            Final hidden states [B, Q, D], or None if the pass could not be compiled.
         """
         (rows, width), device = tokens.shape, tokens.device
-        shape = (rounded_rows(rows), rounded_width(width))
+        shape, end = (rounded_rows(rows), rounded_width(width)), max(starts) + width
+        # The last slot that all tokens of a row see; -1: each sees up to itself.
+        last = [-1 if alone else start + width - 1 for start, alone in zip(starts, causal, strict=True)]
         lines = [*zip(starts, last, strict=True), *[(0, -1)] * (shape[0] - rows)]
-        lines = torch.tensor(lines).to(device, non_blocking=True)
-        if seen is not None:
-            assert position is not None
-            position = _filled_up(position, shape)
-            seen = {window: _filled_up(part, (*shape, cache.capacity)) for window, part in seen.items()}
+        lines = on_device(lines, device)
+        noised: Gate | None = None if any(causal) and not all(causal) else not all(causal)
+        position = seen = None
+        if groups is not None:
+            noised, position = groups.gate, _filled_up(groups.position, shape)
+            found = groups.seen(masks.slots(starts, width), end, masks.windows.values())
+            seen = {window: _filled_up(part, (*shape, cache.capacity)) for window, part in found.items()}
         if decoder.adapter is None:
             noised = False
         elif isinstance(noised, Tensor):
             noised = _filled_up(noised, shape)
-        cache.aim_static(shape[0], max(starts) + width)
-        arguments = (_filled_up(tokens, shape), lines, position, seen, noised, dict(windows), max_positions)
+        cache.aim_static(shape[0], end)
+        windows, max_positions = dict(masks.windows), masks.max_positions
         gate = "by token" if isinstance(noised, Tensor) else noised
         key = (*shape, cache.capacity, *windows.values(), max_positions, gate, seen is None)
         try:
@@ -162,21 +156,26 @@ class StaticPasses:
                 torch.compiler.cudagraph_mark_step_begin()
             # Where nothing is to be compiled, the limits need not be looked at: setting them takes 0.1 ms.
             with nullcontext() if key in self._compiled else torch._dynamo.config.patch(LIMITS):
-                hidden = self._pass(decoder, cache, *arguments)
+                filled = _filled_up(tokens, shape)
+                hidden = self._pass(decoder, cache, filled, lines, position, seen, noised, windows, max_positions)
             self._compiled.add(key)
         except Exception as error:  # of many kinds; what is no fault of the compiler comes again in the ordinary pass
-            cause = getattr(error, "inner_exception", error)  # what the compiler stumbled over
-            self.failed = not isinstance(cause, torch.OutOfMemoryError)
-            cache.target = None
-            self.release(cache)
-            self._memory.clear()  # this batch keeps its own until it ends
-            self._slots.clear()
-            self._compiled.clear()
-            kind, reason = decoder.model.config.model_type, str(error).strip().splitlines() or [type(error).__name__]
-            until = "" if self.failed else " to the end of this call"
-            warnings.warn(f"decoding of '{kind}' goes on without torch.compile{until}: {reason[0]}", stacklevel=2)
+            self._fail(error, cache, decoder.model.config.model_type)
             return None
         return hidden[:rows, :width].clone()  # the next replay writes where `hidden` is
+
+    def _fail(self, error: Exception, cache: StaticCache, kind: str) -> None:
+        """Let the batch of `cache` go on with ordinary passes, and all later ones unless memory ran out; warn."""
+        cause = getattr(error, "inner_exception", error)  # what the compiler stumbled over
+        self.failed = not isinstance(cause, torch.OutOfMemoryError)
+        cache.target = None
+        self.release(cache)
+        self._memory.clear()  # this batch keeps its own until it ends
+        self._slots.clear()
+        self._compiled.clear()
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        until = "" if self.failed else " to the end of this call"
+        warnings.warn(f"decoding of '{kind}' goes on without torch.compile{until}: {reason[0]}", stacklevel=3)
 
 
 class StaticCache(SlotCache):

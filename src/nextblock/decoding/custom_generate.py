@@ -20,11 +20,11 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from nextblock.config.errors import UsageError
-from nextblock.decoding.batch import Row
 from nextblock.decoding.events import Finish
-from nextblock.decoding.lm import BlockDiffusionLM, Stream, look_at
-from nextblock.decoding.options import resolve_config
+from nextblock.decoding.lm import BlockDiffusionLM, Stream, why_no_blocks
+from nextblock.decoding.options import DecodingConfig, parameters_of, resolve_config, spell_out
 from nextblock.decoding.request import make_request
+from nextblock.decoding.rows import Row
 from nextblock.model.draft_adapter import attached_adapter
 from nextblock.model.loading import read_settings
 
@@ -62,7 +62,11 @@ _SETTINGS = {  # transformers' processors: the setting that each is made of, and
 }
 """All but guidance, which has a cache of its own, are functions of prefix and scores alone."""
 _OWN_CRITERIA = (MaxLengthCriteria, EosTokenCriteria)
-_UNSET: Any = object()
+_OPTIONS = {
+    name: field
+    for name, field in DecodingConfig.model_fields.items()
+    if name not in ("max_new_tokens", "temperature", "top_p", "top_k")  # which the generation config says
+}
 
 
 def block_diffusion(
@@ -72,15 +76,6 @@ def block_diffusion(
     stopping_criteria: Any = None,
     generation_config: Any = None,
     streamer: Any = None,
-    mode: str = _UNSET,
-    block_size: int | None = _UNSET,
-    sub_blocks: int = _UNSET,
-    sampler: str = _UNSET,
-    threshold: float | None = _UNSET,
-    steps: int | None = _UNSET,
-    draft_length: Any = _UNSET,
-    draft_ahead: int = _UNSET,
-    draft_paths: int = _UNSET,
     seed: int | list[int] | None = None,
     **model_kwargs: Any,
 ) -> Any:
@@ -91,8 +86,9 @@ def block_diffusion(
         input_ids, logits_processor, stopping_criteria, generation_config: what `generate` prepared.
             Temperature, top-p, top-k, lengths and end tokens are those of the generation config.
         streamer: gets the answer's tokens in order, once they cannot change (batch of one).
-        mode ... draft_paths, seed: as in `BlockDiffusionLM.generate`.
-        model_kwargs: `attention_mask` is read (padding on either side).
+        seed: as in `BlockDiffusionLM.generate`.
+        model_kwargs: the options of `DecodingConfig`, as in `BlockDiffusionLM.generate`, and what transformers
+            prepared for the model, of which `attention_mask` is read (padding on either side).
     Returns:
         int64 [B, T] as `generate` returns it, or its dict form where the config asks for that.
     Raises:
@@ -100,30 +96,14 @@ def block_diffusion(
             prefix and scores in speculative mode, or what `BlockDiffusionLM` refuses.
     """
     streamer = streamer if streamer is not None else _streamer_of_caller()
-    given = {
-        "mode": mode,
-        "block_size": block_size,
-        "sub_blocks": sub_blocks,
-        "sampler": sampler,
-        "threshold": threshold,
-        "steps": steps,
-        "draft_length": draft_length,
-        "draft_ahead": draft_ahead,
-        "draft_paths": draft_paths,
-    }
-    options: dict[str, Any] = {name: value for name, value in given.items() if value is not _UNSET}
+    options = {name: model_kwargs.pop(name) for name in _OPTIONS if name in model_kwargs}
     adapter = attached_adapter(model)
     settings = read_settings(model.config) if adapter is None else adapter.settings
-    look_at(model)
-    lm = BlockDiffusionLM(model, None, settings, adapter)
+    lm = BlockDiffusionLM(model, None, settings, adapter, refusal=why_no_blocks(model))
     _check_generation_config(generation_config)
     foreign = _foreign(list(logits_processor or ()), lm, generation_config)
     _check_processors(foreign, resolve_config(lm.settings, options).mode, generation_config)
-    # Of sampling nothing is the checkpoint's: the generation config says it all.
-    options |= {"temperature": 1.0 if generation_config.do_sample else 0.0, "top_k": None, "top_p": None}
-    if generation_config.do_sample and not foreign:  # else they act in their place among the processors
-        options["temperature"] = float(generation_config.temperature or 1.0)
-        options |= {"top_k": generation_config.top_k or None, "top_p": generation_config.top_p}
+    options |= _sampling_options(generation_config, own_warpers=not foreign)
     criteria: list[Any] = list(stopping_criteria or ())
     lengths = [c.max_length for c in criteria if isinstance(c, MaxLengthCriteria)]
     ends = {int(i) for c in criteria if isinstance(c, EosTokenCriteria) for i in c.eos_token_id.tolist()}
@@ -146,6 +126,24 @@ def block_diffusion(
     if generation_config.return_dict_in_generate:
         return GenerateDecoderOnlyOutput(sequences=result)  # type: ignore[arg-type]
     return result
+
+
+spell_out(
+    block_diffusion, parameters_of(_OPTIONS), kept="model_kwargs"
+)  # transformers hands on what the signature names
+
+
+def _sampling_options(config: Any, own_warpers: bool) -> dict[str, Any]:
+    """Temperature, top-k and top-p: nothing is the checkpoint's, the generation config says it all.
+
+    Args:
+        own_warpers: apply them here; else they act in their place among the caller's processors.
+    """
+    if not config.do_sample:
+        return {"temperature": 0.0, "top_k": None, "top_p": None}
+    if not own_warpers:
+        return {"temperature": 1.0, "top_k": None, "top_p": None}
+    return {"temperature": float(config.temperature or 1.0), "top_k": config.top_k or None, "top_p": config.top_p}
 
 
 def _check_generation_config(config: Any) -> None:

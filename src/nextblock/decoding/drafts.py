@@ -1,74 +1,82 @@
-"""Drafts: what the denoising pass proposes."""
+"""Drafts: what a denoising pass proposes, and where the pass that checks it has each token.
+
+A draft of several paths is a tree: the trunk, and branches that leave it at one position each, with another token
+there and the trunk's own tokens behind.
+
+Letters: B rows, b block size, k drafted tokens, V vocabulary, M branches, P = 1 + M paths, N tokens of a check.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from nextblock.decoding.batch import Batch, Row
-from nextblock.decoding.sampling import draw, without
+from nextblock.decoding.batch import Batch
+from nextblock.decoding.masks import Groups
+from nextblock.decoding.rows import Row
+from nextblock.decoding.sampling import draw, on_device, without
 
 
-@dataclass(frozen=True)
-class Path:
-    """One line of drafts through a row's tree.
+@dataclass
+class Branches:
+    """depth: for each row and branch, how many drafts it shares with the trunk. token: int64 [B, M], its next one."""
 
-    tokens: its drafts.
-    nodes: where the check's pass has the known token and then each of the drafts.
-    shared: how many drafts it has in common with the first path before it leaves that one.
-    """
-
-    tokens: list[int]
-    nodes: list[int]
-    shared: int = 0
+    depth: list[list[int]]
+    token: Tensor
 
 
 @dataclass
 class Draft:
-    """Drafted tokens int64 [B, k], of which each row has its first `lengths` checked: its first path.
+    """Drafted tokens int64 [B, k] on the model's device, of which each row has its first `lengths` checked.
 
     distribution: when sampling, what they were drawn from, [B, k, V].
-    branches: for each row (position among its drafts, token) of every further path: it has this token there
-        instead, and the same ones before and after.
+    chances: float32 [B, k], of drafts that are made ahead: how likely each is to be kept, given those before it.
     """
 
     tokens: Tensor
     lengths: list[int]
     distribution: Tensor | None = None
-    branches: list[list[tuple[int, int]]] = field(default_factory=list)
+    branches: Branches | None = None
+    chances: Tensor | None = None
 
-    @cached_property
-    def paths(self) -> list[list[Path]]:
-        """The paths of each row, the first one first."""
-        width = self.tokens.shape[1] + 1
-        found = []
-        for index, (line, length) in enumerate(zip(self.tokens.tolist(), self.lengths, strict=True)):
-            paths, free = [Path(line[:length], list(range(length + 1)))], width
-            for position, token in self.branches[index] if self.branches else ():
-                own = [token, *line[position + 1 : length]]
-                nodes = [*range(position + 1), *range(free, free + len(own))]
-                paths.append(Path(line[:position] + own, nodes, position))
-                free += len(own)
-            found.append(paths)
-        return found
+    def own_slots(self, row: int, path: int) -> tuple[int, int]:
+        """Where the check has the first token that a row's path does not share with the trunk, and its depth."""
+        assert self.branches is not None
+        before, length = self.branches.depth[row][: path - 1], self.lengths[row]
+        return 1 + self.tokens.shape[1] + sum(length - d for d in before), self.branches.depth[row][path - 1]
 
 
-def _known(batch: Batch) -> tuple[Tensor, list[int]]:
-    """The last token of each answer, int64 [B, 1], which is not in the cache yet, and its position."""
-    tokens = torch.tensor([[row.answer[-1]] for row in batch.rows], device=batch.device)
-    return tokens, [len(row.prompt) + len(row.answer) - 1 for row in batch.rows]
+@dataclass(frozen=True)
+class Tree:
+    """The pass that checks a draft: the known token and the trunk, then what is each branch's own.
+
+    tokens: int64 [B, N].
+    slots: int64 [B, P, 1 + k]: where the pass has the known token and each draft of a path. Path 0 is the trunk.
+    depth: int64 [B, P]: how many drafts a path shares with the trunk; -1 for the trunk and where there is no path.
+    groups: which tokens see each other. Both None: there is only the trunk, and the pass is a plain causal one.
+    """
+
+    tokens: Tensor
+    slots: Tensor
+    depth: Tensor | None = None
+    groups: Groups | None = None
+
+    @property
+    def paths(self) -> Tensor:
+        """The drafts of each path, int64 [B, P, k]."""
+        slots = self.slots[:, :, 1:]
+        return self.tokens.gather(1, slots.flatten(1)).view_as(slots)
 
 
-def _draft_length(batch: Batch, row: Row, recent: float) -> int:
-    """Tokens to draft for a row; `recent`: moving average of how many were kept."""
+def draft_length(batch: Batch, row: Row) -> int:
+    """Tokens to draft for a row."""
     length = batch.block_size - 1
     wanted = batch.config.draft_length
     if wanted == "auto":
-        length = min(length, int(1.5 * recent) + 2)
+        length = min(length, int(1.5 * row.recent) + 2)
     elif wanted is not None:
         length = min(length, wanted)
     if row.random is None:  # drafts past the limit cannot matter; sampling keeps to the same draws
@@ -76,19 +84,19 @@ def _draft_length(batch: Batch, row: Row, recent: float) -> int:
     return length
 
 
-def _denoise(batch: Batch, known: Tensor, starts: list[int], lengths: list[int]) -> Draft:
-    """Tokens behind the known one, from one denoising pass over the block."""
-    rows, config = batch.rows, batch.config
-    assert batch.mask_token_id is not None
-    if (longest := max(lengths)) == 0:
-        return Draft(known[:, :0], lengths)
-    tokens = torch.full((len(rows), batch.block_size), batch.mask_token_id, device=batch.device)
+def masked_block(batch: Batch, known: Tensor) -> Tensor:
+    """The known token and mask tokens behind it, int64 [B, b]."""
+    tokens = known.new_full((len(known), batch.block_size), batch.mask_token_id)
     tokens[:, :1] = known
-    hidden = batch.forward(tokens, starts, [False] * len(rows))
-    batch.stats.count("denoise", len(rows))
+    return tokens
+
+
+def choose_drafts(batch: Batch, hidden: Tensor, lengths: list[int]) -> Draft:
+    """What a denoising pass over `masked_block` proposes behind the known token; `hidden` [B, b, D]."""
+    rows, longest = batch.rows, max(lengths)
     first = 0 if batch.shifted else 1
     prefixes = ((row, row.answer) for row in rows for _ in range(longest))
-    logits = batch.next_logits(hidden[:, first : first + longest].flatten(0, 1), prefixes)
+    logits = batch.head.next_logits(hidden[:, first : first + longest].flatten(0, 1), prefixes)
     # A row draws for its own drafts only, so that it draws the same numbers alone.
     uniform = [
         u
@@ -96,39 +104,76 @@ def _denoise(batch: Batch, known: Tensor, starts: list[int], lengths: list[int])
         if row.random is not None
         for u in row.draw(length) + [0.0] * (longest - length)
     ]
-    distribution, shape = batch.distribution(logits), (len(rows), longest)
-    drafts = batch.choose(logits, uniform, distribution).view(shape)
-    logits = logits.unflatten(0, shape)
+    distribution, shape = batch.head.distribution(logits), (len(rows), longest)
+    tokens = batch.head.choose(logits, uniform, distribution).view(shape)
     distribution = None if distribution is None else distribution.unflatten(0, shape)
-    branches = _branches(batch, logits, distribution, drafts, lengths) if config.draft_paths > 1 else []
-    return Draft(drafts, lengths, distribution, branches)
+    draft = Draft(tokens, lengths, distribution)
+    if batch.config.draft_paths > 1:
+        draft.branches = branch(batch, logits.unflatten(0, shape), draft)
+    return draft
 
 
-def _branches(
-    batch: Batch, logits: Tensor, distribution: Tensor | None, drafts: Tensor, lengths: list[int]
-) -> list[list[tuple[int, int]]]:
-    """Where further paths leave the first one, and with which token: the second best, or a draw without the first.
+def branch(batch: Batch, logits: Tensor, draft: Draft) -> Branches | None:
+    """Where further paths leave the trunk, and with which token: the second best, or a draw without the trunk's.
 
     At the positions where that is likeliest to be of use: all drafts before are kept, and the second-likeliest
     token is the right one. This looks at `logits` [B, k, V] alone, never at what was drawn from them: chosen by
-    the `drafts`, the tokens behind a branch would no longer have the distribution that the check takes them to have.
+    the drafts, the tokens behind a branch would no longer have the distribution that the check takes them to have.
+    The positions are copied to the host, as the width of the check depends on them. None: no row has a branch.
     """
     top = logits.softmax(-1).topk(2)
     likeliest, second = top.values.double().log().unbind(-1)
     odds = likeliest.cumsum(1) - likeliest + second
-    if distribution is not None:  # no second token where a filter leaves only one
-        odds = odds.masked_fill((distribution > 0).sum(-1) < 2, -math.inf)
-    found = []
-    for line, length in zip(odds.tolist(), lengths, strict=True):
+    if draft.distribution is not None:  # no second token where a filter leaves only one
+        odds = odds.masked_fill((draft.distribution > 0).sum(-1) < 2, -math.inf)
+    depth = []
+    for line, length in zip(odds.tolist(), draft.lengths, strict=True):
         ranked = sorted((n for n in range(length) if line[n] > -math.inf), key=lambda n: -line[n])
-        found.append(ranked[: batch.config.draft_paths - 1])
-    flat = [(index, position) for index, positions in enumerate(found) for position in positions]
-    at = torch.tensor(flat, dtype=torch.int64, device=batch.device).view(-1, 2).unbind(1)
-    if distribution is not None:
-        uniform = [u for row, positions in zip(batch.rows, found, strict=True) for u in row.draw(len(positions))]
-        weights = without(distribution[at], drafts[at])
-        tokens = draw(weights, torch.tensor(uniform, dtype=torch.float64, device=batch.device))
+        depth.append(ranked[: batch.config.draft_paths - 1])
+    found = [(row, n, position) for row, positions in enumerate(depth) for n, position in enumerate(positions)]
+    if not found:
+        return None
+    row, number, position = on_device(found, logits.device).unbind(1)
+    if draft.distribution is None:
+        token = top.indices[row, position, 1]
     else:
-        tokens = top.indices[..., 1][at]
-    token = iter(tokens.tolist())
-    return [[(position, next(token)) for position in positions] for positions in found]
+        uniform = [u for row, positions in zip(batch.rows, depth, strict=True) for u in row.draw(len(positions))]
+        weights = without(draft.distribution[row, position], draft.tokens[row, position])
+        token = draw(weights, on_device(uniform, logits.device, torch.float64))
+    tokens = token.new_zeros(len(depth), max(map(len, depth)))
+    tokens[row, number] = token
+    return Branches(depth, tokens)
+
+
+def lay_out(batch: Batch, draft: Draft, known: Tensor, starts: list[int]) -> Tree:
+    """The pass that checks a draft behind the known token int64 [B, 1], which stands at `starts`.
+
+    Each token has the position of its depth and sees the context, and its own path up to itself.
+    """
+    tokens = torch.cat([known, draft.tokens], dim=1)
+    count, width = tokens.shape
+    if draft.branches is None:
+        return Tree(tokens, batch.masks.span(width).expand(count, 1, -1))
+    paths = 1 + draft.branches.token.shape[1]
+    lines, slots, depths = [], [], []
+    for length, leaves in zip(draft.lengths, draft.branches.depth, strict=True):
+        # Of each token: its place in [known, trunk, branches' tokens], depth, group and last shared depth.
+        line = [(n, n, -1, n) if n <= length else (0, 0, -1, 0) for n in range(width)]
+        trunk = [*range(width)]
+        slots.append([trunk] * paths)
+        for number, depth in enumerate(leaves):
+            own = range(depth + 1, length + 1)
+            slots[-1][number + 1] = trunk[: depth + 1] + [len(line) + n for n in range(len(own))] + trunk[length + 1 :]
+            line += [(width + number if n == own[0] else n, n, number, depth) for n in own]
+        depths.append([-1, *leaves, *[-1] * (paths - 1 - len(leaves))])
+        lines.append(line)
+    longest = max(map(len, lines))
+    lines = on_device([line + [(0, 0, -1, 0)] * (longest - len(line)) for line in lines], batch.device)
+    place, depth, group, shared = lines.unbind(-1)
+    first = on_device(starts, batch.device)[:, None]
+    return Tree(
+        torch.cat([tokens, draft.branches.token], dim=1).gather(1, place),
+        on_device(slots, batch.device),
+        on_device(depths, batch.device),
+        Groups(first + depth, first + shared, group, noised=False),
+    )

@@ -11,7 +11,8 @@ from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -19,15 +20,18 @@ from transformers import PreTrainedModel
 
 from nextblock.config.errors import UsageError, nearest
 from nextblock.config.sections import BlockDiffusionSettings
-from nextblock.decoding.batch import Batch, Processor, Row
+from nextblock.decoding.batch import Batch
 from nextblock.decoding.compiled import StaticPasses
-from nextblock.decoding.diffusion import decode
-from nextblock.decoding.events import Committed, Event, Finish, RowFinished, Stats
-from nextblock.decoding.options import GenerateOptions
-from nextblock.decoding.request import Prompts, Request, make_request
+from nextblock.decoding.engine import run
+from nextblock.decoding.events import Event, Finish, RowFinished, Stats
+from nextblock.decoding.head import Processor
+from nextblock.decoding.options import takes
+from nextblock.decoding.request import CallOptions, Prompts, Request, make_request
+from nextblock.decoding.rows import Row
 from nextblock.decoding.text import TextStream
+from nextblock.model.adapter_files import load_adapter
 from nextblock.model.decoder import Decoder
-from nextblock.model.draft_adapter import DraftAdapter, load_adapter
+from nextblock.model.draft_adapter import DraftAdapter
 from nextblock.model.loading import (
     GivenSettings,
     choose_attention,
@@ -43,8 +47,7 @@ from nextblock.model.probe import NotFiniteError, probe
 
 PASSES = "_nextblock_passes"
 """Attribute of a model that was decoded: its compiled passes."""
-REFUSAL = "_nextblock_refusal"
-"""Attribute of a model that was looked at: what keeps it from decoding blocks and batches, "" if nothing does."""
+_refusals: WeakKeyDictionary[PreTrainedModel, str | None] = WeakKeyDictionary()
 
 
 @dataclass
@@ -77,6 +80,9 @@ class Stream(Iterator[Event], AbstractContextManager["Stream"]):
         self.stats = stats
         self._events = events
 
+    def __iter__(self) -> Generator[Event]:
+        return self._events
+
     def __next__(self) -> Event:
         return next(self._events)
 
@@ -94,6 +100,7 @@ class BlockDiffusionLM:
 
     adapter: a draft adapter that acts on noised positions; the settings are then its own.
     compile: decode with `torch.compile` and a static cache; None: on CUDA alone.
+    refusal: from `why_no_blocks`; then one prompt in ar mode is all that is decoded.
     """
 
     model: PreTrainedModel
@@ -101,6 +108,7 @@ class BlockDiffusionLM:
     settings: BlockDiffusionSettings | None = None
     adapter: DraftAdapter | None = None
     compile: bool | None = None
+    refusal: str | None = None
     decoder: Decoder = field(init=False, repr=False)
     passes: StaticPasses | None = field(init=False, repr=False, default=None)
 
@@ -109,14 +117,15 @@ class BlockDiffusionLM:
         if self.decoder.device.type == "cuda" if self.compile is None else self.compile:
             self.passes = compiled_passes(self.model)
 
-    def generate(self, prompts: Prompts, **options: Unpack[GenerateOptions]) -> Generation:
+    @takes(CallOptions)
+    def generate(self, prompts: Prompts, **options: Any) -> Generation:
         """Answer every prompt.
 
         Args:
             prompts: one text, a list of texts, one chat (a list of {"role", "content"}), a list of chats, or
                 token ids int64 [B, T].
-            options: see `GenerateOptions` and `sampling.DecodingConfig`; what is left out is taken from the
-                checkpoint's `decoding` settings, then from the defaults of `DecodingConfig`.
+            options: those of `CallOptions`; what is left out is taken from the checkpoint's `decoding` settings,
+                then from the defaults.
         Raises:
             UsageError: bad input, in one line.
         """
@@ -134,12 +143,14 @@ class BlockDiffusionLM:
             stats=stream.stats,
         )
 
-    def stream(self, prompts: Prompts, **options: Unpack[GenerateOptions]) -> Stream:
+    @takes(CallOptions)
+    def stream(self, prompts: Prompts, **options: Any) -> Stream:
         """The same as `generate`, as an iterator of events. Bad input is refused here, not at the first event."""
         request = make_request(self.decoder, self.tokenizer, self.settings, prompts, options)
         return self.run(request, time.perf_counter(), confidence=True)
 
-    def stream_text(self, prompts: Prompts, **options: Unpack[GenerateOptions]) -> Iterator[tuple[int, str]]:
+    @takes(CallOptions)
+    def stream_text(self, prompts: Prompts, **options: Any) -> Iterator[tuple[int, str]]:
         """The same as `generate`, as pieces (row, text); no piece splits a character or is ever taken back."""
         if self.tokenizer is None:
             raise UsageError("stream_text: this model has no tokenizer; use `stream`, which gives token ids")
@@ -170,40 +181,11 @@ class BlockDiffusionLM:
         Raises:
             UsageError: a model that ignores the mask or the positions which blocks and batches need.
         """
-        refusal = getattr(self.model, REFUSAL, "")
-        if refusal and (request.config.mode != "ar" or len(request.rows) > 1):
-            raise UsageError(refusal)
+        if self.refusal and (request.config.mode != "ar" or len(request.rows) > 1):
+            raise UsageError(self.refusal)
         stats = Stats(rows=len(request.rows))
-        return Stream(request, stats, self._events(request, stats, began, processor, confidence))
-
-    def _events(
-        self, request: Request, stats: Stats, began: float, processor: Processor | None, confidence: bool
-    ) -> Generator[Event]:
-        rows, batch, steps = request.rows, None, None
-        counted = [0] * len(rows)
-        try:
-            while True:
-                # Entered anew for each step: an iterator must not leave a global switch on between two events.
-                with torch.inference_mode():
-                    if batch is None or steps is None:
-                        parts = self.decoder, self.settings, request.config, rows, stats, processor, self.passes
-                        batch = Batch(*parts, confidence=confidence)
-                        steps = decode(batch)
-                    events = next(steps, None)
-                stats.seconds = time.perf_counter() - began
-                if events is None:
-                    return
-                for event in events:
-                    if isinstance(event, Committed):
-                        stats.first_token_seconds = stats.first_token_seconds or stats.seconds
-                        counted[event.row] += 1
-                        stats.new_tokens += 1
-                    elif isinstance(event, RowFinished):  # without what was decided behind an end token
-                        stats.new_tokens += event.tokens - counted[event.row]
-                    yield event
-        finally:
-            if batch is not None:
-                batch.close()  # now, and not when the last who keeps an exception lets go of it
+        parts = self.decoder, self.settings, request.config, request.rows, stats, processor, self.passes, confidence
+        return Stream(request, stats, run(lambda: Batch(*parts), stats, began))
 
     def _text(self, row: Row, stop: tuple[str, ...]) -> str:
         if not stop:
@@ -226,21 +208,21 @@ def compiled_passes(model: PreTrainedModel) -> StaticPasses:
     return getattr(model, PASSES)
 
 
-def look_at(model: PreTrainedModel) -> None:
-    """Find out, once for a model, whether it obeys masks and positions; `BlockDiffusionLM.run` acts on it.
+def why_no_blocks(model: PreTrainedModel) -> str | None:
+    """What keeps a model from decoding blocks and batches: that it ignores masks or positions. Found once for each.
 
     Raises:
         UsageError: weights with NaN or infinite values.
     """
-    if not hasattr(model, REFUSAL):
+    if model not in _refusals:
         try:
             probe(Decoder(model))
-            refusal = ""
+            _refusals[model] = None
         except NotFiniteError:
             raise
         except UsageError as error:
-            refusal = str(error)
-        setattr(model, REFUSAL, refusal)
+            _refusals[model] = str(error)
+    return _refusals[model]
 
 
 def sequences(rows: list[Row], padding: int) -> Tensor:
@@ -285,15 +267,9 @@ def load(
     adapter_folder = None if draft_adapter is None else resolve_adapter(draft_adapter)
     if attention == "auto":
         attention = choose_attention(config, "auto", torch.device("cpu"))
-    model = load_model(
-        path,
-        dtype=dtype,
-        attention=attention,
-        device=device,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-    )
-    look_at(model)
+    code = {"revision": revision, "trust_remote_code": trust_remote_code}
+    model = load_model(path, dtype=dtype, attention=attention, device=device, **code)
+    refusal = why_no_blocks(model)
     tokenizer, adapter = load_tokenizer(path, revision, trust_remote_code), None
     if settings is not None:
         name = "block_diffusion.mask_token_id of the checkpoint" if given is None else "settings.mask_token_id"
@@ -309,4 +285,4 @@ def load(
             )
     if adapter_folder is not None:
         adapter, settings = load_adapter(adapter_folder, model, weights_folder(path, revision))
-    return BlockDiffusionLM(model, tokenizer, settings, adapter, compile)
+    return BlockDiffusionLM(model, tokenizer, settings, adapter, compile, refusal)

@@ -1,93 +1,90 @@
-"""The options of decoding, stated once."""
+"""The options of decoding, each stated once: name, type, default, limits and meaning.
+
+Signatures of `generate` and its like, the command line, its help and `docs/configuration.md` are made from
+`DecodingConfig`. This module loads without torch, so that `nextblock --help` takes no seconds.
+"""
 
 from __future__ import annotations
 
-import math
+import inspect
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
-from typing import Any, Literal, Self, TypedDict
+from typing import Any, Concatenate, Literal, ParamSpec, Self, TypeVar, get_args
 
 from pydantic import Field, field_validator, model_validator
-from torch import Tensor
+from pydantic.fields import FieldInfo
 
-from nextblock.config.errors import UsageError, nearest
+from nextblock.config.errors import UsageError
 from nextblock.config.sections import BlockDiffusionSettings, Section, validate
 
 Mode = Literal["ar", "diffusion", "speculative"]
 Sampler = Literal["confidence", "entropy", "margin", "entropy_bound"]
-_TINY = 1e-30
-MODES: tuple[str, ...] = ("ar", "diffusion", "speculative")
-SAMPLERS: tuple[str, ...] = ("confidence", "entropy", "margin", "entropy_bound")
+MODES: tuple[str, ...] = get_args(Mode)
 
 
 class DecodingConfig(Section):
-    """How to decode: the options of `generate`, their defaults and their limits, in one place."""
+    """How to decode: the options of `generate`, their defaults and their limits."""
 
-    mode: Mode = Field("diffusion", description="token by token, a block at a time, or a block with an exact check")
-    max_new_tokens: int = Field(256, description="longest answer, in tokens")
-    block_size: int | None = Field(None, description="tokens in a block; default: the checkpoint's")
-    sub_blocks: int = Field(1, description="diffusion: runs of equal length in which a block is denoised, in order")
-    sampler: Sampler = Field("confidence", description="diffusion: which masked positions to commit first")
+    mode: Mode = Field(
+        default="diffusion",
+        description="ar: token by token; diffusion: a block at a time; speculative: a block at a time, AR's output",
+    )
+    max_new_tokens: int = Field(default=256, ge=1, description="longest answer, in tokens")
+    block_size: int | None = Field(default=None, ge=1, description="tokens in a block; default: the checkpoint's")
+    sub_blocks: int = Field(
+        default=1, ge=1, description="diffusion: runs of equal length in which a block is denoised, in order"
+    )
+    sampler: Sampler = Field(default="confidence", description="diffusion: which masked positions to commit first")
     threshold: float | None = Field(
-        0.9,
+        default=0.9,
+        gt=0,
+        le=1,
         description="diffusion: commit all positions above it (entropy_bound: the bound in nats); none: one a step",
     )
-    steps: int | None = Field(None, description="diffusion: denoising steps per block; none: as many as it takes")
-    temperature: float = Field(0.0, description="0: greedy")
-    top_p: float | None = Field(None, description="nucleus: fewest tokens whose probabilities reach this sum")
-    top_k: int | None = Field(None, description="only the k likeliest tokens")
+    steps: int | None = Field(
+        default=None, ge=1, description="diffusion: denoising steps per block; none: as many as it takes"
+    )
+    temperature: float = Field(default=0.0, ge=0, allow_inf_nan=False, description="0: greedy")
+    top_p: float | None = Field(
+        default=None, gt=0, le=1, description="nucleus: fewest tokens whose probabilities reach this sum"
+    )
+    top_k: int | None = Field(default=None, ge=1, description="only the k likeliest tokens")
     draft_length: int | Literal["auto"] | None = Field(
-        None, description="speculative: tokens drafted per check; auto: by what was kept lately; default: the block"
+        default=None,
+        description="speculative: tokens drafted per check; auto: by what was kept lately; default: the block",
     )
     draft_ahead: int = Field(
-        0, description="speculative: points of acceptance for which the next draft is made in the check's own pass"
+        default=0,
+        ge=0,
+        description="speculative: points of acceptance for which the next draft is made in the check's own pass",
     )
     draft_paths: int = Field(
-        1, description="speculative: paths of a draft, branching where it is unsure, that one check tries as a tree"
+        default=1,
+        ge=1,
+        description="speculative: paths of a draft, branching where it is unsure, that one check tries as a tree",
     )
-
-    @field_validator("mode", "sampler", mode="before")
-    @classmethod
-    def _known(cls, value: object, info: object) -> object:
-        name = info.field_name  # type: ignore[attr-defined]
-        known = MODES if name == "mode" else SAMPLERS
-        if value not in known:
-            raise ValueError(f"unknown {name}{nearest(str(value), known)}")
-        return value
 
     @field_validator("draft_length", mode="before")
     @classmethod
-    def _length(cls, value: object) -> object:
+    def _length(cls, value: Any) -> Any:
         if value in (None, "auto"):
             return value
-        if isinstance(value, Integral) and not isinstance(value, bool):
-            return int(value)
-        raise ValueError("is not a number of tokens; use 1 or more, or auto")
+        if isinstance(value, str) and value.isdecimal():  # as the command line gives it
+            value = int(value)
+        if not isinstance(value, Integral) or isinstance(value, bool):
+            raise UsageError(f"draft_length={value} is not a number of tokens; use 1 or more, or auto")
+        if int(value) < 1:
+            raise UsageError(f"draft_length={value} must be at least 1")
+        return int(value)
 
     @model_validator(mode="after")
-    def _limits(self) -> Self:
-        rules = (
-            ("max_new_tokens", self.max_new_tokens >= 1, "must be at least 1"),
-            ("block_size", self.block_size is None or self.block_size >= 1, "must be at least 1"),
-            ("sub_blocks", self.sub_blocks >= 1, "must be at least 1"),
-            ("threshold", self.threshold is None or 0 < self.threshold <= 1, "must lie in (0, 1]; none: one a step"),
-            ("steps", self.steps is None or self.steps >= 1, "must be at least 1"),
-            ("temperature", 0 <= self.temperature < math.inf, "must be 0 (greedy) or more"),
-            ("top_p", self.top_p is None or 0 < self.top_p <= 1, "must lie in (0, 1]"),
-            ("top_k", self.top_k is None or self.top_k >= 1, "must be at least 1"),
-            ("draft_length", self.draft_length in (None, "auto") or int(self.draft_length) >= 1, "must be at least 1"),
-            ("draft_ahead", self.draft_ahead >= 0, "must be 0 (draft in a pass of its own) or more"),
-            ("draft_paths", self.draft_paths >= 1, "must be at least 1"),
-            (
-                "draft_paths",
-                self.draft_paths == 1 or not self.draft_ahead,
-                "does not go with draft_ahead, which would need a next draft behind every path; leave one of them out",
-            ),
-        )
-        for name, holds, rule in rules:
-            if not holds:
-                raise ValueError(f"{name}={getattr(self, name)} {rule}")
+    def _one_way_of_drafting(self) -> Self:
+        if self.draft_paths > 1 and self.draft_ahead:
+            raise UsageError(
+                f"draft_paths={self.draft_paths} does not go with draft_ahead, which would need a next draft behind "
+                "every path; leave one of them out"
+            )
         return self
 
     def check_block(self, block_size: int) -> None:
@@ -109,36 +106,6 @@ class DecodingConfig(Section):
 
 DEPENDENT = (("draft_ahead", "draft_paths"), ("block_size", "sub_blocks", "steps"))
 """Options whose values must fit each other."""
-
-
-class GenerateOptions(TypedDict, total=False):
-    """Keyword arguments of `generate` and `stream`. Those that `DecodingConfig` does not explain:
-
-    attention_mask: int or bool [B, T], 0 at padding of token ids; padding on the left or on the right.
-    seed: of the random draws: row i of a batch draws what it would draw alone with `seed + i`; or one seed
-        for each row. None: from torch's global random state.
-    stop: strings that end an answer, or a list of them for each row; the text is cut before the first.
-    eos_token_id: end tokens, or a list of them for each row; default: the model's; []: none.
-    max_new_tokens: one number, or one for each row.
-    """
-
-    attention_mask: Tensor | None
-    seed: int | Sequence[int] | None
-    stop: str | Sequence[str] | Sequence[Sequence[str]]
-    eos_token_id: int | Sequence[int] | Sequence[Sequence[int]] | None
-    max_new_tokens: int | Sequence[int]
-    mode: Mode
-    block_size: int | None
-    sub_blocks: int
-    sampler: Sampler
-    threshold: float | None
-    steps: int | None
-    temperature: float
-    top_p: float | None
-    top_k: int | None
-    draft_length: int | Literal["auto"] | None
-    draft_ahead: int
-    draft_paths: int
 
 
 def with_stored(settings: BlockDiffusionSettings | None, options: Mapping[str, Any]) -> DecodingConfig:
@@ -187,3 +154,49 @@ def resolve_config(
             stacklevel=4,  # whoever called `generate` or `stream`
         )
     return config.model_copy(update={"block_size": size})
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+A = TypeVar("A")
+B = TypeVar("B")
+
+
+def takes(
+    options: Callable[P, DecodingConfig],
+) -> Callable[[Callable[Concatenate[A, B, ...], R]], Callable[Concatenate[A, B, P], R]]:
+    """Decorate a function `f(first, second, **options)` so that `help` and type checkers see a model's fields.
+
+    Args:
+        options: a model, whose fields stand in the signature and in the docstring in place of `**options`.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        fields: dict[str, FieldInfo] = getattr(options, "model_fields")  # noqa: B009
+        lines = [f"    {name}: {field.description}" for name, field in fields.items()]
+        function.__doc__ = "\n".join([inspect.cleandoc(function.__doc__ or ""), "", "Keyword Args:", *lines])
+        return spell_out(function, parameters_of(fields))
+
+    return decorate
+
+
+def parameters_of(fields: Mapping[str, FieldInfo]) -> list[inspect.Parameter]:
+    """Fields of a model as keyword parameters."""
+    kind = inspect.Parameter.KEYWORD_ONLY
+    return [
+        inspect.Parameter(name, kind, default=field.default, annotation=field.annotation)
+        for name, field in fields.items()
+    ]
+
+
+def spell_out(function: Callable[..., Any], parameters: Sequence[inspect.Parameter], kept: str = "") -> Any:
+    """The function, with these parameters in its signature in place of `**options`.
+
+    Args:
+        kept: name of a `**` parameter that stays beside them, because it takes more than the options.
+    """
+    signature = inspect.signature(function, eval_str=True)
+    own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    rest = [p for p in signature.parameters.values() if p.name == kept]
+    setattr(function, "__signature__", signature.replace(parameters=[*own, *parameters, *rest]))  # noqa: B010
+    return function

@@ -7,15 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pydantic import ConfigDict, Field
 from torch import Tensor
 
 from nextblock.config.errors import UsageError
 from nextblock.config.sections import BlockDiffusionSettings, validate
 from nextblock.data.encode import encode_prompt
 from nextblock.data.records import check_characters
-from nextblock.decoding.batch import Row
 from nextblock.decoding.events import Finish
 from nextblock.decoding.options import DecodingConfig, resolve_config
+from nextblock.decoding.rows import Row
 from nextblock.decoding.sampling import generator
 from nextblock.decoding.text import TextStream
 from nextblock.model.decoder import Decoder
@@ -24,6 +25,31 @@ from nextblock.model.loading import no_tokenizer
 Message = Mapping[str, Any]
 Prompts = str | Message | Sequence[str] | Sequence[Message] | Sequence[Sequence[Message]] | Tensor
 """Texts, chats, token ids, or what a tokenizer returns: a mapping that holds `input_ids`."""
+
+
+class CallOptions(DecodingConfig):
+    """The options of one call of `generate` or `stream`: how to decode, and what belongs to these prompts."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    max_new_tokens: int | Sequence[int] = Field(  # pyright: ignore[reportIncompatibleVariableOverride]
+        default=256, description="longest answer, in tokens; or one for each row"
+    )
+    attention_mask: Tensor | None = Field(
+        default=None, description="int or bool [B, T], 0 at padding of token ids; padding on the left or on the right"
+    )
+    seed: int | Sequence[int] | None = Field(
+        default=None,
+        description="of the random draws: row i of a batch draws what it would draw alone with `seed + i`; or one "
+        "seed for each row; None: from torch's global random state",
+    )
+    stop: str | Sequence[str] | Sequence[Sequence[str]] = Field(
+        default=(),
+        description="strings that end an answer, or a list of them for each row; the text is cut before the first",
+    )
+    eos_token_id: int | Sequence[int] | Sequence[Sequence[int]] | None = Field(
+        default=None, description="end tokens, or a list of them for each row; default: the model's; []: none"
+    )
 
 
 @dataclass

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from nextblock.decoding.options import _TINY, Sampler
+from nextblock.decoding.options import Sampler
+
+TINY = 1e-30
+"""Temperatures and top-p go no lower: below lie the limits of float32."""
 
 
 def filter_logits(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
@@ -20,7 +24,7 @@ def filter_logits(logits: Tensor, temperature: float, top_k: int | None, top_p: 
     Temperature goes first, then top-k, then top-p, as in transformers. `logits` stays as it is.
     """
     if temperature != 1:
-        scale = min(max(temperature, _TINY), 1 / _TINY)  # beyond lie the limits of float32, 0 / 0 and inf / inf
+        scale = min(max(temperature, TINY), 1 / TINY)  # beyond lie 0 / 0 and inf / inf
         logits = (logits - logits.amax(dim=-1, keepdim=True)) / scale  # or a small one would overflow
     if top_k is not None and top_k < logits.shape[-1]:
         kth = logits.topk(top_k, dim=-1).values[:, -1:]
@@ -28,7 +32,7 @@ def filter_logits(logits: Tensor, temperature: float, top_k: int | None, top_p: 
     if top_p is not None and top_p < 1:
         ranked, order = logits.sort(dim=-1, descending=True, stable=True)
         before = ranked.softmax(-1).cumsum(-1) - ranked.softmax(-1)
-        dropped = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, order, before >= max(top_p, _TINY))
+        dropped = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, order, before >= max(top_p, TINY))
         logits = logits.masked_fill(dropped, -math.inf)
     return logits
 
@@ -101,19 +105,6 @@ def commit(
     return sorted(chosen)
 
 
-def accepted(target: Sequence[float], draft: Sequence[float], uniform: Sequence[float]) -> int:
-    """How many drafts rejection sampling keeps: draft i with probability min(1, p_i / q_i), up to the first not.
-
-    Args:
-        target, draft: p and q of each drafted token.
-        uniform: one number in [0, 1) for each.
-    """
-    for index, (p, q, u) in enumerate(zip(target, draft, uniform, strict=True)):
-        if u * q >= p:
-            return index
-    return len(target)
-
-
 def residual(target: Tensor, draft: Tensor) -> Tensor:
     """Weights of what follows a rejected draft: max(p - q, 0), [N, V], not normalised.
 
@@ -127,6 +118,11 @@ def residual(target: Tensor, draft: Tensor) -> Tensor:
 def without(weights: Tensor, token: Tensor) -> Tensor:
     """Weights [N, V] of a draw that must not be `token` int64 [N], not normalised."""
     return weights.scatter(-1, token[:, None], 0)
+
+
+def on_device(numbers: Sequence[Any], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """Numbers of the host as a tensor, without waiting for what the device still has to do."""
+    return torch.tensor(numbers, dtype=dtype).to(device, non_blocking=True)
 
 
 def generator(seed: int) -> torch.Generator:

@@ -24,7 +24,7 @@ from transformers.initialization import no_init_weights
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils.hub import cached_file
 
-from nextblock.config.errors import UsageError, nearest
+from nextblock.config.errors import UsageError, nearest, one_line
 from nextblock.config.sections import BlockDiffusionSettings, validate
 from nextblock.model.positions import layer_windows, text_config
 from nextblock.model.shapes import shape_values
@@ -65,9 +65,11 @@ def resolve(path: str | Path) -> str:
     if not (folder / "config.json").is_file():
         raise UsageError(f"model folder {name} has no config.json; give the folder of a Hugging Face model")
     try:
-        json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(f"cannot read {folder / 'config.json'}: {error}") from None
+    if not isinstance(values, dict):
+        raise UsageError(f"{folder / 'config.json'} holds no mapping; give the folder of a Hugging Face model")
     if not any(folder.glob("*.safetensors")):
         raise UsageError(f"model folder {name} has no weights (*.safetensors); weights are read from safetensors only")
     return str(folder)
@@ -107,7 +109,8 @@ def read_config(
     try:
         config = config_as_stored(source, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises many kinds here; each means the same to the user
-        raise UsageError(f"cannot load model {path}: {_first_line(error)}{_suggest(str(path))}") from None
+        suggestion = nearest(str(path), SHIPPED) if "/" not in str(path) else ""
+        raise UsageError(f"cannot load model {path}: {one_line(error)}{suggestion}") from None
     check_architecture(config)
     replace_values(config, override or {})
     return config
@@ -141,7 +144,7 @@ def weight_shapes(config: PreTrainedConfig, trust_remote_code: bool = False) -> 
         with torch.device("meta"), no_init_weights():
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # of whatever kind an architecture raises at values that it cannot take
-        values = f"{type(error).__name__}: {_first_line(error)}"
+        values = f"{type(error).__name__}: {one_line(error)}"
         raise UsageError(f"the config makes no model of architecture '{config.model_type}': {values}") from None
     return {name: value.shape for name, value in model.state_dict().items()}
 
@@ -158,7 +161,11 @@ def replace_values(config: PreTrainedConfig, override: Mapping[str, Any]) -> Non
                 f"{nearest(name, known)}"
             )
         old = getattr(config, name)
-        setattr(config, name, {**old, **value} if isinstance(old, Mapping) and isinstance(value, Mapping) else value)
+        new = {**old, **value} if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+        try:
+            setattr(config, name, new)
+        except Exception as error:  # of whatever kind a config raises at values that it cannot take
+            raise UsageError(f"model.override.{name}={value!r}: {one_line(error)}") from None
 
 
 def check_architecture(config: PreTrainedConfig) -> None:
@@ -206,8 +213,7 @@ def load_model(
     wanted: Any = dtype or (torch.float32 if target.type == "cpu" else "auto")
     options: dict[str, Any] = {}
     if quantization:  # where bitsandbytes is missing, transformers says so in one line
-        if target.type != "cuda":  # there bitsandbytes packs the weights for a kernel that has no backward pass
-            raise UsageError(f"model.quantization={quantization} needs a CUDA device; leave it out on {target.type}")
+        check_quantization(quantization, target.type)
         nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
         options = {"quantization_config": nf4, "device_map": {"": target}}
     try:
@@ -220,19 +226,16 @@ def load_model(
             revision=revision,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # `_check_complete` names them
             **options,
         )
     except Exception as error:
-        reason = _first_line(error)
+        reason = one_line(error)
         if "does not support an attention implementation" in reason:  # transformers' advice is no option here
             reason = f"architecture '{config.model_type}' has no attention with a block mask; it is not supported"
         raise UsageError(f"cannot load model {path}: {reason}") from None
     model, found = loaded
-    if missing := sorted(found["missing_keys"]):  # transformers would make them up
-        raise UsageError(
-            f"cannot load model {path}: its files lack {len(missing)} of the weights that architecture "
-            f"'{config.model_type}' needs, the first {missing[0]}; restore them, or repair config.json"
-        )
+    _check_complete(found, f"cannot load model {path}: its files", config.model_type)
     head = model.get_output_embeddings()
     if getattr(head, "weight", None) is not model.get_input_embeddings().weight:
         # The files hold a head of their own, whatever config.json says: nothing may tie the two later.
@@ -240,6 +243,17 @@ def load_model(
             if getattr(part, "tie_word_embeddings", False):
                 part.tie_word_embeddings = False
     return model.eval() if quantization else cast(Any, model).to(target).eval()
+
+
+def _check_complete(found: Mapping[str, Any], files: str, kind: str) -> None:
+    """UsageError, which begins with `files`, for weights that transformers would make up."""
+    cure = "restore them, or repair config.json"
+    if missing := sorted(found["missing_keys"]):
+        needed = f"{len(missing)} of the weights that architecture '{kind}' needs, the first {missing[0]}"
+        raise UsageError(f"{files} lack {needed}; {cure}")
+    if other := sorted(found["mismatched_keys"]):
+        name, stored, wanted = other[0]
+        raise UsageError(f"{files} hold {name} of shape {tuple(stored)}, config.json says {tuple(wanted)}; {cure}")
 
 
 def choose_attention(config: PreTrainedConfig, wanted: str, device: torch.device) -> str:
@@ -257,6 +271,18 @@ def choose_attention(config: PreTrainedConfig, wanted: str, device: torch.device
     return "sdpa" if sdpa else "eager"
 
 
+def check_backward(attention: str, device: str) -> None:
+    """UsageError where an attention implementation cannot be trained on a kind of device."""
+    if attention == "flex_attention" and device == "cpu":
+        raise UsageError("model.attention=flex_attention has no backward pass on CPU; use sdpa, or auto")
+
+
+def check_quantization(quantization: str | None, device: str) -> None:
+    """UsageError where a kind of device has no quantized weights that can be trained through."""
+    if quantization and device != "cuda":  # on a CPU bitsandbytes packs them for a kernel without a backward pass
+        raise UsageError(f"model.quantization={quantization} needs a CUDA device; leave it out on {device}")
+
+
 def load_tokenizer(
     path: str | Path, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase | None:
@@ -270,7 +296,7 @@ def load_tokenizer(
     except Exception as error:
         if not trust_remote_code and _tokenizer_code(source, revision):
             return None
-        raise UsageError(f"cannot load the tokenizer of {path}: {_first_line(error)}") from None
+        raise UsageError(f"cannot load the tokenizer of {path}: {one_line(error)}") from None
 
 
 def _tokenizer_code(source: str, revision: str | None = None) -> bool:
@@ -295,36 +321,26 @@ def read_settings(config: PreTrainedConfig, given: GivenSettings | None = None) 
     """
     section = getattr(config, "block_diffusion", None)
     if isinstance(given, str):
-        given = KNOWN_SETTINGS.get(given) or _mapping(given)
+        given = KNOWN_SETTINGS.get(given.lower()) or _mapping(given)
     if isinstance(given, BlockDiffusionSettings):
         return given
     if section is None and given is None:
         return None
+    if not isinstance(section, Mapping | None):
+        raise UsageError(f"block_diffusion={section!r} of config.json is no mapping; repair it, or remove it")
     return validate(BlockDiffusionSettings, {**(section or {}), **(given or {})})
 
 
 def _mapping(text: str) -> Mapping[str, Any]:
     """The mapping that a YAML text, or a file of that name, holds."""
     try:
-        values = yaml.safe_load(Path(text).read_text(encoding="utf-8") if Path(text).is_file() else text)
+        is_text = "{" in text or "\n" in text  # which may be too long for the name of a file
+        values = yaml.safe_load(text if is_text or not Path(text).is_file() else Path(text).read_text("utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UsageError(f"settings {text}: {' '.join(str(error).split())}") from None
+        raise UsageError(f"settings {text}: {one_line(error)}") from None
     if not isinstance(values, Mapping):
         raise UsageError(
             f"settings={text!r} is no mapping, no file and no name{nearest(text, list(KNOWN_SETTINGS))}; "
             "write {block_size: 32, mask_token_id: 7}"
         )
     return values
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
-
-
-def _raised(error: BaseException) -> str:
-    return f"it raised {type(error).__name__}" + (f": {_first_line(error)}" if str(error).strip() else "")
-
-
-def _suggest(name: str) -> str:
-    return nearest(name, SHIPPED) if "/" not in name else ""

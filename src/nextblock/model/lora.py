@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from nextblock.config.sections import LoraConfig
-from nextblock.model.draft_adapter import PEFT_PREFIX, WEIGHTS, target_names
+from nextblock.model.adapter_files import PEFT_PREFIX, WEIGHTS
+from nextblock.model.targets import target_names
 
 
 class TiedHead(nn.Module):

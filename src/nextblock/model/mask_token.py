@@ -1,4 +1,4 @@
-"""Find or make the mask token."""
+"""The mask token: found in the checkpoint or the tokenizer, or made; and whether it outlives an export."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from nextblock.config.errors import UsageError
+from nextblock.config.errors import UsageError, one_line
 from nextblock.model.decoder import Decoder
-from nextblock.model.loading import _first_line, read_settings
+from nextblock.model.loading import read_settings
 
 MASK_TOKEN = "<|mask|>"
 
@@ -17,8 +17,8 @@ MASK_TOKEN = "<|mask|>"
 def choose_mask_token(decoder: Decoder, tokenizer: Any, wanted: int | str | None) -> int:
     """The mask token's id; makes one where the model has none, with embedding and head rows at the mean.
 
-    In this order: `wanted`; the id in the checkpoint's settings; the tokenizer's own mask token; an unused
-    row of a padded vocabulary; a new row.
+    In this order: `wanted`; the id in the checkpoint's settings; the tokenizer's own mask token, or one called
+    MASK_TOKEN; an unused row of a padded vocabulary; a new row.
 
     Raises:
         UsageError: an id outside the vocabulary, a token that is not in it, or an end token.
@@ -29,19 +29,36 @@ def choose_mask_token(decoder: Decoder, tokenizer: Any, wanted: int | str | None
     elif settings is not None:
         mask_id = settings.mask_token_id
         check_mask_token(mask_id, decoder.vocabulary, "block_diffusion.mask_token_id of the checkpoint")
-    elif tokenizer is not None and tokenizer.mask_token_id is not None:
-        mask_id = int(tokenizer.mask_token_id)
+    elif tokenizer is not None and (token := tokenizer.mask_token or MASK_TOKEN) in (ids := tokenizer.get_vocab()):
+        mask_id = int(ids[token])
+        if tokenizer.mask_token is None:
+            tokenizer.mask_token = token
         check_mask_token(mask_id, decoder.vocabulary, "the tokenizer's mask token")
     else:
         return _add_mask_token(decoder, tokenizer)
     model = decoder.model
-    for source in (model.generation_config, model.config, tokenizer):
+    for source in (model.generation_config, decoder.config, tokenizer):
         ends = getattr(source, "eos_token_id", None)
         if mask_id in (ends if isinstance(ends, list) else [ends]):
             raise UsageError(f"mask token id {mask_id} is an end token; set model.mask_token to another")
     if tokenizer is not None and tokenizer.mask_token_id not in (None, mask_id):  # what is exported tells one story
         tokenizer.mask_token = tokenizer.convert_ids_to_tokens(mask_id)
     return mask_id
+
+
+def check_vocabulary(tokenizer: Any, vocabulary: int) -> None:
+    """UsageError for tokens that the model has no row for: it cannot read them, and a new mask token would add rows.
+
+    Special tokens may lack one, as that of images does in text models of Gemma 3: no text becomes such a token. The
+    first batch shows whether a chat template needs one.
+    """
+    spare = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    spare -= {tokenizer.bos_token_id, tokenizer.eos_token_id}
+    if any(number >= vocabulary and number not in spare for number in tokenizer.get_vocab().values()):
+        raise UsageError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model's vocabulary {vocabulary}; "
+            "use the tokenizer that belongs to the model"
+        )
 
 
 def check_round_trip(tokenizer: Any, mask_id: int) -> None:
@@ -56,7 +73,7 @@ def check_round_trip(tokenizer: Any, mask_id: int) -> None:
             tokenizer.save_pretrained(folder)
             after = type(tokenizer).from_pretrained(folder).get_vocab()
         except Exception as error:  # tokenizers raise anything
-            raise UsageError(f"the tokenizer cannot be saved and loaded again: {_first_line(error)}") from None
+            raise UsageError(f"the tokenizer cannot be saved and loaded again: {one_line(error)}") from None
     for token, number in tokenizer.get_vocab().items():
         if after.get(token) != number:
             raise UsageError(
@@ -101,5 +118,6 @@ def _add_mask_token(decoder: Decoder, tokenizer: Any) -> int:
             for name in ("weight", "bias"):
                 values = getattr(layer, name, None)
                 if values is not None:
-                    values[mask_id] = values[: min(mask_id, rows)].float().mean(dim=0).to(values.dtype)
+                    first = min(mask_id, rows)  # behind it those of special tokens that had no row
+                    values[first : mask_id + 1] = values[:first].float().mean(dim=0).to(values.dtype)
     return mask_id

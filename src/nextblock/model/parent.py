@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub import is_offline_mode
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoConfig,
@@ -15,19 +17,21 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from nextblock.config.errors import UsageError
+from nextblock.config.errors import UsageError, nearest, one_line
 from nextblock.config.sections import ModelConfig
 from nextblock.model.decoder import Decoder
 from nextblock.model.loading import (
-    _first_line,
     check_architecture,
     choose_attention,
+    config_as_stored,
     load_model,
     load_tokenizer,
     no_tokenizer,
     read_config,
     replace_values,
+    resolve,
 )
+from nextblock.model.shapes import HUB_IDS, shape_values
 
 
 def byte_tokenizer() -> PreTrainedTokenizerBase:
@@ -61,14 +65,19 @@ def scratch_config(scratch: Mapping[str, Any]) -> PreTrainedConfig:
     """The Hugging Face config that plain values describe; `model_type` is llama if they name none.
 
     Raises:
-        UsageError: an unknown `model_type`, or one that cannot be adapted.
+        UsageError: an unknown `model_type` or one that cannot be adapted, an unknown value or one of a wrong kind.
     """
     values = dict(scratch)
     kind = str(values.pop("model_type", "llama"))
     try:
-        shape = AutoConfig.for_model(kind, **values)
-    except ValueError as error:
-        raise UsageError(f"model.scratch.model_type={kind!r}: {_first_line(error)}") from None
+        plain, shape = AutoConfig.for_model(kind), AutoConfig.for_model(kind, **values)
+    except Exception as error:  # of whatever kind a config raises at values that it cannot take
+        raise UsageError(f"model.scratch with model_type={kind!r}: {one_line(error)}") from None
+    # Transformers keeps values that it does not know, without a word; the rotary ones are their older names.
+    known = {*plain.to_dict(), *plain.attribute_map, "rope_theta", "rope_scaling", "partial_rotary_factor"}
+    if unknown := sorted(values.keys() - known):
+        close = nearest(unknown[0], sorted(known))
+        raise UsageError(f"model.scratch.{unknown[0]}: the config of architecture '{kind}' has no such value{close}")
     check_architecture(shape)
     return shape
 
@@ -102,3 +111,34 @@ def load_parent(config: ModelConfig, device: torch.device | str | None = None) -
     attention = choose_attention(shape, config.attention, target)
     model = AutoModelForCausalLM.from_config(shape, dtype=dtype, attn_implementation=attention)
     return Decoder(cast(Any, model).to(target).eval())
+
+
+def model_shape(config: ModelConfig) -> PreTrainedConfig:
+    """The parent's Hugging Face config: `scratch`, a folder, the cache, a known shape, or downloaded alone.
+
+    Raises:
+        UsageError: a model that is none of these.
+    """
+    shape = _stored_shape(config) if config.scratch is None else scratch_config(config.scratch)
+    replace_values(shape, config.override)
+    return shape
+
+
+def _stored_shape(config: ModelConfig) -> PreTrainedConfig:
+    source = resolve(config.path)
+    known = config.path in HUB_IDS
+    options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    try:  # of a model that is known nothing is downloaded, of another its config alone
+        shape = config_as_stored(source, local_files_only=known, **options)
+    except Exception as error:  # transformers raises many kinds here; each means that there is no config to read
+        if Path(source).is_dir():
+            raise UsageError(f"cannot read the config of model {config.path}: {one_line(error)}") from None
+        if not known:
+            why = "the Hub is not asked (HF_HUB_OFFLINE)" if is_offline_mode() else f"the Hub says: {one_line(error)}"
+            raise UsageError(
+                f"model {config.path} is not on this machine and its shape is not among those known "
+                f"({', '.join(sorted(set(HUB_IDS.values())))}); {why}; download its config.json, or set model.scratch"
+            ) from None
+        shape = scratch_config(shape_values(HUB_IDS[config.path]))
+    check_architecture(shape)
+    return shape

@@ -19,16 +19,18 @@ def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
 def steady_positions(config: PreTrainedConfig) -> int | None:
     """Longest sequence whose positions mean the same in every pass, if the config says.
 
-    Of `longrope` factors, transformers takes the short or the long ones by the largest position of the pass. So
-    beyond the original length a token would depend on what else is in its row, batch or cache.
+    Of `longrope` factors and scales (`short_*`, `long_*`), transformers takes the short or the long ones by the
+    largest position of the pass. So beyond the original length a token would depend on what else is in its row,
+    batch or cache.
     `dynamic` factors change beyond `max_position_embeddings`, which nothing here exceeds.
     """
     config = text_config(config)
     ropes = getattr(config, "rope_parameters", None) or {}
     longest = [getattr(config, "max_position_embeddings", None)]
     for rope in (ropes, *ropes.values()):  # one, or one for each kind of layer
-        changing = isinstance(rope, Mapping) and rope.get("rope_type") == "longrope"
-        if changing and rope["short_factor"] != rope["long_factor"]:
+        if not isinstance(rope, Mapping) or rope.get("rope_type") != "longrope":
+            continue
+        if any(rope.get(f"short_{part}") != rope.get(f"long_{part}") for part in ("factor", "mscale")):
             longest.append(rope["original_max_position_embeddings"])
     return min((n for n in longest if n is not None), default=None)
 

@@ -2,52 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-from typing import Any
-
 import torch
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from nextblock.attention.rule import Places, block_diffusion_rule
-from nextblock.attention.split import SPLIT
-from nextblock.config.errors import UsageError
+from nextblock.attention.rule import Places
+from nextblock.config.errors import UsageError, one_line
 from nextblock.model.decoder import Decoder
-from nextblock.model.draft_adapter import attached_adapter, recomputation
-from nextblock.model.loading import _first_line, _raised
-
-
-def recompute_activations(model: PreTrainedModel, **options: Any) -> None:
-    """Compute the layers' activations again in the backward pass, in train mode; `options` of torch's checkpoint."""
-    model.train()
-    options["use_reentrant"] = False
-    if attached_adapter(model) is None:
-        # Its old name, which transformers 5.23 deprecates, is all that 5.22 and older have.
-        enable: Any = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable(options)
-        return
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if not layers:  # of a model's own code
-        raise UsageError(
-            f"training.gradient_checkpointing=true: architecture '{model.config.model_type}' has no layers that can "
-            "be computed again under a draft adapter; lower training.micro_batch_rows instead"
-        )
-    for layer in layers:
-        # Not by transformers, which takes the cache away: that of `DraftLoss` is only read when layers run again.
-        again = functools.partial(checkpoint, layer.forward, context_fn=recomputation, **options)
-        plain = layer.forward
-        layer.forward = lambda *x, a=again, p=plain, **y: (a if torch.is_grad_enabled() else p)(*x, **y)
-
-
-def without_dropout(model: nn.Module) -> None:
-    """Set every dropout to zero: clean-half logits must be the causal model's own (identity 1)."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
 
 
 class NotFiniteError(UsageError):
@@ -75,7 +36,7 @@ def probe(decoder: Decoder) -> None:
     try:
         own = [model(input_ids=part).logits for part in alone]
     except Exception as error:
-        raise UsageError(f"{name} cannot run on token ids alone; it is not supported ({_raised(error)})") from None
+        raise UsageError(f"{name} cannot run on token ids alone; it is not supported ({_named(error)})") from None
     _check_finite(model, own)
     try:
         mixed, far, seen_both_ways = _mixed_documents(decoder, alone, steps)
@@ -83,19 +44,19 @@ def probe(decoder: Decoder) -> None:
     except Exception as error:
         raise UsageError(
             f"{name} takes no mask of query and key (attention: {decoder.attention}), which blocks need; "
-            f"use a decoder that takes one ({_raised(error)})"
+            f"use a decoder that takes one ({_named(error)})"
         ) from None
-    if any(_differs(a, b) for a, b in zip(apart, own, strict=True)):
+    if any(differs(a, b) for a, b in zip(apart, own, strict=True)):
         raise UsageError(f"{name}: hidden states and head apart do not give the model's logits; it is not supported")
     how = f"(attention: {decoder.attention}); it is not supported"
-    if _differs(mixed, torch.cat(own, dim=1)):
+    if differs(mixed, torch.cat(own, dim=1)):
         raise UsageError(f"{name} ignores the attention mask or the position ids it is given {how}")
-    if _differs(far[:, : own[0].shape[1]], own[0]):
+    if differs(far[:, : own[0].shape[1]], own[0]):
         raise UsageError(
             f"{name}: a document changes when another in its row stands at position {decoder.max_positions}; give the "
             "model rotary factors that do not depend on the length (model.override.rope_parameters)"
         )
-    if not _differs(seen_both_ways[:, 0], mixed[:, 0]):
+    if not differs(seen_both_ways[:, 0], mixed[:, 0]):
         raise UsageError(f"{name} stays causal whatever mask it is given {how}")
     _check_window(decoder, alone[0], steps[0])
 
@@ -120,15 +81,9 @@ def _mixed_documents(decoder: Decoder, alone: list[Tensor], steps: list[Tensor])
 
     found = []
     for rule, shift in ((causal, 0), (causal, end), (both_ways, 0)):
-        at = position + shift * document
-        places = Places(
-            view=torch.zeros_like(tokens),
-            document=document,
-            position=at,
-            block_start=at,
-            seed=torch.zeros(1, 1, dtype=torch.int64, device=device),
-        )
-        logits = decoder.logits(decoder.hidden(tokens, at, decoder.masks(rule, places)))
+        at, zero = position + shift * document, torch.zeros_like(tokens)
+        mask = decoder.masks(rule, Places(zero, document, at, at, seed=zero[:, :1]))
+        logits = decoder.logits(decoder.hidden(tokens, at, mask))
         found.append(logits[:, order.argsort()])
     return found
 
@@ -160,12 +115,12 @@ def _check_window(decoder: Decoder, tokens: Tensor, position: Tensor) -> None:
         narrow = decoder.hidden(tokens, position, None)
     finally:
         config.sliding_window = window
-    if _differs(narrow, plain):
+    if differs(narrow, plain):
         return
     position = torch.arange(min(window + 8, decoder.max_positions or 2**31), device=decoder.device)[None]
     tokens, zero = position % decoder.vocabulary, torch.zeros_like(position)
     mask = decoder.masks(lambda q, k: k.position <= q.position, Places(zero, zero, position, position, zero[:, :1]))
-    if _differs(decoder.hidden(tokens, position, mask), decoder.hidden(tokens, position, None)):
+    if differs(decoder.hidden(tokens, position, mask), decoder.hidden(tokens, position, None)):
         raise UsageError(
             f"architecture '{decoder.model.config.model_type}' declares a sliding window of {window} that its own "
             f"forward pass does not apply; set max_position_embeddings (model.override, or config.json) to {window}"
@@ -186,46 +141,15 @@ def probe_adapter(decoder: Decoder) -> None:
     except Exception as error:  # of whatever kind a model raises at what it does not know
         raise UsageError(
             f"architecture '{decoder.model.config.model_type}' cannot run with a draft adapter on these layers "
-            f"({_first_line(error)}); name others in draft_adapter.target_modules"
+            f"({one_line(error)}); name others in draft_adapter.target_modules"
         ) from None
 
 
-@torch.no_grad()
-def run_in_parts(decoder: Decoder) -> None:
-    """On CPU, let two-view passes run `split_attention` instead of SDPA with one dense mask, where a trial agrees.
-
-    Layers with an attention of their own, sinks or soft caps stay as they are.
-    """
-    model = decoder.model
-    if decoder.attention != "sdpa" or decoder.device.type != "cpu" or not model._can_set_attn_implementation():
-        return
-    position = torch.arange(4)[None]
-    noised, clean = (
-        Places(
-            view=torch.full_like(position, view),
-            document=torch.zeros_like(position),
-            position=position,
-            block_start=position // 2 * 2,
-            seed=torch.zeros(1, 1, dtype=torch.int64),
-        )
-        for view in (1, 0)
-    )
-    tokens = torch.arange(8)[None] % decoder.vocabulary
-
-    def hidden() -> Tensor:
-        mask = decoder.two_view_masks(block_diffusion_rule(), noised, clean)
-        return decoder.hidden(tokens, torch.cat([position, position], dim=1), mask)
-
-    dense = hidden()
-    try:
-        model.set_attn_implementation(SPLIT)
-        agrees = not _differs(hidden(), dense)
-    except Exception:  # of whatever kind a model raises at what it does not know
-        agrees = False
-    if not agrees:
-        model.set_attn_implementation("sdpa")
+def _named(error: BaseException) -> str:
+    return f"{type(error).__name__}: {one_line(error)}"
 
 
-def _differs(a: Tensor, b: Tensor) -> bool:
+def differs(a: Tensor, b: Tensor) -> bool:
+    """Whether two computations of the same differ by more than rounding, of float32 or of a narrower dtype."""
     scale = float(b.float().abs().max()) + 1e-6
     return float((a.float() - b.float()).abs().max()) > scale * (1e-3 if a.dtype == torch.float32 else 5e-2)

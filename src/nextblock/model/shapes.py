@@ -9,70 +9,37 @@ from typing import Any
 
 from nextblock.config.errors import UsageError, nearest
 
-_QWEN3: dict[str, Any] = {
-    "model_type": "qwen3",
-    "vocab_size": 151936,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "max_position_embeddings": 40960,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": True,
-}
+
+def _shape(
+    kind: str, vocabulary: int, width: int, mlp: int, layers: int, heads: int, kv: int, positions: int, **more: Any
+) -> dict[str, Any]:
+    return {
+        "model_type": kind,
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "intermediate_size": mlp,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv,
+        "max_position_embeddings": positions,
+        "tie_word_embeddings": True,
+        **more,
+    }
+
+
+_QWEN3: dict[str, Any] = {"head_dim": 128, "rms_norm_eps": 1e-6}
+_PANGU: dict[str, Any] = {"rope_theta": 1.6e7, "rms_norm_eps": 1e-5, "attention_bias": True}
+_PANGU |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 45892}
 SHAPES: dict[str, dict[str, Any]] = {
-    "qwen3-0.6b": {
-        **_QWEN3, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16
-    },
-    "qwen3-4b": {
-        **_QWEN3, "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32
-    },
-    "qwen3-8b": {
-        **_QWEN3, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32,
-        "tie_word_embeddings": False,
-    },
-    "llama-3.2-1b": {
-        "model_type": "llama",
-        "vocab_size": 128256,
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 64,
-        "max_position_embeddings": 131072,
-        "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": True,
-    },
+    "qwen3-0.6b": _shape("qwen3", 151936, 1024, 3072, 28, 16, 8, 40960, **_QWEN3),
+    "qwen3-4b": _shape("qwen3", 151936, 2560, 9728, 36, 32, 8, 40960, **_QWEN3),
+    "qwen3-8b": _shape("qwen3", 151936, 4096, 12288, 36, 32, 8, 40960, **_QWEN3, tie_word_embeddings=False),
+    "llama-3.2-1b": _shape("llama", 128256, 2048, 8192, 16, 32, 8, 131072, head_dim=64, rms_norm_eps=1e-5),
     # openPangu-Embedded-7B, parent of NBDiff-7B (its configuration's defaults): Llama with biases in attention
-    "openpangu-7b": {
-        "model_type": "llama",
-        "vocab_size": 153376,
-        "hidden_size": 4096,
-        "intermediate_size": 12800,
-        "num_hidden_layers": 34,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 32768,
-        "rope_theta": 1.6e7,
-        "rms_norm_eps": 1e-5,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 45892,
-        "attention_bias": True,
-        "tie_word_embeddings": False,
-    },
+    "openpangu-7b": _shape("llama", 153376, 4096, 12800, 34, 32, 8, 32768, **_PANGU, tie_word_embeddings=False),
     # no model: a head that outweighs everything else
-    "large-vocabulary": {
-        "model_type": "llama",
-        "vocab_size": 151936,
-        "hidden_size": 256,
-        "intermediate_size": 768,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "max_position_embeddings": 4096,
-        "tie_word_embeddings": True,
-    },
-}  # fmt: skip
+    "large-vocabulary": _shape("llama", 151936, 256, 768, 4, 4, 4, 4096),
+}
 HUB_IDS = {
     "Qwen/Qwen3-0.6B": "qwen3-0.6b",
     "Qwen/Qwen3-0.6B-Base": "qwen3-0.6b",

@@ -1,4 +1,4 @@
-"""The method: corruption, the two losses, the schedules of block size and weights   (arXiv 2512.06776).
-
-Imports `model`, `data`, `attention` and `config`. Start reading in `corruption.py`, then `objective.py`.
+"""The method   (arXiv 2512.06776): `corruption` makes [noised ; clean] and its targets, `objective` their losses with
+the help of `cross_entropy`, `schedules` what changes with the step. Imports `model`, `data`, `attention` and `config`.
+Start reading at `corruption.corrupt`, then `objective.TwoViewLoss`.
 """

@@ -1,13 +1,15 @@
 """From clean rows to the two-view sequence [noised ; clean] and the targets of its positions.
 
 Corruption is a pure function of (seed, epoch, row number, step), never of rank, worker or batch split.
-Letters: B rows, L tokens of a row, N slots of the noised half, T = N + L.
+Letters: B rows, L tokens of a row, N slots of the noised half, T = N + L, S targets of a half,
+K blocks of a row, b slots of a block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -19,6 +21,52 @@ from nextblock.data.rows import Rows
 
 UNSCORED = -1
 NOISE_LEVELS = 8
+PADDING = {"view": 1, "document": -1, "block_start": -1}
+"""What fills up rows with fewer noised slots than the longest, where it is not 0."""
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The positions of one half that predict a token: S of them, row after row. Tensors int64 [S].
+
+    Made on the CPU beside the batch, so that no step has to look for them or to ask the device how many they are.
+
+    row, slot: where in the half, [B, N] or [B, L].
+    token: what the hidden state there predicts.
+    """
+
+    row: Tensor
+    slot: Tensor
+    token: Tensor
+
+    def __len__(self) -> int:
+        return len(self.token)
+
+    def to(self, device: torch.device) -> Self:
+        """The same on `device`."""
+        return replace(self, **_moved(self, device))
+
+
+@dataclass(frozen=True)
+class MaskedTargets(Targets):
+    """Those of the noised half, whose tokens are the masked ones.
+
+    teacher: int64 [S], where in the clean half [B, L] the AR prediction of the token is made; 0 where there is none.
+    has_teacher: bool [S], False for the first token of a document and for those that fill up a last block.
+    noise: int64 [S], bin of the block's masked share, ceil(share * NOISE_LEVELS) - 1.
+    offset: int64 [S], of the token in its block.
+    weight: float32 [S], what its loss counts by position decay (`recipe.offset_decay`); None: all count 1.
+    """
+
+    teacher: Tensor
+    has_teacher: Tensor
+    noise: Tensor
+    offset: Tensor
+    weight: Tensor | None = None
+
+    def none(self) -> MaskedTargets:
+        """No target at all."""
+        return replace(self, **{name: x[:0] for name, x in vars(self).items() if isinstance(x, Tensor)})
 
 
 @dataclass(frozen=True)
@@ -27,38 +75,33 @@ class TwoView:
 
     tokens: int64 [B, T].
     places: where each token stands (what the attention rule reads); noised are those with view > 0.
-    target: int64 [B, T], the token that the hidden state at this position predicts, UNSCORED if none.
-    teacher: int64 [B, N], where in the clean half the AR prediction of that token is made, so one before it
-        in its document; UNSCORED where there is no target or no token before it in the row.
-    noise: int64 [B, N], noise level of the slot's block: k where over k and up to k + 1 in NOISE_LEVELS of the
-        tokens that may be masked are.
     noised_length: N. The clean half starts there.
-    weight: float32 [B, N], what the loss of the target counts (`recipe.offset_decay`); None: all count 1.
+    masked: targets of the noised half. following: those of the clean half, each token's next.
     """
 
     tokens: Tensor
     places: Places
-    target: Tensor
-    teacher: Tensor
-    noise: Tensor
     noised_length: int
-    weight: Tensor | None = None
+    masked: MaskedTargets
+    following: Targets
+
+    @property
+    def target(self) -> Tensor:
+        """int64 [B, T], the token that the hidden state at each position predicts, UNSCORED if none."""
+        dense = torch.full_like(self.tokens, UNSCORED)
+        for start, half in ((0, self.masked), (self.noised_length, self.following)):
+            dense[half.row, half.slot + start] = half.token
+        return dense
 
     def to(self, device: torch.device) -> TwoView:
         """The same view on `device`."""
-        places = Places(**{k: v.to(device, non_blocking=True) for k, v in vars(self.places).items()})
-        tensors = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, places=places, **tensors)
+        places = replace(self.places, **_moved(self.places, device))
+        masked, following = self.masked.to(device), self.following.to(device)
+        return TwoView(self.tokens.to(device, non_blocking=True), places, self.noised_length, masked, following)
 
 
-def block_starts(position: Tensor, offset: Tensor, block_size: int) -> Tensor:
-    """`position - offset % b` where tokens are generated, the own position elsewhere (DESIGN, section 2)."""
-    return torch.where(offset >= 0, position - offset % block_size, position)
-
-
-def row_generator(seed: int, epoch: int, number: int, step: int) -> np.random.Generator:
-    """The random stream of one row at one step."""
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch, number, step])))
+def _moved(of: Any, device: torch.device) -> dict[str, Tensor]:
+    return {name: x.to(device, non_blocking=True) for name, x in vars(of).items() if isinstance(x, Tensor)}
 
 
 MaskDraw = Callable[[np.random.Generator, np.ndarray], list[np.ndarray]]
@@ -117,43 +160,47 @@ def corrupt(
         The two-view batch; rows with fewer noised slots are padded to the longest.
     """
     draw = draw or draw_by_level(recipe)
+    ends = [end_token_id] if isinstance(end_token_id, int) else list(end_token_id or ())
     halves, seeds = [], []
     for row in range(len(rows)):
         key = (seed, int(rows.epoch[row]), int(rows.number[row]), step)
-        generator = row_generator(*key)
-        grids = _grids(rows, row, block_size, end_token_id, recipe, generator)
-        halves.append(_noised_half(grids, mask_token_id, recipe, draw, generator))
+        generator = np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
+        halves.append(noised_half(rows, row, block_size, mask_token_id, ends, recipe, draw, generator))
         seeds.append([int(np.random.SeedSequence([*key, 1]).generate_state(1)[0]) >> 1])
-    noised_length = max((half["tokens"].size for half in halves), default=0)
-
-    def stack(name: str, padding: int) -> Tensor:
-        padded = [np.pad(half[name], (0, noised_length - half[name].size), constant_values=padding) for half in halves]
-        return torch.from_numpy(np.stack(padded))
-
-    noised_target, teacher = stack("target", UNSCORED), stack("teacher", UNSCORED)
-    if recipe.prediction == "shifted":
-        # The hidden state of slot i - 1 predicts slot i; first slots are unscored, so no target leaves its block.
-        noised_target, teacher = noised_target.roll(-1, 1), teacher.roll(-1, 1)
-    places = Places(
-        view=torch.cat([stack("view", 1), torch.zeros_like(rows.tokens)], dim=1),
-        document=torch.cat([stack("document", -1), rows.document], dim=1),
-        position=torch.cat([stack("position", 0), rows.position], dim=1),
-        block_start=torch.cat([stack("block_start", -1), block_starts(rows.position, rows.offset, block_size)], dim=1),
-        seed=torch.tensor(seeds, dtype=torch.int64).reshape(len(rows), 1),
-    )
-    weight = None
-    if recipe.offset_decay is not None:
-        slot = (places.position - places.block_start)[:, :noised_length]
-        weight = offset_weights(block_size, recipe.offset_decay, recipe.prediction)[slot.clamp(0, block_size - 1)]
+    noised_length = max(half["tokens"].size for half in halves)
+    noised = {name: padded([half[name] for half in halves], noised_length, PADDING.get(name, 0)) for name in halves[0]}
+    clean = {
+        "tokens": rows.tokens,
+        "view": torch.zeros_like(rows.tokens),
+        "document": rows.document,
+        "position": rows.position,
+        "block_start": torch.where(rows.offset >= 0, rows.position - rows.offset % block_size, rows.position),
+    }
+    both = {name: torch.cat([noised[name], values], dim=1) for name, values in clean.items()}
     return TwoView(
-        tokens=torch.cat([stack("tokens", 0), rows.tokens], dim=1),
-        places=places,
-        target=torch.cat([noised_target, next_token_targets(rows, block_size, recipe.context)], dim=1),
-        teacher=teacher,
-        noise=stack("noise", 0),
+        tokens=both.pop("tokens"),
+        places=Places(**both, seed=torch.tensor(seeds, dtype=torch.int64)),
         noised_length=noised_length,
-        weight=weight,
+        masked=masked_targets(noised, block_size, recipe),
+        following=next_token_targets(rows, block_size, recipe.context),
     )
+
+
+def padded(columns: Sequence[np.ndarray], length: int, padding: int) -> Tensor:
+    """One column of each row as [B, length]."""
+    return torch.from_numpy(np.stack([np.pad(x, (0, length - x.size), constant_values=padding) for x in columns]))
+
+
+def masked_targets(noised: dict[str, Tensor], block_size: int, recipe: RecipeConfig) -> MaskedTargets:
+    """Targets of the noised half, from its columns [B, N] (`noised_half`)."""
+    row, slot = noised["masked"].nonzero(as_tuple=True)
+    token, teacher, noise, offset = (noised[name][row, slot] for name in ("clean", "teacher", "noise", "offset"))
+    # With shifted prediction the hidden state of slot i - 1 predicts slot i; first slots are never masked.
+    before, weight = int(recipe.prediction == "shifted"), None
+    if recipe.offset_decay is not None:
+        weight = offset_weights(block_size, recipe.offset_decay, recipe.prediction)[offset - before]
+    has_teacher = teacher != UNSCORED
+    return MaskedTargets(row, slot - before, token, teacher.clamp_min(0), has_teacher, noise, offset, weight)
 
 
 def offset_weights(block_size: int, decay: float, prediction: Prediction) -> Tensor:
@@ -167,33 +214,17 @@ def offset_weights(block_size: int, decay: float, prediction: Prediction) -> Ten
     return weights / weights[:scored].mean()
 
 
-def next_token_targets(rows: Rows, block_size: int, context: Context) -> Tensor:
-    """AR targets of the clean half   (Eq. 1): int64 [B, L], UNSCORED where the next token is not generated.
+def next_token_targets(rows: Rows, block_size: int, context: Context) -> Targets:
+    """AR targets of the clean half   (Eq. 1): each token's next one in its document, where that is generated.
 
     In a block-causal clean half a token has seen the rest of its block, so only the first token of the
     next block is a prediction.
     """
-    target = torch.full_like(rows.tokens, UNSCORED)
     scored = (rows.document[:, 1:] == rows.document[:, :-1]) & (rows.offset[:, 1:] >= 0)
     if context == "block_causal":
         scored = scored & (rows.offset[:, 1:] % block_size == 0)
-    target[:, :-1] = torch.where(scored, rows.tokens[:, 1:], target[:, :-1])
-    return target
-
-
-@dataclass(frozen=True)
-class BlockGrid:
-    """One row's generated tokens as K blocks of b slots. Arrays [K, b]; slots that are not `present` are void.
-
-    teacher: index in the row of the token before, UNSCORED at a document's first token and past a span's end.
-    """
-
-    clean: np.ndarray
-    present: np.ndarray
-    teacher: np.ndarray
-    document: np.ndarray
-    position: np.ndarray
-    block_start: np.ndarray
+    row, slot = scored.nonzero(as_tuple=True)
+    return Targets(row, slot, rows.tokens[row, slot + 1])
 
 
 def random_starts(offset: np.ndarray, block_size: int, share: float, generator: np.random.Generator) -> np.ndarray:
@@ -211,8 +242,16 @@ def random_starts(offset: np.ndarray, block_size: int, share: float, generator: 
     return np.where(offset >= late, offset - late, -1)
 
 
-def block_grid(rows: Rows, row: int, offset: np.ndarray, block_size: int, ends: Sequence[int]) -> BlockGrid:
-    """Cut a row's spans into blocks; the last block of a span that one of `ends` ends is filled up with that token."""
+def block_grid(
+    rows: Rows, row: int, offset: np.ndarray, block_size: int, ends: Sequence[int]
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Cut a row's spans into K blocks; the last block of a span that one of `ends` ends is filled up with that token.
+
+    Returns:
+        bool [K, b], which slots exist; and int64 [K, b] by name: the `clean` token, `document`, `position`,
+        `block_start`, `offset` in the block, and `teacher`, the index in the row of the token before, UNSCORED at a
+        document's first token and past a span's end.
+    """
     tokens, document, position = (getattr(rows, name)[row].numpy() for name in ("tokens", "document", "position"))
     starts = (offset >= 0) & (offset % block_size == 0)
     first = np.flatnonzero(starts)
@@ -226,63 +265,44 @@ def block_grid(rows: Rows, row: int, offset: np.ndarray, block_size: int, ends: 
     # Not past the row's length, which the model's positions are known to allow.
     present = real | (np.isin(last, ends) & (slot_position < tokens.size))
     clean = np.where(real, tokens[np.minimum(first[:, None] + slot, tokens.size - 1)], last)
-    return BlockGrid(
-        clean=clean,
-        present=present,
-        teacher=np.where(real & (slot_position > 0), first[:, None] + slot - 1, UNSCORED),
-        document=np.broadcast_to(document[first][:, None], clean.shape),
-        position=slot_position,
-        block_start=np.broadcast_to(position[first][:, None], clean.shape),
-    )
+    teacher = np.where(real & (slot_position > 0), first[:, None] + slot - 1, UNSCORED)
+    own = {"clean": clean, "teacher": teacher, "document": document[first][:, None], "position": slot_position}
+    own |= {"block_start": position[first][:, None], "offset": slot}
+    return present, {name: np.broadcast_to(values, clean.shape) for name, values in own.items()}
 
 
-def _grids(
+def noised_half(
     rows: Rows,
     row: int,
     block_size: int,
-    end_token_id: int | Sequence[int] | None,
-    recipe: RecipeConfig,
-    generator: np.random.Generator,
-) -> Iterator[BlockGrid]:
-    """A row's blocks, with random starts drawn anew for each view or complementary pair of views."""
-    ends = [end_token_id] if isinstance(end_token_id, int) else list(end_token_id or ())
-    ends = ends if recipe.fill_last_block else []
-    while True:
-        offset = random_starts(rows.offset[row].numpy(), block_size, recipe.random_start_share, generator)
-        yield block_grid(rows, row, offset, block_size, ends)
-
-
-def _noised_half(
-    grids: Iterator[BlockGrid],
     mask_token_id: int,
+    ends: Sequence[int],
     recipe: RecipeConfig,
     draw: MaskDraw,
     generator: np.random.Generator,
 ) -> dict[str, np.ndarray]:
-    """One row's noised slots, view after view, with unshifted targets (slot i's own clean token)."""
-    parts: dict[str, list[np.ndarray]] = {}
-    view = 0
-    while view < recipe.views:
-        grid = next(grids)
-        maskable = grid.present.copy()
+    """The columns of one row's noised slots, view after view: what `TwoView` and `MaskedTargets` tell of each slot.
+
+    Random starts are drawn anew for each view or complementary pair of views.
+    """
+    parts: list[dict[str, np.ndarray]] = []
+    while len(parts) < recipe.views:
+        offset = random_starts(rows.offset[row].numpy(), block_size, recipe.random_start_share, generator)
+        present, grid = block_grid(rows, row, offset, block_size, ends if recipe.fill_last_block else ())
+        maskable = present.copy()
         if recipe.prediction == "shifted":
             maskable[:, :1] = False
+        most = np.maximum(maskable.sum(axis=1), 1)
         for masked in draw(generator, maskable):
-            view += 1
             # A block in which nothing was masked carries no loss.
-            keep = grid.present & masked.any(axis=1, keepdims=True)
-            most = np.maximum(maskable.sum(axis=1), 1)
-            level = (masked.sum(axis=1) * NOISE_LEVELS - 1) // most
+            keep = present & masked.any(axis=1, keepdims=True)
+            noise = (masked.sum(axis=1) * NOISE_LEVELS - 1) // most  # ceil(share * NOISE_LEVELS) - 1
             slots = {
-                "tokens": np.where(masked, mask_token_id, grid.clean),
-                "target": np.where(masked, grid.clean, UNSCORED),
-                "teacher": np.where(masked, grid.teacher, UNSCORED),
-                "noise": np.broadcast_to(level[:, None], grid.clean.shape),
-                "view": np.full_like(grid.clean, view),
-                "document": grid.document,
-                "position": grid.position,
-                "block_start": grid.block_start,
+                **grid,
+                "tokens": np.where(masked, mask_token_id, grid["clean"]),
+                "masked": masked,
+                "view": np.full_like(grid["clean"], len(parts) + 1),
+                "noise": np.broadcast_to(noise[:, None], masked.shape),
             }
-            for name, values in slots.items():
-                parts.setdefault(name, []).append(values[keep].astype(np.int64))
-    return {name: np.concatenate(values) for name, values in parts.items()}
+            parts.append({name: values[keep] for name, values in slots.items()})
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

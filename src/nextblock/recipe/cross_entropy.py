@@ -25,7 +25,7 @@ class Scores(NamedTuple):
     """What `cross_entropy` finds for S targets, in nats, in float32 or wider.
 
     total: 0-d, the sum of their cross-entropies, each times its weight.
-    soft: 0-d, the same of KL(p_teacher || p); 0 without a teacher.
+    soft: 0-d, the same of KL(p_teacher || p), the distillation loss; 0 without a teacher.
     nats: [S], the cross-entropy of each, without gradient or weight; empty where not asked for and not at hand.
     """
 
@@ -55,7 +55,7 @@ def cross_entropy(
         hidden: [S, D].
         target: int64 [S].
         weight: float32 [S], what each counts in the sums; None: 1.
-        teacher: hidden states [S, D] whose prediction is the soft target, and bool [S], whether it counts. No gradient
+        teacher: hidden states [S, D] whose prediction is distilled, and bool [S], whether it counts. No gradient
             goes through them.
         each: also give the cross-entropy of each target.
         rows: how many go through the head at a time; None: as many as the limit allows.
@@ -161,17 +161,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             p = torch.mm(chunk, head.T, out=buffer[: len(chunk)]).to(wide)
             if bias is not None:
                 p += bias
-            if scale != 1:
-                p *= scale
-            slope = None
-            if cap is not None:
-                slope = 1 - p.div_(cap).tanh_().square()
-                p *= cap
-            p -= p.amax(dim=1, keepdim=True)
-            chosen = p.gather(1, wanted)
-            p.exp_()
-            normalizer = p.sum(dim=1, keepdim=True)
-            torch.sub(normalizer.log()[:, 0], chosen[:, 0], out=nats[start : start + size])
+            nats[start : start + size], normalizer, slope = _exponentials(p, wanted, scale, cap)
             if not any(grad is not None for grad in grads):
                 continue
             p /= normalizer
@@ -204,6 +194,25 @@ class _LinearCrossEntropy(torch.autograd.Function):
         del ctx.grads  # scaled in place, so good for one backward pass
         grads = (None if grad is None else grad.mul_(upstream[0]).to(dtype) for grad, dtype in pairs)
         return *grads, *(None,) * 5
+
+
+def _exponentials(p: Tensor, wanted: Tensor, scale: float, cap: float | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Turn what the head gives, [S, V], into multiples of probabilities, in place.
+
+    Returns:
+        The cross-entropies [S] of `wanted` [S, 1], the sums [S, 1] that make them probabilities, and the slope [S, V]
+        of the soft cap, None without one.
+    """
+    if scale != 1:
+        p *= scale
+    slope = None
+    if cap is not None:
+        slope = 1 - p.div_(cap).tanh_().square()
+        p *= cap
+    p -= p.amax(dim=1, keepdim=True)
+    chosen = p.gather(1, wanted)
+    normalizer = p.exp_().sum(dim=1, keepdim=True)
+    return normalizer.log()[:, 0] - chosen[:, 0], normalizer, slope
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -3,9 +3,29 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 from nextblock.config.run import AdaptConfig
 from nextblock.config.sections import GrowthConfig, OptimizerConfig
+
+
+class Scheduled(NamedTuple):
+    """What the schedules give for one step   (see the functions of these names)."""
+
+    block_size: int
+    ar_weight: float
+    target_share: float | None
+    learning_rate: float
+
+
+def scheduled(step: int, config: AdaptConfig) -> Scheduled:
+    """The values of all schedules at a step, counted from 0."""
+    return Scheduled(
+        block_size(step, config.growth),
+        ar_weight(step, config),
+        target_share(step, config),
+        learning_rate(step, config.optimizer, config.training.steps),
+    )
 
 
 def block_size(step: int, growth: GrowthConfig) -> int:

@@ -1,4 +1,4 @@
-"""Resumable training checkpoints, whole or absent, and the Hugging Face folder that a run ends with."""
+"""Resumable training checkpoints: whole or absent, of one process or in shards."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from nextblock.config.errors import UsageError
 from nextblock.config.files import PARTIAL, unwritten
-from nextblock.training.ranks import is_main, together
+from nextblock.training.ranks import errors_on_all_ranks, is_main
 
 MANIFEST, STATE, WEIGHTS, OPTIMIZER = "manifest.json", "state.json", "model.safetensors", "optimizer.pt"
 PARTS = ({STATE, WEIGHTS, OPTIMIZER}, {STATE, ".metadata"})
@@ -64,19 +64,19 @@ def save_checkpoint(
     folder = checkpoint_folder(output, step)
     partial = folder.with_name(f"{PARTIAL}{folder.name}")
     main = is_main()
-    whole = None if sharded else (whole_weights(model), whole_moments(model, optimizer))
+    whole = None if sharded else (whole_weights(model), gathered(optimizer.state_dict()))
     try:
-        with together(), _named_failure(folder):
+        with errors_on_all_ranks(), _named_failure(folder):
             if main:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
-        with together(), _named_failure(folder):
+        with errors_on_all_ranks(), _named_failure(folder):
             if sharded:
                 save_shards(partial, model, optimizer)
             elif main and whole is not None:
                 save_file(whole[0], partial / WEIGHTS)
                 torch.save(whole[1], partial / OPTIMIZER)
-        with together(), _named_failure(folder):
+        with errors_on_all_ranks(), _named_failure(folder):
             if main:
                 (partial / STATE).write_text(json.dumps({"step": step, **state}), encoding="utf-8")
                 digests = {file.name: _digest(file) for file in sorted(partial.iterdir())}
@@ -193,13 +193,8 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.contiguous() for name, value in found.items() if value is not None}
 
 
-def whole_moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The optimizer's state on the CPU of rank 0; all ranks call it together."""
-    return gathered(optimizer.state_dict())
-
-
 def gathered(values: Any) -> Any:
-    """Nested dicts and lists with every tensor whole and on the CPU; None for each, but on rank 0."""
+    """Nested dicts and lists with every tensor whole and on the CPU; None for each, but on rank 0. All together."""
 
     def whole(tensor: Tensor) -> Tensor | None:
         # A copy: what the collective returns is a promise of a tensor, without storage that could be written.

@@ -1,4 +1,4 @@
-"""The trained model as a Hugging Face folder."""
+"""A model as an ordinary Hugging Face folder: weights, tokenizer, and the settings of its decoding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Floating-point operations, planned and counted."""
+"""Floating-point operations of a training step: of a view that was trained on, or planned from sizes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from nextblock.config.run import AdaptConfig
 from nextblock.model.positions import text_config
-from nextblock.recipe.corruption import UNSCORED, TwoView
+from nextblock.recipe.corruption import TwoView
 from nextblock.training.devices import device_named
 
 
@@ -76,7 +76,7 @@ class Products:
         tokens: tuple[float, float],
         pairs: tuple[float, float],
         scored: float,
-        taught: float = 0,
+        distilled: float = 0,
         again: bool = False,
     ) -> Flops:
         """Of training: 2 for a multiply-add; a backward pass is twice a forward one, or as much if weights are frozen.
@@ -84,7 +84,7 @@ class Products:
         Args:
             kind: of `kind_of_training`. A draft adapter's clean half has no gradient.
             tokens, pairs: of the clean half, and of the noised one.
-            scored: targets. taught: those that have a teacher, whose logits are computed, too.
+            scored: targets. distilled: those for which the logits of a teacher are computed, too.
             again: with gradient checkpointing.
         """
         passes, drafting = 3 if kind == "full" else 2, kind == "draft adapter"
@@ -95,7 +95,7 @@ class Products:
 
         clean = half(0, 1, 1, 0) if drafting else half(0, passes, 3, 3)
         recomputed = (half(1, 1, 1, 1) + (0 if drafting else half(0, 1, 1, 1))) if again else 0.0
-        return Flops(clean, half(1, passes, 3, 3), 2.0 * self.head * (scored * passes + taught), recomputed)
+        return Flops(clean, half(1, passes, 3, 3), 2.0 * self.head * (scored * passes + distilled), recomputed)
 
     def of_view(self, kind: str, view: TwoView, score_ar: bool, soft: bool = False) -> Flops:
         """What training on this view needs, best on the CPU; padding does not count. Arguments as of `TwoViewLoss`."""
@@ -103,11 +103,9 @@ class Products:
         real = places.document >= 0
         block = int((places.position - places.block_start)[:, :n][real[:, :n]].max()) + 1 if n else 1
         pairs = torch.where(places.view == 0, places.position + 1, places.block_start + block) * real
-        tokens, seen, targets = (
-            (int(x[:, n:].sum()), int(x[:, :n].sum())) for x in (real, pairs, view.target != UNSCORED)
-        )
-        ar = targets[0] if score_ar and kind != "draft adapter" else 0
-        return self.flops(kind, tokens, seen, ar + targets[1], targets[1] if soft else 0)
+        tokens, seen = ((int(x[:, n:].sum()), int(x[:, :n].sum())) for x in (real, pairs))
+        masked, ar = len(view.masked), len(view.following) if score_ar and kind != "draft adapter" else 0
+        return self.flops(kind, tokens, seen, ar + masked, masked if soft else 0)
 
 
 def kind_of_training(config: AdaptConfig) -> str:

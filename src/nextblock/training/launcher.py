@@ -18,7 +18,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from nextblock.config.errors import UsageError, require
 from nextblock.config.run import AdaptConfig
 from nextblock.training.log import TRACKERS
-from nextblock.training.ranks import join, together
+from nextblock.training.ranks import errors_on_all_ranks, process_state
 
 OF_A_LAUNCHER: dict[str, tuple[str | None, str]] = {
     "ACCELERATE_MIXED_PRECISION": ("no", "leave it out, or set training.mixed_precision instead"),
@@ -33,12 +33,13 @@ OF_A_LAUNCHER: dict[str, tuple[str | None, str]] = {
 """Variables of `accelerate launch` that a run does not follow: the value that asks for nothing, and what to do."""
 
 
-def check_batch(config: AdaptConfig) -> None:
-    """UsageError for rows that do not divide over the processes."""
-    rows, ranks = config.training.batch_rows, join().num_processes
+def check_batch(config: AdaptConfig, devices: int | None = None) -> None:
+    """UsageError for rows that do not divide over the processes, or over the devices of a plan."""
+    rows, ranks = config.training.batch_rows, devices or process_state().num_processes
     if rows % ranks:
+        over = f"{ranks} {'devices' if devices else 'processes'}"
         raise UsageError(
-            f"training.batch_rows={rows} does not divide over {ranks} processes; use {max(1, rows // ranks) * ranks}"
+            f"training.batch_rows={rows} does not divide over {over}; use {max(1, rows // ranks) * ranks}"
         )
 
 
@@ -74,13 +75,13 @@ def make_accelerator(config: AdaptConfig) -> Accelerator:
         UsageError: rows that do not divide over the processes, a launcher that asks for something else, or a tracker
             that is not installed.
     """
-    with together():
+    with errors_on_all_ranks():
         check_batch(config)
         check_launcher(config)
         for name in config.training.trackers:  # before accelerate warns of them
             require(name, "trackers", f"training.trackers={name}")
     plugin = None
-    if join().num_processes == 1:
+    if process_state().num_processes == 1:
         os.environ.pop("ACCELERATE_USE_FSDP", None)  # nothing to share out
     elif config.training.fsdp or fsdp_of_launcher():
         check_sharding(config)
@@ -104,6 +105,6 @@ def make_accelerator(config: AdaptConfig) -> Accelerator:
     )
     if plugin is not None and accelerator.distributed_type == DistributedType.MULTI_CPU:
         # accelerate leaves CPU processes to DDP, but FSDP2 runs there as well.
-        join().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
+        process_state().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = plugin
     return accelerator

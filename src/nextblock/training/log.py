@@ -1,13 +1,12 @@
-"""What is measured beside the loss: its course over noise and block, speed, memory, MFU; and where it is written.
+"""The log of a run and its trackers, and what is measured for them: the loss by noise and by offset.
 
-Letters: B rows, N slots of the noised half, S masked tokens, b block size.
+Letters: S masked tokens, b block size.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import resource
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,15 +16,16 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from nextblock.recipe.corruption import NOISE_LEVELS, UNSCORED, TwoView
+from nextblock.config.files import write_whole
+from nextblock.recipe.corruption import NOISE_LEVELS, MaskedTargets
 
 PROJECT, TRACKERS = "nextblock", "trackers"
 OFFSETS = 64
-"""Most places of a block that the loss is told apart by; those of a larger block are pooled."""
+"""Bins of the loss by offset; in a block that is larger, neighbours share one."""
 
 
 class LossProfile:
-    """Sums of the masked tokens' cross-entropy by noise level of the block and by offset in it.
+    """Sums of the masked tokens' cross-entropy by bin of the block's masked share and by offset in the block.
 
     Kept on the model's device: nothing is read back before `record`.
     """
@@ -35,15 +35,12 @@ class LossProfile:
         self.noise = torch.zeros(2, NOISE_LEVELS, device=device)
         self.offset = torch.zeros(2, min(block_size, OFFSETS), device=device)
 
-    def add(self, view: TwoView, nats: Tensor, shifted: bool) -> None:
-        """Take in a micro-batch: `nats` [S] of its masked tokens, in the order of `view.target`."""
-        n = view.noised_length
-        scored = view.target[:, :n] != UNSCORED
-        offset = (view.places.position - view.places.block_start)[:, :n][scored] + int(shifted)
-        places = self.offset.shape[1]
+    def add(self, masked: MaskedTargets, nats: Tensor) -> None:
+        """Take in a micro-batch: the cross-entropies [S] of its masked tokens."""
+        bins = self.offset.shape[1]
         pairs = torch.stack([nats, torch.ones_like(nats)])
-        self.noise.index_add_(1, view.noise[scored], pairs)
-        self.offset.index_add_(1, offset * places // self.block_size, pairs)
+        self.noise.index_add_(1, masked.noise, pairs)
+        self.offset.index_add_(1, masked.offset * bins // self.block_size, pairs)
 
     def record(self, accelerator: Accelerator, step: int) -> dict[str, Any] | None:
         """A log record with means in nats over all ranks' tokens; None where nothing was masked."""
@@ -55,16 +52,9 @@ class LossProfile:
         return record if sum(record["tokens_by_noise"]) else None
 
 
-def peak_memory_gib(device: torch.device) -> float:
-    """Most memory held so far: allocated on a CUDA device, resident in the process elsewhere."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
 @contextmanager
 def run_log(
-    accelerator: Accelerator, path: Path, config: Mapping[str, Any]
+    accelerator: Accelerator, path: Path, config: Mapping[str, Any], step: int
 ) -> Iterator[Callable[[Mapping[str, Any]], None]]:
     """A function that appends one record to the log of a run and hands its numbers to the trackers.
 
@@ -72,7 +62,10 @@ def run_log(
         accelerator: with the trackers asked for; they are opened and closed here. Only its main process writes.
         path: a JSONL file; trackers that write files have the folder `trackers` beside it.
         config: the resolved configuration as dotted keys, for the trackers.
+        step: the next of the run; what the log has from there on goes (`trim_log`).
     """
+    if accelerator.is_main_process and (damaged := trim_log(path, step)):
+        accelerator.print(f"{path}: {damaged} damaged lines were dropped")
     if accelerator.log_with:
         plain = {k: v if isinstance(v, int | float | str) else str(v) for k, v in config.items()}
         accelerator.project_configuration.logging_dir = str(path.parent / TRACKERS)  # not that of the first stage
@@ -80,7 +73,7 @@ def run_log(
     with (path if accelerator.is_main_process else Path("/dev/null")).open("a", encoding="utf-8") as log:
 
         def write(record: Mapping[str, Any]) -> None:
-            log.write(json.dumps(_finite(record)) + "\n")
+            log.write(json.dumps(finite(record)) + "\n")
             log.flush()
             if accelerator.log_with:
                 accelerator.log(scalars(record), step=record["step"])
@@ -93,12 +86,35 @@ def run_log(
                     tracker.finish()
 
 
-def _finite(value: Any) -> Any:
-    """The same with null for numbers that JSON does not know: there is no loss where nothing is masked."""
+def trim_log(path: Path, steps: int) -> int:
+    """Drop log lines of steps that will be done again, and what cannot be read.
+
+    Returns:
+        The number of damaged lines, without the last one that a killed run left unfinished.
+    """
+    if not path.is_file():
+        return 0
+    kept, damaged = [], 0
+    for line in path.read_bytes().splitlines(keepends=True):
+        if not line.endswith(b"\n"):
+            break
+        try:
+            again = json.loads(line.decode("utf-8"))["step"] >= steps
+        except (ValueError, TypeError, KeyError):  # not JSON, or not a record
+            damaged += 1
+            continue
+        if not again:
+            kept.append(line)
+    write_whole(path, b"".join(kept))
+    return damaged
+
+
+def finite(value: Any) -> Any:
+    """The same with None for NaN and infinity, which JSON does not know: nothing masked has no loss, for one."""
     if isinstance(value, Mapping):
-        return {key: _finite(entry) for key, entry in value.items()}
+        return {str(key): finite(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
+        return [finite(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -1,4 +1,4 @@
-"""The run's folder and its result."""
+"""The output folder of a run: refused, held, filled with its result, and left as it was if no step was done."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ import math
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+import yaml
 from transformers import AutoTokenizer, PreTrainedModel
 
 from nextblock.config.errors import TrainingStopped, UsageError
-from nextblock.config.files import LOCK, unwritten, whole_folder
+from nextblock.config.files import LOCK, locked, make_folder, unwritten, whole_folder
 from nextblock.config.run import AdaptConfig
-from nextblock.model.draft_adapter import save_adapter
+from nextblock.model.adapter_files import save_adapter
 from nextblock.model.loading import weights_folder
 from nextblock.model.lora import LoraAdapter
 from nextblock.model.mask_token import choose_mask_token
@@ -24,9 +25,27 @@ from nextblock.model.parent import load_parent, parent_tokenizer
 from nextblock.training.checkpoint import list_checkpoints, whole_weights
 from nextblock.training.export import export, export_settings
 from nextblock.training.log import TRACKERS
-from nextblock.training.ranks import is_main, together
-from nextblock.training.resume import LOG, RESOLVED_CONFIG
-from nextblock.training.run import Run
+from nextblock.training.ranks import errors_on_all_ranks, is_main
+from nextblock.training.run import LOG, RESOLVED_CONFIG, Run
+
+
+@contextmanager
+def run_folder(output: Path, stages: list[AdaptConfig]) -> Iterator[None]:
+    """The output folder for this run alone. All ranks together; rank 0 holds it."""
+    with ExitStack() as held:
+        held.enter_context(writing(output))
+        with errors_on_all_ranks():
+            if is_main():
+                held.enter_context(locked(output))
+                held.enter_context(nothing_left(output, stages))
+        yield
+
+
+def write_config(config: AdaptConfig) -> None:
+    """Write a run's or a stage's resolved configuration into its output folder, which is made if missing."""
+    make_folder(Path(config.output))
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    (Path(config.output) / RESOLVED_CONFIG).write_text(text, encoding="utf-8")
 
 
 @contextmanager
@@ -54,11 +73,9 @@ def nothing_left(output: Path, stages: list[AdaptConfig]) -> Iterator[None]:
     except BaseException:
         log = output / LOG
         if not (used or (log.is_file() and log.stat().st_size)):
-            for folder in (
-                output / TRACKERS,
-                *(Path(stage.output) for stage in stages if stage.output != str(output)),
-            ):
-                shutil.rmtree(folder, ignore_errors=True)
+            for folder in (output / TRACKERS, *(Path(stage.output) for stage in stages)):
+                if folder != output:
+                    shutil.rmtree(folder, ignore_errors=True)
             for name in (RESOLVED_CONFIG, LOG):
                 (output / name).unlink(missing_ok=True)
         raise
@@ -71,7 +88,7 @@ def export_run(run: Run, output: Path) -> None:
         UsageError: it cannot be written; what was in the folder stays as it was.
     """
     weights = whole_weights(run.decoder.model) if run.is_sharded else None
-    with together(), writing(output), whole_folder(output) if is_main() else nullcontext() as folder:
+    with errors_on_all_ranks(), writing(output), whole_folder(output) if is_main() else nullcontext() as folder:
         if folder is None:
             return
         write_adapters(run, folder)
@@ -86,7 +103,7 @@ def rehearse_export(run: Run) -> None:
     Raises:
         UsageError: the parent's configuration or tokenizer is such that it cannot be written, or read again.
     """
-    with together(), writing(run.output), TemporaryDirectory() as name:
+    with errors_on_all_ranks(), writing(run.output), TemporaryDirectory() as name:
         if not is_main():
             return
         try:
@@ -129,7 +146,7 @@ def check_space(run: Run, stages: list[AdaptConfig]) -> None:
     needed = 0
     for options in (stage.training for stage in stages):
         needed += min(options.keep_last, math.ceil(options.steps / options.checkpoint_every)) * checkpoint + model
-    with together():
+    with errors_on_all_ranks():
         free = shutil.disk_usage(run.output).free if is_main() else needed
         if free < needed:
             raise UsageError(

@@ -1,4 +1,4 @@
-"""What the processes of one run (its ranks) must agree on, so that none waits for one that has stopped."""
+"""The processes of one run (its ranks): what they tell each other, and errors that stop all or none."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from nextblock.config.errors import UsageError
 T = TypeVar("T")
 
 
-def join() -> PartialState:
-    """The processes that torchrun or `accelerate launch` started, met on the first call; else this one alone."""
+def process_state() -> PartialState:
+    """Of the processes that torchrun or `accelerate launch` started, which meet in the first call; or of this one."""
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":  # which would meet in its own way
         raise UsageError(
             "the launcher has set ACCELERATE_USE_DEEPSPEED=true, which a run of nextblock does not follow; start "
@@ -28,12 +28,12 @@ def join() -> PartialState:
 
 def is_main() -> bool:
     """Whether this is rank 0, which alone writes and prints."""
-    return join().is_main_process
+    return process_state().is_main_process
 
 
 def gather(value: T) -> list[T]:
     """Every rank's value (anything that pickles), in the order of ranks, on every rank."""
-    count = join().num_processes
+    count = process_state().num_processes
     if count == 1:
         return [value]
     found: list[Any] = [None] * count
@@ -41,7 +41,7 @@ def gather(value: T) -> list[T]:
     return found
 
 
-def leave() -> None:
+def end_process_group() -> None:
     """End this process's part in the run, where it met others; the last thing that it does before it exits.
 
     Threads that still wait for other ranks would abort the process, and its exit status would be theirs.
@@ -51,10 +51,10 @@ def leave() -> None:
 
 
 @contextmanager
-def together() -> Iterator[None]:
-    """All ranks leave the block by the same door: a UsageError of one is raised on all.
+def errors_on_all_ranks() -> Iterator[None]:
+    """Rank-synchronised errors: a UsageError that one rank raises in the block is raised on all at its end.
 
-    Nothing inside may communicate unless it fails on every rank or on none.
+    What communicates inside must fail on every rank or on none.
     """
     said = None
     try:

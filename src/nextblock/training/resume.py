@@ -1,4 +1,4 @@
-"""What a resumed run takes from the one before."""
+"""Saving a run and going on from what was saved, in the same stage or from one stage to the next."""
 
 from __future__ import annotations
 
@@ -10,16 +10,19 @@ from typing import Any
 import yaml
 
 from nextblock.config.errors import UsageError
-from nextblock.config.files import write_whole
 from nextblock.config.run import AdaptConfig
 from nextblock.config.sections import DataConfig
 from nextblock.data.feed import merged
-from nextblock.training.checkpoint import load_checkpoint, load_optimizer, newest_whole_checkpoint, save_checkpoint
-from nextblock.training.ranks import gather
-from nextblock.training.run import Run
+from nextblock.training.checkpoint import (
+    STATE,
+    load_checkpoint,
+    load_optimizer,
+    newest_whole_checkpoint,
+    save_checkpoint,
+)
+from nextblock.training.ranks import errors_on_all_ranks, gather, is_main
+from nextblock.training.run import RESOLVED_CONFIG, Run
 
-LOG = "log.jsonl"
-RESOLVED_CONFIG = "nextblock.yaml"
 MAY_CHANGE_ON_RESUME = (
     "training.micro_batch_rows",
     "training.checkpoint_every",
@@ -40,22 +43,32 @@ MAY_CHANGE_ON_RESUME = (
 )
 
 
-def stage_to_resume(stages: list[AdaptConfig]) -> tuple[int, Path | None, list[str]]:
-    """The last stage with a checkpoint, and that of `newest_whole_checkpoint`. Without any, the first and None.
+def checkpoint_to_resume(stages: list[AdaptConfig]) -> tuple[int, Path | None]:
+    """The number of the last stage with a checkpoint, and its newest whole one. Without any, 0 and None.
+
+    All ranks call it together; rank 0 looks and names damaged checkpoints.
 
     Raises:
-        UsageError: of that stage, no checkpoint is whole: to start over must be asked for.
+        UsageError: of that stage, no checkpoint is whole: to start over must be asked for. Or a stage that is done
+            was run under another configuration than it has now.
     """
-    for number in range(len(stages) - 1, -1, -1):
-        folder, damaged = newest_whole_checkpoint(Path(stages[number].output))
-        if folder is not None:
-            return number, folder, damaged
-        if damaged:
-            raise UsageError(
-                f"{'; '.join(damaged)}; no other is left: delete what is damaged to start over, or choose another "
-                "--output"
-            )
-    return 0, None, []
+    first, newest = 0, None
+    with errors_on_all_ranks():  # or the other ranks would wait for ever
+        for number in reversed(range(len(stages) if is_main() else 0)):
+            newest, damaged = newest_whole_checkpoint(Path(stages[number].output))
+            if newest is not None:
+                first = number
+                for line in damaged:
+                    print(line)
+                break
+            if damaged:
+                raise UsageError(
+                    f"{'; '.join(damaged)}; no other is left: delete what is damaged to start over, or choose another "
+                    "--output"
+                )
+        for stage in stages[:first]:
+            check_finished_stage(stage)
+    return gather((first, newest))[0]
 
 
 def carry_over(run: Run, folder: Path, *, fresh: bool, data: DataConfig) -> None:
@@ -66,7 +79,7 @@ def carry_over(run: Run, folder: Path, *, fresh: bool, data: DataConfig) -> None
         for group, options in zip(run.optimizer.param_groups, own, strict=True):
             group.update(options)
     if run.config.data == data:
-        run.feed.load_state(json.loads((folder / "state.json").read_text(encoding="utf-8"))["stream"])
+        run.feed.load_state(json.loads((folder / STATE).read_text(encoding="utf-8"))["stream"])
 
 
 def save(run: Run) -> None:
@@ -95,7 +108,7 @@ def restore(run: Run, folder: Path) -> None:
     Raises:
         UsageError: it was made under a configuration that would break the run.
     """
-    saved = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    saved = json.loads((folder / STATE).read_text(encoding="utf-8"))
     for change in check_differences(saved["config"], run.config, f"cannot resume from {folder}"):
         run.accelerator.print(f"resuming: {change}")
     state = load_checkpoint(folder, run.trained, run.optimizer)
@@ -109,7 +122,7 @@ def check_differences(saved: Mapping[str, Any], config: AdaptConfig, failure: st
     Raises:
         UsageError: what may not.
     """
-    before, now = _flat(saved), _flat(config.model_dump(mode="json"))
+    before, now = dotted_keys(saved), dotted_keys(config.model_dump(mode="json"))
     differing = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k) and k != "output"]
     named = {k: f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in differing}
     if breaking := [named[k] for k in differing if k not in MAY_CHANGE_ON_RESUME]:
@@ -117,43 +130,19 @@ def check_differences(saved: Mapping[str, Any], config: AdaptConfig, failure: st
     return list(named.values())
 
 
-def check_finished_stages(stages: list[AdaptConfig]) -> None:
+def check_finished_stage(stage: AdaptConfig) -> None:
     """UsageError where a stage that is done was run under another configuration than it has now."""
-    for stage in stages:
-        resolved = Path(stage.output) / RESOLVED_CONFIG
-        saved = yaml.safe_load(resolved.read_text(encoding="utf-8")) if resolved.is_file() else None
-        if saved:
-            check_differences(saved, stage, f"cannot resume: {stage.output} is finished")
+    resolved = Path(stage.output) / RESOLVED_CONFIG
+    saved = yaml.safe_load(resolved.read_text(encoding="utf-8")) if resolved.is_file() else None
+    if saved:
+        check_differences(saved, stage, f"cannot resume: {stage.output} is finished")
 
 
-def trim_log(path: Path, steps: int) -> int:
-    """Drop log lines of steps that will be done again, and what cannot be read.
-
-    Returns:
-        The number of damaged lines, without the last one that a killed run left unfinished.
-    """
-    if not path.is_file():
-        return 0
-    kept, damaged = [], 0
-    for line in path.read_bytes().splitlines(keepends=True):
-        if not line.endswith(b"\n"):
-            break
-        try:
-            again = json.loads(line.decode("utf-8"))["step"] >= steps
-        except (ValueError, TypeError, KeyError):  # not JSON, or not a record
-            damaged += 1
-            continue
-        if not again:
-            kept.append(line)
-    write_whole(path, b"".join(kept))
-    return damaged
-
-
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+def dotted_keys(values: Any, prefix: str = "") -> dict[str, Any]:
     """Nested mappings as dotted keys."""
     if not isinstance(values, dict):
         return {prefix: values}
     flat = {}
     for key, value in values.items():
-        flat |= _flat(value, f"{prefix}.{key}" if prefix else key)
+        flat |= dotted_keys(value, f"{prefix}.{key}" if prefix else key)
     return flat

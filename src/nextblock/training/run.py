@@ -1,4 +1,4 @@
-"""What outlives a step: the run, and what a step reports."""
+"""What outlives a step: the run with all that its steps need, and what each of them reports."""
 
 from __future__ import annotations
 
@@ -13,15 +13,19 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from nextblock.config.run import AdaptConfig
-from nextblock.config.sections import BlockDiffusionSettings
+from nextblock.config.sections import BlockDiffusionSettings, RecipeConfig
 from nextblock.data.encode import span_ends
 from nextblock.data.feed import Feed
 from nextblock.data.rows import Rows
 from nextblock.model.decoder import Decoder
 from nextblock.model.lora import LoraAdapter
-from nextblock.recipe.corruption import TwoView
+from nextblock.recipe.corruption import TwoView, corrupt
 from nextblock.training.flops import Products, kind_of_training, peak_flops
 from nextblock.training.log import LossProfile
+
+LOG = "log.jsonl"
+RESOLVED_CONFIG = "nextblock.yaml"
+"""Files in a run's folder."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class StepMetrics:
     tokens: int
     step_seconds: float
     soft_loss: float = math.nan
-    """Mean KL from the clean half's predictions over the masked tokens; NaN without soft targets."""
+    """Distillation: mean KL from the clean half's predictions over the masked tokens; NaN where `soft_weight` is 0."""
     device_tokens_per_second: float = math.nan
     peak_memory_gib: float = math.nan
     """Of the main process since it began: allocated on CUDA, resident elsewhere."""
@@ -84,12 +88,30 @@ class Run:
         """Tokens that end a generated span: the end token and what ends a turn of chat."""
         return span_ends(self.tokenizer)
 
+    def noised(self, rows: Rows, block_size: int, step: int, recipe: RecipeConfig | None = None) -> TwoView:
+        """`corrupt` with what this run sets; `recipe` in place of the run's, if given."""
+        return corrupt(
+            rows,
+            block_size,
+            mask_token_id=self.mask_token_id or 0,  # None: at b = 1 nothing is masked
+            end_token_id=self.span_ends,
+            recipe=recipe or self.config.recipe,
+            seed=self.config.training.seed,
+            step=step,
+        )
+
     @property
     def trained(self) -> torch.nn.Module:
         """What has been learned, so what a checkpoint holds: LoRA's or the draft adapter's weights, or all."""
         if self.lora is not None:
             return self.lora.weights
         return self.decoder.adapter or self.decoder.model
+
+    @property
+    def is_checkpoint_due(self) -> bool:
+        """Whether one belongs at this step, wherever the run is stopped."""
+        options = self.config.training
+        return self.step % options.checkpoint_every == 0 or self.step == options.steps
 
     @property
     def is_sharded(self) -> bool:

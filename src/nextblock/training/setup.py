@@ -1,4 +1,4 @@
-"""What a run needs before its first step."""
+"""What a run needs before its first step: data, the parent and its adapters, the optimizer; each is checked."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ from nextblock.data.rows import Rows, check_tokens
 from nextblock.data.stream import RowStream
 from nextblock.model.decoder import Decoder
 from nextblock.model.draft_adapter import DraftAdapter
-from nextblock.model.loading import weight_shapes
+from nextblock.model.loading import check_backward, weight_shapes
 from nextblock.model.lora import LoraAdapter
-from nextblock.model.mask_token import check_round_trip, choose_mask_token
+from nextblock.model.mask_token import check_round_trip, check_vocabulary, choose_mask_token
 from nextblock.model.parent import load_parent, parent_config, parent_tokenizer
 from nextblock.model.positions import check_row_length
-from nextblock.model.probe import probe, probe_adapter, recompute_activations, run_in_parts, without_dropout
-from nextblock.recipe.objective import DraftLoss, TwoViewLoss
+from nextblock.model.probe import probe, probe_adapter
+from nextblock.model.training_mode import recompute_activations, run_in_parts, without_dropout
+from nextblock.recipe.objective import TwoViewLoss
 from nextblock.training.checkpoint import load_weights
-from nextblock.training.launcher import make_accelerator
-from nextblock.training.ranks import is_main, together
+from nextblock.training.launcher import check_batch, make_accelerator
+from nextblock.training.ranks import errors_on_all_ranks, is_main
 from nextblock.training.run import Run
 
 
@@ -43,54 +44,71 @@ def check_override(model: ModelConfig, before: ModelConfig) -> None:
             )
 
 
+def check_stage(config: AdaptConfig, first: AdaptConfig) -> None:
+    """UsageError for what is wrong with a later stage's data, row length, batch or model."""
+    check_batch(config)
+    RowStream(config.data, parent_tokenizer(config.model), seed=config.training.seed)
+    check_row_length(config.data.row_length, parent_config(config.model))
+    check_override(config.model, first.model)
+
+
 def prepare(
     config: AdaptConfig, before: Path | None = None, checkpoint: Path | None = None, *, masks: bool | None = None
 ) -> Run:
-    """Read data, load and check the parent (or what the stage in the folder `before` has made of it), and hand
-    both to accelerate. Writes nothing.
+    """Read data, load and check the parent, and hand both to accelerate. Writes nothing.
 
     Args:
+        before: folder of the stage before, whose model this one goes on with; None: the parent.
         checkpoint: with the weights that the stage before ended with; None: those of its model, which may be rounded.
         masks: give the model a mask token, as this or a later stage needs it; None: as this one does.
     """
     accelerator = make_accelerator(config)
-    with together():
-        loaded = load(config, accelerator, before, checkpoint, masks=config.masks if masks is None else masks)
-    tokenizer, feed, decoder, mask_token_id, lora, held_out = loaded
+    model = config.model
+    if before is not None:
+        begin = {"path": str(before), "revision": None, "tokenizer": None, "scratch": None}
+        model = model.model_copy(update=begin)
+    with errors_on_all_ranks():  # nothing in here communicates
+        check_packages(config)
+        torch.manual_seed(config.training.seed)  # for a parent that starts from random weights
+        parent_config(model)  # what can be known without reading data or weights comes first
+        if model.override and model.scratch is None:
+            check_override(model, model.model_copy(update={"override": {}}))
+        tokenizer, feed, held_out = open_data(config, model, accelerator)
+        decoder = open_parent(config, model, tokenizer, accelerator.device, checkpoint)
+        vocabulary = decoder.vocabulary  # of the parent: rows that the mask token brings are untrained
+        decoder, mask_token_id = give_mask(config, decoder, tokenizer, config.masks if masks is None else masks)
+        # Look at the first batch, so that most bad data stops before anything is written.
+        check_tokens(feed.peek(), vocabulary, mask_token_id)
+        without_dropout(decoder.model)
+        if not config.training.compile:  # which would not see through it
+            run_in_parts(decoder)
+        tell_dense_mask(config, decoder, accelerator)
+        lora = None
+        if config.lora is not None:
+            lora = LoraAdapter(decoder.model, config.lora, mask_token_id, config.model.path)
     trained = lora.weights if lora is not None else decoder.adapter or decoder.model
     trained.requires_grad_(True)
     if config.training.gradient_checkpointing:
         recompute_activations(decoder.model)
     if config.training.compile:
         decoder.model.base_model.compile()
-    optimizer = make_optimizer(config.optimizer, trained)
-    objective = TwoViewLoss(decoder) if decoder.adapter is None else DraftLoss(decoder)
-    loss, optimizer = accelerator.prepare(objective, optimizer)
+    loss, optimizer = accelerator.prepare(TwoViewLoss(decoder), make_optimizer(config.optimizer, trained))
     output = Path(config.output)
     return Run(
         config, accelerator, tokenizer, decoder, loss, optimizer, feed, mask_token_id, output, lora, held_out=held_out
     )
 
 
-def load(
-    config: AdaptConfig, accelerator: Accelerator, before: Path | None, checkpoint: Path | None, *, masks: bool
-) -> tuple[Any, Feed, Decoder, int | None, LoraAdapter | None, Rows | None]:
-    """Tokenizer, data, parent (with its draft adapter), mask token id, LoRA and held-out rows, all checked.
-
-    No communication.
-    """
+def check_packages(config: AdaptConfig) -> None:
+    """UsageError for a package that the configuration needs and that is not installed."""
     if config.lora is not None:
         require("peft", "lora", "lora")
     if config.optimizer.name == "adamw_8bit" and not is_bnb_available():
         raise UsageError("optimizer.name=adamw_8bit needs bitsandbytes; pip install bitsandbytes, or use adamw")
-    torch.manual_seed(config.training.seed)  # for a parent that starts from random weights
-    model = config.model
-    if before is not None:
-        begin = {"path": str(before), "revision": None, "tokenizer": None, "scratch": None}
-        model = model.model_copy(update=begin)
-    parent_config(model)  # what can be known without reading data or weights comes first
-    if model.override and model.scratch is None:
-        check_override(model, model.model_copy(update={"override": {}}))
+
+
+def open_data(config: AdaptConfig, model: ModelConfig, accelerator: Accelerator) -> tuple[Any, Feed, Rows | None]:
+    """Tokenizer, this rank's feed of rows, and on rank 0 the held-out rows."""
     tokenizer = parent_tokenizer(model)
     feed = Feed(
         config.data,
@@ -100,42 +118,35 @@ def load(
         rank=accelerator.process_index,
         ranks=accelerator.num_processes,
     )
-    held_out = held_out_rows(config, tokenizer) if is_main() else None
-    decoder = load_parent(model, accelerator.device)
+    return tokenizer, feed, held_out_rows(config, tokenizer) if is_main() else None
+
+
+def open_parent(
+    config: AdaptConfig, model: ModelConfig, tokenizer: Any, device: torch.device, checkpoint: Path | None
+) -> Decoder:
+    """The parent with the weights of `checkpoint`, if given, and checked: it does what the method needs."""
+    decoder = load_parent(model, device)
     if checkpoint is not None:
         load_weights(checkpoint, decoder.model)
-    if decoder.attention == "flex_attention" and decoder.device.type == "cpu":
-        raise UsageError("model.attention=flex_attention has no backward pass on CPU; use sdpa, or auto")
-    if len(tokenizer) > decoder.vocabulary:  # else a new mask token would make rows for the missing ones, untrained
-        raise UsageError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model's vocabulary {decoder.vocabulary}; "
-            "use the tokenizer that belongs to the model"
-        )
+    check_backward(decoder.attention, decoder.device.type)
+    check_vocabulary(tokenizer, decoder.vocabulary)
     check_row_length(config.data.row_length, decoder.model.config)
     probe(decoder)
+    return decoder
+
+
+def give_mask(config: AdaptConfig, decoder: Decoder, tokenizer: Any, masks: bool) -> tuple[Decoder, int | None]:
+    """The parent with its draft adapter, if it gets one, and the id of the mask token; None where none is needed."""
     if config.draft_adapter is not None:
         adapter = DraftAdapter(decoder.model, config.draft_adapter)
-        decoder, mask_token_id = Decoder(decoder.model, adapter), adapter.mask_token_id
+        decoder = Decoder(decoder.model, adapter)
         probe_adapter(decoder)
-    elif masks:
-        mask_token_id = choose_mask_token(decoder, tokenizer, model.mask_token)
-        check_round_trip(tokenizer, mask_token_id)
-    else:
-        mask_token_id = None
-    # Look at the first batch, so that most bad data stops before anything is written.
-    check_tokens(feed.peek(), decoder.vocabulary, mask_token_id)
-    without_dropout(decoder.model)
-    if not config.training.compile:  # which would not see through it
-        run_in_parts(decoder)
-    if size := dense_mask_bytes(config, decoder, accelerator.num_processes):
-        accelerator.print(
-            f"attention: '{decoder.attention}' with a dense mask, up to {size / 2**20:,.0f} MiB for each forward pass "
-            "of a process; shorter rows or a smaller training.micro_batch_rows make it less"
-        )
-    lora = None
-    if config.lora is not None:
-        lora = LoraAdapter(decoder.model, config.lora, mask_token_id, config.model.path)
-    return tokenizer, feed, decoder, mask_token_id, lora, held_out
+        return decoder, adapter.mask_token_id
+    if not masks:
+        return decoder, None
+    mask_token_id = choose_mask_token(decoder, tokenizer, config.model.mask_token)
+    check_round_trip(tokenizer, mask_token_id)
+    return decoder, mask_token_id
 
 
 def held_out_rows(config: AdaptConfig, tokenizer: Any) -> Rows | None:
@@ -149,14 +160,18 @@ def held_out_rows(config: AdaptConfig, tokenizer: Any) -> Rows | None:
         return None
 
 
-def dense_mask_bytes(config: AdaptConfig, decoder: Decoder, processes: int) -> int:
-    """The most that the dense masks of one forward pass take, where there are any."""
-    rows = config.training.batch_rows // processes
+def tell_dense_mask(config: AdaptConfig, decoder: Decoder, accelerator: Accelerator) -> None:
+    """Print the most that the dense masks of one forward pass take, where there are any."""
+    rows = config.training.batch_rows // accelerator.num_processes
     rows, length = min(config.training.micro_batch_rows or rows, rows), config.data.row_length
     noised = config.recipe.views * length if config.masks else 0
-    if decoder.adapter is None:
-        return decoder.dense_mask_bytes(rows, noised + length, noised + length)
-    return decoder.dense_mask_bytes(rows, length, length) + decoder.dense_mask_bytes(rows, noised, noised + length)
+    both, size = noised + length, decoder.dense_mask_bytes
+    drafting = decoder.adapter is not None
+    if most := size(rows, length, length) + size(rows, noised, both) if drafting else size(rows, both, both):
+        accelerator.print(
+            f"attention: '{decoder.attention}' with a dense mask, up to {most / 2**20:,.0f} MiB for each forward pass "
+            "of a process; shorter rows or a smaller training.micro_batch_rows make it less"
+        )
 
 
 def make_optimizer(options: OptimizerConfig, trained: torch.nn.Module) -> torch.optim.Optimizer:
@@ -168,6 +183,6 @@ def make_optimizer(options: OptimizerConfig, trained: torch.nn.Module) -> torch.
     betas = (options.beta_1, options.beta_2)
     if options.name == "adamw":
         return torch.optim.AdamW(groups, lr=options.lr, betas=betas, fused=True)
-    from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]  # checked by `load`
+    from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]  # see `check_packages`
 
     return AdamW8bit(groups, lr=options.lr, betas=betas)

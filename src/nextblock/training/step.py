@@ -1,11 +1,10 @@
-"""One training step."""
+"""One optimizer step: the rows of a global batch, their gradient, the update, and what is told of it."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,99 +14,80 @@ from torch.distributed.tensor import DTensor
 from nextblock.attention.rule import block_diffusion_rule
 from nextblock.config.errors import TrainingStopped, UsageError
 from nextblock.data.rows import Rows, check_tokens
-from nextblock.recipe import schedules
-from nextblock.recipe.corruption import corrupt
+from nextblock.recipe.objective import LossSums
+from nextblock.recipe.schedules import Scheduled, scheduled
 from nextblock.training.checkpoint import checkpoint_folder
-from nextblock.training.log import LossProfile, peak_memory_gib
-from nextblock.training.ranks import gather, together
+from nextblock.training.devices import peak_memory_gib
+from nextblock.training.log import LossProfile
+from nextblock.training.ranks import errors_on_all_ranks, gather
 from nextblock.training.resume import save
 from nextblock.training.run import Run, StepMetrics
 
 
 def train_step(run: Run, step: int) -> StepMetrics:
-    """One optimizer step on one global batch   (paper, Eq. 1-5).
+    """One optimizer step on one global batch   (paper, Eq. 1-5). `step` counts from 0 in each stage.
 
     Each rank computes its own rows of the global batch; N counts the tokens of all, so neither
     micro-batches nor ranks enter the result.
     """
-    config, recipe, start = run.config, run.config.recipe, time.perf_counter()
-    block_size = schedules.block_size(step, config.growth)
-    ar_weight = schedules.ar_weight(step, config)
-    rule = block_diffusion_rule(recipe.context, schedules.target_share(step, config))
+    config, began = run.config, time.perf_counter()
+    now, recipe = scheduled(step, config), config.recipe
     rows, global_tokens = next_rows(run)
     # For adapters with dropout: it must not depend on what ran before, or a resumed run would differ.
     torch.manual_seed(config.training.seed + 1_000_003 * (run.first_step + step) + run.accelerator.process_index)
-
     profiled = (step + 1) % config.training.profile_every == 0
-    run.profile = LossProfile(block_size, run.accelerator.device) if profiled else None
-    sums, flops = torch.zeros(5, dtype=torch.float64), 0.0
-    batches = list(micro_batches(run, rows))
-    for number, micro in enumerate(batches):
-        view = corrupt(
-            micro,
-            block_size,
-            mask_token_id=run.mask_token_id or 0,  # None: at b = 1 nothing is masked
-            end_token_id=run.span_ends,
-            recipe=recipe,
-            seed=config.training.seed,
-            step=run.first_step + step,
-        )
-        flops += run.flops(view, ar_weight > 0)
-        view = view.to(run.accelerator.device)
-        with accumulation(run, last=number == len(batches) - 1) as backward:
-            losses = run.loss(view, rule, score_ar=ar_weight > 0, soft=recipe.soft_weight > 0, profile=profiled)
-            # Data parallelism averages gradients over ranks; the loss is a sum over them.
-            total = losses.total(ar_weight, recipe.views, recipe.soft_weight)
-            backward(total / global_tokens * run.accelerator.num_processes)
-        if run.profile is not None and losses.nats is not None:
-            run.profile.add(view, losses.nats, recipe.prediction == "shifted")
-        parts = (losses.diffusion, losses.ar, losses.diffusion_tokens, losses.ar_tokens, losses.soft)
-        sums += torch.stack([part.detach().double() for part in parts]).cpu()
-    over_ranks: Any = run.accelerator.reduce(sums.float().to(run.accelerator.device))
-    diffusion, ar, diffusion_tokens, ar_tokens, soft = over_ranks.tolist()
-    loss = ((diffusion + recipe.soft_weight * soft) / recipe.views + ar_weight * ar) / global_tokens
+    run.profile = LossProfile(now.block_size, run.accelerator.device) if profiled else None
 
-    learning_rate = schedules.learning_rate(step, config.optimizer, config.training.steps)
-    for group in run.optimizer.param_groups:
-        group["lr"] = learning_rate
-    grad_norm = update(run, step, loss, rows)
-    seconds, device = time.perf_counter() - start, run.accelerator.device
-    return StepMetrics(
-        step=run.first_step + step,
-        block_size=block_size,
-        diffusion_loss=diffusion / diffusion_tokens if diffusion_tokens else math.nan,
-        ar_loss=ar / ar_tokens if ar_tokens else math.nan,
-        loss=loss,
-        ar_weight=ar_weight,
-        learning_rate=learning_rate,
-        grad_norm=grad_norm,
-        tokens=global_tokens,
-        step_seconds=seconds,
-        soft_loss=soft / diffusion_tokens if recipe.soft_weight and diffusion_tokens else math.nan,
-        device_tokens_per_second=global_tokens / seconds / run.accelerator.num_processes,
-        peak_memory_gib=peak_memory_gib(device),
-        mfu=None if run.peak_flops is None else flops / seconds / run.peak_flops,
-        stage=run.stage,
-        stage_number=run.stage_number,
-    )
+    sums, flops = accumulate(run, step, now, rows, global_tokens)
+    loss = float(sums.total(now.ar_weight, recipe.views, recipe.soft_weight)) / global_tokens
+    norm = update(run, step, now.learning_rate, loss, rows)
+    return metrics(run, step, now, sums, loss, norm, global_tokens, time.perf_counter() - began, flops)
 
 
-@contextmanager
-def accumulation(run: Run, *, last: bool) -> Iterator[Callable[[torch.Tensor], None]]:
-    """Forward and backward pass of one micro-batch; gives the latter. Ranks add up gradients with the last alone.
+def accumulate(run: Run, step: int, now: Scheduled, rows: Rows, global_tokens: int) -> tuple[LossSums, float]:
+    """Add up the gradient of the loss over this rank's rows, one micro-batch after the other.
 
-    But for FSDP2: to wait would be to hold all of the gradient, unshared, on each rank.
+    Args:
+        rows: this rank's.
+        global_tokens: N, what the sum of the losses is divided by.
+    Returns:
+        The sums over the global batch, in float64 on the CPU, read from the device once; and this rank's useful
+        floating-point operations.
     """
-    with nullcontext() if last or run.is_sharded else run.accelerator.no_sync(run.loss):
-        yield run.accelerator.backward
+    recipe, accelerator, score_ar = run.config.recipe, run.accelerator, now.ar_weight > 0
+    rule = block_diffusion_rule(recipe.context, now.target_share)
+    size = run.config.training.micro_batch_rows or len(rows)
+    losses, counts, flops = [], torch.zeros(2), 0.0
+    for start in range(0, len(rows), size):
+        stop = min(start + size, len(rows))
+        view = run.noised(rows.slice(start, stop), now.block_size, run.first_step + step)
+        flops += run.flops(view, score_ar)
+        view = view.to(accelerator.device)
+        # Ranks add up gradients with the last micro-batch alone. But for FSDP2: to wait would be to hold all of the
+        # gradient, unshared, on each rank.
+        with nullcontext() if stop == len(rows) or run.is_sharded else accelerator.no_sync(run.loss):
+            sums = run.loss(view, rule, score_ar, soft=recipe.soft_weight > 0, profile=run.profile is not None)
+            total = sums.total(now.ar_weight, recipe.views, recipe.soft_weight)
+            # Data parallelism averages gradients over ranks; the loss is a sum over them.
+            accelerator.backward(total / global_tokens * accelerator.num_processes)
+        if run.profile is not None:
+            run.profile.add(view.masked, sums.nats)
+        losses.append(torch.stack([sums.diffusion, sums.ar, sums.soft]).detach())
+        counts += torch.tensor([sums.diffusion_tokens, sums.ar_tokens])
+    own = sum(torch.stack(losses).cpu().double(), torch.zeros(3, dtype=torch.float64))
+    over_ranks: Any = accelerator.reduce(torch.cat([own, counts]).float().to(accelerator.device))
+    diffusion, ar, soft, diffusion_tokens, ar_tokens = over_ranks.cpu().double()
+    return LossSums(diffusion, ar, diffusion_tokens, ar_tokens, soft), flops
 
 
-def update(run: Run, step: int, loss: float, rows: Rows) -> float:
+def update(run: Run, step: int, learning_rate: float, loss: float, rows: Rows) -> float:
     """The optimizer's step on clipped gradients; their norm before that.
 
     Raises:
         TrainingStopped: loss or gradient is not finite; nothing was updated.
     """
+    for group in run.optimizer.param_groups:
+        group["lr"] = learning_rate
     clipped: Any = run.accelerator.clip_grad_norm_(run.trained.parameters(), run.config.optimizer.grad_clip)
     norm = float(clipped.full_tensor() if isinstance(clipped, DTensor) else clipped)
     if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -121,6 +101,43 @@ def update(run: Run, step: int, loss: float, rows: Rows) -> float:
     return norm
 
 
+def metrics(
+    run: Run,
+    step: int,
+    now: Scheduled,
+    sums: LossSums,
+    loss: float,
+    norm: float,
+    global_tokens: int,
+    seconds: float,
+    flops: float,
+) -> StepMetrics:
+    """What a step reports. `sums`: over the global batch. `flops`: useful ones, of this rank in these `seconds`."""
+
+    def mean(total: torch.Tensor, tokens: int | torch.Tensor) -> float:
+        return float(total) / float(tokens) if tokens else math.nan
+
+    soft = run.config.recipe.soft_weight > 0
+    return StepMetrics(
+        step=run.first_step + step,
+        block_size=now.block_size,
+        diffusion_loss=mean(sums.diffusion, sums.diffusion_tokens),
+        ar_loss=mean(sums.ar, sums.ar_tokens),
+        loss=loss,
+        ar_weight=now.ar_weight,
+        learning_rate=now.learning_rate,
+        grad_norm=norm,
+        tokens=global_tokens,
+        step_seconds=seconds,
+        soft_loss=mean(sums.soft, sums.diffusion_tokens) if soft else math.nan,
+        device_tokens_per_second=global_tokens / seconds / run.accelerator.num_processes,
+        peak_memory_gib=peak_memory_gib(run.accelerator.device),
+        mfu=None if run.peak_flops is None else flops / seconds / run.peak_flops,
+        stage=run.stage,
+        stage_number=run.stage_number,
+    )
+
+
 def next_rows(run: Run) -> tuple[Rows, int]:
     """This rank's rows of the next global batch, and N: tokens with offset >= 0 in the rows of all ranks.
 
@@ -128,7 +145,7 @@ def next_rows(run: Run) -> tuple[Rows, int]:
         UsageError: on every rank, where the data of one fail; the feed still stands before these rows.
     """
     try:
-        with together():
+        with errors_on_all_ranks():
             rows = run.feed.peek()
             check_tokens(rows, run.decoder.vocabulary, run.mask_token_id)
     except UsageError as error:
@@ -139,10 +156,3 @@ def next_rows(run: Run) -> tuple[Rows, int]:
         raise UsageError(f"{error}; {run.checkpoint} holds the steps until here") from None
     run.feed.next()
     return rows, sum(gather(int((rows.offset >= 0).sum())))
-
-
-def micro_batches(run: Run, rows: Rows) -> Iterator[Rows]:
-    """This rank's rows in micro-batches."""
-    size = run.config.training.micro_batch_rows or len(rows)
-    for start in range(0, len(rows), size):
-        yield rows.slice(start, min(start + size, len(rows)))

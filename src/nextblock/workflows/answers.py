@@ -1,7 +1,7 @@
 """A model's own answers as training data: prompts in, rows that `adapt` reads out.
 
-A draft is judged by the taste of the model that checks it, so a draft adapter learns best from what that model
-writes itself. A run that was killed goes on behind the last whole line and leaves the file that it would have left.
+The model that checks a draft accepts what it would write itself, so a draft adapter learns best from its parent's own
+answers. A run that was killed goes on behind the last whole line and leaves the file that it would have left.
 """
 
 from __future__ import annotations
@@ -9,22 +9,31 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from nextblock.config.errors import UsageError
+from nextblock.config.files import write_whole
 from nextblock.data.prompts import read_prompts
 from nextblock.data.records import Record
 from nextblock.decoding.events import Finish
-from nextblock.decoding.lm import load
-from nextblock.decoding.options import with_stored
+from nextblock.decoding.lm import BlockDiffusionLM, load
+from nextblock.decoding.options import DecodingConfig, with_stored
 from nextblock.decoding.request import make_request
 from nextblock.decoding.text import INCOMPLETE
-from nextblock.model.draft_adapter import fingerprint
-from nextblock.model.loading import GivenSettings, read_config, read_settings, resolve, resolve_adapter, weights_folder
+from nextblock.model.adapter_files import fingerprint
+from nextblock.model.loading import (
+    GivenSettings,
+    no_tokenizer,
+    read_config,
+    read_settings,
+    resolve,
+    resolve_adapter,
+    weights_folder,
+)
 
 
 def write_answers(
@@ -45,87 +54,87 @@ def write_answers(
 ) -> int:
     """Answer every prompt of `source` and write prompt and answer to `output`, a row for each, in their order.
 
-    A row is {"prompt", "completion"} or {"messages"}. Where the model did not end the answer itself (it was cut at
-    `max_new_tokens`, at the model's context or before a stop string), the row has `"ended": false`: `adapt` then
-    learns no end token there.
-
-    Beside `output` stands `output.settings`: what the rows depend on. Called again with the same, it goes on behind
-    the last whole row, and ends with the same file; a finished file is left as it is.
+    A row is {"prompt", "completion"} or {"messages"}, with `"ended": false` where the model did not end the answer
+    itself: `adapt` then learns no end token there. What the rows depend on stands in `output.settings`; called again
+    with the same, it goes on behind the last whole row, to the same file.
 
     Args:
-        model, draft_adapter, settings, dtype, compile: as of `load`.
-        source, examples: as of `sources.read_prompts`.
+        model, draft_adapter, settings, dtype, compile: as of `decoding.lm.load`.
+        source, examples: as of `data.prompts.read_prompts`.
         output: a .jsonl file.
         batch_size: prompts decoded together; no row depends on it.
         seed: of the random draws; row n draws with `seed + n`.
         stop: strings that end an answer.
         on_batch: called with rows done and rows in all, first with those that were there.
-        options: of `sampling.DecodingConfig`.
+        options: of `decoding.options.DecodingConfig`.
     Returns:
         Number of rows written by this call.
     Raises:
         UsageError: bad input, or an output that was begun with other prompts or settings; nothing is written then.
     """
     output = Path(output).expanduser()
-    _check_places(output, source)
-    if batch_size < 1:
-        raise UsageError(f"batch_size={batch_size} must be at least 1")
+    _check_places(output, source, batch_size)
     records = read_prompts(source, examples)
     section = read_settings(read_config(model), settings)
     if section is None and draft_adapter is None:
         options = {"mode": "ar", **options}
-    config = with_stored(section, options)
-    identity = {
-        "model": _identity(model),
-        "draft_adapter": draft_adapter and fingerprint(resolve_adapter(draft_adapter)),
-        "dtype": str(dtype),
-        "prompts": _digest(records),
-        "seed": seed if config.temperature else None,
-        "stop": list(stop),
-        **({"settings": section.model_dump()} if section and settings else {}),
-        **config.model_dump(),
-    }
-    record_of = output.with_name(f"{output.name}.settings")
-    done, size = _whole_rows(output)
-    begun = _check_settings(output, record_of, identity)
+    identity = _identity(model, draft_adapter, dtype, records, with_stored(section, options), seed)
+    identity |= {"stop": list(stop), **({"settings": section.model_dump()} if section and settings else {})}
+    (done, size), begun = _whole_rows(output), _check_settings(output, identity)
     if done >= len(records):
         return 0
-
     lm = load(model, draft_adapter=draft_adapter, settings=settings, dtype=dtype, compile=compile)
-    if lm.tokenizer is None:
-        raise UsageError(f"model {model} has no tokenizer; answers are written as text")
-    with warnings.catch_warnings(action="ignore"):  # decoding gives them once more
-        common = {**options, "stop": stop, "seed": seed + len(records)}
-        for record in records[done:]:  # refuse now, not after hours of decoding
-            try:
-                make_request(lm.decoder, lm.tokenizer, lm.settings, [record.item], common)
-            except UsageError as error:
-                raise UsageError(f"{record.where}: {error}".replace(" prompt 0 ", " the prompt ")) from None
+    options["stop"] = stop
+    _check_prompts(lm, records[done:], {**options, "seed": seed + len(records)})
     try:
         if not begun:
-            part = record_of.with_name(f".{record_of.name}.part")
-            part.write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
-            part.replace(record_of)
-        with output.open("ab") as stream:
-            stream.truncate(size)
+            write_whole(_settings_of(output), (json.dumps(identity, indent=2) + "\n").encode())
+        batches = _answered(lm, records, done, batch_size, seed, options)
+        for number in _append(output, size, batches):
             if on_batch:
-                on_batch(done, len(records))
-            # Batches begin where those of an undisturbed run do, so that rounding cannot tell the two apart.
-            for start in range(done - done % batch_size, len(records), batch_size):
-                batch = records[start : start + batch_size]
-                seeds = [seed + start + i for i in range(len(batch))]
-                out = lm.generate([record.item for record in batch], seed=seeds, stop=stop, **options)
-                rows = [_row(*answer) for answer in zip(batch, out.texts, out.finish, strict=True)]
-                stream.write("".join(rows[max(0, done - start) :]).encode())
-                stream.flush()
-                if on_batch:
-                    on_batch(start + len(batch), len(records))
+                on_batch(number, len(records))
     except OSError as error:
         raise UsageError(f"cannot write {output}: {error.strerror}; the same command goes on from there") from None
     return len(records) - done
 
 
-def _check_places(output: Path, source: str) -> None:
+def _check_prompts(lm: BlockDiffusionLM, records: Sequence[Record], options: dict[str, Any]) -> None:
+    """Refuse a bad prompt now, not after hours of decoding."""
+    if lm.tokenizer is None:
+        raise UsageError(f"{no_tokenizer(lm.model.name_or_path or '')}; answers are written as text")
+    with warnings.catch_warnings(action="ignore"):  # decoding gives them once more
+        for record in records:
+            try:
+                make_request(lm.decoder, lm.tokenizer, lm.settings, [record.item], options)
+            except UsageError as error:
+                raise UsageError(f"{record.where}: {error}".replace(" prompt 0 ", " the prompt ")) from None
+
+
+def _answered(
+    lm: BlockDiffusionLM, records: Sequence[Record], done: int, batch_size: int, seed: int, options: dict[str, Any]
+) -> Iterator[tuple[int, str]]:
+    """Rows done so far and the lines of the last ones; first of all those that were there, and no lines."""
+    yield done, ""
+    # Batches begin where those of an undisturbed run do, so that rounding cannot tell the two apart.
+    for start in range(done - done % batch_size, len(records), batch_size):
+        batch = records[start : start + batch_size]
+        seeds = [seed + start + i for i in range(len(batch))]
+        out = lm.generate([record.item for record in batch], **options, seed=seeds)
+        rows = [_row(*answer) for answer in zip(batch, out.texts, out.finish, strict=True)]
+        yield start + len(batch), "".join(rows[max(0, done - start) :])
+
+
+def _append(output: Path, size: int, batches: Iterable[tuple[int, str]]) -> Iterator[int]:
+    """Write lines behind the first `size` bytes of a file; after each batch its number."""
+    with output.open("ab") as stream:
+        stream.truncate(size)
+        for number, lines in batches:
+            stream.write(lines.encode())
+            stream.flush()
+            yield number
+
+
+def _check_places(output: Path, source: str, batch_size: int) -> None:
     if output.suffix != ".jsonl":
         raise UsageError(f"output {output} must end in .jsonl, by which `adapt` knows its format")
     if not output.parent.is_dir():
@@ -134,37 +143,52 @@ def _check_places(output: Path, source: str) -> None:
         raise UsageError(f"output {output} is a folder; give a file")
     if output.exists() and Path(source).expanduser().exists() and output.samefile(Path(source).expanduser()):
         raise UsageError(f"output {output} is the input itself; choose another file")
+    if batch_size < 1:
+        raise UsageError(f"batch_size={batch_size} must be at least 1")
 
 
-def _identity(model: str | Path) -> str:
-    """A local model by its weights; one of the Hub by its commit, because they need not be here yet."""
+def _identity(
+    model: str | Path,
+    draft_adapter: str | Path | None,
+    dtype: torch.dtype | None,
+    records: Sequence[Record],
+    config: DecodingConfig,
+    seed: int,
+) -> dict[str, Any]:
+    """What rows depend on; a local model by its weights, one of the Hub by its commit."""
     folder = weights_folder(model)
-    return fingerprint(folder) if Path(resolve(model)).is_dir() else f"{model} {folder.name}"
-
-
-def _digest(records: Sequence[Record]) -> str:
     values = json.dumps([record.value for record in records], sort_keys=True)
-    return hashlib.blake2b(values.encode(), digest_size=16).hexdigest()
+    return {
+        "model": fingerprint(folder) if Path(resolve(model)).is_dir() else f"{model} {folder.name}",
+        "draft_adapter": draft_adapter and fingerprint(resolve_adapter(draft_adapter)),
+        "dtype": str(dtype),
+        "prompts": hashlib.blake2b(values.encode(), digest_size=16).hexdigest(),
+        "seed": seed if config.temperature else None,
+        **config.model_dump(),
+    }
 
 
 def _whole_rows(output: Path) -> tuple[int, int]:
     """Lines of the file that are whole, and their bytes."""
-    done = size = 0
-    if output.exists():
-        with output.open("rb") as stream:
-            for line in stream:
-                if line.endswith(b"\n"):
-                    done, size = done + 1, size + len(line)
-    return done, size
+    if not output.exists():
+        return 0, 0
+    with output.open("rb") as stream:
+        lengths = [len(line) for line in stream if line.endswith(b"\n")]
+    return len(lengths), sum(lengths)
 
 
-def _check_settings(output: Path, settings: Path, identity: dict[str, Any]) -> bool:
+def _settings_of(output: Path) -> Path:
+    """The file beside the output that says what its rows depend on."""
+    return output.with_name(f"{output.name}.settings")
+
+
+def _check_settings(output: Path, identity: dict[str, Any]) -> bool:
     """Whether the output was begun with these settings; UsageError if it was with others, False for a new one."""
     if not output.exists() or not output.stat().st_size:
         return False
     try:
-        before = json.loads(settings.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        before = dict(json.loads(_settings_of(output).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
         raise UsageError(f"output {output} exists and was not begun by this command; choose another") from None
     differing = [key for key in identity if before.get(key) != identity[key]]
     if differing:

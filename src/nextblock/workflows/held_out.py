@@ -11,16 +11,13 @@ import torch
 from torch import Tensor
 
 from nextblock.attention.rule import block_diffusion_rule
-from nextblock.config.run import AdaptConfig
 from nextblock.data.rows import Rows
 from nextblock.decoding.lm import BlockDiffusionLM
-from nextblock.decoding.options import GenerateOptions
-from nextblock.measure.likelihood import bits_per_byte
+from nextblock.measure.likelihood import bits_per_byte, evaluation_rows
 from nextblock.model.decoder import Decoder
 from nextblock.model.loading import load_model
 from nextblock.model.parent import load_parent
 from nextblock.recipe import schedules
-from nextblock.recipe.corruption import corrupt
 from nextblock.training.run import Run
 
 STEPS_PER_BLOCK, SAMPLE_TOKENS, PROMPT_TOKENS = 4, 64, 32
@@ -38,31 +35,24 @@ def evaluate_midway(run: Run, rows: Rows) -> dict[str, Any]:
     The noise is the same each time. Each block of the sample gets STEPS_PER_BLOCK denoising steps, so that the
     number T of steps of the whole answer is proportional to 1 / b. The run goes on as if nothing had happened.
     """
-    config, recipe = run.config, run.config.recipe
+    config = run.config
+    # Every token counts alike, whatever is trained.
+    recipe = config.recipe.model_copy(update={"offset_decay": None})
     block_size = schedules.block_size(run.step - 1, config.growth)
     objective = run.accelerator.unwrap_model(run.loss)
     modes = {module: module.training for module in objective.modules()}
     objective.eval()
-    sums, size = torch.zeros(4, dtype=torch.float64), config.training.micro_batch_rows or len(rows)
+    parts, size = [], config.training.micro_batch_rows or len(rows)
     for start in range(0, len(rows), size):
-        view = corrupt(
-            rows.slice(start, min(start + size, len(rows))),
-            block_size,
-            mask_token_id=run.mask_token_id or 0,
-            end_token_id=run.span_ends,
-            recipe=recipe.model_copy(update={"offset_decay": None}),  # as every token counts, whatever is trained
-            seed=config.training.seed,
-            step=0,
-        ).to(run.accelerator.device)
-        losses = objective(view, block_diffusion_rule(recipe.context))
-        parts = (losses.diffusion, losses.diffusion_tokens, losses.ar, losses.ar_tokens)
-        sums += torch.stack([part.double() for part in parts]).cpu()
-    diffusion, diffusion_tokens, ar, ar_tokens = sums.tolist()
+        view = run.noised(rows.slice(start, min(start + size, len(rows))), block_size, 0, recipe)
+        losses = objective(view.to(run.accelerator.device), block_diffusion_rule(recipe.context))
+        parts.append([float(losses.diffusion), losses.diffusion_tokens, float(losses.ar), losses.ar_tokens])
+    diffusion, diffusion_tokens, ar, ar_tokens = map(sum, zip(*parts, strict=True))
 
     settings = run.settings and run.settings.model_copy(update={"block_size": block_size})
     lm = BlockDiffusionLM(run.decoder.model, run.tokenizer, settings, run.decoder.adapter, compile=False)
     prompt = first_prompt(rows)
-    options: GenerateOptions = {"max_new_tokens": max(1, min(SAMPLE_TOKENS, config.data.row_length - len(prompt)))}
+    options: dict[str, Any] = {"max_new_tokens": max(1, min(SAMPLE_TOKENS, config.data.row_length - len(prompt)))}
     if block_size == 1:
         options["mode"] = "ar"
     else:
@@ -90,11 +80,6 @@ def first_prompt(rows: Rows) -> Tensor:
     own = rows.document[0] == 0
     tokens, context = rows.tokens[0][own], int((rows.offset[0][own] < 0).long().cumprod(0).sum())
     return tokens[: context or max(1, min(PROMPT_TOKENS, len(tokens) // 2))]
-
-
-def evaluation_rows(config: AdaptConfig) -> int:
-    """Rows of one forward pass of the final evaluation: no more than a process takes while training."""
-    return min(4, config.training.micro_batch_rows or 4)
 
 
 def held_out_bits(run: Run, received: list[int]) -> list[dict[str, Any]]:

@@ -1,0 +1,79 @@
+"""One prompt and its growing answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from nextblock.decoding.events import Committed, Event, Finish, RowFinished
+from nextblock.decoding.sampling import uniforms
+
+
+@dataclass
+class Row:
+    """One prompt and its answer.
+
+    number: index in the caller's batch.
+    prompt: token ids, at least one.
+    limit: most tokens in the answer.
+    end_tokens: ids that end the answer.
+    stop: called with the answer after each token; a reason ends it there.
+    random: stream of uniform numbers, None when greedy.
+    padding: ids in front of the prompt that logits processors expect to see (left-padded input).
+    recent: speculative mode: moving average of how many drafts were kept.
+    """
+
+    number: int
+    prompt: list[int]
+    limit: int
+    end_tokens: frozenset[int] = frozenset()
+    stop: Callable[[list[int]], Finish | None] | None = None
+    random: torch.Generator | None = None
+    padding: list[int] = field(default_factory=list)
+    answer: list[int] = field(default_factory=list)
+    passes: int = 0
+    finish: Finish | None = None
+    recent: float = 0.0
+    _numbers: list[float] = field(default_factory=list, repr=False)
+
+    def push(self, token: int) -> bool:
+        """Append the next decided token; True if the answer ends with it."""
+        self.answer.append(token)
+        if token in self.end_tokens:
+            self.finish = "end_token"
+        elif self.stop is not None and (reason := self.stop(self.answer)) is not None:
+            self.finish = reason
+        elif len(self.answer) >= self.limit:
+            self.finish = "length"
+        return self.finish is not None
+
+    def extend(self, tokens: list[int], confidence: list[float]) -> Iterator[Event]:
+        """Append decided tokens until the answer ends."""
+        for token, sure in zip(tokens, confidence, strict=True):
+            offset = len(self.answer)
+            done = self.push(token)
+            yield Committed(self.number, offset, token, sure, self.passes)
+            if done:
+                yield self.finished()
+                return
+
+    def finished(self) -> RowFinished:
+        """The event of a row that has a reason to end."""
+        assert self.finish is not None
+        return RowFinished(self.number, len(self.answer), self.finish)
+
+    def peek(self, count: int) -> list[float]:
+        """The next `count` uniform numbers of this row, which are still to come; none when greedy."""
+        if self.random is None:
+            return []
+        if (missing := count - len(self._numbers)) > 0:
+            self._numbers += uniforms(self.random, missing)
+        return self._numbers[:count]
+
+    def draw(self, count: int) -> list[float]:
+        """As `peek`, but used up."""
+        numbers = self.peek(count)
+        del self._numbers[:count]
+        return numbers

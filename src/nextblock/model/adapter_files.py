@@ -1,0 +1,122 @@
+"""A draft adapter's folder, in peft's format, and the fingerprint by which it knows its parent."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from nextblock.config.errors import UsageError, one_line
+from nextblock.config.sections import BlockDiffusionSettings, DraftAdapterConfig, validate
+from nextblock.model.draft_adapter import DraftAdapter
+
+WEIGHTS, PEFT_CONFIG, SETTINGS = "adapter_model.safetensors", "adapter_config.json", "draft_adapter.json"
+MASK_VECTOR = "mask_vector.safetensors"
+PEFT_PREFIX = "base_model.model."
+SAMPLED = 4096
+"""Bytes of each tensor that enter the fingerprint."""
+
+
+def fingerprint(folder: Path) -> str:
+    """A digest of the parent's weight files: name, shape, dtype and a sample of the bytes of every tensor."""
+    digest = hashlib.blake2b(digest_size=16)
+    tensors: dict[str, Path] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(str(file), framework="pt") as handle:
+            tensors |= dict.fromkeys(handle.keys(), file)
+    for name in sorted(tensors):
+        with safe_open(str(tensors[name]), framework="pt") as handle:
+            part = handle.get_slice(name)
+            shape = part.get_shape()
+            rows = max(1, SAMPLED // max(1, math.prod(shape[1:]) * 2)) if shape else 0
+            sample = part[:rows] if shape else handle.get_tensor(name)
+        digest.update(f"{name} {shape} {sample.dtype}".encode())
+        digest.update(sample.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_adapter(
+    folder: Path,
+    adapter: DraftAdapter,
+    settings: BlockDiffusionSettings,
+    parent: str,
+    parent_folder: Path,
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    """Write a peft-format folder, with the mask vector, the settings, and the parent's name and fingerprint."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {}
+    for name, first, second in zip(adapter.names, adapter.lora_A, adapter.lora_B, strict=True):
+        for key, weight in zip(_keys(name), (first, second), strict=True):
+            weights[key] = weight.detach().to("cpu", dtype).contiguous()
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    save_file({"mask_vector": adapter.mask_vector.detach().cpu().to(dtype)}, folder / MASK_VECTOR)
+    peft_config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": parent,
+        "r": adapter.config.rank,
+        "lora_alpha": adapter.config.alpha,
+        "lora_dropout": adapter.config.dropout,
+        "target_modules": adapter.names,
+        "bias": "none",
+        "inference_mode": True,
+    }
+    own = {"block_diffusion": settings.model_dump(), "parent": parent, "fingerprint": fingerprint(parent_folder)}
+    (folder / PEFT_CONFIG).write_text(json.dumps(peft_config, indent=2), encoding="utf-8")
+    (folder / SETTINGS).write_text(json.dumps(own, indent=2), encoding="utf-8")
+
+
+def load_adapter(
+    folder: Path, model: PreTrainedModel, parent_folder: Path
+) -> tuple[DraftAdapter, BlockDiffusionSettings]:
+    """Attach a saved adapter to its parent.
+
+    Raises:
+        UsageError: no whole adapter there, or one of another parent.
+    """
+    try:
+        own: dict[str, Any] = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        peft_config = json.loads((folder / PEFT_CONFIG).read_text(encoding="utf-8"))
+        parent, digest, section = own["parent"], own["fingerprint"], own["block_diffusion"]
+        config = DraftAdapterConfig(
+            rank=peft_config["r"],
+            alpha=peft_config["lora_alpha"],
+            dropout=peft_config["lora_dropout"],
+            target_modules=tuple(peft_config["target_modules"]),
+        )
+        stored = load_file(folder / WEIGHTS)
+        weights = {name: [stored[key] for key in _keys(name)] for name in config.target_modules}
+        mask_vector = load_file(folder / MASK_VECTOR)["mask_vector"]
+    except Exception as error:  # of whatever kind a file raises that is missing, cut or of another program
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise UsageError(f"{folder} holds no draft adapter ({reason}); make one with `nextblock adapt`") from None
+    found = fingerprint(parent_folder)
+    if digest != found:
+        raise UsageError(
+            f"draft adapter {folder} belongs to {parent} (weights {digest[:8]}), not to this model "
+            f"(weights {found[:8]}); load it with its own parent"
+        )
+    adapter = DraftAdapter(model, config)
+    with torch.no_grad():
+        for name, first, second in zip(adapter.names, adapter.lora_A, adapter.lora_B, strict=True):
+            first.copy_(weights[name][0])
+            second.copy_(weights[name][1])
+        adapter.mask_vector.copy_(mask_vector)
+    adapter.requires_grad_(False).eval()
+    if adapter.mask_vector.device.type == "cpu":
+        adapter.merge_copies()
+    adapter.settings = validate(BlockDiffusionSettings, section)
+    return adapter, adapter.settings
+
+
+def _keys(name: str) -> tuple[str, str]:
+    """What peft calls A and B of a layer."""
+    return f"{PEFT_PREFIX}{name}.lora_A.weight", f"{PEFT_PREFIX}{name}.lora_B.weight"

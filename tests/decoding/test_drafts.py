@@ -1,0 +1,86 @@
+"""Drafts of several paths, and the pass that checks them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from decoders import LENGTHS, language_model, padded, prompt
+from families import FAMILIES, tiny_model
+from nextblock.config.sections import validate
+from nextblock.decoding.batch import Batch
+from nextblock.decoding.drafts import Branches, Draft, lay_out
+from nextblock.decoding.events import BlockFinished, Rejected, Stats
+from nextblock.decoding.options import DecodingConfig
+from nextblock.decoding.rows import Row
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("family", "window"), [*((name, None) for name in FAMILIES), ("mistral", 4), ("gemma3", 4), ("phi3", 4)]
+)
+def test_a_tree_of_drafts_gives_each_path_what_a_plain_causal_pass_gives_it(family, window):
+    """Both its logits, and, once its own part is moved, the cache that the next pass reads."""
+    family_model: Any = tiny_model(family, **({} if window is None else {"sliding_window": window}))
+    lm = language_model(family_model, 6)
+    options = validate(DecodingConfig, {"mode": "speculative", "block_size": 6, "draft_paths": 3})
+    texts = [prompt(11)[0].tolist(), prompt(7)[0].tolist()]
+    # The last six tokens: one known and five drafts, of which the second row has four.
+    branches = Branches([[1, 3], [0, 2]], torch.tensor([[41, 42], [43, 44]]))
+    for number in range(3):
+        rows = [Row(i, text[:-6], limit=40, answer=text[-6:-5]) for i, text in enumerate(texts)]
+        draft = Draft(torch.tensor([text[-5:] for text in texts]), [5, 4], branches=branches)
+        batch = Batch(lm.decoder, lm.settings, options, rows, Stats())
+        batch.prefill()
+        known, starts = batch.known()
+        tree = lay_out(batch, draft, known, starts)
+        logits = lm.decoder.logits(batch.forward(tree.tokens, starts, [True, True], tree.groups))
+        for index, (row, start, length) in enumerate(zip(rows, starts, draft.lengths, strict=True)):
+            row.answer += tree.paths[index, number, :length].tolist()
+            plain = family_model(torch.tensor([row.prompt + row.answer])).logits[0, start:]
+            slots = tree.slots[index, number, : length + 1]
+            torch.testing.assert_close(logits[index, slots], plain, rtol=1e-4, atol=1e-4)
+            if number:
+                slot, depth = draft.own_slots(index, number)
+                assert (slot, depth) == (int(slots[depth + 1]), int(tree.depth[index, number]))
+                batch.cache.move(index, start + slot, start + depth + 1, length - depth)
+            row.answer.append(50 + index)
+        hidden = batch.forward(*batch.known(), [True, True])
+        for index, row in enumerate(rows):
+            plain = family_model(torch.tensor([row.prompt + row.answer])).logits[0, -1]
+            torch.testing.assert_close(lm.decoder.logits(hidden[index, 0]), plain, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_second_path_is_kept_where_the_first_one_is_wrong(temperature):
+    """The event names it, what it overrules is rejected, and greedy answers take fewer passes than with one path."""
+    lm = language_model(tiny_model("llama", seed=1, std=0.05))
+    batch = padded([prompt(n, 1) for n in LENGTHS])
+    passes = []
+    for paths in (1, 2):
+        stream = lm.stream(
+            **batch,
+            mode="speculative",
+            max_new_tokens=40,
+            draft_paths=paths,
+            temperature=temperature,
+            seed=0,
+            eos_token_id=[],
+        )
+        overruled, second = [], 0
+        for event in stream:
+            if isinstance(event, Rejected):
+                overruled.append(event)
+            elif isinstance(event, BlockFinished):
+                # The last token gained is the head's own; what differs before it was another path's.
+                answer = stream.rows[event.row].answer
+                other = [e for e in overruled if e.offset < event.end - 1]
+                assert all(answer[e.offset] != e.token for e in other)
+                assert other or not event.path or len(answer) == 40
+                second += event.path
+                overruled = []
+        assert bool(second) == (paths == 2)
+        passes.append(sum(stream.stats.row_forwards.values()))
+    assert temperature or passes[1] < passes[0]
