@@ -106,7 +106,7 @@ class Chat:
     def render(self, messages: Sequence[Any], prompt: bool = False) -> str:
         """The text of some messages; `prompt`: up to where the assistant speaks."""
         try:
-            text = self._tokenizer.apply_chat_template(
+            return self._tokenizer.apply_chat_template(
                 list(messages),
                 tools=self._tools,
                 chat_template=self._template,
@@ -115,7 +115,6 @@ class Chat:
             )
         except Exception as error:  # templates raise anything
             raise UsageError(f"{self._where}: the chat template fails: {one_line(error)}") from None
-        return text
 
     def prompt(self) -> str:
         """The whole conversation, up to where the assistant speaks."""
@@ -130,6 +129,8 @@ class Chat:
 
         Args:
             ended: False: the last turn breaks off, without its end-of-turn token.
+        Returns:
+            Context alone for a conversation without an assistant turn.
         Raises:
             UsageError: no turn can be told from the rest.
         """
@@ -141,9 +142,10 @@ class Chat:
         if last in turns and last not in fitting:
             return self._last_alone(turns[0], before[last], ended)
         pieces, done = [], 0
-        for turn, following in zip(fitting, [*fitting[1:], None], strict=True):
+        limits = [len(before[turn]) for turn in fitting[1:]] + [len(whole)]
+        for turn, limit in zip(fitting, limits, strict=False):  # without a turn that fits, the limit stands alone
             start = len(before[turn])
-            stop = self._end_of(turn, whole, start, len(whole) if following is None else len(before[following]))
+            stop = self._end_of(turn, whole, start, limit)
             if stop is None or start < done:
                 continue
             text = whole[start:stop]

@@ -13,7 +13,7 @@ from torch import Tensor
 from nextblock.config.errors import UsageError
 from nextblock.config.sections import BlockDiffusionSettings, validate
 from nextblock.data.encode import encode_prompt
-from nextblock.data.sources import check_characters
+from nextblock.data.records import check_characters
 from nextblock.decoding.events import Finish
 from nextblock.decoding.options import DecodingConfig, resolve_config
 from nextblock.decoding.rows import Row

@@ -13,8 +13,9 @@ from nextblock.config.errors import UsageError, require
 from nextblock.config.run import AdaptConfig
 from nextblock.config.sections import ModelConfig, OptimizerConfig
 from nextblock.data.feed import Feed
+from nextblock.data.mixture import NoDocument
 from nextblock.data.rows import Rows, check_tokens
-from nextblock.data.stream import NoDocument, RowStream
+from nextblock.data.stream import RowStream
 from nextblock.model.decoder import Decoder
 from nextblock.model.draft_adapter import DraftAdapter
 from nextblock.model.loading import check_backward, weight_shapes

@@ -18,7 +18,7 @@ import torch
 from nextblock.config.errors import UsageError
 from nextblock.config.files import write_whole
 from nextblock.data.prompts import read_prompts
-from nextblock.data.sources import Record
+from nextblock.data.records import Record
 from nextblock.decoding.events import Finish
 from nextblock.decoding.lm import BlockDiffusionLM, load
 from nextblock.decoding.options import DecodingConfig, with_stored
