@@ -256,7 +256,7 @@ def test_generate_refuses_bad_options_in_one_line(run, parent, tmp_path, argumen
 @pytest.mark.parametrize(
     "options",
     [
-        ["--draft-length", "auto", "--draft-steps", "2"],
+        ["--draft-length", "auto"],
         ["--draft-length", "3", "--draft-paths", "3"],
         ["--draft-ahead", "2"],
     ],

@@ -213,8 +213,7 @@ def load_model(
     wanted: Any = dtype or (torch.float32 if target.type == "cpu" else "auto")
     options: dict[str, Any] = {}
     if quantization:  # where bitsandbytes is missing, transformers says so in one line
-        if target.type != "cuda":  # there bitsandbytes packs the weights for a kernel that has no backward pass
-            raise UsageError(f"model.quantization={quantization} needs a CUDA device; leave it out on {target.type}")
+        check_quantization(quantization, target.type)
         nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
         options = {"quantization_config": nf4, "device_map": {"": target}}
     try:
@@ -270,6 +269,18 @@ def choose_attention(config: PreTrainedConfig, wanted: str, device: torch.device
         return "flex_attention"
     sdpa = getattr(kind, "_supports_sdpa", True) and not getattr(text_config(config), "attn_logit_softcapping", None)
     return "sdpa" if sdpa else "eager"
+
+
+def check_backward(attention: str, device: str) -> None:
+    """UsageError where an attention implementation cannot be trained on a kind of device."""
+    if attention == "flex_attention" and device == "cpu":
+        raise UsageError("model.attention=flex_attention has no backward pass on CPU; use sdpa, or auto")
+
+
+def check_quantization(quantization: str | None, device: str) -> None:
+    """UsageError where a kind of device has no quantized weights that can be trained through."""
+    if quantization and device != "cuda":  # on a CPU bitsandbytes packs them for a kernel without a backward pass
+        raise UsageError(f"model.quantization={quantization} needs a CUDA device; leave it out on {device}")
 
 
 def load_tokenizer(

@@ -11,7 +11,6 @@ from typing import Any
 from nextblock.config.files import locked
 from nextblock.config.run import AdaptConfig, load_config, stage_configs
 from nextblock.data.feed import merged
-from nextblock.measure.held_out import SigtermReceived, evaluate_midway, held_out_bits
 from nextblock.measure.machine import environment
 from nextblock.measure.report import read_log, write_report
 from nextblock.recipe import schedules
@@ -19,6 +18,7 @@ from nextblock.training.loop import stop_on_sigterm, train
 from nextblock.training.output import writing
 from nextblock.training.ranks import gather
 from nextblock.training.run import LOG, Run, StepMetrics
+from nextblock.workflows.held_out import SigtermReceived, evaluate_midway, held_out_bits
 
 
 @dataclass(frozen=True)
