@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from nextblock.config.errors import UsageError
@@ -291,8 +291,16 @@ def test_turns_that_are_shown_otherwise_than_decoding_would_begin_them_are_conte
     assert ["".join(span) for span in spans(document, tokenizer)] == ["yĊ</think>Ċd<|im_end|>"]
 
 
-def test_a_chat_is_the_same_on_every_day() -> None:
-    tokenizer = words("{{ strftime_now('%d %b %Y') if strftime_now is defined }}\n" + CHATML)
+@pytest.mark.parametrize(
+    "day",
+    [
+        "{{ strftime_now('%d %b %Y') if strftime_now is defined }}\n",
+        "{%- set form = '%d %b %Y' %}{{ strftime_now(form) }}\n\n",
+        '{{ strftime_now(format="%d %b %Y") }}\n\n',
+    ],
+)
+def test_a_chat_is_the_same_on_every_day(day: str) -> None:
+    tokenizer = words(day + CHATML)
     text = str(tokenizer.decode(encode({"messages": TALK}, tokenizer).tokens))
     assert text.startswith("26 Jul 2024\n")
     prompt = str(tokenizer.decode(encode_prompt(TALK[:1], tokenizer, "prompt")))
@@ -305,6 +313,16 @@ def test_a_chat_is_rendered_about_once_for_each_turn(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(tokenizer, "apply_chat_template", lambda *a, **k: calls.append(a) or render(*a, **k))
     encode({"messages": TALK * 10}, tokenizer)
     assert len(calls) <= 20 + 2
+
+
+def test_the_end_of_a_turn_need_not_be_a_special_token() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens([AddedToken(name, special=False) for name in ("<|im_start|>", "<|im_end|>")])
+    tokenizer.chat_template = CHATML
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert span_ends(tokenizer) == [256, end]
+    document = encode({"messages": TALK}, tokenizer)
+    assert all(span[-1] == "<|im_end|>" for span in spans(document, tokenizer))
 
 
 def test_the_end_token_and_the_end_of_a_turn_end_spans() -> None:

@@ -313,7 +313,8 @@ def _jsonl(files: Sequence[str], pick: Callable[[Any, str], Record]) -> Records:
         try:
             row = json.loads(text)
         except json.JSONDecodeError as error:
-            raise UsageError(f"{where}: broken JSON line: {error.msg} at column {error.colno}; repair it") from None
+            cure = "write each object on a line of its own" if text.strip() == "{" else "repair it"
+            raise UsageError(f"{where}: broken JSON line: {error.msg} at column {error.colno}; {cure}") from None
         except (ValueError, RecursionError) as error:  # numbers of thousands of digits, endless nesting
             raise UsageError(f"{where}: unreadable JSON line: {one_line(error)}; repair it") from None
         if "\\u" in text:
@@ -392,7 +393,7 @@ def _record(row: Any, source: Source, where: str) -> Record:
             f"{where}: no field '{source.text_field}' (nor prompt and completion, nor messages); "
             f"the fields are {', '.join(fields) or 'none'}; set text_field"
         )
-    keys = next((keys for keys in found if any(row[key] for key in keys)), found[0])
+    keys = next((keys for keys in found if not all(_is_blank(row[key]) for key in keys)), found[0])
     if keys == ("messages",):
         return Record({key: row[key] for key in ("messages", "tools") if row.get(key)}, where, ended)
     for key in keys:
@@ -401,7 +402,8 @@ def _record(row: Any, source: Source, where: str) -> Record:
     return Record({key if len(keys) > 1 else "text": row[key] for key in keys}, where, ended)
 
 
-# ---------------------------------------------------------------- prompts: what is yet to be answered
+def _is_blank(value: Any) -> bool:
+    return not (value.strip() if isinstance(value, str) else value)
 
 
 # ---------------------------------------------------------------- cursors: endless reading that resumes
