@@ -35,6 +35,7 @@ from nextblock.data.rows import Rows, check_tokens
 from nextblock.data.sources import Records, read_source
 from nextblock.data.stream import is_held_out
 from nextblock.model.loading import load_tokenizer, read_config, read_settings
+from nextblock.model.parent import byte_tokenizer
 from nextblock.model.probe import without_dropout
 from nextblock.training.checkpoint import list_checkpoints, newest_whole_checkpoint
 from nextblock.training.loop import train
@@ -278,6 +279,19 @@ def test_bad_input_stops_with_one_line_and_leaves_no_folder(place, tmp_path, mon
         train(config)
     assert said in str(refused.value)
     assert "\n" not in str(refused.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_ends_a_turn_is_no_mask_token(place, tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}<|turn|>{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    config = config_of(
+        place, tmp_path / "run", model__tokenizer=str(tmp_path / "tokenizer"), model__mask_token="<|turn|>"
+    )
+    with pytest.raises(UsageError, match="mask token id 257 ends the turns of the chat template"):
+        train(config)
     assert not (tmp_path / "run").exists()
 
 

@@ -261,9 +261,11 @@ def load_tokenizer(
     path: str | Path, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase | None:
     """The model's tokenizer; None where none can be had (`no_tokenizer` says why): token ids still work."""
-    source = resolve(path)
     names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
-    if Path(source).is_dir() and not any((Path(source) / name).is_file() for name in names):
+    own = Path(path).expanduser()  # which may hold a tokenizer alone
+    found = str(path) not in SHIPPED and any((own / name).is_file() for name in names)
+    source = str(own) if found else resolve(path)
+    if not found and Path(source).is_dir() and not any((Path(source) / name).is_file() for name in names):
         return None
     try:
         return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)

@@ -12,6 +12,7 @@ from accelerate.utils import is_bnb_available
 from nextblock.config.errors import UsageError, require
 from nextblock.config.run import AdaptConfig
 from nextblock.config.sections import ModelConfig, OptimizerConfig
+from nextblock.data.encode import span_ends
 from nextblock.data.feed import Feed
 from nextblock.data.rows import Rows, check_tokens
 from nextblock.data.stream import NoDocument, RowStream
@@ -118,6 +119,10 @@ def load(
         probe_adapter(decoder)
     elif masks:
         mask_token_id = choose_mask_token(decoder, tokenizer, model.mask_token)
+        if mask_token_id in span_ends(tokenizer):
+            raise UsageError(
+                f"mask token id {mask_token_id} ends the turns of the chat template; set model.mask_token to another"
+            )
         check_round_trip(tokenizer, mask_token_id)
     else:
         mask_token_id = None
