@@ -481,6 +481,32 @@ def test_a_folder_that_holds_no_usable_model_stops_with_one_line(tmp_path, files
     assert said is None or said in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"vocab_size": 90}, r"is \(97, 32\) in its files and would be \(90, 32\) by config.json"),
+        ({"num_attention_heads": 5}, "hidden size .* is not a multiple of the number of attention"),
+        ({"rope_parameters": {"rope_type": "other"}}, "KeyError 'other'"),
+        ({"block_diffusion": 5}, "block_diffusion of config.json is 5; it must be a mapping"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_refused_with_its_cause(llama, tmp_path, changes, said):
+    llama.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(UsageError, match=said):
+        nb.load(tmp_path)
+
+
+def test_settings_and_a_tokenizer_config_that_are_no_mappings_are_refused(llama, tmp_path):
+    with pytest.raises(UsageError, match="settings is 5; it must be a mapping"):
+        read_settings(llama.config, 5)  # pyright: ignore[reportArgumentType]
+    export(tmp_path, llama, byte_tokenizer(), None)
+    (tmp_path / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(UsageError, match="cannot load the tokenizer"):
+        nb.load(tmp_path)
+
+
 def test_a_missing_model_folder_and_a_file_are_named(tmp_path):
     with pytest.raises(UsageError, match="does not exist"):
         load_model(tmp_path / "absent")

@@ -220,6 +220,7 @@ def load_model(
             revision=revision,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below
             **options,
         )
     except Exception as error:
@@ -232,6 +233,11 @@ def load_model(
         raise UsageError(
             f"cannot load model {path}: its files lack {len(missing)} of the weights that architecture "
             f"'{config.model_type}' needs, the first {missing[0]}; restore them, or repair config.json"
+        )
+    for name, held, wanted in sorted(found["mismatched_keys"])[:1]:
+        raise UsageError(
+            f"cannot load model {path}: {name} is {tuple(held)} in its files and would be {tuple(wanted)} by "
+            "config.json; restore the one or the other"
         )
     head = model.get_output_embeddings()
     if getattr(head, "weight", None) is not model.get_input_embeddings().weight:
@@ -277,7 +283,8 @@ def load_tokenizer(
 
 def _tokenizer_code(source: str, revision: str | None = None) -> bool:
     """Whether a tokenizer comes with code of its own."""
-    return bool(get_tokenizer_config(source, revision=revision).get("auto_map"))
+    config = get_tokenizer_config(source, revision=revision)
+    return isinstance(config, Mapping) and bool(config.get("auto_map"))
 
 
 def no_tokenizer(path: str | Path, revision: str | None = None) -> str:
@@ -296,6 +303,9 @@ def read_settings(config: PreTrainedConfig, given: GivenSettings | None = None) 
         UsageError: settings that cannot be read, an unknown key, or a value out of range.
     """
     section = getattr(config, "block_diffusion", None)
+    for name, value in (("block_diffusion of config.json", section), ("settings", given)):
+        if not isinstance(value, Mapping | BlockDiffusionSettings | str | None):
+            raise UsageError(f"{name} is {value!r}; it must be a mapping such as {{block_size: 32, mask_token_id: 7}}")
     if isinstance(given, str):
         given = KNOWN_SETTINGS.get(given) or _mapping(given)
     if isinstance(given, BlockDiffusionSettings):
@@ -320,8 +330,9 @@ def _mapping(text: str) -> Mapping[str, Any]:
 
 
 def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    lines = str(error).strip().splitlines()
+    first = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])  # of a title, what follows it too
+    return f"{type(error).__name__} {first}".strip() if isinstance(error, KeyError) or not first else first
 
 
 def _raised(error: BaseException) -> str:
