@@ -315,6 +315,12 @@ def test_a_chat_is_rendered_about_once_for_each_turn(monkeypatch: pytest.MonkeyP
     assert len(calls) <= 20 + 2
 
 
+def test_a_chat_in_which_the_assistant_never_speaks_is_context() -> None:
+    document = encode({"messages": TALK[:1]}, words())
+    assert len(document.tokens)
+    assert (document.offset == -1).all()
+
+
 def test_the_end_of_a_turn_need_not_be_a_special_token() -> None:
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens([AddedToken(name, special=False) for name in ("<|im_start|>", "<|im_end|>")])

@@ -140,7 +140,8 @@ class Chat:
         if last in turns and last not in fitting:
             return self._last_alone(turns[0], before[last], ended)
         pieces, done = [], 0
-        for turn, following in zip(fitting, [*fitting[1:], None], strict=True):
+        for number, turn in enumerate(fitting):
+            following = fitting[number + 1] if number + 1 < len(fitting) else None
             start = len(before[turn])
             stop = self._end_of(turn, whole, start, len(whole) if following is None else len(before[following]))
             if stop is None or start < done:
