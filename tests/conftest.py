@@ -18,13 +18,11 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from families import FAMILIES, WINDOW, pangu_folder, tiny_model
+from families import BYTE_VOCABULARY, FAMILIES, WINDOW, pangu_folder, tiny_model
 from runs import config_of, start, weights
 
 # Models here are tiny: more threads cost more than they give, and sums keep one order.
 torch.set_num_threads(1)
-
-VOCABULARY = 260  # the byte tokenizer's 257 and three unused rows
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -79,7 +77,7 @@ def pangu(tmp_path: Path) -> tuple[Path, PreTrainedModel]:
 def place(tmp_path_factory) -> Path:
     """A folder with a tiny Llama parent and a corpus of short sums."""
     folder = tmp_path_factory.mktemp("parent")
-    tiny_model("llama", vocab_size=VOCABULARY, std=0.08).save_pretrained(folder / "llama")
+    tiny_model("llama", vocab_size=BYTE_VOCABULARY, std=0.08).save_pretrained(folder / "llama")
     texts = [f"{a} plus {b} is {a + b}." for a in range(12) for b in range(12)]
     lines = [json.dumps({"text": text}) for text in texts]
     (folder / "sums.jsonl").write_text("\n".join(lines), encoding="utf-8")

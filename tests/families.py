@@ -14,6 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 VOCABULARY = 97
+BYTE_VOCABULARY = 260  # the byte tokenizer's 257 and three unused rows
 MASK_ID = 96  # the last row; tests draw their tokens from 3 .. 95
 PAD_ID, BOS_ID, EOS_ID = 0, 1, 2
 

@@ -9,8 +9,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from conftest import VOCABULARY
-from families import tiny_model
+from families import BYTE_VOCABULARY, tiny_model
 from layouts import make_rows
 from nextblock.config.errors import UsageError
 from nextblock.config.sections import Source
@@ -42,7 +41,7 @@ def test_without_dropout_a_model_in_train_mode_gives_what_it_gives_in_eval_mode(
 
 SCRATCH = {
     "model_type": "llama",
-    "vocab_size": VOCABULARY,
+    "vocab_size": BYTE_VOCABULARY,
     "hidden_size": 16,
     "intermediate_size": 16,
     "num_hidden_layers": 1,
@@ -104,7 +103,7 @@ def test_held_out_documents_that_cannot_be_read_stop_the_run_before_it_begins(pl
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_more_positions_are_offered_only_where_they_are_not_learned(family, place, tmp_path):
-    tiny_model(family, vocab_size=VOCABULARY).save_pretrained(tmp_path / family)
+    tiny_model(family, vocab_size=BYTE_VOCABULARY).save_pretrained(tmp_path / family)
     config = config_of(place, tmp_path / "run", model__path=str(tmp_path / family), data__row_length=4096)
     with pytest.raises(UsageError, match="is over the model's") as refused:
         train(config)
