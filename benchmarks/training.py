@@ -8,7 +8,6 @@ Letters: B rows, L clean tokens of a row, V vocabulary.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import json
 import multiprocessing
@@ -16,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -34,12 +33,13 @@ from nextblock.config.run import AdaptConfig, load_config
 from nextblock.config.sections import DraftAdapterConfig
 from nextblock.data.rows import Rows
 from nextblock.measure.bench.forwards import random_model
-from nextblock.measure.machine import GIB, environment, high_water_mark_gib, synchronize
+from nextblock.measure.machine import environment, synchronize
 from nextblock.model.decoder import Decoder
 from nextblock.model.draft_adapter import DraftAdapter
 from nextblock.model.loading import load_model, read_settings
 from nextblock.model.training_mode import run_in_parts, without_dropout
 from nextblock.recipe.objective import TwoViewLoss
+from nextblock.training.devices import GIB, peak_memory_gib, reset_peak_memory
 from nextblock.training.run import Run
 from nextblock.training.step import train_step
 
@@ -51,7 +51,7 @@ AR_WEIGHT = 0.5
 
 
 @dataclass(frozen=True)
-class Work:
+class Workload:
     """What every contestant trains on.
 
     model: path or shipped name; with `random_weights` the name of a shape.
@@ -70,7 +70,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Way:
+class Method:
     """A way to train: `kind` is "nextblock", "plain", "ar" or "draft adapter"; `views` noised views (k)."""
 
     kind: str
@@ -86,23 +86,23 @@ class Way:
 # ------------------------------------------------------------------------------------------ contestants
 
 
-class Contest:
+class Comparison:
     """The model, its optimizer and the rows that all contestants share."""
 
-    def __init__(self, work: Work, ways: Sequence[Way]) -> None:
-        """Load or make the model. Only what `ways` train gets an optimizer, whose state exists before any step."""
+    def __init__(self, workload: Workload, methods: Sequence[Method]) -> None:
+        """Load or make the model. Only what `methods` train gets an optimizer, whose state exists before any step."""
         torch.manual_seed(0)
-        self.work = work
-        self.decoder = _open(work)
+        self.workload = workload
+        self.decoder = _open(workload)
         self.device = self.decoder.device
         self.two_view_attention = self.decoder.attention
-        self.tokens = _random_tokens(self.decoder, work)
+        self.tokens = _random_tokens(self.decoder, workload)
         without_dropout(self.decoder.model)
-        if work.compile:
+        if workload.compile:
             self.decoder.model.base_model.compile()
         else:
             run_in_parts(self.decoder)
-        kinds = {way.kind for way in ways}
+        kinds = {method.kind for method in methods}
         self.optimizer = None
         if kinds - {"draft adapter"}:
             self.optimizer = _optimizer(list(self.decoder.model.parameters()))
@@ -110,12 +110,12 @@ class Contest:
         if "draft adapter" in kinds:
             self.adapter = DraftAdapter(self.decoder.model, DraftAdapterConfig())
             self.adapter_optimizer = _optimizer(list(self.adapter.parameters()))
-        self.steps = {way: self._step(way) for way in ways}
+        self.steps = {method: self._step(method) for method in methods}
 
-    def run(self, way: Way, number: int) -> float:
+    def run(self, method: Method, number: int) -> float:
         """One optimizer step; seconds. `number` decides the noise."""
-        model, drafting = self.decoder.model, way.kind == "draft adapter"
-        attention = self.two_view_attention if way.kind in ("nextblock", "draft adapter") else "sdpa"
+        model, drafting = self.decoder.model, method.kind == "draft adapter"
+        attention = self.two_view_attention if method.kind in ("nextblock", "draft adapter") else "sdpa"
         if attention != self.decoder.attention and self.two_view_attention == "flex_attention":
             model.set_attn_implementation(attention)
         model.requires_grad_(not drafting)
@@ -125,23 +125,23 @@ class Contest:
         with hidden:
             synchronize(self.device)
             began = time.perf_counter()
-            self.steps[way](number)
+            self.steps[method](number)
             synchronize(self.device)
             return time.perf_counter() - began
 
-    def _step(self, way: Way) -> Callable[[int], Any]:
-        if way.kind in ("nextblock", "draft adapter"):
-            run = self._training_run(way)
+    def _step(self, method: Method) -> Callable[[int], Any]:
+        if method.kind in ("nextblock", "draft adapter"):
+            run = self._training_run(method)
             return lambda number: train_step(run, number)
         model, tokens = self.decoder.model, self.tokens.to(self.device)
         optimizer = cast(torch.optim.Optimizer, self.optimizer)
 
         def step(number: int) -> None:
-            if way.kind == "ar":
+            if method.kind == "ar":
                 loss = cast(Any, model)(input_ids=tokens, labels=tokens, use_cache=False).loss
             else:
-                masked = random_masks(tokens, self.work.block_size, number)
-                loss = plain_loss(self.decoder, tokens, masked, self.work.block_size)
+                masked = random_masks(tokens, self.workload.block_size, number)
+                loss = plain_loss(self.decoder, tokens, masked, self.workload.block_size)
             loss.backward()
             clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -149,15 +149,15 @@ class Contest:
 
         return step
 
-    def _training_run(self, way: Way) -> Run:
+    def _training_run(self, method: Method) -> Run:
         """What `train_step` needs, with the same rows at every step."""
-        drafting = way.kind == "draft adapter"
+        drafting = method.kind == "draft adapter"
         decoder = Decoder(self.decoder.model, self.adapter if drafting else None)
         settings = read_settings(self.decoder.model.config)
         own_mask = self.decoder.vocabulary - 1 if settings is None else settings.mask_token_id
         mask = decoder.adapter.mask_token_id if decoder.adapter is not None else own_mask
         return Run(
-            config=_configuration(self.work, way.views),
+            config=_configuration(self.workload, method.views),
             accelerator=Accelerator(),
             tokenizer=SimpleNamespace(eos_token_id=None),
             decoder=decoder,
@@ -169,8 +169,10 @@ class Contest:
         )
 
 
-def _open(work: Work) -> Decoder:
-    return Decoder(random_model(work.model, attention="auto").model if work.random_weights else load_model(work.model))
+def _open(workload: Workload) -> Decoder:
+    return Decoder(
+        random_model(workload.model, attention="auto").model if workload.random_weights else load_model(workload.model)
+    )
 
 
 def _optimizer(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
@@ -183,22 +185,22 @@ def _optimizer(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
     return optimizer
 
 
-def _configuration(work: Work, views: int) -> AdaptConfig:
+def _configuration(workload: Workload, views: int) -> AdaptConfig:
     return load_config(
         {
-            "data": {"sources": [{"path": "bench"}], "row_length": work.row_length},
-            "growth": {"b_0": work.block_size, "b_max": work.block_size},
+            "data": {"sources": [{"path": "bench"}], "row_length": workload.row_length},
+            "growth": {"b_0": workload.block_size, "b_max": workload.block_size},
             "recipe": {"ar_weight": AR_WEIGHT, "views": views, "complementary": views % 2 == 0},
             "optimizer": {"lr": 1e-6, "weight_decay": 0.0},
-            "training": {"steps": 1_000_000, "batch_rows": work.rows},
+            "training": {"steps": 1_000_000, "batch_rows": workload.rows},
         }
     )
 
 
-def _random_tokens(decoder: Decoder, work: Work) -> Tensor:
+def _random_tokens(decoder: Decoder, workload: Workload) -> Tensor:
     """int64 [B, L]; neither the mask token nor the last id, which stands in for it, is among them."""
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, decoder.vocabulary - 1, (work.rows, work.row_length), generator=generator)
+    tokens = torch.randint(0, decoder.vocabulary - 1, (workload.rows, workload.row_length), generator=generator)
     settings = read_settings(decoder.model.config)
     return tokens if settings is None else tokens.masked_fill(tokens == settings.mask_token_id, 0)
 
@@ -265,58 +267,58 @@ def plain_loss(
 # -------------------------------------------------------------------------------------------- measuring
 
 
-def compare(work: Work, ways: Sequence[Way], rounds: int) -> dict[str, Any]:
-    """Let the ways take turns, one step each in a round after one that warms up, and measure the memory of each.
+def compare(workload: Workload, methods: Sequence[Method], rounds: int) -> dict[str, Any]:
+    """Let the methods take turns, one step each in a round after one that warms up, and measure the memory of each.
 
     Args:
-        ways: the plain way and the AR step among them.
+        methods: the plain way and the AR step among them.
     Returns:
-        What is written as JSON. `train` holds for each way medians over rounds: `tokens_per_second` of clean tokens,
+        What is written as JSON. `train` holds medians over rounds of each method: `tokens_per_second` of clean tokens,
         `speedup` over the plain way in the same round, `ar_steps`, its time over the AR step's in the same round, and
         `peak_memory_gib` as `MEMORY_MEANING` says, None where it could not be measured.
     """
-    contest = Contest(work, ways)
-    seconds: dict[Way, list[float]] = {way: [] for way in ways}
+    comparison = Comparison(workload, methods)
+    seconds: dict[Method, list[float]] = {method: [] for method in methods}
     for number in range(rounds + 1):
-        for way in ways:
-            took = contest.run(way, number)
-            seconds[way] += [took] if number else []
+        for method in methods:
+            took = comparison.run(method, number)
+            seconds[method] += [took] if number else []
     found = {
-        "model": work.model,
-        "parameters": sum(p.numel() for p in contest.decoder.model.parameters()),
-        "dtype": str(contest.decoder.model.dtype).removeprefix("torch."),
-        "environment": environment(contest.device),
-        "memory": MEMORY_MEANING.get(contest.device.type),
+        "model": workload.model,
+        "parameters": sum(p.numel() for p in comparison.decoder.model.parameters()),
+        "dtype": str(comparison.decoder.model.dtype).removeprefix("torch."),
+        "environment": environment(comparison.device),
+        "memory": MEMORY_MEANING.get(comparison.device.type),
     }
-    if contest.device.type == "cuda":
-        memory = {way: _cuda_peak_gib(contest, way) for way in ways}
+    if comparison.device.type == "cuda":
+        memory = {method: _cuda_peak_gib(comparison, method) for method in methods}
     else:
-        del contest  # the fresh processes need the room,
-        gc.collect()  # and the steps hold the contest that holds them
-        memory = {way: fresh_process_peak_gib(work, way) for way in ways}
-    plain, ar = seconds[Way("plain")], seconds[Way("ar")]
+        del comparison  # makes room for the fresh processes;
+        gc.collect()  # needed, as its steps refer to it
+        memory = {method: fresh_process_peak_gib(workload, method) for method in methods}
+    plain, ar = seconds[Method("plain")], seconds[Method("ar")]
     found["train"] = [
         {
-            "name": way.name,
+            "name": method.name,
             "seconds": median(own),
-            "tokens_per_second": work.rows * work.row_length / median(own),
+            "tokens_per_second": workload.rows * workload.row_length / median(own),
             "speedup": median(p / s for s, p in zip(own, plain, strict=True)),
             "ar_steps": median(s / a for s, a in zip(own, ar, strict=True)),
-            "peak_memory_gib": memory[way],
+            "peak_memory_gib": memory[method],
         }
-        for way, own in seconds.items()
+        for method, own in seconds.items()
     ]
     return found
 
 
-def _cuda_peak_gib(contest: Contest, way: Way) -> float:
-    before = torch.cuda.memory_allocated(contest.device)
-    torch.cuda.reset_peak_memory_stats(contest.device)
-    contest.run(way, 1)
-    return (torch.cuda.max_memory_allocated(contest.device) - before) / GIB
+def _cuda_peak_gib(comparison: Comparison, method: Method) -> float:
+    before = torch.cuda.memory_allocated(comparison.device) / GIB
+    reset_peak_memory(comparison.device)
+    comparison.run(method, 1)
+    return peak_memory_gib(comparison.device) - before
 
 
-def fresh_process_peak_gib(work: Work, way: Way) -> float | None:
+def fresh_process_peak_gib(workload: Workload, method: Method) -> float | None:
     """`MEMORY_MEANING["cpu"]`; None where the system cannot tell, or ended the process for want of memory."""
     context = multiprocessing.get_context("forkserver")  # imports once, and forks a bare process each time
     # By name what takes long; this file is no module of a package, and each process reads it from its path.
@@ -325,27 +327,22 @@ def fresh_process_peak_gib(work: Work, way: Way) -> float | None:
     )
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         try:
-            return pool.submit(step_peak_gib, work, way).result()
+            return pool.submit(step_peak_gib, workload, method).result()
         except BrokenProcessPool:
             return None
 
 
-def step_peak_gib(work: Work, way: Way) -> float | None:
+def step_peak_gib(workload: Workload, method: Method) -> float | None:
     """Peak resident memory of one step above the resident memory before it, of this process."""
-    torch.set_num_threads(work.threads)
-    contest = Contest(work, [way])
-    if work.compile:
-        contest.run(way, 0)  # compiling takes memory of its own
-    with suppress(AttributeError, OSError, TypeError):  # another C library than glibc
-        ctypes.CDLL(None).malloc_trim(0)
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: sets the high-water mark back to what is held now
-    except OSError:
+    torch.set_num_threads(workload.threads)
+    comparison = Comparison(workload, [method])
+    if workload.compile:
+        comparison.run(method, 0)  # compiling takes memory of its own
+    if not reset_peak_memory(comparison.device):
         return None
-    before = high_water_mark_gib()
-    contest.run(way, 1)
-    after = high_water_mark_gib()
-    return None if before is None or after is None else after - before
+    before = peak_memory_gib(comparison.device)
+    comparison.run(method, 1)
+    return peak_memory_gib(comparison.device) - before
 
 
 def main(
@@ -366,10 +363,10 @@ def main(
 ) -> None:
     """Time a training step against the plain way and an ordinary AR step, in turns, on the same rows."""
     kinds = ["nextblock", *(["draft adapter"] if draft_adapter else [])]
-    ways = [Way("plain"), Way("ar"), *(Way(kind, k) for kind in kinds for k in views or [1])]
+    methods = [Method("plain"), Method("ar"), *(Method(kind, k) for kind in kinds for k in views or [1])]
     threads = torch.get_num_threads()
-    work = Work(shape or model, shape is not None, row_length, rows, block_size, compile, threads)
-    found = compare(work, ways, rounds)
+    workload = Workload(shape or model, shape is not None, row_length, rows, block_size, compile, threads)
+    found = compare(workload, methods, rounds)
     print(f"{rows} x {row_length} clean tokens a step, blocks of {block_size}; memory: {found['memory']}")
     print(f"{'step':26}{'tokens/s':>10}{'× plain way':>13}{'seconds':>10}{'time / AR step':>16}{'memory':>12}")
     for entry in found["train"]:

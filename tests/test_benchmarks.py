@@ -64,8 +64,8 @@ def test_the_plain_way_computes_this_projects_loss(block_size):
 def test_the_training_script_times_every_way_and_measures_its_memory_in_processes_of_their_own(
     tmp_path, monkeypatch, capsys
 ):
-    tiny_model("llama", std=0.08).save_pretrained(tmp_path / "parent")
-    sizes = ("--row-length", "32", "--rows", "2", "--block-size", "8", "--rounds", "1", "--views", "2")
+    tiny_model("llama", vocab_size=8192, std=0.08).save_pretrained(tmp_path / "parent")
+    sizes = ("--row-length", "128", "--rows", "2", "--block-size", "8", "--rounds", "1", "--views", "2")
     output = tmp_path / "t.json"
     run("training", monkeypatch, str(tmp_path / "parent"), *sizes, "--draft-adapter", "--output", str(output))
     entries = {entry["name"]: entry for entry in json.loads(output.read_text())["train"]}
@@ -73,24 +73,29 @@ def test_the_training_script_times_every_way_and_measures_its_memory_in_processe
     assert (entries["plain way"]["speedup"], entries["AR step"]["ar_steps"]) == (1, 1)
     assert all(entry["tokens_per_second"] > 0 for entry in entries.values())
     if Path("/proc/self/clear_refs").exists():
-        assert all(entry["peak_memory_gib"] >= 0 for entry in entries.values())
+        memory = {name: 2**30 * entry["peak_memory_gib"] for name, entry in entries.items()}
+        assert memory["plain way"] > 4 * 2 * (2 * 128) * 8192  # float32 logits of both halves of 2 rows
+        assert memory["AR step"] > 4 * 2 * 128 * 8192
+        assert all(0 <= held < 2**30 for held in memory.values())
     assert all(name in capsys.readouterr().out for name in ["draft adapter, 2 views"])
 
 
 def test_a_drafts_step_changes_the_adapter_alone_and_the_others_the_model_alone(tmp_path):
     tiny_model("llama", std=0.08).save_pretrained(tmp_path / "parent")
     training = script("training")
-    ways = [training.Way(kind) for kind in ("plain", "ar", "nextblock", "draft adapter")]
-    contest = training.Contest(training.Work(str(tmp_path / "parent"), row_length=32, rows=2, block_size=8), ways)
-    model = contest.decoder.model.model.embed_tokens.weight
-    for way in ways:
+    methods = [training.Method(kind) for kind in ("plain", "ar", "nextblock", "draft adapter")]
+    comparison = training.Comparison(
+        training.Workload(str(tmp_path / "parent"), row_length=32, rows=2, block_size=8), methods
+    )
+    model = comparison.decoder.model.model.embed_tokens.weight
+    for method in methods:
         # Learning rates are 0 but for this project's own steps, which set it by schedule.
-        before = model.detach().clone(), contest.adapter.mask_vector.detach().clone()
-        contest.run(way, 1)
-        changed = [not torch.equal(a, b) for a, b in zip(before, (model, contest.adapter.mask_vector), strict=True)]
-        assert not changed[way.kind != "draft adapter"]
+        before = model.detach().clone(), comparison.adapter.mask_vector.detach().clone()
+        comparison.run(method, 1)
+        changed = [not torch.equal(a, b) for a, b in zip(before, (model, comparison.adapter.mask_vector), strict=True)]
+        assert not changed[method.kind != "draft adapter"]
         assert model.grad is None
-        assert contest.adapter.mask_vector.grad is None
+        assert comparison.adapter.mask_vector.grad is None
 
 
 def test_mixed_lengths_fill_98_percent_of_rows(monkeypatch, capsys):

@@ -20,16 +20,16 @@ from nextblock.decoding.lm import BlockDiffusionLM
 from nextblock.measure.bench import scores
 from nextblock.measure.bench.command import run_bench, write_results
 from nextblock.measure.bench.contest import (
-    Call,
     Contestant,
     Round,
     alternate,
+    compared,
     left_padded,
     make_batches,
     our_mode,
     transformers_generate,
 )
-from nextblock.measure.bench.decoding import bench_decode, count_calls, speedups
+from nextblock.measure.bench.decoding import bench_decode, count_calls
 from nextblock.measure.bench.figures import plot_bench
 from nextblock.measure.bench.forwards import random_model, random_prompts, time_forwards
 from nextblock.measure.bench.prompts import file_prompts, make_variants, parse_variant, task_prompts, variant_name
@@ -87,7 +87,7 @@ def test_every_forward_is_counted(lm, options):
         call, count = passes(lm, contestant, batch)
         assert call.forwards == count
         assert count <= call.row_forwards <= count * len(batch)  # rows may finish before the last one
-        assert 0 < call.first_token_seconds < call.seconds
+        assert 0 < call.first_token_seconds[0] < call.seconds
 
 
 def test_a_compiled_contestant_counts_its_forwards_without_a_hook(lm):
@@ -130,7 +130,7 @@ def test_contestants_take_turns_at_every_batch():
     def contestant(name):
         def run(prompts):
             order.append((name, prompts[0][0]))
-            return Call([[1]], 1.0, 0.5, 1, 1)
+            return Round([[1]], 1.0, [0.5], 1, 1)
 
         return Contestant(name, {}, run)
 
@@ -142,7 +142,8 @@ def test_a_speedup_is_a_ratio_within_one_round():
     """The machine is ten times slower in the second round; the ratio does not see it."""
     fast = [Round([[1] * 8], seconds) for seconds in (1.0, 10.0)]
     slow = [Round([[1] * 4], seconds) for seconds in (1.0, 10.0)]
-    assert speedups(fast, slow) == [2.0, 2.0]
+    found = compared(fast, slow)
+    assert (found["speedup"], found["speedup_low"], found["speedup_high"]) == (2.0, 2.0, 2.0)
 
 
 def test_only_whole_batches_are_used():

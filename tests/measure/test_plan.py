@@ -21,10 +21,9 @@ from nextblock.cli.main import app
 from nextblock.config.errors import UsageError
 from nextblock.config.run import AdaptConfig, load_config, stage_configs
 from nextblock.config.sections import BlockDiffusionSettings, DraftAdapterConfig
-from nextblock.measure.held_out import evaluation_rows
-from nextblock.measure.likelihood import bits_per_byte
-from nextblock.measure.plan import USABLE, StagedPlan, largest_row, model_shape, plan, plan_stages
-from nextblock.measure.plan.memory import GIB, evaluation_memory, step_memory
+from nextblock.measure.likelihood import bits_per_byte, evaluation_rows
+from nextblock.measure.plan import USABLE, StagedPlan, largest_row, plan, plan_stages
+from nextblock.measure.plan.memory import evaluation_memory, step_memory
 from nextblock.measure.plan.work import (
     attention_pairs,
     count_parameters,
@@ -34,10 +33,10 @@ from nextblock.measure.plan.work import (
     step_flops,
 )
 from nextblock.model.draft_adapter import DraftAdapter
-from nextblock.model.parent import load_parent, scratch_config
+from nextblock.model.parent import load_parent, model_shape, scratch_config
 from nextblock.model.shapes import shape_values
 from nextblock.recipe.corruption import UNSCORED, corrupt
-from nextblock.training.devices import DEVICES
+from nextblock.training.devices import DEVICES, GIB
 from nextblock.training.flops import Products, kind_of_training
 from nextblock.training.launcher import check_sharding
 from nextblock.training.setup import prepare
@@ -443,7 +442,7 @@ def test_online_a_config_is_downloaded_alone_and_that_of_a_known_model_is_not(tm
             raise OSError("not in the cache")
         return scratch_config(LLAMA)
 
-    monkeypatch.setattr("nextblock.measure.plan.config_as_stored", stored)
+    monkeypatch.setattr("nextblock.model.parent.config_as_stored", stored)
     found = plan(config_of(None, tmp_path, model__path="someone/else"), device="l4")
     assert found.parameters == plan(config_of(LLAMA, tmp_path), device="l4").parameters
     model_shape(config_of(None, tmp_path, model__path="Qwen/Qwen3-8B-Base").model)
@@ -520,12 +519,12 @@ def staged(tmp_path) -> AdaptConfig:
 def test_each_stage_is_planned_as_its_configuration_alone(staged):
     machine: dict[str, Any] = {"device": "l4", "devices": 2, "parallel": "fsdp2", "mfu": 0.3}
     found = plan_stages(staged, **machine)
-    assert [(stage.name, stage.steps) for stage in found.stages] == [("base", 9), ("long", 3), ("sft", 5)]
+    assert [(stage.name, stage.plan.steps) for stage in found.stages] == [("base", 9), ("long", 3), ("sft", 5)]
     for stage, config in zip(found.stages, stage_configs(staged), strict=True):
         alone = load_config(config.model_dump(mode="json"))  # as from a file of its own
         assert stage.plan == plan(alone, **machine)
         shape = model_shape(alone.model)
-        assert stage.run_flops == run_flops(alone, shape, count_parameters(alone, shape))
+        assert stage.plan.run_flops == run_flops(alone, shape, count_parameters(alone, shape))
     assert [stage.plan.row_length for stage in found.stages] == [256, 512, 256]
     assert [stage.plan.largest_row for stage in found.stages] == [2048, 4096, 4096]
 
@@ -534,7 +533,7 @@ def test_a_run_in_stages_takes_the_sum_of_its_stages_and_the_memory_of_the_large
     found = plan_stages(staged, device="l4", devices=2)
     plans = [stage.plan for stage in found.stages]
     assert found.steps == 17
-    assert found.run_flops == sum(stage.run_flops for stage in found.stages)
+    assert found.run_flops == sum(stage.plan.run_flops for stage in found.stages)
     assert found.seconds is not None
     assert found.seconds == sum(one.seconds or 0 for one in plans)
     assert found.seconds == pytest.approx(found.run_flops / (2 * 0.4 * (DEVICES["l4"].tflops or 0) * 1e12))

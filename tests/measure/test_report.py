@@ -19,18 +19,9 @@ from matplotlib.text import Annotation, Text
 from rich.console import Console
 
 from nextblock.config.errors import UsageError
-from nextblock.measure.report import (
-    decoding_table,
-    findings,
-    load_results,
-    plot_losses,
-    plot_profile,
-    plot_tradeoff,
-    read_log,
-    render,
-    write_report,
-)
-from nextblock.measure.report.page import split_blocks
+from nextblock.measure.report import load_results, read_log, write_report
+from nextblock.measure.report.figures import plot_losses, plot_profile, plot_tradeoff
+from nextblock.measure.report.page import decoding_table, findings, render, split_blocks
 
 GROWTH = [[0, 1], [100, 2], [200, 4], [300, 8], [400, 16]]
 

@@ -25,7 +25,6 @@ from nextblock.cli.live import TrainingBar
 from nextblock.config.errors import UsageError
 from nextblock.config.run import load_config
 from nextblock.config.sections import RecipeConfig
-from nextblock.measure.held_out import first_prompt
 from nextblock.measure.report import read_log
 from nextblock.model.decoder import Decoder
 from nextblock.recipe.corruption import corrupt
@@ -36,6 +35,7 @@ from nextblock.training.loop import train
 from nextblock.training.run import StepMetrics
 from nextblock.training.setup import prepare
 from nextblock.workflows.adapt import adapt
+from nextblock.workflows.held_out import first_prompt
 
 
 def test_products_are_those_of_the_text_model_where_images_come_with_it():

@@ -16,7 +16,8 @@ from nextblock.data.tasks import get_task
 from nextblock.decoding.lm import BlockDiffusionLM, load
 from nextblock.measure.bench.scores import score_modes
 from nextblock.measure.progress import progress
-from nextblock.measure.report import decoding_table, write_report
+from nextblock.measure.report import write_report
+from nextblock.measure.report.page import decoding_table
 from nextblock.recipe import schedules
 from nextblock.workflows.adapt import adapt
 

@@ -47,7 +47,7 @@ def evaluate(
     from nextblock.measure.bench.command import check_output
     from nextblock.measure.bench.scores import score_modes
     from nextblock.measure.progress import progress
-    from nextblock.measure.report import decoding_table
+    from nextblock.measure.report.page import decoding_table
 
     chosen = get_task(task)
     at_least_one(examples=examples, batch_size=batch_size)

@@ -82,6 +82,8 @@ def adapt(
     lost = result.results["training"]
     if lost["truncated"] or lost["skipped"]:
         print(f"data        {lost['truncated']} documents were cut at data.row_length, {lost['skipped']} left out")
+    if lost["spelled"]:
+        print(f"data        {lost['spelled']} special tokens in contents read as text, first in {lost['spelled_at']}")
     print(f"checkpoint  {result.output}\nreport      {result.output / 'report.html'}")
 
 
@@ -141,22 +143,15 @@ def plan(
     from nextblock.config.presets import find_config
     from nextblock.config.run import load_config
     from nextblock.measure.bench.command import wide_console
-    from nextblock.measure.plan import plan as run
-    from nextblock.measure.plan import plan_stages, shortfall
-    from nextblock.measure.plan.table import plan_table, stages_table
+    from nextblock.measure.plan import plan_run, shortfall
+    from nextblock.measure.plan.table import plan_table
 
     checked = load_config(find_config(config), parse_overrides(context.args))
-    machine: Any = {"device": gpu, "devices": gpus, "parallel": parallel, "mfu": mfu}
-    if checked.stages:
-        staged = plan_stages(checked, **machine)
-        found, table = staged, stages_table(staged)
-    else:
-        one = run(checked, **machine)
-        found, table = one, plan_table(one)
+    found = plan_run(checked, device=gpu, devices=gpus, parallel=parallel, mfu=mfu)
     if json_:
         print(json.dumps(found.as_dict(), indent=1))
     else:
-        wide_console().print(table)
+        wide_console().print(plan_table(found))
     if line := shortfall(found, checked):
         print(line, file=sys.stderr)
         raise typer.Exit(1)

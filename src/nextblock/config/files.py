@@ -119,10 +119,15 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file complete or not at all, in place of one of that name."""
+    """Write a file complete or not at all, on the disk itself; in place of one of that name, whose rights it keeps."""
     part = path.with_name(f".{path.name}.part")
     try:
-        part.write_bytes(content)
+        with part.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        if path.exists():
+            part.chmod(path.stat().st_mode & 0o777)
         os.replace(part, path)
     except OSError:
         part.unlink(missing_ok=True)

@@ -1,4 +1,6 @@
-"""How good and how fast: likelihood, accuracy, the ten identities, settings search, benchmarks, plans, reports.
+"""How good and how fast a model is, and what a run takes: everything that gives numbers, tables and figures.
 
-Imports `training`, `decoding` and below. Start reading in `identities.py` or `likelihood.py`.
+`identities` (the command `verify`) measures what "correct" means, `likelihood` bits per byte, `accuracy` answers to a
+task, `tune` finds decoding settings; `bench` compares speeds, `plan` counts memory and FLOPs before a run, `report`
+shows one that has ended. May import `training`, `decoding` and all below. Start reading in `likelihood`.
 """

@@ -1,4 +1,4 @@
-"""The identities that define "correct" (DESIGN, section 3), measured on a user's own model.
+"""The identities that define "correct", measured on a user's own model; `verify_model` lists them.
 
 Random tokens in short rows: the laws hold for any weights, so nothing has to be trained or meaningful.
 Letters: B rows, T tokens, V vocabulary, b block size.
@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import partial
+from itertools import zip_longest
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_mask
+from torch.nn.utils.rnn import pad_sequence
 
 from nextblock.attention.masks import to_block_mask, to_dense
 from nextblock.attention.rule import Places, Rule, block_diffusion_rule, within_window
@@ -26,7 +28,7 @@ from nextblock.data.rows import Rows
 from nextblock.decoding.batch import Batch
 from nextblock.decoding.events import Stats
 from nextblock.decoding.lm import BlockDiffusionLM
-from nextblock.decoding.options import DecodingConfig, Mode
+from nextblock.decoding.options import MODES, DecodingConfig, Mode
 from nextblock.decoding.rows import Row
 from nextblock.model.decoder import Decoder
 from nextblock.model.loading import GivenSettings, load_model, load_tokenizer, read_settings
@@ -42,8 +44,8 @@ ALWAYS_TRIED = 1024  # positions up to this are tried on any model
 SCORES = 5e7  # attention scores of a pass, over heads and layers: beyond these a longer row costs too much
 AR_WEIGHT = 0.5
 
-
 Unit = Literal["relative", "tokens", "entries"]
+Status = Literal["passed", "failed", "skipped"]
 OnCheck = Callable[[int, int, str], None]
 
 
@@ -51,7 +53,7 @@ OnCheck = Callable[[int, int, str], None]
 class Check:
     """What came out of one identity.
 
-    name: the law, in words, with its number in DESIGN section 3.
+    name: the law, in words, with its number.
     difference: the largest found: of logits or gradients over the largest of them, or a count of tokens or
         mask entries (`unit`). None where nothing was measured.
     tolerance: largest difference that passes, None likewise.
@@ -60,7 +62,7 @@ class Check:
     """
 
     name: str
-    status: Literal["passed", "failed", "skipped"]
+    status: Status
     difference: float | None
     tolerance: float | None
     unit: Unit
@@ -102,10 +104,9 @@ def verify(
     if given is not None:
         model.config.block_diffusion = given.model_dump()
     probe(decoder)
+    mask_id = decoder.vocabulary - 1
     if mask_token is not None or given is not None or getattr(tokenizer, "mask_token_id", None) is not None:
         mask_id = choose_mask_token(decoder, tokenizer, mask_token)
-    else:
-        mask_id = decoder.vocabulary - 1
     given = given or BlockDiffusionSettings(mask_token_id=mask_id)
     given = given.model_copy(update={"mask_token_id": mask_id})
     return verify_model(BlockDiffusionLM(model, None, given), on_check)
@@ -119,38 +120,23 @@ def verify_model(lm: BlockDiffusionLM, on_check: OnCheck = lambda done, total, n
     subject = _Subject(BlockDiffusionLM(lm.model, None, settings), settings)
     relative = TOLERANCE.get(lm.model.dtype, 5e-2)
     row, prompt = subject.longest(subject.rows), max(len(p) for prompts in subject.prompts for p in prompts)
+    context, short = subject.decoder.max_positions or 5, subject.longest(subject.short_rows)
     checks: list[tuple[str, Callable[[_Subject], float | None], float | None, Unit, int]] = [
-        (
-            "the model obeys the mask and positions it is given",
-            _probe,
-            None,
-            "relative",
-            subject.decoder.max_positions or 5,
-        ),
+        ("the model obeys the mask and positions it is given", lambda s: probe(s.decoder), None, "relative", context),
         ("1  clean half = plain causal forward", _clean_half, relative, "relative", row),
         ("2  noised block = cached decoding step", _decoding_step, relative, "relative", row),
         ("3  at b = 1 loss and gradient = lambda x AR's", _ar_objective, relative, "relative", row),
-        ("4  dense mask = FlexAttention mask = Eq. 4", _masks, 0, "entries", subject.longest(subject.short_rows)),
+        ("4  dense mask = FlexAttention mask = Eq. 4", _masks, 0, "entries", short),
         ("5  document in a packed row = document alone", _packing, relative, "relative", row),
-        ("6  prompt in a batch = prompt alone, ar", lambda s: _batching(s, "ar"), 0, "tokens", prompt),
-        ("6  prompt in a batch = prompt alone, diffusion", lambda s: _batching(s, "diffusion"), 0, "tokens", prompt),
-        (
-            "6  prompt in a batch = prompt alone, speculative",
-            lambda s: _batching(s, "speculative"),
-            0,
-            "tokens",
-            prompt,
-        ),
+        *((f"6  prompt in a batch = prompt alone, {m}", partial(_batching, m), 0, "tokens", prompt) for m in MODES),
         ("7  speculative greedy = ar greedy", _speculative, 0, "tokens", prompt),
     ]
     done: list[Check] = []
     for check in checks:
         on_check(len(done), len(checks), check[0])
         done.append(_measure(subject, *check))
-    return done + [
-        Check(f"   {limit} are exceeded", "skipped", None, None, "relative", "such a row is too long to try", 0.0, row)
-        for limit in subject.untried
-    ]
+    skipped = ("skipped", None, None, "relative", "such a row is too long to try", 0.0, row)
+    return done + [Check(f"   {limit} are exceeded", *skipped) for limit in subject.untried]
 
 
 def table(checks: Iterable[Check]) -> Table:
@@ -159,9 +145,8 @@ def table(checks: Iterable[Check]) -> Table:
     colour = {"passed": "green", "failed": "bold red", "skipped": "yellow"}
     for check in checks:
         unit = "" if check.unit == "relative" else f" {check.unit}"
-        difference, tolerance = (
-            "" if value is None else f"{value:.2g}{unit}" for value in (check.difference, check.tolerance)
-        )
+        numbers = (check.difference, check.tolerance)
+        difference, tolerance = ("" if value is None else f"{value:.2g}{unit}" for value in numbers)
         result = f"[{colour[check.status]}]{check.status}[/]" + (f": {check.reason}" if check.reason else "")
         out.add_row(check.name, str(check.positions), difference, tolerance, f"{check.seconds:.2f}", result)
     return out
@@ -176,7 +161,7 @@ def _measure(
     positions: int,
 ) -> Check:
     start, difference, reason = time.perf_counter(), None, ""
-    status: Literal["passed", "failed", "skipped"]
+    status: Status
     try:
         difference = check(subject)
         within = difference is None or tolerance is None or difference <= tolerance  # NaN is not
@@ -184,9 +169,8 @@ def _measure(
     except _Skip as skip:
         status, reason = "skipped", str(skip)
     except Exception as error:  # a model that cannot do it at all is what this command is there to show
-        lines = str(error).strip().splitlines() or [""]
-        status = "failed"
-        reason = lines[0] if isinstance(error, UsageError) else f"{type(error).__name__}: {lines[0]}"
+        line = (str(error).strip().splitlines() or [""])[0]
+        status, reason = "failed", line if isinstance(error, UsageError) else f"{type(error).__name__}: {line}"
     return Check(name, status, difference, tolerance, unit, reason, time.perf_counter() - start, positions)
 
 
@@ -212,9 +196,8 @@ class _Subject:
         self.short_rows = self.row([[b + 3], [-5, 2 * b + 3], chat])  # for what is counted pair by pair
         room = max(1, context - 3 * b)
         self.prompts = [[self.tokens(min(length, room)) for length in (3, longest, 6)]]
-        if (
-            self.decoder.context(context + 1) != self.decoder.max_positions
-        ):  # longrope: all prompts beyond its factors' change
+        if self.decoder.context(context + 1) != self.decoder.max_positions:
+            # longrope: all prompts beyond the length where its factors change
             if self.affordable(context + 5 * b):
                 self.prompts.append([self.tokens(context + length) for length in (1, b, 3)])
             else:
@@ -250,19 +233,11 @@ class _Subject:
 
     def two_views(self, block_size: int, rows: Rows | None = None) -> TwoView:
         """The row (default: the long one) and its noised half, on the model's device."""
-        context, prediction = self.settings.context, self.settings.prediction
+        values = {"context": self.settings.context, "prediction": self.settings.prediction}
         # Half of the blocks whole: so that every document has noised ones, in both kinds.
-        recipe = RecipeConfig(context=context, prediction=prediction, full_mask_share=0.5, fill_last_block=False)
-        view = corrupt(
-            rows or self.rows,
-            block_size,
-            mask_token_id=self.settings.mask_token_id,
-            end_token_id=None,
-            recipe=recipe,
-            seed=0,
-            step=0,
-        )
-        return view.to(self.decoder.device)
+        recipe = RecipeConfig.model_validate({**values, "full_mask_share": 0.5, "fill_last_block": False})
+        noise: Any = {"mask_token_id": self.settings.mask_token_id, "end_token_id": None, "seed": 0, "step": 0}
+        return corrupt(rows or self.rows, block_size, recipe=recipe, **noise).to(self.decoder.device)
 
     @torch.no_grad()
     def logits(self, tokens: Tensor, places: Places) -> Tensor:
@@ -282,24 +257,7 @@ def _difference(ours: Tensor, theirs: Tensor) -> float:
     return float((ours.float() - theirs.float()).abs().max() / scale.clamp_min(1e-30))
 
 
-@contextmanager
-def _dense_attention(subject: _Subject) -> Iterator[None]:
-    """Decoding passes bring dense masks, which FlexAttention does not take."""
-    before = subject.decoder.attention
-    if before == "flex_attention":
-        subject.model.set_attn_implementation("sdpa")
-    try:
-        yield
-    finally:
-        if before == "flex_attention":
-            subject.model.set_attn_implementation(before)
-
-
 # ------------------------------------------------------------------------------- the identities
-
-
-def _probe(subject: _Subject) -> None:
-    probe(subject.decoder)
 
 
 @torch.no_grad()
@@ -327,17 +285,16 @@ def _decoding_step(subject: _Subject) -> float:
     config = DecodingConfig.model_validate({"mode": "diffusion", "block_size": b})
     row = Row(0, clean[:context], limit=len(clean) - context)
     differences = []
-    with _dense_attention(subject):
-        batch = Batch(subject.decoder, subject.settings, config, [row], Stats(rows=1))
-        batch.prefill()
-        for start in range(context, len(clean), b):
-            place = view.places
-            own = (place.view[0] > 0) & (place.document[0] == 0) & (place.block_start[0] == start)
-            if own.any():
-                step = batch.forward(view.tokens[:, own], [start], [False])
-                differences.append(_difference(parallel[own], subject.decoder.logits(step)[0]))
-            block = torch.tensor([clean[start : start + b]], device=subject.decoder.device)
-            batch.forward(block, [start], [subject.settings.context == "context_causal"])
+    batch = Batch(subject.decoder, subject.settings, config, [row], Stats(rows=1))
+    batch.prefill()
+    for start in range(context, len(clean), b):
+        place = view.places
+        own = (place.view[0] > 0) & (place.document[0] == 0) & (place.block_start[0] == start)
+        if own.any():
+            step = batch.forward(view.tokens[:, own], [start], [False])
+            differences.append(_difference(parallel[own], subject.decoder.logits(step)[0]))
+        block = torch.tensor([clean[start : start + b]], device=subject.decoder.device)
+        batch.forward(block, [start], [subject.settings.context == "context_causal"])
     return max(differences)
 
 
@@ -376,15 +333,14 @@ def _ar_objective(subject: _Subject) -> float:
 def _masks(subject: _Subject) -> float:
     view = subject.two_views(subject.settings.block_size, subject.short_rows)
     wanted = _equation_4(subject, view)
-    distance = view.places.position[0, :, None] - view.places.position[0]
+    distance = (view.places.position[0, :, None] - view.places.position[0]).cpu()
     wrong = 0
     for window in set(subject.decoder.windows.values()):
         rule: Rule = within_window(subject.rule, window)
-        near = wanted if window is None else wanted & (distance < window).cpu()
+        near = wanted if window is None else wanted & (distance < window)
         dense = to_dense(rule, view.places)[0, 0]
-        length = dense.shape[0]
         block_mask = to_block_mask(rule, view.places)
-        flex = create_mask(block_mask.mask_mod, 1, 1, length, length, device=dense.device)[0, 0]
+        flex = create_mask(block_mask.mask_mod, 1, 1, *dense.shape, device=dense.device)[0, 0]
         wrong += int((dense.cpu() != near).sum()) + int((flex.cpu() != near).sum())
     return wrong
 
@@ -395,8 +351,8 @@ def _equation_4(subject: _Subject, view: TwoView) -> Tensor:
     first: list[int] = []  # block -> position of its first token
     size = 0
     rows = subject.short_rows
-    columns = (rows.document[0], rows.position[0], rows.offset[0])
-    for document, position, offset in zip(*(column.tolist() for column in columns), strict=True):
+    columns = (column[0].tolist() for column in (rows.document, rows.position, rows.offset))
+    for document, position, offset in zip(*columns, strict=True):
         if offset < 0:
             continue
         if offset == 0 or size == subject.settings.block_size:
@@ -427,7 +383,7 @@ def _packing(subject: _Subject) -> float:
     view = subject.two_views(subject.settings.block_size)
     packed = subject.logits(view.tokens, view.places)[0]
     differences = []
-    for number in range(int(subject.rows.document.max()) + 1):
+    for number, _ in enumerate(subject.documents()):
         own = view.places.document[0] == number
         columns = {f.name: getattr(view.places, f.name) for f in fields(Places)}
         places = Places(**{name: v if name == "seed" else v[:, own] for name, v in columns.items()})
@@ -439,24 +395,18 @@ def _greedy(subject: _Subject, mode: Mode, prompts: list[Tensor]) -> list[list[i
     """Greedy answers of two blocks and a bit to a batch of prompts, end tokens ignored."""
     if subject.model.dtype not in (torch.float32, torch.float64):
         raise _Skip(f"in {str(subject.model.dtype).removeprefix('torch.')} rounding decides near ties; use float32")
-    longest = max(len(prompt) for prompt in prompts)
-    tokens = torch.zeros(len(prompts), longest, dtype=torch.int64)
-    real = torch.zeros_like(tokens)
-    for row, prompt in enumerate(prompts):
-        tokens[row, : len(prompt)], real[row, : len(prompt)] = prompt, 1
+    tokens, real = (pad_sequence(rows, batch_first=True) for rows in (prompts, [torch.ones_like(p) for p in prompts]))
     new = 2 * subject.settings.block_size + 2
     out = subject.lm.generate(tokens, attention_mask=real, mode=mode, max_new_tokens=new, eos_token_id=())
     return out.answers
 
 
 def _different_tokens(ours: list[list[int]], theirs: list[list[int]]) -> int:
-    return sum(
-        abs(len(a) - len(b)) + sum(x != y for x, y in zip(a, b, strict=False))
-        for a, b in zip(ours, theirs, strict=True)
-    )
+    pairs = ((a, b) for own, other in zip(ours, theirs, strict=True) for a, b in zip_longest(own, other))
+    return sum(a != b for a, b in pairs)
 
 
-def _batching(subject: _Subject, mode: Mode) -> float:
+def _batching(mode: Any, subject: _Subject) -> float:
     different = 0
     for prompts in subject.prompts:
         alone = [answer for prompt in prompts for answer in _greedy(subject, mode, [prompt])]

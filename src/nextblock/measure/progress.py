@@ -13,6 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 LINE_SECONDS = 5.0  # between two lines about some work, at least
 
+Update = Callable[..., None]  # update(done, total, what="")
+
 
 class Pace:
     """When the next line about some work is due where there is no terminal, and how long the rest will take."""
@@ -40,7 +42,7 @@ class Pace:
 
 
 @contextmanager
-def progress(label: str, console: Console | None = None, *, transient: bool = True) -> Iterator[Callable[..., None]]:
+def progress(label: str, console: Console | None = None, *, transient: bool = True) -> Iterator[Update]:
     """How far some work is: a bar; where there is no terminal, a line now and then (`Pace`).
 
     Args:
@@ -66,3 +68,15 @@ def progress(label: str, console: Console | None = None, *, transient: bool = Tr
             console.print("  ".join(filter(None, words)), soft_wrap=True, highlight=False, markup=False)
 
     yield update
+
+
+def counter(update: Update, total: int) -> Callable[..., None]:
+    """A function that counts, one or `more` at each call, and tells `update` what is done of `total`."""
+    done = 0
+
+    def advance(more: int = 1) -> None:
+        nonlocal done
+        done += more
+        update(done, total)
+
+    return advance

@@ -8,23 +8,21 @@ Every setting takes turns with AR mode on the same prompts; a speed is the media
 
 from __future__ import annotations
 
-import json
-import math
-import os
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from statistics import median
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from statistics import fmean, stdev
 from typing import Any
 
 from nextblock.config.errors import UsageError, nearest
 from nextblock.decoding.lm import BlockDiffusionLM
 from nextblock.decoding.options import DecodingConfig, resolve_config
 from nextblock.decoding.request import end_tokens
-from nextblock.measure.bench.contest import Round, alternate, make_batches, our_mode
-from nextblock.measure.bench.decoding import check_length, speedups
+from nextblock.measure.bench.contest import Round, alternate, compared, make_batches, our_mode
+from nextblock.measure.bench.decoding import check_length
 from nextblock.measure.bench.prompts import Options, Prompts, variant_name
-from nextblock.model.loading import SHIPPED
+from nextblock.measure.progress import Update, counter
+from nextblock.model.stored import writable_folder as writable_folder
+from nextblock.model.stored import write_decoding as write_decoding
 
 TUNED = {  # what is tuned of each mode; the values left out of a name are the defaults of `DecodingConfig`
     "diffusion": ("block_size", "threshold", "sampler", "sub_blocks"),
@@ -35,8 +33,6 @@ THRESHOLDS = (0.99, 0.9, 0.75, 0.5)  # coarse; the fine pass goes halfway to the
 ROUNDS = 8
 KEPT = 3  # settings of a mode that the coarse pass hands on, each with its neighbours
 SMALLEST_COARSE = 8  # examples
-
-OnCall = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -82,7 +78,7 @@ class Tuning:
     @property
     def winner(self) -> Trial | None:
         """The fastest of the modes' best, if any is allowed."""
-        return max((t for t in self.best.values() if t is not None), key=lambda t: t.speedup, default=None)
+        return _fastest(trial for trial in self.best.values() if trial is not None)
 
     def decoding(self) -> Options:
         """Default arguments of `generate` for the checkpoint: the winner's.
@@ -93,22 +89,19 @@ class Tuning:
         winner = self.winner
         if winner is None:
             return {}
-        size = winner.options["block_size"]
-        others = [t for t in self.trials if t.stage == "fine" and t.mode not in (winner.mode, "ar")]
-        others = [t for t in others if t.options["block_size"] == size and t.drop <= self.max_drop]
-        other = max(others, key=lambda t: t.speedup, default=None)
+        size, taken = winner.options["block_size"], (winner.mode, "ar")
+        allowed = [t for t in self.trials if t.stage == "fine" and t.mode not in taken and t.drop <= self.max_drop]
+        other = _fastest(t for t in allowed if t.options["block_size"] == size)
         return {**(other.options if other else {}), **winner.options}
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return {
-            "measure": self.measure,
-            "prompts": self.source,
-            "max_drop": self.max_drop,
-            "trials": [asdict(trial) for trial in self.trials],
-            "best": {mode: trial and asdict(trial) for mode, trial in self.best.items()},
-            "decoding": self.decoding(),
-        }
+        values = asdict(self)
+        return {"measure": self.measure, "prompts": values.pop("source"), **values, "decoding": self.decoding()}
+
+
+def _fastest(trials: Iterable[Trial]) -> Trial | None:
+    return max(trials, key=lambda trial: trial.speedup, default=None)
 
 
 def tune(
@@ -120,7 +113,7 @@ def tune(
     extra: Sequence[Options] = (),
     batch: int = 1,
     max_new_tokens: int = 160,
-    on_call: OnCall = lambda done, total: None,
+    on_call: Update = lambda done, total: None,
 ) -> Tuning:
     """Find the fastest diffusion and speculative settings within `max_drop`.
 
@@ -139,9 +132,9 @@ def tune(
         raise UsageError(
             "this checkpoint has no block_diffusion settings, so there is nothing to tune; adapt it first"
         )
-    for mode in (*modes, *(options["mode"] for options in extra)):
-        if mode not in MODES:
-            raise UsageError(f"mode '{mode}' cannot be tuned{nearest(mode, MODES)}")
+    wanted = list(dict.fromkeys([*modes, *(options["mode"] for options in extra)]))
+    if unknown := next((mode for mode in wanted if mode not in MODES), None):
+        raise UsageError(f"mode '{unknown}' cannot be tuned{nearest(unknown, MODES)}")
     if not 0 <= max_drop <= 100:
         raise UsageError(f"max_drop={max_drop} must lie between 0 and 100 points")
     encoded = prompts.encode(lm)
@@ -154,13 +147,10 @@ def tune(
     coarse = runner.measure(_unique(candidates), count, "coarse")
     close = [near for m in modes for near in _worth_a_closer_look([t for t in coarse if t.mode == m], max_drop)]
     fine = runner.measure(_unique(given + close), len(encoded), "fine")
-    best = {
-        mode: max((t for t in fine if t.mode == mode and t.drop <= max_drop), key=lambda t: t.speedup, default=None)
-        for mode in dict.fromkeys([*modes, *(options["mode"] for options in given)])
-    }
-    chosen = [trial.options for trial in best.values() if trial is not None]
     again = [trial.options for trial in fine]
     trials = fine + [trial for trial in coarse if trial.options not in again]
+    best = {mode: _fastest(t for t in fine if t.mode == mode and t.drop <= max_drop) for mode in wanted}
+    chosen = [trial.options for trial in best.values() if trial is not None]
     trials = [replace(t, chosen=t.stage == "fine" and t.options in chosen) for t in trials]
     best = {mode: trial and replace(trial, chosen=True) for mode, trial in best.items()}
     return Tuning("accuracy" if prompts.task else "agreement with AR", prompts.source, max_drop, trials, best)
@@ -235,8 +225,9 @@ def _worth_a_closer_look(coarse: Sequence[Trial], max_drop: float) -> list[Optio
     possible = [t for t in coarse if t.drop - t.drop_error <= max_drop]
     fastest = sorted(possible, key=lambda t: -t.speedup)[:KEPT]
     safest = min(coarse, key=lambda t: (t.drop, -t.speedup))
-    found = [trial.options for trial in (*fastest, safest)]
-    return found + [near for trial in (fastest or [safest])[:2] for near in neighbours(trial.options)]
+    return [trial.options for trial in (*fastest, safest)] + [
+        near for trial in (fastest or [safest])[:2] for near in neighbours(trial.options)
+    ]
 
 
 def _unique(candidates: Sequence[Options]) -> list[Options]:
@@ -255,10 +246,8 @@ class _Runner:
     encoded: list[list[int]]
     batch: int
     max_new_tokens: int
-    on_call: OnCall
-
-    def __post_init__(self) -> None:
-        self._grades: dict[tuple[int, str], bool] = {}
+    on_call: Update
+    grades: dict[tuple[int, str], bool] = field(default_factory=dict)
 
     def measure(self, candidates: Sequence[Options], count: int, stage: str) -> list[Trial]:
         """AR mode and the candidates on the first `count` prompts (whole batches of them)."""
@@ -269,20 +258,12 @@ class _Runner:
         batches = make_batches(self.encoded[:count], self.batch)
         share = -(-len(batches) // ROUNDS)
         rounds = [batches[start : start + share] for start in range(0, len(batches), share)]
-        total, done = len(entries) * (len(batches) + 1), 0
-
-        def advance() -> None:
-            nonlocal done
-            done += 1
-            self.on_call(done, total)
-
+        advance = counter(self.on_call, len(entries) * (len(batches) + 1))
         alternate(entries, [batches[:1]], advance)  # warm up
         results = alternate(entries, rounds, advance)
         reference = self._right(results[0], results[0])
-        return [
-            self._trial(entry.options, own, results[0], reference, stage)
-            for entry, own in zip(entries, results, strict=True)
-        ]
+        pairs = zip(entries, results, strict=True)
+        return [self._trial(entry.options, own, results[0], reference, stage) for entry, own in pairs]
 
     def _right(self, own: Sequence[Round], ar: Sequence[Round]) -> list[bool]:
         """For each prompt whether its answer is right: graded, or the same tokens as AR mode's."""
@@ -293,74 +274,27 @@ class _Runner:
 
     def _grade(self, index: int, answer: list[int]) -> bool:
         text = self.lm.tokenizer.decode(answer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        if (index, text) not in self._grades:
+        if (index, text) not in self.grades:
             assert self.prompts.task is not None
-            self._grades[index, text] = self.prompts.task.grade(text, self.prompts.cases[index])
-        return self._grades[index, text]
+            self.grades[index, text] = self.prompts.task.grade(text, self.prompts.cases[index])
+        return self.grades[index, text]
 
     def _trial(self, options: Options, own: list[Round], ar: list[Round], reference: list[bool], stage: str) -> Trial:
         right = self._right(own, ar)
-        lost = [int(before) - int(now) for before, now in zip(reference, right, strict=True)]
-        count, mean = len(lost), sum(lost) / len(lost)
-        variance = sum((value - mean) ** 2 for value in lost) / max(1, count - 1)
+        lost = [100 * (before - now) for before, now in zip(reference, right, strict=True)]
+        speeds: Any = {name: compared(own, ar)[name] for name in ("speedup", "tokens_per_second")}
         return Trial(
             name=setting_name(options),
             mode=options["mode"],
             options=options,
             stage=stage,
-            examples=count,
-            quality=sum(right) / count,
-            drop=100 * mean,
-            drop_error=100 * math.sqrt(variance / count),
-            speedup=median(speedups(own, ar)),
-            tokens_per_second=median(r.tokens_per_second for r in own),
+            examples=len(lost),
+            quality=fmean(right),
+            drop=fmean(lost),
+            drop_error=stdev(lost) / len(lost) ** 0.5 if len(lost) > 1 else 0.0,
+            **speeds,
             tokens_per_forward=sum(r.new_tokens for r in own) / sum(r.row_forwards for r in own),
         )
-
-
-# ----------------------------------------------------------------------------------------------- writing
-
-
-def writable_folder(model: str | Path) -> Path:
-    """The folder whose settings `--write` changes; asked before anything is measured.
-
-    Raises:
-        UsageError: a shipped model, a Hub id, or a folder that cannot be written.
-    """
-    folder = Path(model).expanduser()
-    if str(model) in SHIPPED:
-        raise UsageError(f"--write: {model} is a shipped model and stays as it is; copy it first, and tune the copy")
-    if not folder.is_dir():
-        raise UsageError(f"--write: {model} is not a local folder; copy it first, and tune the copy")
-    if not os.access(folder, os.W_OK) or not os.access(folder / "config.json", os.W_OK):
-        raise UsageError(
-            f"--write: {folder / 'config.json'} cannot be written; copy the folder first, and tune the copy"
-        )
-    return folder
-
-
-def write_decoding(folder: Path, decoding: Options) -> Path:
-    """Put default arguments of `generate` into a checkpoint's config.json; returns its path.
-
-    Options that `decoding` does not name stay as they are, and so does all else in the file. A reader sees the
-    old file or the new one, never a part.
-    """
-    path = folder / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    section = config["block_diffusion"]
-    section["decoding"] = {**section.get("decoding", {}), **decoding}
-    part = path.with_name(".config.json.part")
-    try:
-        with part.open("w", encoding="utf-8") as stream:
-            stream.write(json.dumps(config, indent=2) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-        part.chmod(path.stat().st_mode & 0o777)
-        part.replace(path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise UsageError(f"cannot write {path}: {error.strerror}") from None
-    return path
 
 
 def setting_in_words(trial: Trial | None) -> str:

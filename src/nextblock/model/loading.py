@@ -213,8 +213,7 @@ def load_model(
     wanted: Any = dtype or (torch.float32 if target.type == "cpu" else "auto")
     options: dict[str, Any] = {}
     if quantization:  # where bitsandbytes is missing, transformers says so in one line
-        if target.type != "cuda":  # there bitsandbytes packs the weights for a kernel that has no backward pass
-            raise UsageError(f"model.quantization={quantization} needs a CUDA device; leave it out on {target.type}")
+        check_quantization(quantization, target.type)
         nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
         options = {"quantization_config": nf4, "device_map": {"": target}}
     try:
@@ -272,13 +271,27 @@ def choose_attention(config: PreTrainedConfig, wanted: str, device: torch.device
     return "sdpa" if sdpa else "eager"
 
 
+def check_backward(attention: str, device: str) -> None:
+    """UsageError where an attention implementation cannot be trained on a kind of device."""
+    if attention == "flex_attention" and device == "cpu":
+        raise UsageError("model.attention=flex_attention has no backward pass on CPU; use sdpa, or auto")
+
+
+def check_quantization(quantization: str | None, device: str) -> None:
+    """UsageError where a kind of device has no quantized weights that can be trained through."""
+    if quantization and device != "cuda":  # on a CPU bitsandbytes packs them for a kernel without a backward pass
+        raise UsageError(f"model.quantization={quantization} needs a CUDA device; leave it out on {device}")
+
+
 def load_tokenizer(
     path: str | Path, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase | None:
     """The model's tokenizer; None where none can be had (`no_tokenizer` says why): token ids still work."""
-    source = resolve(path)
     names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
-    if Path(source).is_dir() and not any((Path(source) / name).is_file() for name in names):
+    own = Path(path).expanduser()  # which may hold a tokenizer alone
+    found = str(path) not in SHIPPED and any((own / name).is_file() for name in names)
+    source = str(own) if found else resolve(path)
+    if not found and Path(source).is_dir() and not any((Path(source) / name).is_file() for name in names):
         return None
     try:
         return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
@@ -290,7 +303,8 @@ def load_tokenizer(
 
 def _tokenizer_code(source: str, revision: str | None = None) -> bool:
     """Whether a tokenizer comes with code of its own."""
-    return bool(get_tokenizer_config(source, revision=revision).get("auto_map"))
+    config = get_tokenizer_config(source, revision=revision)
+    return isinstance(config, Mapping) and bool(config.get("auto_map"))
 
 
 def no_tokenizer(path: str | Path, revision: str | None = None) -> str:
@@ -309,6 +323,9 @@ def read_settings(config: PreTrainedConfig, given: GivenSettings | None = None) 
         UsageError: settings that cannot be read, an unknown key, or a value out of range.
     """
     section = getattr(config, "block_diffusion", None)
+    for name, value in (("block_diffusion of config.json", section), ("settings", given)):
+        if not isinstance(value, Mapping | BlockDiffusionSettings | str | None):
+            raise UsageError(f"{name} is {value!r}; it must be a mapping such as {{block_size: 32, mask_token_id: 7}}")
     if isinstance(given, str):
         given = KNOWN_SETTINGS.get(given.lower()) or _mapping(given)
     if isinstance(given, BlockDiffusionSettings):

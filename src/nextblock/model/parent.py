@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub import is_offline_mode
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoConfig,
@@ -21,12 +23,15 @@ from nextblock.model.decoder import Decoder
 from nextblock.model.loading import (
     check_architecture,
     choose_attention,
+    config_as_stored,
     load_model,
     load_tokenizer,
     no_tokenizer,
     read_config,
     replace_values,
+    resolve,
 )
+from nextblock.model.shapes import HUB_IDS, shape_values
 
 
 def byte_tokenizer() -> PreTrainedTokenizerBase:
@@ -106,3 +111,34 @@ def load_parent(config: ModelConfig, device: torch.device | str | None = None) -
     attention = choose_attention(shape, config.attention, target)
     model = AutoModelForCausalLM.from_config(shape, dtype=dtype, attn_implementation=attention)
     return Decoder(cast(Any, model).to(target).eval())
+
+
+def model_shape(config: ModelConfig) -> PreTrainedConfig:
+    """The parent's Hugging Face config: `scratch`, a folder, the cache, a known shape, or downloaded alone.
+
+    Raises:
+        UsageError: a model that is none of these.
+    """
+    shape = _stored_shape(config) if config.scratch is None else scratch_config(config.scratch)
+    replace_values(shape, config.override)
+    return shape
+
+
+def _stored_shape(config: ModelConfig) -> PreTrainedConfig:
+    source = resolve(config.path)
+    known = config.path in HUB_IDS
+    options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    try:  # of a model that is known nothing is downloaded, of another its config alone
+        shape = config_as_stored(source, local_files_only=known, **options)
+    except Exception as error:  # transformers raises many kinds here; each means that there is no config to read
+        if Path(source).is_dir():
+            raise UsageError(f"cannot read the config of model {config.path}: {one_line(error)}") from None
+        if not known:
+            why = "the Hub is not asked (HF_HUB_OFFLINE)" if is_offline_mode() else f"the Hub says: {one_line(error)}"
+            raise UsageError(
+                f"model {config.path} is not on this machine and its shape is not among those known "
+                f"({', '.join(sorted(set(HUB_IDS.values())))}); {why}; download its config.json, or set model.scratch"
+            ) from None
+        shape = scratch_config(shape_values(HUB_IDS[config.path]))
+    check_architecture(shape)
+    return shape

@@ -1,9 +1,17 @@
-"""Memory and speed of known devices."""
+"""Memory and speed of known devices, and the memory that is held."""
 
 from __future__ import annotations
 
+import ctypes
 import re
+import resource
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -38,3 +46,27 @@ def device_named(card: str) -> Device | None:
         if f"-{name.removesuffix('-80g')}-" in f"-{words}-":
             return found
     return None
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory held since the process began or `reset_peak_memory`: allocated on CUDA, resident elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / GIB
+    with suppress(OSError):  # Linux; getrusage knows the same peak, but goes on from before a reset
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def reset_peak_memory(device: torch.device) -> bool:
+    """Let `peak_memory_gib` count from what is held now; False where the system cannot."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    with suppress(AttributeError, OSError, TypeError):  # another C library than glibc
+        ctypes.CDLL(None).malloc_trim(0)  # what earlier work freed shall not count
+    with suppress(OSError):  # Linux alone
+        Path("/proc/self/clear_refs").write_text("5")
+        return True
+    return False

@@ -33,12 +33,13 @@ OF_A_LAUNCHER: dict[str, tuple[str | None, str]] = {
 """Variables of `accelerate launch` that a run does not follow: the value that asks for nothing, and what to do."""
 
 
-def check_batch(config: AdaptConfig) -> None:
-    """UsageError for rows that do not divide over the processes."""
-    rows, ranks = config.training.batch_rows, process_state().num_processes
+def check_batch(config: AdaptConfig, devices: int | None = None) -> None:
+    """UsageError for rows that do not divide over the processes, or over the devices of a plan."""
+    rows, ranks = config.training.batch_rows, devices or process_state().num_processes
     if rows % ranks:
+        over = f"{ranks} {'devices' if devices else 'processes'}"
         raise UsageError(
-            f"training.batch_rows={rows} does not divide over {ranks} processes; use {max(1, rows // ranks) * ranks}"
+            f"training.batch_rows={rows} does not divide over {over}; use {max(1, rows // ranks) * ranks}"
         )
 
 

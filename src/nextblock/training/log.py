@@ -1,4 +1,4 @@
-"""The log of a run and its trackers, and what is measured for them: the loss by noise and by offset, memory.
+"""The log of a run and its trackers, and what is measured for them: the loss by noise and by offset.
 
 Letters: S masked tokens, b block size.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import resource
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,13 +52,6 @@ class LossProfile:
         return record if sum(record["tokens_by_noise"]) else None
 
 
-def peak_memory_gib(device: torch.device) -> float:
-    """Most memory held so far: allocated on a CUDA device, resident in the process elsewhere."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
 @contextmanager
 def run_log(
     accelerator: Accelerator, path: Path, config: Mapping[str, Any], step: int
@@ -81,7 +73,7 @@ def run_log(
     with (path if accelerator.is_main_process else Path("/dev/null")).open("a", encoding="utf-8") as log:
 
         def write(record: Mapping[str, Any]) -> None:
-            log.write(json.dumps(_finite(record)) + "\n")
+            log.write(json.dumps(finite(record)) + "\n")
             log.flush()
             if accelerator.log_with:
                 accelerator.log(scalars(record), step=record["step"])
@@ -117,12 +109,12 @@ def trim_log(path: Path, steps: int) -> int:
     return damaged
 
 
-def _finite(value: Any) -> Any:
-    """The same with null for numbers that JSON does not know: there is no loss where nothing is masked."""
+def finite(value: Any) -> Any:
+    """The same with None for NaN and infinity, which JSON does not know: nothing masked has no loss, for one."""
     if isinstance(value, Mapping):
-        return {key: _finite(entry) for key, entry in value.items()}
+        return {str(key): finite(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
+        return [finite(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

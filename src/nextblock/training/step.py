@@ -17,7 +17,8 @@ from nextblock.data.rows import Rows, check_tokens
 from nextblock.recipe.objective import LossSums
 from nextblock.recipe.schedules import Scheduled, scheduled
 from nextblock.training.checkpoint import checkpoint_folder
-from nextblock.training.log import LossProfile, peak_memory_gib
+from nextblock.training.devices import peak_memory_gib
+from nextblock.training.log import LossProfile
 from nextblock.training.ranks import errors_on_all_ranks, gather
 from nextblock.training.resume import save
 from nextblock.training.run import Run, StepMetrics

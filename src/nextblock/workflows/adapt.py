@@ -11,7 +11,6 @@ from typing import Any
 from nextblock.config.files import locked
 from nextblock.config.run import AdaptConfig, load_config, stage_configs
 from nextblock.data.feed import merged
-from nextblock.measure.held_out import SigtermReceived, evaluate_midway, held_out_bits
 from nextblock.measure.machine import environment
 from nextblock.measure.report import read_log, write_report
 from nextblock.recipe import schedules
@@ -19,6 +18,7 @@ from nextblock.training.loop import stop_on_sigterm, train
 from nextblock.training.output import writing
 from nextblock.training.ranks import gather
 from nextblock.training.run import LOG, Run, StepMetrics
+from nextblock.workflows.held_out import SigtermReceived, evaluate_midway, held_out_bits
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def adapt(
         return RunResult(output, True, steps, results)
 
 
-def describe(run: Run, config: AdaptConfig, lost: Mapping[str, int]) -> dict[str, Any]:
+def describe(run: Run, config: AdaptConfig, lost: Mapping[str, Any]) -> dict[str, Any]:
     """The part of `results.json` that is known without measuring anything. `lost`: of `cut_documents`."""
     growth, borders, first = [], [], 0
     for number, stage in enumerate(stage_configs(config)):
@@ -122,7 +122,11 @@ def describe(run: Run, config: AdaptConfig, lost: Mapping[str, int]) -> dict[str
     }
 
 
-def cut_documents(run: Run) -> dict[str, int]:
-    """Documents that were cut at the end of a row, or left out because nothing of them fitted. All ranks together."""
+def cut_documents(run: Run) -> dict[str, Any]:
+    """What the data lost on the way to rows, on all ranks together; see `nextblock.data.stream.NOTHING`."""
     lost = [shard["lost"] for shard in merged(gather(run.feed.state()))["shards"].values()]
-    return {name: sum(one[name] for one in lost) for name in ("truncated", "skipped")}
+    found: dict[str, Any] = {
+        name: sum(one.get(name, 0) for one in lost) for name in ("truncated", "skipped", "spelled")
+    }
+    places = [one["spelled_at"] for one in lost if one.get("spelled_at")]
+    return {**found, "spelled_at": places[0] if places else ""}

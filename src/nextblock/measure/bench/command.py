@@ -1,9 +1,10 @@
-"""What `nextblock bench decode` and `nextblock tune` do around the measuring: prompts, progress, files."""
+"""What the commands that measure do around the measuring: the terminal, the prompts, the files of figures."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +16,16 @@ from nextblock.decoding.lm import BlockDiffusionLM
 from nextblock.decoding.request import end_tokens
 from nextblock.measure.bench.decoding import bench_decode, compares_compiled, count_calls
 from nextblock.measure.bench.forwards import POSITIONS, random_prompts, time_forwards
-from nextblock.measure.bench.prompts import Options, Prompts, file_prompts, task_prompts
+from nextblock.measure.bench.prompts import Options, Prompts
+from nextblock.measure.bench.prompts import read_prompts as read_prompts
 from nextblock.measure.machine import MEMORY_MEANING, environment
-from nextblock.measure.progress import progress
+from nextblock.measure.progress import counter, progress
 
 
 def wide_console() -> Console:
     """Standard output; where it is no terminal, wide enough for the tables."""
     console = Console()
     return console if console.is_terminal else Console(width=140)
-
-
-def read_prompts(task: str, file: Path | None, count: int, split: str) -> Prompts:
-    """The file's prompts if one is given, else the task's."""
-    return task_prompts(task, split, count) if file is None else file_prompts(file, count)
 
 
 def run_bench(
@@ -55,64 +52,37 @@ def run_bench(
     Returns:
         What is written as JSON: `decode` and `forwards` hold `Speed` and `ForwardTime` as plain values.
     """
-    device = lm.decoder.device
+    if any(size < 1 for size in batches):
+        raise UsageError(f"batch={min(batches)} must be at least 1")
     if prompts is None:
         encoded, ends = random_prompts(lm.decoder.vocabulary, cache_length, max([1, *batches])), []
     else:
         encoded, ends = prompts.encode(lm), end_tokens(lm.decoder, lm.tokenizer)
-    if any(size < 1 for size in batches):
-        raise UsageError(f"batch={min(batches)} must be at least 1")
-    calls = sum(
-        count_calls(compares_compiled(lm), len(encoded), len(variants), size, rounds, len(assisted))
-        for size in batches
-    )
-    total = (calls if variants else 0) + (len(POSITIONS) * rounds * len(batches) if forwards else 0)
-    done = 0
-    decode: list[dict[str, Any]] = []
-    times: list[dict[str, Any]] = []
+    decoded, passed = batches if variants else (), batches if forwards else ()
+    common = (compares_compiled(lm), len(encoded), len(variants))
+    calls = sum(count_calls(*common, size, rounds, len(assisted)) for size in decoded)
+    limits: dict[str, Any] = {"ends": ends, "rounds": rounds, "max_new_tokens": max_new_tokens, "assisted": assisted}
     with progress("timing") as update:
-
-        def advance() -> None:
-            nonlocal done
-            done += 1
-            update(done, total)
-
-        for size in batches if variants else ():
-            speeds = bench_decode(
-                lm,
-                encoded,
-                variants,
-                batch=size,
-                ends=ends,
-                rounds=rounds,
-                max_new_tokens=max_new_tokens,
-                assisted=assisted,
-                on_call=advance,
-            )
-            decode += [speed.as_dict() for speed in speeds]
-        for size in batches if forwards else ():
-            found = time_forwards(lm, cache_length=cache_length, batch=size, rounds=rounds, on_call=advance)
-            times += [time.as_dict() for time in found]
+        advance = counter(update, calls + len(POSITIONS) * rounds * len(passed))
+        speeds = [bench_decode(lm, encoded, variants, batch=n, on_call=advance, **limits) for n in decoded]
+        widths: Any = {"cache_length": cache_length, "rounds": rounds}
+        times = [time_forwards(lm, batch=n, on_call=advance, **widths) for n in passed]
     return {
         "model": model,
         "parameters": sum(p.numel() for p in lm.model.parameters()),
         "dtype": str(lm.model.dtype).removeprefix("torch."),
-        "environment": environment(device),
+        "environment": environment(lm.decoder.device),
         "prompts": prompts.source if prompts else f"{cache_length} random tokens",
         "max_new_tokens": max_new_tokens,
         "rounds": rounds,
-        "memory": MEMORY_MEANING.get(device.type),
-        "decode": decode,
-        "forwards": times,
+        "memory": MEMORY_MEANING.get(lm.decoder.device.type),
+        "decode": [asdict(speed) for each in speeds for speed in each],
+        "forwards": [asdict(time) for each in times for time in each],
     }
 
 
 def write_results(results: Mapping[str, Any], figure: Figure, output: Path) -> tuple[Path, Path]:
-    """Write the figures as JSON at `output`, and the plot beside it as PNG; returns both paths.
-
-    Raises:
-        UsageError: the folder cannot be written.
-    """
+    """Write the figures as JSON at `output`, the plot beside it as PNG; both paths. UsageError if it cannot be."""
     plot = output.with_suffix(".png")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -125,9 +95,7 @@ def write_results(results: Mapping[str, Any], figure: Figure, output: Path) -> t
 
 def check_output(output: Path | None) -> None:
     """Refuse, before anything is measured, an output that is no JSON file."""
-    if output is None:
-        return
-    if not output.absolute().parent.is_dir():
+    if output is not None and not output.absolute().parent.is_dir():
         raise UsageError(f"--output {output}: the folder {output.parent} does not exist; make it, or name another")
-    if output.suffix != ".json" or output.is_dir():
+    if output is not None and (output.suffix != ".json" or output.is_dir()):
         raise UsageError(f"--output {output} is not the name of a .json file; the plot is written beside it as .png")

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 import torch
@@ -29,33 +30,22 @@ TokenLists = Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True)
-class Call:
-    """One batch decoded.
-
-    answers: token ids of each answer, end token included.
-    seconds: whole call. first_token_seconds: until a token was decided.
-    forwards: calls of the model. row_forwards: these times the rows that took part in them.
-    """
-
-    answers: list[list[int]]
-    seconds: float
-    first_token_seconds: float
-    forwards: int
-    row_forwards: int
-
-
-@dataclass(frozen=True)
 class Contestant:
-    """A way to decode a batch of prompts (lists of token ids)."""
+    """A way to decode a batch of prompts (lists of token ids), as a round of that batch alone."""
 
     name: str
     options: Options
-    run: Callable[[TokenLists], Call]
+    run: Callable[[TokenLists], Round]
 
 
 @dataclass
 class Round:
-    """What one contestant took for all prompts of one round."""
+    """What one contestant took for the batches of a round.
+
+    answers: token ids of each answer, end token included.
+    seconds: of the whole calls. first_token_seconds: of each call until a token was decided.
+    forwards: calls of the model. row_forwards: these times the rows that took part in them.
+    """
 
     answers: list[list[int]] = field(default_factory=list)
     seconds: float = 0.0
@@ -63,13 +53,10 @@ class Round:
     forwards: int = 0
     row_forwards: int = 0
 
-    def add(self, call: Call) -> None:
-        """Book one batch."""
-        self.answers += call.answers
-        self.seconds += call.seconds
-        self.first_token_seconds.append(call.first_token_seconds)
-        self.forwards += call.forwards
-        self.row_forwards += call.row_forwards
+    def add(self, other: Round) -> None:
+        """Book another batch."""
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
 
     @property
     def new_tokens(self) -> int:
@@ -87,14 +74,11 @@ def alternate(
     rounds: Sequence[Sequence[TokenLists]],
     on_call: Callable[[], None] = lambda: None,
 ) -> list[list[Round]]:
-    """Let contestants take turns at every batch of every round.
+    """Let contestants take turns at every batch of every round; for each of them its rounds.
 
     Args:
-        contestants: in the order of their turns.
         rounds: the batches of each round.
         on_call: called after each batch of each contestant.
-    Returns:
-        For each contestant its rounds.
     """
     results = [[Round() for _ in rounds] for _ in contestants]
     for number, batches in enumerate(rounds):
@@ -106,11 +90,7 @@ def alternate(
 
 
 def make_batches(prompts: TokenLists, size: int) -> list[TokenLists]:
-    """Whole batches of `size` prompts; what is left over is not used.
-
-    Raises:
-        UsageError: fewer prompts than one batch.
-    """
+    """Whole batches of `size` prompts; what is left over is not used. UsageError for less than one batch."""
     if size < 1:
         raise UsageError(f"batch={size} must be at least 1")
     if len(prompts) < size:
@@ -127,41 +107,53 @@ def left_padded(prompts: TokenLists, device: torch.device) -> tuple[Tensor, Tens
     return tokens.to(device), mask.to(device)
 
 
-# ------------------------------------------------------------------------------------------ contestants
+def compared(rounds: Sequence[Round], reference: Sequence[Round]) -> dict[str, float]:
+    """`tokens_per_second`, and `speedup`, the ratio to the reference in the same round: medians over rounds.
+
+    `speedup_low` and `speedup_high` are those of the lowest and the highest round.
+    """
+    pairs = zip(rounds, reference, strict=True)
+    ratios = [own.tokens_per_second / other.tokens_per_second for own, other in pairs]
+    return {
+        "tokens_per_second": median(each.tokens_per_second for each in rounds),
+        "speedup": median(ratios),
+        "speedup_low": min(ratios),
+        "speedup_high": max(ratios),
+    }
 
 
 def our_mode(lm: BlockDiffusionLM, options: Options, max_new_tokens: int, ends: Sequence[int]) -> Contestant:
     """One of this package's modes, greedy. `ends`: end tokens, none if empty."""
     device = lm.decoder.device
+    shared: Any = {"temperature": 0.0, "max_new_tokens": max_new_tokens, "eos_token_id": list(ends)}
 
-    def run(prompts: TokenLists) -> Call:
+    def run(prompts: TokenLists) -> Round:
         tokens, mask = left_padded(prompts, device)
         synchronize(device)
         began = time.perf_counter()
-        shared: Any = {"temperature": 0.0, "max_new_tokens": max_new_tokens, "eos_token_id": list(ends)}
         stream = lm.stream(tokens, attention_mask=mask, **{**options, **shared})
         for _ in stream:
             pass
         synchronize(device)
         seconds = time.perf_counter() - began
         stats = stream.stats
-        passes = sum(stats.row_forwards.values())
-        return Call([row.answer for row in stream.rows], seconds, stats.first_token_seconds, stats.forwards, passes)
+        answers, passes = [row.answer for row in stream.rows], sum(stats.row_forwards.values())
+        return Round(answers, seconds, [stats.first_token_seconds], stats.forwards, passes)
 
     return Contestant(variant_name(options), options, run)
 
 
-class _FirstToken(BaseStreamer):
-    """Notes when transformers' generate hands out its first token; the prompt comes before it."""
+class _Passes(BaseStreamer):
+    """Counts what transformers' generate hands out, once after each pass, and notes when the first token came."""
 
     def __init__(self) -> None:
-        self.puts = 0
-        self.at = 0.0
+        self.count = -1  # the prompt comes before them
+        self.first_at = 0.0
 
     def put(self, value: Tensor) -> None:
-        self.puts += 1
-        if self.puts == 2:
-            self.at = time.perf_counter()
+        self.count += 1
+        if self.count == 1:
+            self.first_at = time.perf_counter()
 
     def end(self) -> None:
         pass
@@ -184,65 +176,47 @@ def transformers_generate(
     """
     model: Any = lm.model
     device = lm.decoder.device
-    plain = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=list(ends) or None,
-        pad_token_id=ends[0] if ends else 0,
-        use_cache=True,
-    )
+    name, extra = assisted or ("", {})
+    name = f"transformers, {name}" if assisted else "transformers"
+    plain = _greedy(max_new_tokens, ends)
     cache = None
     if static_length is not None:
+        name = "transformers, static cache, compiled"
         cache = StaticCache(config=model.config, max_cache_len=static_length)
         compiling: Any = CompileConfig()
         compiling._compile_all_devices = True  # by itself it compiles on accelerators alone
         plain.compile_config = compiling
+        extra = {"past_key_values": cache}
 
-    def run(prompts: TokenLists) -> Call:
+    def run(prompts: TokenLists) -> Round:
         tokens, mask = left_padded(prompts, device)
-        first = _FirstToken()
+        passes = _Passes()  # a counter inside the model would have it compiled again at each count
         # generate fills what is unset from the model's own generation config: penalties, say, or sampling.
         own, model.generation_config = model.generation_config, plain
-        passes, hook = _count_forwards(model) if cache is None else ([0], None)
         synchronize(device)
         began = time.perf_counter()
         try:
             with torch.inference_mode(), nullcontext() if lm.adapter is None else lm.adapter.removed(lm.model):
                 if cache is not None:
                     cache.reset()
-                extra: Options = {} if cache is None else {"past_key_values": cache}
-                extra |= assisted[1] if assisted else {}
-                out = model.generate(tokens, attention_mask=mask, streamer=first, **extra)
+                out = model.generate(tokens, attention_mask=mask, streamer=passes, **extra)
             synchronize(device)
         finally:
             model.generation_config = own
-            if hook is not None:
-                hook.remove()
         seconds = time.perf_counter() - began
-        forwards = passes[0] if cache is None else first.puts - 1
-        # (A hook's counter in a compiled pass would have it compiled again at each count.)
         answers = [_cut(answer, ends) for answer in out[:, tokens.shape[1] :].tolist()]
         # Rows that have finished are computed on until the last one has: their passes count.
-        return Call(answers, seconds, first.at - began, forwards, forwards * len(answers))
+        return Round(answers, seconds, [passes.first_at - began], passes.count, passes.count * len(answers))
 
-    name = "transformers" if cache is None else "transformers, static cache, compiled"
-    name = f"transformers, {assisted[0]}" if assisted else name
     return Contestant(name, {}, run)
 
 
-def _count_forwards(model: Any) -> tuple[list[int], Any]:
-    """A counter of the model's forward passes, and the hook that keeps it until it is removed."""
-    passes = [0]
-
-    def count(module: Any, inputs: Any) -> None:
-        passes[0] += 1
-
-    return passes, model.base_model.register_forward_pre_hook(count)
+def _greedy(max_new_tokens: int, ends: Sequence[int]) -> Any:
+    """A generation config that asks for nothing else."""
+    options: Any = {"eos_token_id": list(ends) or None, "pad_token_id": ends[0] if ends else 0}
+    return GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, use_cache=True, **options)
 
 
 def _cut(answer: list[int], ends: Sequence[int]) -> list[int]:
     """Up to the first end token, which stays."""
     return answer[: next((i + 1 for i, token in enumerate(answer) if token in ends), len(answer))]
-
-
-# ----------------------------------------------------------------------------------------------- memory

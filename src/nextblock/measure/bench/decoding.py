@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import median
-from typing import Any
 
 from nextblock.config.errors import UsageError
 from nextblock.decoding.lm import BlockDiffusionLM
@@ -14,12 +13,13 @@ from nextblock.measure.bench.contest import (
     Round,
     TokenLists,
     alternate,
+    compared,
     make_batches,
     our_mode,
     transformers_generate,
 )
 from nextblock.measure.bench.prompts import Options
-from nextblock.measure.machine import peak_memory_gib
+from nextblock.training.devices import peak_memory_gib, reset_peak_memory
 
 WARM_UP_ROUNDS = 2  # where passes are compiled: in the first call of a shape, and recorded in the second
 
@@ -34,7 +34,7 @@ class Speed:
     tokens_per_forward: answer tokens over the passes that their rows took part in: prefill, denoise, check,
         commit and decode; for transformers also those of rows that had finished.
     equal_to_ar: share of prompts whose tokens equal those of transformers' generate.
-    peak_memory_gib: of the batch with the longest prompt; `contest.MEMORY_MEANING` says of what.
+    peak_memory_gib: of the batch with the longest prompt; `machine.MEMORY_MEANING` says of what.
     """
 
     name: str
@@ -52,10 +52,6 @@ class Speed:
     tokens_per_forward: float
     equal_to_ar: float
     peak_memory_gib: float | None
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
 
 
 def bench_decode(
@@ -90,29 +86,24 @@ def bench_decode(
     check_length(lm, prompts, max_new_tokens)
     device = lm.decoder.device
     longest = max(batches, key=lambda rows: max(map(len, rows)))
-    contestants = _contestants(lm, prompts, variants, max_new_tokens, ends)
-    if batch == 1:
-        contestants[1:1] = [transformers_generate(lm, max_new_tokens, ends, assisted=extra) for extra in assisted]
+    common, room = (lm, max_new_tokens, ends), max(map(len, prompts)) + max_new_tokens
+    contestants = [transformers_generate(*common)]
+    contestants += [transformers_generate(*common, assisted=extra) for extra in assisted if batch == 1]
+    contestants += [transformers_generate(*common, room)] if compares_compiled(lm) else []
+    contestants += [our_mode(lm, options, max_new_tokens, ends) for options in variants]
     memory = []
     for contestant in contestants:
         for prompt_lists in batches * WARM_UP_ROUNDS if compares_compiled(lm) else [longest]:
             contestant.run(prompt_lists)
-        memory.append(peak_memory_gib(device, lambda run=contestant.run: run(longest)))
+        known = reset_peak_memory(device)
+        contestant.run(longest)
+        memory.append(peak_memory_gib(device) if known else None)
         on_call()
     results = alternate(contestants, [batches] * rounds, on_call)
     return [
         _speed(contestant, own, results[0], batch, peak)
         for contestant, own, peak in zip(contestants, results, memory, strict=True)
     ]
-
-
-def _contestants(
-    lm: BlockDiffusionLM, prompts: TokenLists, variants: Sequence[Options], limit: int, ends: Sequence[int]
-) -> list[Contestant]:
-    contestants = [transformers_generate(lm, limit, ends)]
-    if compares_compiled(lm):
-        contestants.append(transformers_generate(lm, limit, ends, max(map(len, prompts)) + limit))
-    return contestants + [our_mode(lm, options, limit, ends) for options in variants]
 
 
 def compares_compiled(lm: BlockDiffusionLM) -> bool:
@@ -141,8 +132,7 @@ def check_length(lm: BlockDiffusionLM, prompts: TokenLists, max_new_tokens: int)
 def _speed(
     contestant: Contestant, rounds: Sequence[Round], reference: Sequence[Round], batch: int, memory: float | None
 ) -> Speed:
-    ratios = speedups(rounds, reference)
-    first = rounds[0]
+    first, expected = rounds[0], reference[0].answers
     return Speed(
         name=contestant.name,
         options=contestant.options,
@@ -150,24 +140,10 @@ def _speed(
         prompts=len(first.answers),
         rounds=len(rounds),
         new_tokens=first.new_tokens,
-        tokens_per_second=median(r.tokens_per_second for r in rounds),
-        speedup=median(ratios),
-        speedup_low=min(ratios),
-        speedup_high=max(ratios),
+        **compared(rounds, reference),
         first_token_seconds=median(seconds for r in rounds for seconds in r.first_token_seconds),
         forward_ms=median(1000 * r.seconds / r.forwards for r in rounds),
         tokens_per_forward=first.new_tokens / first.row_forwards,
-        equal_to_ar=share_equal(first, reference[0]),
+        equal_to_ar=sum(a == b for a, b in zip(first.answers, expected, strict=True)) / len(expected),
         peak_memory_gib=memory,
     )
-
-
-def speedups(rounds: Sequence[Round], reference: Sequence[Round]) -> list[float]:
-    """Tokens per second over the reference's, round by round."""
-    return [own.tokens_per_second / other.tokens_per_second for own, other in zip(rounds, reference, strict=True)]
-
-
-def share_equal(own: Round, reference: Round) -> float:
-    """Share of answers with the same tokens."""
-    pairs = list(zip(own.answers, reference.answers, strict=True))
-    return sum(a == b for a, b in pairs) / len(pairs)

@@ -1,4 +1,4 @@
-"""Tables and plots of benchmarks and tuning. Plots touch no global state of matplotlib."""
+"""Tables and plots of benchmarks and tuning."""
 
 from __future__ import annotations
 
@@ -10,25 +10,10 @@ from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from nextblock.measure.report.figures import BLUE, GREEN, INK, LINE, MUTED, ORANGE
-
-COLOURS = {"ar": BLUE, "diffusion": ORANGE, "speculative": GREEN}  # transformers' own: INK
-DASH = "–"
-
-Entry = Mapping[str, Any]
-
-
-def canvas(rows: int, columns: int, width: float, height: float) -> tuple[Figure, Any]:
-    """A figure of its own in the report's style, and its axes [rows, columns]."""
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for panel in axes.flat:
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.spines[["left", "bottom"]].set_color(MUTED)
-        panel.tick_params(colors=MUTED, labelsize=8.5)
-        panel.grid(color=LINE, linewidth=0.7)
-        panel.set_axisbelow(True)
-    return figure, axes
+from nextblock.measure import words
+from nextblock.measure.report.figures import plot_tradeoff
+from nextblock.measure.style import BLUE, INK, LABEL, MODE_COLOURS, MUTED, Entry, canvas
+from nextblock.training.devices import GIB
 
 
 def speed_table(entries: Sequence[Entry]) -> Table:
@@ -40,17 +25,17 @@ def speed_table(entries: Sequence[Entry]) -> Table:
     for heading in ("tokens/s", "× generate", "first token", "ms/forward", "tokens/forward", "equal to AR", "memory"):
         table.add_column(heading, justify="right", no_wrap=True)
     for number, entry in enumerate(entries):
-        memory = entry["peak_memory_gib"]
+        held = entry["peak_memory_gib"]
         table.add_row(
             str(entry["batch"]),
             entry["name"],
-            f"{entry['tokens_per_second']:,.0f}",
+            words.number(entry["tokens_per_second"], 0),
             f"{entry['speedup']:.2f} ({entry['speedup_low']:.2f}–{entry['speedup_high']:.2f})",
             f"{1000 * entry['first_token_seconds']:.1f} ms",
-            f"{entry['forward_ms']:.2f}",
-            f"{entry['tokens_per_forward']:.2f}",
-            f"{100 * entry['equal_to_ar']:.1f} %",
-            DASH if memory is None else f"{memory:.2f} GiB",
+            words.number(entry["forward_ms"]),
+            words.number(entry["tokens_per_forward"]),
+            words.percent(entry["equal_to_ar"]),
+            words.memory(held and held * GIB),
             end_section=number + 1 == len(entries) or entries[number + 1]["batch"] != entry["batch"],
         )
     return table
@@ -63,9 +48,8 @@ def forward_table(entries: Sequence[Entry]) -> Table:
     for heading in ("batch", "positions", "ms", "× one position"):
         table.add_column(heading, justify="right")
     for entry in entries:
-        table.add_row(
-            str(entry["batch"]), str(entry["positions"]), f"{entry['milliseconds']:.2f}", f"{entry['ratio']:.2f}"
-        )
+        cells = (str(entry[name]) for name in ("batch", "positions"))
+        table.add_row(*cells, words.number(entry["milliseconds"]), words.number(entry["ratio"]))
     return table
 
 
@@ -79,28 +63,24 @@ def plot_bench(results: Mapping[str, Any]) -> Figure:
     batches = sorted({entry["batch"] for entry in decode})
     rows = len(batches) + bool(forwards)
     names = max([1, *(sum(e["batch"] == size for e in decode) for size in batches)])
-    figure, axes = canvas(max(1, rows), 2, 9.0, max(2.4, 0.8 + 0.32 * names) * max(1, rows))
+    figure, axes = canvas(max(1, rows), 2, (9.0, max(2.4, 0.8 + 0.32 * names) * max(1, rows)), layout="constrained")
     for row, size in zip(axes, batches, strict=False):
         entries = [entry for entry in decode if entry["batch"] == size]
-        notes = [f"{entry['speedup']:.2f} ×" for entry in entries]
-        colours = [COLOURS.get(entry["options"].get("mode"), INK) for entry in entries]
-        _bars(row[0], entries, "tokens_per_second", notes, colours)
-        passes = [f"{entry['tokens_per_forward']:.2f}" for entry in entries]
-        _bars(row[1], entries, "tokens_per_forward", passes, colours)
-        row[0].set_xlabel(f"tokens per second, batch {size} (× transformers' generate)", fontsize=9, color=MUTED)
-        row[1].set_xlabel("tokens per forward, all forwards counted", fontsize=9, color=MUTED)
+        _bars(row[0], entries, "tokens_per_second", [f"{entry['speedup']:.2f} ×" for entry in entries])
+        _bars(row[1], entries, "tokens_per_forward", [words.number(e["tokens_per_forward"]) for e in entries])
+        row[0].set_xlabel(f"tokens per second, batch {size} (× transformers' generate)", **LABEL)
+        row[1].set_xlabel("tokens per forward, all forwards counted", **LABEL)
         row[1].set_yticklabels([])
     if forwards:
         _forward_panels(axes[-1], forwards)
     return figure
 
 
-def _bars(
-    axes: Axes, entries: Sequence[Entry], field: str, notes: Sequence[str], colours: Sequence[str]
-) -> None:  # fmt: skip
+def _bars(axes: Axes, entries: Sequence[Entry], field: str, notes: Sequence[str]) -> None:
     """One horizontal bar for each contestant, the first on top, with a note at its end."""
     values = [entry[field] for entry in entries]
-    bars = axes.barh(range(len(entries)), values, color=list(colours), height=0.62)
+    colours = [MODE_COLOURS.get(entry["options"].get("mode"), INK) for entry in entries]  # transformers' own: INK
+    bars = axes.barh(range(len(entries)), values, color=colours, height=0.62)
     axes.bar_label(bars, labels=list(notes), padding=3, fontsize=8.5, color=INK)
     axes.set_yticks(range(len(entries)), [entry["name"] for entry in entries], color=INK)
     axes.set_xlim(0, 1.18 * max(values) or 1)
@@ -118,8 +98,8 @@ def _forward_panels(row: Sequence[Axes], forwards: Sequence[Entry]) -> None:
         panel.set_xscale("log", base=2)
         panel.set_xticks(widths, [str(width) for width in widths])
         panel.set_ylim(bottom=0)
-        panel.set_xlabel("positions in a pass", fontsize=9, color=MUTED)
-        panel.set_ylabel(label, fontsize=9, color=MUTED)
+        panel.set_xlabel("positions in a pass", **LABEL)
+        panel.set_ylabel(label, **LABEL)
     row[0].legend(fontsize=8.5, frameon=False)
 
 
@@ -137,10 +117,10 @@ def tuning_table(trials: Sequence[Entry], measure: str) -> Table:
         table.add_row(
             "★" if trial["chosen"] else "",
             trial["name"],
-            f"{trial['speedup']:.2f}",
-            f"{trial['tokens_per_second']:,.0f}",
-            f"{trial['tokens_per_forward']:.2f}",
-            f"{100 * trial['quality']:.1f} %",
+            words.number(trial["speedup"]),
+            words.number(trial["tokens_per_second"], 0),
+            words.number(trial["tokens_per_forward"]),
+            words.percent(trial["quality"]),
             f"{trial['drop']:.1f} ± {trial['drop_error']:.1f}",
             style="bold" if trial["chosen"] else None,
         )
@@ -148,58 +128,24 @@ def tuning_table(trials: Sequence[Entry], measure: str) -> Table:
 
 
 def plot_tuning(trials: Sequence[Entry], measure: str, max_drop: float) -> Figure:
-    """Accuracy (or agreement) over tokens per second and over tokens per forward.
+    """Accuracy (or agreement) over tokens per second and over tokens per forward, as the report has it.
 
-    Filled: measured on all examples; hollow: the coarse pass, on fewer. Ringed: the choice of each mode.
-    Dashed: AR mode; dotted: the lowest that is allowed. Lines: diffusion at one block size, by threshold.
-    Tokens per second are the ratio to AR mode in the same rounds times AR mode's speed, so that what else ran
-    on the machine meanwhile moves no point.
+    Ringed, with its name: the choice of each mode. Hollow: the coarse pass, on fewer examples. Dashed: AR mode;
+    dotted: the lowest that is allowed. Lines: diffusion at one block size, by threshold. Tokens per second are the
+    ratio to AR mode in the same rounds times AR mode's speed, so that what else ran meanwhile moves no point.
     """
     ar = next(trial for trial in trials if trial["mode"] == "ar")
-    figure, axes = canvas(1, 2, 9.0, 3.8)
-    seconds = ("speedup", "tokens per second", ar["tokens_per_second"])
-    for panel, (field, label, unit) in zip(axes[0], (seconds, ("tokens_per_forward",) * 2 + (1.0,)), strict=True):
+    entries = []
+    for trial in trials:
+        options, chosen = trial["options"], trial["chosen"]
+        entry = {**options, "model": "adapted", "task": measure, "accuracy": trial["quality"]}
+        entry["tokens_per_second"] = trial["speedup"] * ar["tokens_per_second"]
+        entry["tokens_per_forward"] = trial["tokens_per_forward"]
+        entry["joined"] = (options.get("sub_blocks"), options.get("sampler")) == (1, "confidence")
+        entry |= {"hollow": trial["stage"] == "coarse", "ringed": chosen}
+        entries.append(entry | {"label": trial["name"].replace(", ", "\n") if chosen else ""})
+    figure = plot_tradeoff(entries, measure)
+    for panel in figure.axes:
         panel.axhline(100 * ar["quality"], color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
         panel.axhline(100 * ar["quality"] - max_drop, color=MUTED, linewidth=0.9, linestyle=":")
-        for curve in _curves(trials):
-            panel.plot(
-                [unit * t[field] for t in curve], [100 * t["quality"] for t in curve], color=ORANGE, alpha=0.45,
-                linewidth=1.0,
-            )  # fmt: skip
-        for trial in trials:
-            _tuning_point(panel, trial, unit * trial[field])
-        qualities = [100 * trial["quality"] for trial in trials]
-        margin = 0.22 * max(5.0, max(qualities) - min(qualities))
-        panel.set(xlim=(0, 1.1 * unit * max(t[field] for t in trials)))
-        panel.set(ylim=(min(qualities) - margin, max(qualities) + margin))
-        panel.set_xlabel(label.replace("_", " "), fontsize=9, color=MUTED)
-    axes[0, 0].set_ylabel(f"{measure} (%)", fontsize=9, color=MUTED)
-    for mode in dict.fromkeys(trial["mode"] for trial in trials):
-        axes[0, 0].plot([], [], "o", color=COLOURS[mode], markersize=5, label=mode)
-    figure.legend(loc="outside upper left", ncols=3, fontsize=8.5, frameon=False)
     return figure
-
-
-def _curves(trials: Sequence[Entry]) -> list[list[Entry]]:
-    """Diffusion settings that differ in their threshold alone, in its order; a curve for each block size."""
-    plain = [t for t in trials if t["mode"] == "diffusion" and t["options"]["threshold"] is not None]
-    plain = [t for t in plain if t["options"]["sub_blocks"] == 1 and t["options"]["sampler"] == "confidence"]
-    curves: dict[int, list[Entry]] = {}
-    for trial in sorted(plain, key=lambda t: t["options"]["threshold"]):
-        curves.setdefault(trial["options"]["block_size"], []).append(trial)
-    return list(curves.values())
-
-
-def _tuning_point(axes: Axes, trial: Entry, x: float) -> None:
-    """One setting; if it was chosen, with a ring and its name: of diffusion below, of speculative above."""
-    y, colour = 100 * trial["quality"], COLOURS[trial["mode"]]
-    face = colour if trial["stage"] == "fine" else "none"
-    axes.plot([x], [y], "o", color=colour, markerfacecolor=face, markersize=5, alpha=0.85)
-    if not trial["chosen"]:
-        return
-    axes.plot([x], [y], "o", color=INK, markerfacecolor="none", markersize=12, markeredgewidth=1.4)
-    below = trial["mode"] == "diffusion"
-    axes.annotate(
-        trial["name"].replace(", ", "\n"), (x, y), xytext=(0, -10 if below else 10), textcoords="offset points",
-        ha="center", va="top" if below else "bottom", fontsize=7.5, color=colour, parse_math=False,
-    )  # fmt: skip

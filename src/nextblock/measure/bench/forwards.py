@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import median
-from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -40,21 +39,18 @@ def random_model(
     """A model with random weights, made on the device itself; no tokenizer, blocks of 32, the last id as mask.
 
     Args:
-        shape: a name in `shapes.SHAPES`.
+        shape: a name in `model.shapes.SHAPES`; UsageError for another.
         device: None: CUDA if there is one. "meta": shapes without weights.
         dtype: None: float32 on CPU, bfloat16 elsewhere.
-        attention: as in `load_model`.
-        compile: as in `generate.load`.
-    Raises:
-        UsageError: unknown shape.
+        attention, compile: as of `decoding.lm.load`.
     """
     values = shape_values(shape)
     config = AutoConfig.for_model(values.pop("model_type"), **values)
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float32 if target.type == "cpu" else torch.bfloat16)
+    attention = choose_attention(config, attention, target)
     with target:
-        implementation = choose_attention(config, attention, target)
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=implementation)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     settings = BlockDiffusionSettings(block_size=32, mask_token_id=config.vocab_size - 1)
     return BlockDiffusionLM(model.eval(), None, settings, compile=compile)
 
@@ -78,10 +74,6 @@ class ForwardTime:
     milliseconds: float
     ratio: float
 
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
-
 
 def time_forwards(
     lm: BlockDiffusionLM,
@@ -98,44 +90,38 @@ def time_forwards(
 
     Args:
         cache_length: tokens in front.
-        positions: widths; 1 is always measured, as what the others are compared with.
+        positions: widths; 1 is always measured, for the others are compared with it.
         on_call: called after each width of each round.
     Raises:
         UsageError: more positions than the model has.
     """
-    widths = sorted({1, *positions})
-    room = lm.decoder.max_positions
+    widths, vocabulary = sorted({1, *positions}), lm.decoder.vocabulary
+    widest, room = widths[-1], lm.decoder.max_positions
     if min(cache_length, batch, rounds, widths[0]) < 1:
         raise UsageError("cache_length, batch, rounds and positions must be at least 1")
-    if room is not None and cache_length + widths[-1] > room:
+    if room is not None and cache_length + widest > room:
         raise UsageError(
-            f"cache_length={cache_length} and {widths[-1]} positions exceed the model's context of {room}; "
-            f"use a cache_length of at most {room - widths[-1]}"
+            f"cache_length={cache_length} and {widest} positions exceed the model's context of {room}; "
+            f"use a cache_length of at most {room - widest}"
         )
-    vocabulary, device = lm.decoder.vocabulary, lm.decoder.device
-    rows = [Row(i, p, widths[-1]) for i, p in enumerate(random_prompts(vocabulary, cache_length, batch))]
-    config = validate(DecodingConfig, {"mode": "diffusion", "block_size": widths[-1]})
+    rows = [Row(i, p, widest) for i, p in enumerate(random_prompts(vocabulary, cache_length, batch))]
+    config = validate(DecodingConfig, {"mode": "diffusion", "block_size": widest})
     milliseconds: dict[int, list[float]] = {width: [] for width in widths}
     with torch.inference_mode():
         runner = Batch(lm.decoder, lm.settings, config, rows, Stats(rows=batch), passes=lm.passes)
         runner.prefill()
-        inputs = {w: torch.tensor(random_prompts(vocabulary, w, batch), device=device) for w in widths}
+        inputs = {w: torch.tensor(random_prompts(vocabulary, w, batch), device=runner.device) for w in widths}
         for number in range(rounds + 1):  # the first one warms up
             for width in widths:
                 took = _pass_milliseconds(runner, inputs[width], cache_length)
                 if number:
                     milliseconds[width].append(took)
                     on_call()
-    return [
-        ForwardTime(
-            batch,
-            cache_length,
-            width,
-            median(took),
-            median(own / one for own, one in zip(took, milliseconds[1], strict=True)),
-        )
-        for width, took in milliseconds.items()
-    ]
+    found = []
+    for width, took in milliseconds.items():
+        ratio = median(own / one for own, one in zip(took, milliseconds[1], strict=True))
+        found.append(ForwardTime(batch, cache_length, width, median(took), ratio))
+    return found
 
 
 def _pass_milliseconds(runner: Batch, tokens: torch.Tensor, start: int) -> float:

@@ -11,7 +11,7 @@ import yaml
 
 from nextblock.config.errors import UsageError, nearest
 from nextblock.config.sections import BlockDiffusionSettings
-from nextblock.data.prompts import read_prompts
+from nextblock.data.prompts import read_prompts as prompt_records
 from nextblock.data.tasks import Example, Task, get_task
 from nextblock.decoding.lm import BlockDiffusionLM
 from nextblock.decoding.options import MODES, DecodingConfig, resolve_config
@@ -44,11 +44,7 @@ class Prompts:
 
 
 def task_prompts(name: str, split: str, count: int) -> Prompts:
-    """The first `count` problems of a built-in task.
-
-    Raises:
-        UsageError: unknown task or split, or fewer than one.
-    """
+    """The first `count` problems of a built-in task; UsageError for an unknown task or split, or fewer than one."""
     if count < 1:
         raise UsageError(f"examples={count} must be at least 1")
     task = get_task(name)
@@ -57,8 +53,13 @@ def task_prompts(name: str, split: str, count: int) -> Prompts:
 
 
 def file_prompts(path: Path | str, count: int) -> Prompts:
-    """The first `count` prompts of a file, as `sources.read_prompts` reads them. UsageError likewise."""
-    return Prompts(str(path), [record.item for record in read_prompts(str(path), count)])
+    """The first `count` prompts of a file, as `data.prompts.read_prompts` reads them. UsageError likewise."""
+    return Prompts(str(path), [record.item for record in prompt_records(str(path), count)])
+
+
+def read_prompts(task: str, file: Path | None, count: int, split: str) -> Prompts:
+    """The file's prompts if one is given, else the task's."""
+    return task_prompts(task, split, count) if file is None else file_prompts(file, count)
 
 
 def parse_variant(text: str) -> Options:
@@ -68,10 +69,10 @@ def parse_variant(text: str) -> Options:
         UsageError: unknown mode or option, or an option that all contestants must share.
     """
     mode, *rest = [part.strip() for part in text.split(",")]
-    if mode not in MODES:
-        raise UsageError(f"variant '{text}' begins with '{mode}', not a mode{nearest(mode, MODES)}")
     options: Options = {"mode": mode}
     known = [name for name in DecodingConfig.model_fields if name not in (*FIXED, "mode")]
+    if mode not in MODES:
+        raise UsageError(f"variant '{text}' begins with '{mode}', not a mode{nearest(mode, MODES)}")
     for part in rest:
         name, equals, value = part.partition("=")
         if name in FIXED:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from statistics import median
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from nextblock.data.tasks import Task
 from nextblock.decoding.lm import BlockDiffusionLM
 from nextblock.decoding.request import end_tokens
 from nextblock.measure.accuracy import score_task
-from nextblock.measure.bench.contest import alternate, our_mode
-from nextblock.measure.bench.decoding import speedups
+from nextblock.measure.bench.contest import alternate, compared, our_mode
 from nextblock.measure.bench.prompts import Options, task_prompts
+from nextblock.measure.progress import Update, counter
 
 TIMED, ROUNDS = 4, 4  # prompts of a round, decoded one at a time; rounds
 
@@ -25,7 +25,7 @@ def score_modes(
     first: int = 0,
     batch_size: int = 25,
     max_new_tokens: int = 160,
-    on_prompt: Callable[[int, int], None] = lambda done, total: None,
+    on_prompt: Update = lambda done, total: None,
 ) -> list[dict[str, Any]]:
     """Score each model and mode on a task, then time all of them in turns, at batch 1.
 
@@ -39,31 +39,18 @@ def score_modes(
         rounds. Where one is in ar mode also `speedup` over the first of those, the median of the ratios within a
         round, with the least and the largest (`speedup_low`, `speedup_high`).
     """
-    timed, done = min(TIMED, examples), 0
-    total = len(wanted) * (examples + ROUNDS * timed)
-
-    def advance(count: int = 1) -> None:
-        nonlocal done
-        done += count
-        on_prompt(done, total)
-
+    timed = min(TIMED, examples)
+    advance = counter(on_prompt, len(wanted) * (examples + ROUNDS * timed))
+    common: Any = {"examples": examples, "first": first, "batch_size": batch_size, "max_new_tokens": max_new_tokens}
     rows: list[dict[str, Any]] = []
     reference: list[str] | None = None
     for name, lm, options in wanted:
         in_ar = options["mode"] == "ar"
         score, answers = score_task(
-            lm,
-            task,
-            examples=examples,
-            first=first,
-            batch_size=batch_size,
-            max_new_tokens=max_new_tokens,
-            reference=None if in_ar else reference,
-            on_example=advance,
-            **options,
+            lm, task, reference=None if in_ar else reference, on_example=advance, **common, **options
         )
         reference = answers if in_ar else reference
-        rows.append({"model": name, **score.as_dict()})
+        rows.append({"model": name, **asdict(score)})
 
     lm = wanted[0][1]
     prompts = [[ids] for ids in task_prompts(task.name, "test", timed).encode(lm)]
@@ -72,10 +59,8 @@ def score_modes(
     for contestant in contestants:
         contestant.run(prompts[0])  # warm up
     results = alternate(contestants, [prompts] * ROUNDS, advance)
-    modes = [options["mode"] for _, _, options in wanted]
+    first_ar = next((i for i, (_, _, options) in enumerate(wanted) if options["mode"] == "ar"), None)
     for row, own in zip(rows, results, strict=True):
-        row["tokens_per_second"] = median(each.tokens_per_second for each in own)
-        if "ar" in modes:
-            ratios = speedups(own, results[modes.index("ar")])
-            row |= {"speedup": median(ratios), "speedup_low": min(ratios), "speedup_high": max(ratios)}
+        figures = compared(own, results[first_ar or 0])
+        row |= figures if first_ar is not None else {"tokens_per_second": figures["tokens_per_second"]}
     return rows

@@ -10,30 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypedDict, Unpack, cast
 
-from huggingface_hub import is_offline_mode
 from transformers import PreTrainedConfig
 
-from nextblock.config.errors import UsageError, nearest, one_line
+from nextblock.config.errors import UsageError, nearest
 from nextblock.config.run import AdaptConfig, stage_configs
-from nextblock.config.sections import ModelConfig
-from nextblock.measure.plan.memory import GIB, evaluation_memory, step_memory
-from nextblock.measure.plan.work import (
-    count_parameters,
-    micro_rows,
-    noised_tokens,
-    run_flops,
-    step_flops,
-)
-from nextblock.model.loading import check_architecture, config_as_stored, replace_values, resolve
-from nextblock.model.parent import scratch_config
+from nextblock.measure.plan.memory import evaluation_memory, step_memory
+from nextblock.measure.plan.work import count_parameters, micro_rows, noised_tokens, run_flops, step_flops
+from nextblock.model.loading import check_backward, check_quantization
+from nextblock.model.parent import model_shape
 from nextblock.model.positions import check_row_length, steady_positions
-from nextblock.model.shapes import HUB_IDS, shape_values
-from nextblock.training.devices import DEVICES
+from nextblock.training.devices import DEVICES, GIB
 from nextblock.training.flops import Flops, kind_of_training
-from nextblock.training.launcher import check_sharding
+from nextblock.training.launcher import check_batch, check_sharding
 
 USABLE = 0.92
 """Share of a GPU's memory that a step may take; the rest is for the driver, libraries and fragments."""
@@ -41,14 +31,31 @@ USABLE = 0.92
 PARALLEL = ("ddp", "fsdp2")
 
 
+class Machine(TypedDict, total=False):
+    """What a run is planned for.
+
+    device: a name in `DEVICES`; "cpu": a step with attention in parts, no time. Left out or None: `machine.gpu`.
+    devices: how many there are; `machine.gpus`.
+    parallel: with more than one device: "ddp" copies everything, "fsdp2" shards weights, gradients and optimizer;
+        as `training.fsdp` says.
+    mfu: share of the device's peak that useful FLOPs reach; 0.4.
+    """
+
+    device: str | None
+    devices: int | None
+    parallel: str | None
+    mfu: float
+
+
 @dataclass(frozen=True)
 class Plan:
-    """What a run takes. Bytes and FLOPs are numbers of one device and of one step; `seconds` of the whole run.
+    """What a run without stages, or a stage, takes: bytes of one device, FLOPs of one step and of all `steps`.
 
     memory: kind -> bytes on one device at the moment of a step's peak.
     evaluation_bytes: at the peak of the final evaluation, on the first device; 0 without one.
     peak_bytes: of a step or of the final evaluation, whichever takes more.
     largest_row: longest row that fits, up to the model's positions; None where memory is not known.
+    run_flops: useful FLOPs of the whole run. seconds, device_hours: of the whole run.
     """
 
     model: str
@@ -70,6 +77,8 @@ class Plan:
     fits: bool | None
     largest_row: int | None
     flops: Flops
+    steps: int
+    run_flops: float
     mfu: float
     tokens_per_second: float | None
     step_seconds: float | None
@@ -83,29 +92,30 @@ class Plan:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage of a run: the plan of its configuration, its optimizer steps, and the useful FLOPs of all of them."""
+    """One stage of a run."""
 
     name: str
-    steps: int
-    run_flops: float
     plan: Plan
 
 
 @dataclass(frozen=True)
 class StagedPlan:
-    """What a run in stages takes. A device needs the memory of the largest stage; all else adds up."""
+    """What a run in stages takes. A device needs the memory of the largest stage; all else adds up.
+
+    fits, seconds and device_hours are None where the device's memory or speed is not known.
+    """
 
     stages: tuple[StagePlan, ...]
 
     @property
     def steps(self) -> int:
         """Optimizer steps of all stages."""
-        return sum(stage.steps for stage in self.stages)
+        return sum(stage.plan.steps for stage in self.stages)
 
     @property
     def run_flops(self) -> float:
         """Useful FLOPs of the whole run."""
-        return sum(stage.run_flops for stage in self.stages)
+        return sum(stage.plan.run_flops for stage in self.stages)
 
     @property
     def peak_bytes(self) -> int:
@@ -114,28 +124,25 @@ class StagedPlan:
 
     @property
     def fits(self) -> bool | None:
-        """Whether every stage fits; None where memory is not known."""
+        """Whether every stage fits."""
         fits = [stage.plan.fits for stage in self.stages]
         return None if None in fits else all(fits)
 
     @property
     def seconds(self) -> float | None:
-        """Of the whole run; None where the device's speed is not known."""
+        """Of the whole run."""
         return _sum(stage.plan.seconds for stage in self.stages)
 
     @property
     def device_hours(self) -> float | None:
-        """Of the whole run; None where the device's speed is not known."""
+        """Of the whole run."""
         return _sum(stage.plan.device_hours for stage in self.stages)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON: each stage's as its plan's, and the totals."""
         totals = ("steps", "run_flops", "peak_bytes", "fits", "seconds", "device_hours")
-        own = [
-            {"name": stage.name, "steps": stage.steps, "run_flops": stage.run_flops} | stage.plan.as_dict()
-            for stage in self.stages
-        ]
-        return {"stages": own} | {name: getattr(self, name) for name in totals}
+        stages = [{"name": stage.name} | stage.plan.as_dict() for stage in self.stages]
+        return {"stages": stages} | {name: getattr(self, name) for name in totals}
 
 
 def _sum(values: Iterable[float | None]) -> float | None:
@@ -147,23 +154,16 @@ def _sum(values: Iterable[float | None]) -> float | None:
 # ----------------------------------------------------------------------------------------------- entry
 
 
-def plan(
-    config: AdaptConfig,
-    *,
-    device: str | None = None,
-    devices: int | None = None,
-    parallel: str | None = None,
-    mfu: float = 0.4,
-) -> Plan:
+def plan_run(config: AdaptConfig, **machine: Unpack[Machine]) -> Plan | StagedPlan:
+    """What a run takes, with stages or without. Raises as `plan`."""
+    return plan_stages(config, **machine) if config.stages else plan(config, **machine)
+
+
+def plan(config: AdaptConfig, **machine: Unpack[Machine]) -> Plan:
     """Say what a run without stages, or one stage of another, takes, at the largest block size.
 
     Args:
         config: checked configuration, without stages; of the model only its shape is read.
-        device: a name in `DEVICES`; "cpu": a step with attention in parts, no time. None: `machine.gpu`.
-        devices: how many there are; None: `machine.gpus`.
-        parallel: with more than one device: "ddp" copies everything, "fsdp2" shards weights, gradients and optimizer;
-            None: as `training.fsdp` says.
-        mfu: share of the device's peak that useful FLOPs reach.
     Raises:
         UsageError: unknown device, a batch that does not divide, a model whose shape is not known, or what `adapt`
             refuses on such devices.
@@ -171,23 +171,19 @@ def plan(
     """
     if config.stages:
         raise ValueError("this run has stages, which plan_stages plans")
-    device, devices = device or config.machine.gpu, config.machine.gpus if devices is None else devices
-    check_machine(device, parallel, mfu)
-    shape, rows = model_shape(config.model), config.training.batch_rows
+    device, devices, parallel, mfu = check_machine(config, machine)
+    shape = model_shape(config.model)
     check_run(config, shape, device, devices)
-    parallel = parallel or ("fsdp2" if config.training.fsdp else "ddp")
     sharding = devices if parallel == "fsdp2" else 1
     if sharding > 1:
         check_sharding(config)
     kinds = step_memory(config, shape, device=device, devices=devices, sharding=sharding)
-    evaluation, room = evaluation_memory(config, shape, device=device), DEVICES[device].memory_gib
-    peak = max(sum(kinds.values()), sum(evaluation.values()))
-    counts = count_parameters(config, shape)
-    flops, tflops = step_flops(config, shape, counts, config.growth.b_max), DEVICES[device].tflops
-    step_seconds = seconds = None
-    if tflops is not None:
-        speed = tflops * 1e12 * mfu * devices
-        step_seconds, seconds = flops.useful / speed, run_flops(config, shape, counts) / speed
+    evaluation, room = sum(evaluation_memory(config, shape, device=device).values()), DEVICES[device].memory_gib
+    peak = max(sum(kinds.values()), evaluation)
+    counts, size = count_parameters(config, shape), config.growth.b_max
+    flops, all_flops = step_flops(config, shape, counts, size), run_flops(config, shape, counts)
+    tflops, batch_tokens = DEVICES[device].tflops, config.training.batch_rows * config.data.row_length
+    speed = None if tflops is None else tflops * 1e12 * mfu * devices
     return Plan(
         model=config.model.path if config.model.scratch is None else "random weights",
         trained=kind_of_training(config),
@@ -195,50 +191,42 @@ def plan(
         trained_parameters=counts.trained,
         trained_share=counts.trained / counts.parent,
         row_length=config.data.row_length,
-        batch_rows=rows,
+        batch_rows=config.training.batch_rows,
         micro_batch_rows=micro_rows(config, devices),
-        block_size=config.growth.b_max,
-        noised_tokens=noised_tokens(config, config.growth.b_max, config.data.row_length),
+        block_size=size,
+        noised_tokens=noised_tokens(config, size, config.data.row_length),
         device=device,
         devices=devices,
         parallel=parallel if devices > 1 else None,
         memory=kinds,
         peak_bytes=peak,
-        evaluation_bytes=sum(evaluation.values()),
+        evaluation_bytes=evaluation,
         fits=None if room is None else peak <= USABLE * room * GIB,
         largest_row=None if room is None else largest_row(config, shape, device, devices, sharding, peak),
         flops=flops,
+        steps=config.training.steps,
+        run_flops=all_flops,
         mfu=mfu,
-        tokens_per_second=None if step_seconds is None else rows * config.data.row_length / step_seconds,
-        step_seconds=step_seconds,
-        seconds=seconds,
-        device_hours=None if seconds is None else seconds * devices / 3600,
+        tokens_per_second=speed and batch_tokens / (flops.useful / speed),
+        step_seconds=speed and flops.useful / speed,
+        seconds=speed and all_flops / speed,
+        device_hours=speed and all_flops / speed * devices / 3600,
     )
 
 
-def plan_stages(
-    config: AdaptConfig,
-    *,
-    device: str | None = None,
-    devices: int | None = None,
-    parallel: str | None = None,
-    mfu: float = 0.4,
-) -> StagedPlan:
-    """Say what each stage of a run takes, and all of them. Arguments as of `plan`.
+def plan_stages(config: AdaptConfig, **machine: Unpack[Machine]) -> StagedPlan:
+    """Say what each stage of a run takes, and all of them.
 
     Raises:
         UsageError: as `plan`, with the stage's name.
     """
-    check_machine(device or config.machine.gpu, parallel, mfu)
+    check_machine(config, machine)
     found = []
     for number, (stage, own) in enumerate(zip(config.stages, stage_configs(config), strict=True)):
         try:
-            one = plan(own, device=device, devices=devices, parallel=parallel, mfu=mfu)
+            found.append(StagePlan(stage.name, plan(own, **machine)))
         except UsageError as error:
             raise UsageError(f"stages.{number} ({stage.name}): {error}") from None
-        shape = model_shape(own.model)
-        flops = run_flops(own, shape, count_parameters(own, shape))
-        found.append(StagePlan(stage.name, own.training.steps, flops, one))
     return StagedPlan(tuple(found))
 
 
@@ -266,60 +254,27 @@ def shortfall(found: Plan | StagedPlan, config: AdaptConfig) -> str | None:
 
 def check_run(config: AdaptConfig, shape: PreTrainedConfig, device: str, devices: int) -> None:
     """UsageError for what `adapt` refuses on such devices: rows that do not divide or are too long, a CPU."""
-    rows = config.training.batch_rows
-    if devices < 1 or rows % devices:
-        raise UsageError(
-            f"training.batch_rows={rows} does not divide over {devices} devices; "
-            f"use {max(1, rows // max(1, devices)) * max(1, devices)} rows"
-        )
+    check_batch(config, devices)
     check_row_length(config.data.row_length, shape)
-    if config.model.attention == "flex_attention" and device == "cpu":
-        raise UsageError("model.attention=flex_attention has no backward pass on CPU; use sdpa, or auto")
-    if config.model.quantization and device == "cpu":
-        raise UsageError(f"model.quantization={config.model.quantization} needs a CUDA device; leave it out on cpu")
+    kind = "cpu" if device == "cpu" else "cuda"
+    check_backward(config.model.attention, kind)
+    check_quantization(config.model.quantization, kind)
 
 
-def check_machine(device: str, parallel: str | None, mfu: float) -> None:
-    """UsageError for an unknown device or way of sharing, or a share of the peak that is none."""
-    if device not in DEVICES:
-        raise UsageError(f"gpu '{device}' is unknown{nearest(device, list(DEVICES))}")
-    if parallel is not None and parallel not in PARALLEL:
-        raise UsageError(f"parallel '{parallel}' is unknown{nearest(parallel, PARALLEL)}")
+def check_machine(config: AdaptConfig, machine: Machine) -> tuple[str, int, str, float]:
+    """Device, their number, the way of sharing and MFU, as given or as the configuration has them; all checked."""
+    device, devices = machine.get("device") or config.machine.gpu, machine.get("devices")
+    devices = config.machine.gpus if devices is None else devices
+    parallel = machine.get("parallel") or ("fsdp2" if config.training.fsdp else "ddp")
+    mfu = machine.get("mfu", 0.4)
+    for name, value, known in (("gpu", device, tuple(DEVICES)), ("parallel", parallel, PARALLEL)):
+        if value not in known:
+            raise UsageError(f"{name} '{value}' is unknown{nearest(value, known)}")
+    if devices < 1:
+        raise UsageError(f"gpus={devices} must be at least 1")
     if not 0 < mfu <= 1:
         raise UsageError(f"mfu={mfu} is a share of the peak; use more than 0 and at most 1")
-
-
-def model_shape(config: ModelConfig) -> PreTrainedConfig:
-    """The parent's Hugging Face config: `scratch`, a folder, the cache, a known shape, or downloaded alone.
-
-    Raises:
-        UsageError: a model that is none of these.
-    """
-    shape = _shape(config)
-    replace_values(shape, config.override)
-    return shape
-
-
-def _shape(config: ModelConfig) -> PreTrainedConfig:
-    if config.scratch is not None:
-        return scratch_config(config.scratch)
-    source = resolve(config.path)
-    known = config.path in HUB_IDS
-    options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-    try:  # of a model that is known nothing is downloaded, of another its config alone
-        shape = config_as_stored(source, local_files_only=known, **options)
-    except Exception as error:  # transformers raises many kinds here; each means that there is no config to read
-        if Path(source).is_dir():
-            raise UsageError(f"cannot read the config of model {config.path}: {one_line(error)}") from None
-        if not known:
-            why = "the Hub is not asked (HF_HUB_OFFLINE)" if is_offline_mode() else f"the Hub says: {one_line(error)}"
-            raise UsageError(
-                f"model {config.path} is not on this machine and its shape is not among those known "
-                f"({', '.join(sorted(set(HUB_IDS.values())))}); {why}; download its config.json, or set model.scratch"
-            ) from None
-        shape = scratch_config(shape_values(HUB_IDS[config.path]))
-    check_architecture(shape)
-    return shape
+    return device, devices, parallel, mfu
 
 
 def largest_row(

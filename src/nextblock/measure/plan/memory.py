@@ -19,17 +19,13 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedConfig
 
 from nextblock.config.run import AdaptConfig
-from nextblock.measure.held_out import evaluation_rows
-from nextblock.measure.plan.fakes import fake_decoder, fake_mask
+from nextblock.measure.likelihood import evaluation_rows
 from nextblock.measure.plan.work import micro_rows, noised_tokens, scored_tokens
-from nextblock.model.decoder import (
-    Decoder,
-)
+from nextblock.model.decoder import Decoder
+from nextblock.model.fakes import fake_decoder, fake_mask
 from nextblock.recipe.cross_entropy import chunk_rows, cross_entropy
 from nextblock.recipe.objective import CleanCache
 from nextblock.training.flops import kind_of_training
-
-GIB = 2**30
 
 
 class Live(TorchDispatchMode):
@@ -121,9 +117,8 @@ def step_memory(
         return kinds
     wide = torch.empty((), dtype=getattr(torch, config.model.dtype)).element_size() / dtype.itemsize
     root, layer = _gathered_bytes(decoder)
-    kinds["weights"] = round(held * wide / sharding)
-    kinds["gradients"] = round(gradients * wide / sharding)
-    kinds["optimizer"] = round(states * wide / sharding)
+    lasting = {"weights": held, "gradients": gradients, "optimizer": states}
+    kinds |= {kind: round(size * wide / sharding) for kind, size in lasting.items()}
     # The root's weights stay gathered; of the layers one is at work and one on its way. As many gradients, if trained.
     kinds["gathered"] = (root + 2 * layer) * (2 if kind_of_training(config) == "full" else 1)
     return kinds

@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 
 from nextblock.config.run import AdaptConfig
 from nextblock.config.sections import Context
-from nextblock.measure.plan.fakes import bare_model, low_rank_updates
+from nextblock.model.fakes import bare_model, low_rank_updates
 from nextblock.recipe import schedules
 from nextblock.training.flops import Flops, Products, kind_of_training
 
@@ -38,7 +38,7 @@ def noised_tokens(config: AdaptConfig, block_size: int, row_length: int) -> int:
 
 
 def scored_tokens(config: AdaptConfig, block_size: int, row_length: int) -> int:
-    """Expected masked tokens, all views together: half of those that can be, but for blocks that are masked whole."""
+    """Expected masked tokens of all views: half of those that can be masked, and all of a block masked whole."""
     recipe = config.recipe
     maskable = block_size - (recipe.prediction == "shifted")
     share = 0.5 if recipe.complementary else 0.5 + recipe.full_mask_share / 2
@@ -77,14 +77,9 @@ def step_flops(config: AdaptConfig, shape: PreTrainedConfig, counts: Counts, blo
     ar = 0 if kind == "draft adapter" or not scores_ar(config, block_size) else length - 1
     taught = masked if config.recipe.soft_weight else 0
     tied = kind == "lora" and config.masks and getattr(shape, "tie_word_embeddings", False)
-    found = counts.products.flops(
-        kind,
-        (rows * length, rows * noised),
-        (rows * clean_pairs, rows * noised_pairs),
-        rows * (masked + ar),
-        rows * taught,
-        config.training.gradient_checkpointing,
-    )
+    tokens, pairs = (rows * length, rows * noised), (rows * clean_pairs, rows * noised_pairs)
+    twice = config.training.gradient_checkpointing
+    found = counts.products.flops(kind, tokens, pairs, rows * (masked + ar), rows * taught, twice)
     # The head, where its gradient is not computed along with the loss.
     again = (masked + taught if taught or tied else 0) + (ar if tied else 0)
     return replace(found, recomputed=found.recomputed + 2.0 * counts.products.head * rows * again)

@@ -11,7 +11,7 @@ then left out::
     settings      {"block_size", "mask_token_id", "context", "prediction"}
     training      {"steps": int, "seconds": float, "tokens": int, "growth": [[step, block_size], ...],
                    "stages": [[first step, name], ...]}
-    log           path of log.jsonl relative to results.json: `train.StepMetrics`, and records of other kinds
+    log           path of log.jsonl relative to results.json: `training.run.StepMetrics`, and records of other kinds
     bits_per_byte [{"model": "parent" | "adapted", "measure": "AR (exact)" | "diffusion (bound)",
                     "block_size": int | null, "value": float, "bytes": int}]
     decoding      [{"model": "parent" | "adapted", "task": str, "mode": "ar" | "diffusion" | "speculative",
@@ -30,33 +30,17 @@ The page asks for nothing outside itself, and all text from a model is escaped.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from nextblock.config.errors import UsageError
 from nextblock.config.files import write_whole
-from nextblock.measure.report.figures import plot_losses, plot_profile, plot_tradeoff
-from nextblock.measure.report.page import decoding_table, findings, render, summary
+from nextblock.measure.report.page import render
+from nextblock.training.log import finite
 
 RESULTS = "results.json"
 REPORT = "report.html"
-
-__all__ = [
-    "REPORT",
-    "RESULTS",
-    "decoding_table",
-    "findings",
-    "load_results",
-    "plot_losses",
-    "plot_profile",
-    "plot_tradeoff",
-    "read_log",
-    "render",
-    "summary",
-    "write_report",
-]
 
 
 def load_results(folder: Path | str) -> dict[str, Any]:
@@ -67,7 +51,7 @@ def load_results(folder: Path | str) -> dict[str, Any]:
     """
     path = Path(folder) / RESULTS
     if not path.is_file():
-        raise UsageError(f"{folder} has no {RESULTS}; give a folder that `nextblock demo` wrote")
+        raise UsageError(f"{folder} has no {RESULTS}; give a folder that `nextblock adapt` or `nextblock demo` wrote")
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -89,7 +73,7 @@ def write_report(results: Mapping[str, Any], folder: Path | str) -> Path:
     folder = Path(folder)
     path = folder / results["log"] if results.get("log") else None
     log, profiles = (read_log(path, kind) if path else [] for kind in (None, "profile"))
-    results = _without_nan(results)
+    results = finite(results)
     page = render(results, log, profiles)
     folder.mkdir(parents=True, exist_ok=True)
     stored = json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
@@ -103,8 +87,7 @@ def read_log(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
 
     Args:
         path: the file.
-        kind: "profile" (`tracking.LossProfile`) or "evaluation" (`adapt.evaluate_midway`); None: the steps.
-
+        kind: "profile" (`training.log.LossProfile`) or "evaluation" (`evaluate_midway`); None: the steps.
     Raises:
         UsageError: a line is not JSON; the last one may be unfinished, as a killed run leaves it.
     """
@@ -119,12 +102,3 @@ def read_log(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
             if number < len(lines):
                 raise UsageError(f"{path}, line {number} is not JSON ({error}); delete the line") from error
     return [record for record in records if record.get("kind") == kind]
-
-
-def _without_nan(value: Any) -> Any:
-    """The same values with NaN and infinity as null, which every JSON reader understands."""
-    if isinstance(value, Mapping):
-        return {str(key): _without_nan(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

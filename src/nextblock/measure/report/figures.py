@@ -1,11 +1,11 @@
-"""The report's figures: loss curves, and accuracy against speed. They touch no global state of matplotlib."""
+"""The report's figures: loss curves, and accuracy against speed."""
 
 from __future__ import annotations
 
 import io
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from html import escape
 from itertools import pairwise, product
 from typing import Any
@@ -18,17 +18,18 @@ from matplotlib.lines import Line2D
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
-# Colours of the figures, and the CSS variables that replace them on the page (light and dark).
-INK, MUTED, LINE, BLUE, ORANGE, GREEN = "#1f2328", "#626b77", "#dfe3e8", "#0072b2", "#d55e00", "#00875f"
+from nextblock.measure import words
+from nextblock.measure.style import BLUE, GREEN, INK, LABEL, LINE, MUTED, ORANGE, Entry, canvas
+
+WIDTH = 7.4  # inches
 CSS_VARIABLES = {INK: "ink", MUTED: "muted", LINE: "line", BLUE: "blue", ORANGE: "orange", GREEN: "green"}
+"""What replaces the colours on the page, which has a light and a dark look."""
 KINDS = {  # (model, mode): legend, colour, marker
     ("parent", "ar"): ("parent, AR", INK, "D"),
     ("adapted", "ar"): ("adapted, AR", BLUE, "s"),
     ("adapted", "diffusion"): ("adapted, diffusion", ORANGE, "o"),
     ("adapted", "speculative"): ("adapted, speculative", GREEN, "^"),
 }
-
-Entry = Mapping[str, Any]
 
 
 def tasks_of(decoding: Sequence[Entry]) -> list[str]:
@@ -52,7 +53,7 @@ def plot_losses(
     starts anew where the block grows, so no mean mixes two block sizes.
 
     Args:
-        log: steps, as `train.StepMetrics` writes them; a loss may be NaN or null (nothing was scored).
+        log: steps, as `training.run.StepMetrics` writes them; a loss may be NaN or null (nothing was scored).
         growth: (step, block size) of each growth; default: as the log has it.
         stages: (first step, name) of each stage.
     """
@@ -60,7 +61,7 @@ def plot_losses(
     sizes = [entry["block_size"] for entry in log]
     changes = [0, *(i for i in range(1, len(log)) if sizes[i] != sizes[i - 1]), len(log)]
     window = max(1, len(log) // 50)
-    figure, axes = _canvas(1, 1, height=3.3)
+    figure, axes = canvas(1, 1, (WIDTH, 3.3))
     top = 0.0
     for field, name, colour in (("diffusion_loss", "diffusion loss", ORANGE), ("ar_loss", "AR loss", BLUE)):
         values = np.array([math.nan if entry[field] is None else entry[field] for entry in log], dtype=float)
@@ -75,8 +76,8 @@ def plot_losses(
         axes[0, 0].plot(*broken, color=colour, linewidth=1.8, label=name)
         top = max(top, float(np.nanmax(mean)), float(np.nanquantile(values, 0.99)))
     axes[0, 0].set(xlim=(0, step[-1] + 1 if len(log) else 1), ylim=(0, top * 1.08 or 1))
-    axes[0, 0].set_xlabel("step", fontsize=9, color=MUTED)
-    axes[0, 0].set_ylabel("loss (nats per scored token)", fontsize=9, color=MUTED)
+    axes[0, 0].set_xlabel("step", **LABEL)
+    axes[0, 0].set_ylabel("loss (nats per scored token)", **LABEL)
     if len(log):
         _mark_growth(axes[0, 0], growth or [(log[i]["step"], sizes[i]) for i in changes[:-1]])
         _mark_stages(axes[0, 0], stages or ())
@@ -89,13 +90,13 @@ def plot_losses(
 
 
 def plot_profile(profiles: Sequence[Entry]) -> Figure:
-    """Diffusion loss by noise level and by offset in the block: one line for each block size, its last profile.
+    """Diffusion loss by masked share of the block and by place in it: a line for each block size, its last profile.
 
     Args:
-        profiles: records of `tracking.LossProfile`; a bucket without tokens is null.
+        profiles: records of `training.log.LossProfile`; a bin without tokens is null.
     """
     last = {entry["block_size"]: entry for entry in profiles}
-    figure, axes = _canvas(1, 2, height=3.0)
+    figure, axes = canvas(1, 2, (WIDTH, 3.0), sharey="row")
     handles = []
     for rank, size in enumerate(sorted(last), 1):
         noise, offset = last[size]["loss_by_noise"], last[size]["loss_by_offset"]
@@ -103,15 +104,15 @@ def plot_profile(profiles: Sequence[Entry]) -> Figure:
             "color": ORANGE, "alpha": 0.25 + 0.75 * rank / len(last), "linewidth": 0.8 + 1.2 * rank / len(last),
             "marker": "o", "markersize": 3,
         }  # fmt: skip
-        # Only buckets that had tokens, joined: small blocks can be masked in few ways.
+        # Only bins that had tokens, joined: small blocks can be masked in few ways.
         shares = [(100 * (k + 0.5) / len(noise), loss) for k, loss in enumerate(noise) if loss is not None]
         offsets = [(k * size / len(offset), loss) for k, loss in enumerate(offset) if loss is not None]
         axes[0, 0].plot(*zip(*shares, strict=True), **style)
         handles += axes[0, 1].plot(*zip(*offsets, strict=True), label=f"b = {size}", **style)
-    axes[0, 0].set_xlabel("masked share of the block (%)", fontsize=9, color=MUTED)
-    axes[0, 0].set_ylabel("diffusion loss (nats)", fontsize=9, color=MUTED)
+    axes[0, 0].set_xlabel("masked share of the block (%)", **LABEL)
+    axes[0, 0].set_ylabel("diffusion loss (nats)", **LABEL)
     axes[0, 0].set(xlim=(0, 100))
-    axes[0, 1].set_xlabel("offset in the block (tokens)", fontsize=9, color=MUTED)
+    axes[0, 1].set_xlabel("offset in the block (tokens)", **LABEL)
     axes[0, 1].set(xlim=(0, max(last, default=1)), ylim=(0, None))
     axes[0, 1].tick_params(labelleft=False)
     figure.subplots_adjust(left=0.075, right=0.985, wspace=0.1, top=0.87, bottom=0.16)
@@ -150,23 +151,25 @@ def _mark_growth(axes: Axes, growth: Sequence[Sequence[int]]) -> None:
 
 def _trailing_mean(values: np.ndarray, window: int) -> np.ndarray:
     """Mean of the last `window` values at each place, fewer at the start; NaN values do not count."""
-    known = ~np.isnan(values)
-    total = np.concatenate([[0.0], np.cumsum(np.where(known, values, 0.0))])
-    count = np.concatenate([[0], np.cumsum(known)])
-    end = np.arange(1, len(values) + 1)
-    start = np.maximum(0, end - window)
-    number = count[end] - count[start]
-    return np.where(number > 0, (total[end] - total[start]) / np.maximum(number, 1), math.nan)
+    known, ones = ~np.isnan(values), np.ones(window)
+    total = np.convolve(np.where(known, values, 0.0), ones)[: len(values)]
+    count = np.convolve(known, ones)[: len(values)].round()
+    return np.where(count > 0, total / np.maximum(count, 1), math.nan)
 
 
-def plot_tradeoff(decoding: Sequence[Entry]) -> Figure:
+def plot_tradeoff(decoding: Sequence[Entry], measure: str = "accuracy") -> Figure:
     """Accuracy against tokens per forward and tokens per second; a row of panels for each task.
 
-    Diffusion settings of one block size are joined in the order of their speed and labelled with their
+    Diffusion settings of one block size are joined in the order of their threshold and labelled with their
     threshold ("1/step" is one token per denoising step); the dashed line is the parent's accuracy.
+
+    Args:
+        decoding: as `results.json` has it. An entry may say that its point is `hollow` or `ringed`, is not `joined`
+            with the others, or has a `label` of its own.
+        measure: what is called accuracy.
     """
     tasks = tasks_of(decoding)
-    figure, axes = _canvas(max(1, len(tasks)), 2, height=3.5 if len(tasks) < 2 else 3.1 * len(tasks))
+    figure, axes = canvas(max(1, len(tasks)), 2, (WIDTH, 3.5 if len(tasks) < 2 else 3.1 * len(tasks)), sharey="row")
     figure.subplots_adjust(
         left=0.085, right=0.985, wspace=0.12, hspace=0.42, top=1 - 0.42 / figure.get_figheight(),
         bottom=0.48 / figure.get_figheight(),
@@ -176,11 +179,11 @@ def plot_tradeoff(decoding: Sequence[Entry]) -> Figure:
         entries = [entry for entry in decoding if entry["task"] == task]
         for panel, (field, label) in zip(row, fields, strict=True):
             _tradeoff_panel(panel, entries, field)
-            panel.set_xlabel(label, fontsize=9, color=MUTED)
-        row[0].set_ylabel("accuracy (%)", fontsize=9, color=MUTED)
+            panel.set_xlabel(label, **LABEL)
+        row[0].set_ylabel(f"{measure} (%)", **LABEL)
         row[1].tick_params(labelleft=False)
         if len(tasks) > 1:
-            row[0].set_title(task.replace("_", " "), loc="left", fontsize=9.5, color=INK, parse_math=False)
+            row[0].set_title(words.spaced(task), loc="left", fontsize=9.5, color=INK, parse_math=False)
     shown = {(entry["model"], entry["mode"]) for entry in decoding}
     handles = [
         Line2D([], [], color=colour, marker=marker, markersize=6, linestyle="", label=name,
@@ -200,26 +203,31 @@ def _tradeoff_panel(axes: Axes, entries: Sequence[Entry], field: str) -> None:
     axes.set_xlim(0, 1.12 * max([e[field] for e in points], default=1.0))
     for entry in of_kind(points, "parent", "ar"):
         axes.axhline(100 * entry["accuracy"], color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
-    diffusion = sorted(of_kind(points, "adapted", "diffusion"), key=lambda e: e[field])
+    diffusion = sorted(of_kind(points, "adapted", "diffusion"), key=lambda e: -(e["threshold"] or 2.0))
     curves = []
-    for size in sorted({e["block_size"] for e in diffusion}):
-        curves.append([(e[field], 100 * e["accuracy"]) for e in diffusion if e["block_size"] == size])
+    joined = [e for e in diffusion if e.get("joined", True)]
+    for size in sorted({e["block_size"] for e in joined}):
+        curves.append([(e[field], 100 * e["accuracy"]) for e in joined if e["block_size"] == size])
         axes.plot(*zip(*curves[-1], strict=True), color=ORANGE, linewidth=1.1, alpha=0.6)
     labels = []
     for entry in points:
         model, mode = entry["model"], entry["mode"]
         _, colour, marker = KINDS[model, mode]
-        x, y, hollow = entry[field], 100 * entry["accuracy"], model == "parent"
-        axes.plot(
-            [x], [y], marker=marker, color=colour, linestyle="", markersize=9 if hollow else 6, zorder=3,
-            markerfacecolor="none" if hollow else colour,
-        )  # fmt: skip
-        words = []
+        x, y, face = (
+            entry[field],
+            100 * entry["accuracy"],
+            "none" if entry.get("hollow", model == "parent") else colour,
+        )
+        size = 9 if model == "parent" else 6
+        axes.plot([x], [y], marker, color=colour, markersize=size, zorder=3, markerfacecolor=face)
+        if entry.get("ringed"):
+            axes.plot([x], [y], "o", color=INK, markerfacecolor="none", markersize=12, markeredgewidth=1.4)
+        said = []
         if mode == "diffusion":
-            words.append("1/step" if entry.get("threshold") is None else f"{entry['threshold']:g}")
+            said.append("1/step" if entry.get("threshold") is None else f"{entry['threshold']:g}")
         if mode != "ar" and len({e["block_size"] for e in of_kind(points, model, mode)}) > 1:
-            words.append(f"b={entry['block_size']}")
-        labels.append((x, y, " ".join(words), colour))
+            said.append(f"b={entry['block_size']}")
+        labels.append((x, y, entry.get("label", " ".join(said)), colour))
     _place_labels(axes, labels, curves)
 
 
@@ -235,8 +243,8 @@ def _place_labels(
         points: x, y in data units, text ("" for none), colour.
         curves: polylines in data units.
     """
-    canvas = FigureCanvasAgg(axes.get_figure(root=True))  # type: ignore[arg-type]
-    renderer, frame, scale = canvas.get_renderer(), axes.get_window_extent(), canvas.figure.dpi / 72
+    drawing = FigureCanvasAgg(axes.get_figure(root=True))  # type: ignore[arg-type]
+    renderer, frame, scale = drawing.get_renderer(), axes.get_window_extent(), drawing.figure.dpi / 72
     centres = [axes.transData.transform((x, y)) for x, y, _, _ in points]
     taken = [_box(x, y, 10 * scale, 10 * scale) for x, y in centres]
     for curve in curves:
@@ -267,19 +275,6 @@ def _place_labels(
 def _box(x: float, y: float, width: float, height: float) -> Bbox:
     """A box by its centre and size."""
     return Bbox.from_bounds(x - width / 2, y - height / 2, width, height)
-
-
-def _canvas(rows: int, columns: int, height: float) -> tuple[Figure, Any]:
-    """A figure of its own (nothing global), and its axes [rows, columns] in the report's style."""
-    figure = Figure(figsize=(7.4, height), dpi=150)
-    axes = figure.subplots(rows, columns, squeeze=False, sharey="row" if columns > 1 else False)
-    for panel in axes.flat:
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.spines[["left", "bottom"]].set_color(MUTED)
-        panel.tick_params(colors=MUTED, labelsize=8.5)
-        panel.grid(color=LINE, linewidth=0.7)
-        panel.set_axisbelow(True)
-    return figure, axes
 
 
 def inline_svg(figure: Figure, name: str, description: str) -> str:

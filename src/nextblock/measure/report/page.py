@@ -12,20 +12,18 @@ from rich import box
 from rich.markup import escape as escape_markup
 from rich.table import Table
 
-from nextblock.measure.report.figures import (
-    Entry,
-    inline_svg,
-    of_kind,
-    plot_losses,
-    plot_profile,
-    plot_tradeoff,
-    tasks_of,
-)
+from nextblock.measure.report.figures import inline_svg, of_kind, plot_losses, plot_profile, plot_tradeoff, tasks_of
+from nextblock.measure.style import Entry
+from nextblock.measure.words import DASH, count, duration, number, percent, spaced
 
-MODES = {"ar": "AR", "diffusion": "diffusion", "speculative": "speculative"}
+MODES = {"ar": "AR"}  # the others are called as they are
 SIGNS = {" ": "␣", "\n": "↵", "\t": "⇥", "": "∅"}  # for tokens that would not be seen
 SAME_ACCURACY = 0.01  # a faster setting counts as no worse within this much of the slow one's accuracy
-DASH = "–"
+FIGURES = {  # what each figure shows, for those who cannot see it
+    "losses": "Diffusion and AR loss against the training step",
+    "profile": "Diffusion loss by masked share of the block and by place in the block",
+    "tradeoff": "Accuracy against tokens per forward and per second",
+}
 
 
 def render(results: Mapping[str, Any], log: Sequence[Entry] = (), profiles: Sequence[Entry] = ()) -> str:
@@ -33,7 +31,7 @@ def render(results: Mapping[str, Any], log: Sequence[Entry] = (), profiles: Sequ
     decoding, training = results.get("decoding") or [], results.get("training") or {}
     facts = {"created": results["created"]} if results.get("created") else {}
     for part in ("settings", "environment"):
-        facts |= {_words(key): value for key, value in (results.get(part) or {}).items()}
+        facts |= {spaced(key): value for key, value in (results.get(part) or {}).items()}
     page = Environment(
         loader=PackageLoader("nextblock.measure.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -45,19 +43,20 @@ def render(results: Mapping[str, Any], log: Sequence[Entry] = (), profiles: Sequ
         profile=_svg("profile", profiles and plot_profile(profiles)),
         tradeoff=_svg("tradeoff", decoding and plot_tradeoff(decoding)),
         tasks=[_task_table(task, decoding) for task in tasks_of(decoding)],
-        bits_per_byte=[_bits_row(entry) for entry in results.get("bits_per_byte") or []],
+        bits_per_byte=[
+            (
+                e["model"],
+                e["measure"],
+                number(e.get("block_size"), 0),
+                number(e["value"], 3),
+                number(e.get("bytes"), 0),
+            )
+            for e in results.get("bits_per_byte") or []
+        ],
         samples=[_sample(sample) for sample in results.get("samples") or []],
         command=results.get("command"),
         facts=list(facts.items()),
     )
-
-
-FIGURES = {
-    "losses": "Diffusion and AR loss against the training step",
-    "profile": "Diffusion loss by noise level and by offset in the block",
-    "tradeoff": "Accuracy against tokens per forward and per second",
-}
-"""What each figure shows, for those who cannot see it."""
 
 
 def _svg(name: str, figure: Any) -> Markup:
@@ -71,16 +70,11 @@ def summary(results: Mapping[str, Any]) -> str:
     settings = results.get("settings") or {}
     model = f"The autoregressive model {parent['name']}" if parent.get("name") else "An autoregressive model"
     if parent.get("parameters"):
-        model += f" ({_short(parent['parameters'])} parameters)"
+        model += f" ({count(parent['parameters'])} parameters)"
     block_size = settings.get("block_size")
     text = f"{model} was adapted to write " + (f"blocks of {block_size} tokens" if block_size else "whole blocks")
-    done = []
-    if training.get("steps"):
-        done.append(f"{training['steps']:,} steps")
-    if training.get("tokens"):
-        done.append(f"{_short(training['tokens'])} tokens")
-    if training.get("seconds"):
-        done.append(_duration(training["seconds"]))
+    parts = (("steps", "{:,} steps".format), ("tokens", lambda n: f"{count(n)} tokens"), ("seconds", duration))
+    done = [say(training[name]) for name, say in parts if training.get(name)]
     text += f": {', '.join(done)}." if done else "."
     sizes = [str(size) for _, size in training.get("growth") or []]
     return text + (f" The block grew {' → '.join(sizes)}." if len(sizes) > 1 else "")
@@ -92,7 +86,7 @@ def findings(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     tasks = tasks_of(decoding)
     found = []
     for task in tasks:
-        where = f" ({_words(task)})" if len(tasks) > 1 else ""
+        where = f" ({spaced(task)})" if len(tasks) > 1 else ""
         entries = [entry for entry in decoding if entry["task"] == task]
         found += [(head, text + where) for head, text in _decoding_findings(entries)]
     values = {(e["model"], e["measure"]): e["value"] for e in results.get("bits_per_byte") or []}
@@ -116,20 +110,20 @@ def _decoding_findings(entries: Sequence[Entry]) -> list[tuple[str, str]]:
             text += f": output equal to AR mode on {same} of {best['examples']} prompts"
         found.append((f"{best['tokens_per_forward']:.2f} tokens per forward", text))
     if ar and parent:
-        text = f"accuracy of the adapted model as AR; its parent has {_percent(parent[0]['accuracy'])}"
-        found.append((_percent(ar[0]["accuracy"]), text))
+        text = f"accuracy of the adapted model as AR; its parent has {percent(parent[0]['accuracy'])}"
+        found.append((percent(ar[0]["accuracy"]), text))
     if diffusion:
         single = [entry for entry in diffusion if entry.get("threshold") is None]
         slow = max(single or diffusion, key=lambda e: e["accuracy"])
         how = "one token per denoising step" if single else f"threshold {slow['threshold']:g}"
         text = f"accuracy of diffusion mode, {how}{_block_size(slow, diffusion)}"
-        found.append((_percent(slow["accuracy"]), text))
+        found.append((percent(slow["accuracy"]), text))
         least = slow["accuracy"] - SAME_ACCURACY
         good = [e for e in diffusion if e.get("threshold") is not None and e["accuracy"] >= least]
         fast = max(good, key=lambda e: e["tokens_per_forward"], default=slow)
         if fast is not slow:
             how = f"threshold {fast['threshold']:g}{_block_size(fast, diffusion)}"
-            text = f"diffusion mode at {how}, accuracy {_percent(fast['accuracy'])}"
+            text = f"diffusion mode at {how}, accuracy {percent(fast['accuracy'])}"
             found.append((f"{fast['tokens_per_forward']:.2f} tokens per forward", text))
     return found
 
@@ -143,6 +137,7 @@ def _block_size(entry: Entry, among: Sequence[Entry]) -> str:
 
 INTERVAL = "95 %"
 MEASURES = ("Accuracy", INTERVAL, "Tokens per forward", "Tokens per second", "Speed-up", "Equal to AR")
+BROKEN = ("Accu-\nracy", "", "Tokens/\nforward", "Tokens/\nsecond", "Speed-\nup", "Equal\nto AR")  # in narrow columns
 
 
 def decoding_table(results: Mapping[str, Any]) -> Table:
@@ -151,24 +146,17 @@ def decoding_table(results: Mapping[str, Any]) -> Table:
     tasks = tasks_of(decoding)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, title_justify="left")
     if len(tasks) == 1:
-        table.title = escape_markup(f"{_words(tasks[0]).capitalize()}, {_prompts(decoding)}")
+        table.title = escape_markup(f"{spaced(tasks[0]).capitalize()}, {_prompts(decoding)}")
     table.add_column("Model and mode", no_wrap=True, vertical="bottom")
-    shown = [number for number, name in enumerate(MEASURES, start=1) if name != INTERVAL]  # 80 columns
-    for number in shown:
-        name = (
-            MEASURES[number - 1]
-            .replace(" per ", "/\n")
-            .replace(" to ", "\nto ")
-            .replace("-up", "-\nup")
-            .replace("ura", "u-\nra")
-        )
-        table.add_column(name, justify="right", vertical="bottom")
+    shown = [place for place, name in enumerate(MEASURES, start=1) if name != INTERVAL]  # 80 columns
+    for place in shown:
+        table.add_column(BROKEN[place - 1], justify="right", vertical="bottom")
     for task in tasks:
         entries = [entry for entry in decoding if entry["task"] == task]
         if len(tasks) > 1:
-            table.add_row(escape_markup(f"{_words(task).capitalize()}, {_prompts(entries)}"), style="bold")
+            table.add_row(escape_markup(f"{spaced(task).capitalize()}, {_prompts(entries)}"), style="bold")
         for row in _decoding_rows(entries):
-            table.add_row(*(escape_markup(row[number]) for number in [0, *shown]))
+            table.add_row(*(escape_markup(row[place]) for place in [0, *shown]))
         table.add_section()
     return table
 
@@ -182,7 +170,7 @@ def _prompts(entries: Sequence[Entry]) -> str:
 def _decoding_rows(entries: Sequence[Entry]) -> list[tuple[str, ...]]:
     """One task's entries: what was run, then MEASURES. Speed-up is against the parent's AR."""
     parent = of_kind(entries, "parent", "ar")
-    pace = parent[0]["tokens_per_second"] if parent else None
+    base = parent[0]["tokens_per_second"] if parent else None
     blockwise = [entry for entry in entries if entry["mode"] != "ar"]
     rows = []
     for entry in entries:
@@ -191,20 +179,17 @@ def _decoding_rows(entries: Sequence[Entry]) -> list[tuple[str, ...]]:
         if mode == "diffusion":
             name += ", 1 token/step" if threshold is None else f" ≥ {threshold:g}"
         name += _block_size(entry, blockwise) if mode != "ar" else ""
-        ratio = entry.get("speedup") or (speed / pace if speed and pace else None)
+        ratio = entry.get("speedup") or (speed / base if speed and base else None)
         spread = (entry["speedup_high"] - entry["speedup_low"]) / 2 if entry.get("speedup_low") else None
         low, high = _wilson(entry["accuracy"], entry["examples"])
-        rows.append(
-            (
-                name,
-                _percent(entry["accuracy"]),
-                f"{100 * low:.0f}–{100 * high:.0f}",
-                _number(entry.get("tokens_per_forward"), 2),
-                _number(speed, 0 if speed and speed >= 100 else 1),
-                f"{ratio:.2f}{f'±{spread:.2f}' if spread else ''}×" if ratio else DASH,
-                _percent(entry.get("equal_to_ar")),
-            )
+        figures = (
+            percent(entry["accuracy"]),
+            f"{100 * low:.0f}–{100 * high:.0f}",
+            number(entry.get("tokens_per_forward")),
         )
+        pace = number(speed, 0 if speed and speed >= 100 else 1)
+        gain = f"{ratio:.2f}{f'±{spread:.2f}' if spread else ''}×" if ratio else DASH
+        rows.append((name, *figures, pace, gain, percent(entry.get("equal_to_ar"))))
     return rows
 
 
@@ -212,13 +197,8 @@ def _task_table(task: str, decoding: Sequence[Entry]) -> dict[str, Any]:
     """One task's part of the page: its name, its prompts in words, columns and rows."""
     entries = [entry for entry in decoding if entry["task"] == task]
     columns = ("Model and mode", *MEASURES)
-    name = _words(task).capitalize()
+    name = spaced(task).capitalize()
     return {"name": name, "prompts": _prompts(entries), "columns": columns, "rows": _decoding_rows(entries)}
-
-
-def _bits_row(entry: Entry) -> tuple[str, ...]:
-    block, size = _number(entry.get("block_size"), 0), _number(entry.get("bytes"), 0)
-    return entry["model"], entry["measure"], block, _number(entry["value"], 3), size
 
 
 # -------------------------------------------------------------------------------------------- samples
@@ -228,9 +208,9 @@ def _sample(sample: Entry) -> dict[str, Any]:
     """One sample: prompt, answer, and a strip of cells for each block."""
     confidence = sample.get("confidence") or []
     blocks = split_blocks(sample.get("steps") or []) if sample["mode"] != "ar" else []  # AR: nothing to see
-    count = sum(len(steps) for _, _, steps in blocks)
-    heading = f"{_words(sample['task']).capitalize()}, {MODES.get(sample['mode'], sample['mode'])}"
-    heading += f": {count} steps, {len(blocks)} block{'s' * (len(blocks) != 1)}" if count else ""
+    total = sum(len(steps) for _, _, steps in blocks)
+    heading = f"{spaced(sample['task']).capitalize()}, {MODES.get(sample['mode'], sample['mode'])}"
+    heading += f": {total} steps, {len(blocks)} block{'s' * (len(blocks) != 1)}" if total else ""
     strips = [_strip(steps, confidence[first : first + len(steps)], start) for first, start, steps in blocks]
     return {"heading": heading, "prompt": sample["prompt"], "answer": sample["answer"], "strips": strips}
 
@@ -247,14 +227,13 @@ def split_blocks(steps: Sequence[Sequence[str | None]]) -> list[tuple[int, int, 
     """
     blocks: list[tuple[int, int, list[Sequence[str | None]]]] = []
     before: Sequence[str | None] = []
-    for number, row in enumerate(steps):
-        kept = len(row) >= len(before) and all(
-            old is None or old == new for old, new in zip(before, row, strict=False)
-        )
+    for step, row in enumerate(steps):
+        pairs = zip(before, row, strict=False)
+        kept = len(row) >= len(before) and all(old is None or old == new for old, new in pairs)
         if not blocks or not kept:
-            blocks.append((number, 0, []))
+            blocks.append((step, 0, []))
         elif len(row) > len(before) and None not in before:
-            blocks.append((number, len(before), []))
+            blocks.append((step, len(before), []))
         blocks[-1][2].append(row[blocks[-1][1] :])
         before = row
     return blocks
@@ -264,64 +243,26 @@ def _strip(
     steps: Sequence[Sequence[str | None]], confidence: Sequence[Sequence[float | None]], start: int
 ) -> list[list[dict[str, Any] | None]]:
     """A block's steps as rows of cells; None: masked. `when`, 0 to 1: the step in which a place was decided."""
-    width = max(len(row) for row in steps)
-    decided = [
-        next((s for s, row in enumerate(steps) if place < len(row) and row[place] is not None), None)
-        for place in range(width)
-    ]
+    decided: dict[int, int] = {}  # place -> step
     rows: list[list[dict[str, Any] | None]] = []
-    for number, row in enumerate(steps):
+    for step, row in enumerate(steps):
+        known = confidence[step] if step < len(confidence) else ()
         rows.append([])
         for place, text in enumerate(row):
-            when = decided[place]
-            if text is None or when is None:
+            if text is None:
                 rows[-1].append(None)
                 continue
-            known = confidence[number] if number < len(confidence) and when == number else ()
-            rows[-1].append(
-                {
-                    "text": SIGNS.get(text, text),
-                    "kind": " ".join(["sign"] * (text in SIGNS) + ["new"] * (when == number)),
-                    "when": when / max(1, len(steps) - 1),
-                    "confidence": known[start + place] if start + place < len(known) else None,
-                }
-            )
+            when = decided.setdefault(place, step)
+            sure = known[start + place] if when == step and start + place < len(known) else None
+            kind = " ".join(["sign"] * (text in SIGNS) + ["new"] * (when == step))
+            share = when / max(1, len(steps) - 1)
+            rows[-1].append({"text": SIGNS.get(text, text), "kind": kind, "when": share, "confidence": sure})
     return rows
 
 
-# -------------------------------------------------------------------------------------------- numbers
-
-
-def _wilson(share: float, number: int, z: float = 1.96) -> tuple[float, float]:
-    """The 95 % Wilson interval of a share seen in `number` trials."""
-    number = max(number, 1)
-    middle = (share + z * z / (2 * number)) / (1 + z * z / number)
-    half = z * math.sqrt(share * (1 - share) / number + z * z / (4 * number * number)) / (1 + z * z / number)
+def _wilson(share: float, trials: int, z: float = 1.96) -> tuple[float, float]:
+    """The 95 % Wilson interval of a share seen in so many trials."""
+    n = max(trials, 1)
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
     return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def _percent(share: float | None) -> str:
-    return DASH if share is None else f"{100 * share:.1f} %"
-
-
-def _number(value: float | None, digits: int) -> str:
-    return DASH if value is None else f"{value:,.{digits}f}"
-
-
-def _short(count: float) -> str:
-    """2014208 -> 2.0 M."""
-    for size, unit in ((1e9, " B"), (1e6, " M"), (1e3, " K")):
-        if count >= size:
-            return f"{count / size:.1f}{unit}"
-    return f"{count:.0f}"
-
-
-def _duration(seconds: float) -> str:
-    """305 -> 5 min 5 s."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
-def _words(name: str) -> str:
-    return name.replace("_", " ")

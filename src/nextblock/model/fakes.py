@@ -9,12 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AttentionInterface,
-    AutoModelForCausalLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
@@ -53,9 +48,7 @@ def low_rank_updates(config: AdaptConfig, model: PreTrainedModel) -> DraftAdapte
     """What `draft_adapter` or `lora` trains: LoRA's mask row is as large as the mask vector."""
     if config.lora is None:
         return None if config.draft_adapter is None else DraftAdapter(model, config.draft_adapter)
-    target_names(
-        model, config.lora.target_modules, section="lora"
-    )  # so that what matches nothing is called by its name
+    target_names(model, config.lora.target_modules, section="lora")  # names the section where nothing matches
     adapter = DraftAdapter(model, config.lora)
     adapter.always = True
     embedding, head = cast(nn.Embedding, model.get_input_embeddings()), cast(nn.Linear, model.get_output_embeddings())
@@ -92,10 +85,9 @@ def fake_mask(decoder: Decoder, rows: int, queries: int, keys: int, noised: int)
 def fake_split_mask(rows: int, queries: int, keys: int, noised: int, dtype: torch.dtype) -> SplitMask:
     """As large as can be: every query sees every clean key, and no piece of a row is plain causal."""
     clean, width = keys - noised, -(-noised // TILE) * TILE
-    pieces = []
-    for start in range(0, queries, PIECE):
-        part = slice(start, min(queries, start + PIECE))
-        pieces.append(Piece(part, slice(0, clean), torch.zeros(rows, 1, part.stop - start, clean, dtype=dtype)))
+    parts = [slice(start, min(queries, start + PIECE)) for start in range(0, queries, PIECE)]
+    seen = [torch.zeros(rows, 1, part.stop - part.start, clean, dtype=dtype) for part in parts]
+    pieces = [Piece(part, slice(0, clean), mask) for part, mask in zip(parts, seen, strict=True)]
     tiles = Tiles(
         slot=torch.zeros(rows * width, dtype=torch.int64),
         place=torch.zeros(rows * noised, dtype=torch.int64),

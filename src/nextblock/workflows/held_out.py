@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from nextblock.attention.rule import block_diffusion_rule
-from nextblock.config.run import AdaptConfig
 from nextblock.data.rows import Rows
 from nextblock.decoding.lm import BlockDiffusionLM
-from nextblock.measure.likelihood import bits_per_byte
+from nextblock.measure.likelihood import bits_per_byte, evaluation_rows
 from nextblock.model.decoder import Decoder
 from nextblock.model.loading import load_model
 from nextblock.model.parent import load_parent
@@ -81,11 +80,6 @@ def first_prompt(rows: Rows) -> Tensor:
     own = rows.document[0] == 0
     tokens, context = rows.tokens[0][own], int((rows.offset[0][own] < 0).long().cumprod(0).sum())
     return tokens[: context or max(1, min(PROMPT_TOKENS, len(tokens) // 2))]
-
-
-def evaluation_rows(config: AdaptConfig) -> int:
-    """Rows of one forward pass of the final evaluation: no more than a process takes while training."""
-    return min(4, config.training.micro_batch_rows or 4)
 
 
 def held_out_bits(run: Run, received: list[int]) -> list[dict[str, Any]]:
