@@ -139,6 +139,7 @@ def test_two_tokens_checked_against_a_bad_draft_have_the_target_distribution(pat
     for path in range(paths):
         target[torch.arange(count), tree.slots[:, path, 1]] = second[tree.paths[:, path, 0]]
     verdict = check_sampled(rows, target, draft, tree)
+    assert verdict.used is not None
     for row, used in zip(rows, verdict.used.tolist(), strict=True):
         row.draw(used)
     # Where only one token was gained, the next pass would draw the second from the target itself.

@@ -43,6 +43,7 @@ def test_a_tree_of_drafts_gives_each_path_what_a_plain_causal_pass_gives_it(fami
             slots = tree.slots[index, number, : length + 1]
             torch.testing.assert_close(logits[index, slots], plain, rtol=1e-4, atol=1e-4)
             if number:
+                assert tree.depth is not None
                 slot, depth = draft.own_slots(index, number)
                 assert (slot, depth) == (int(slots[depth + 1]), int(tree.depth[index, number]))
                 batch.cache.move(index, start + slot, start + depth + 1, length - depth)

@@ -150,7 +150,7 @@ def _encode(
 
 def _from_text(tokenizer: Any, number: int, item: Any) -> list[int]:
     """Ids of a text, or of a chat up to where the assistant speaks: what training would have seen there."""
-    chat = isinstance(item, Sequence) and all(isinstance(message, Mapping) for message in item)
+    chat = isinstance(item, Sequence) and all(isinstance(message, Mapping) and "role" in message for message in item)
     if not isinstance(item, str) and not chat:
         raise UsageError(f"prompt {number} is neither a text nor a list of chat messages with role and content")
     return encode_prompt(item, tokenizer, f"prompt {number}")
