@@ -14,8 +14,9 @@ from families import tiny_model
 from layouts import make_rows
 from nextblock.config.errors import UsageError
 from nextblock.config.sections import Source
-from nextblock.data.sources import Records, read_source
-from nextblock.data.stream import is_held_out
+from nextblock.data.mixture import is_held_out
+from nextblock.data.records import Records
+from nextblock.data.sources import read_source
 from nextblock.model.training_mode import without_dropout
 from nextblock.training.loop import train
 from runs import config_of, weights
