@@ -136,7 +136,8 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
             raise UsageError("all.jsonl:77: message 1 has no content")
         real(rows, *rest)
 
-    monkeypatch.setattr("nextblock.training.step.check_tokens", check)
+    for module in ("setup", "step"):
+        monkeypatch.setattr(f"nextblock.training.{module}.check_tokens", check)
 
 
 def test_bad_data_in_mid_run_leave_the_log_and_a_checkpoint_of_the_steps_until_there(
