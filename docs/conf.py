@@ -73,8 +73,12 @@ def automodule(name: str, options: tuple[str, ...]) -> str:
     return "\n".join([f"```{{eval-rst}}\n.. automodule:: {name}", *(f"   :{o}:" for o in options), "```\n"])
 
 
-def mark_attributes(app: Any, what: str, name: str, owner: Any, options: Any, lines: list[str]) -> None:
+AS_WRITTEN: dict[str, list[str]] = {}
+
+
+def before_napoleon(app: Any, what: str, name: str, owner: Any, options: Any, lines: list[str]) -> None:
     """Put the heading "Attributes:" above a class's list of `name: meaning`, which the docstrings leave out."""
+    AS_WRITTEN[name] = list(lines)
     if what not in ("class", "exception"):
         return
     names = {name for base in inspect.getmro(owner) for name in inspect.get_annotations(base)}
@@ -85,7 +89,14 @@ def mark_attributes(app: Any, what: str, name: str, owner: Any, options: Any, li
         lines[start:end] = ["Attributes:", *(f"    {line}" for line in lines[start:end])]
 
 
+def after_napoleon(app: Any, what: str, name: str, owner: Any, options: Any, lines: list[str]) -> None:
+    """Of an attribute, words before a colon are no type."""
+    if any(line.startswith(":type:") for line in lines):
+        lines[:] = AS_WRITTEN[name]
+
+
 def setup(app: Any) -> None:
     """Sphinx calls this."""
     app.connect("builder-inited", write_api_pages)
-    app.connect("autodoc-process-docstring", mark_attributes, priority=400)  # before napoleon reads the headings
+    app.connect("autodoc-process-docstring", before_napoleon, priority=400)
+    app.connect("autodoc-process-docstring", after_napoleon, priority=600)

@@ -157,6 +157,12 @@ def test_every_make_target_exists(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
+def test_every_source_file_named_exists(page):
+    named = re.findall(r"`((?:\w+/)+\w+\.(?:py|md|html))`", prose(page))
+    assert [path for path in named if not (ROOT / path).exists() and not (PACKAGE / path).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
 def test_every_relative_link_resolves(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
         if "://" in target:

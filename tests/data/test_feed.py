@@ -10,10 +10,10 @@ import torch
 
 from nextblock.config.errors import UsageError
 from nextblock.config.run import load_config
+from nextblock.data.cursors import Cursor
 from nextblock.data.feed import Feed, merged
+from nextblock.data.records import Record, Records
 from nextblock.data.rows import Rows
-from nextblock.data.sources import Record, Records
-from nextblock.data.stream import Cursor
 from nextblock.model.parent import byte_tokenizer
 
 

@@ -1,4 +1,4 @@
-"""What is read from files: each row as it was written, or one line that names the cause and a cure that works."""
+"""Laws of sources: files, folders, formats, the Hub, tasks, and what is refused by name."""
 
 from __future__ import annotations
 
@@ -13,9 +13,16 @@ import pytest
 from nextblock.config.errors import UsageError
 from nextblock.config.sections import DataConfig, Source
 from nextblock.data.prompts import read_prompts
-from nextblock.data.sources import Record, Records, check_characters, read_source
+from nextblock.data.records import Record, Records
+from nextblock.data.sources import read_source
 from nextblock.data.stream import RowStream
 from nextblock.model.parent import byte_tokenizer
+from samples import TOKENIZER, call, documents_of, json_lines, jsonl, refusal, same, stream, texts
+
+
+def rows_of(path: Path, **options: object) -> RowStream:
+    source = {"path": str(path), **options}
+    return RowStream(DataConfig(sources=[source], row_length=64, held_out=0.0), TOKENIZER, seed=0)  # type: ignore[list-item]
 
 
 def read(path: Path | str, part_bytes: int = 8192, **options: Any) -> list[Record]:
@@ -28,45 +35,159 @@ def values(path: Path | str, **options: Any) -> list[Any]:
     return [record.value for record in read(path, **options)]
 
 
-def jsonl(path: Path, *rows: Any) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
 def parquet(path: Path, *rows: Any) -> Path:
     pyarrow = pytest.importorskip("pyarrow")
     pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist(list(rows)), path)
     return path
 
 
-def call(**arguments: Any) -> dict[str, Any]:
-    """A conversation in which the assistant calls a tool, with the tool's schema."""
-    function = {"name": "f", "arguments": arguments}
-    kinds = {name: {"type": "string"} for name in arguments}
-    return {
-        "messages": [
-            {"role": "user", "content": "go"},
-            {"role": "assistant", "tool_calls": [{"type": "function", "function": function}]},
-        ],
-        "tools": [{"type": "function", "function": {"name": "f", "parameters": {"properties": kinds}}}],
-    }
+def stream_of(path: Path) -> RowStream:
+    config = DataConfig(sources=(Source(path=str(path)),), row_length=32, held_out=0.0)
+    return RowStream(config, byte_tokenizer(), seed=0)
 
 
-# ---------------------------------------------------------------- rows as written
+def test_a_folder_gives_its_text_files_in_sorted_order_without_binary_ones(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "b.txt").write_text("bee")
+    (tmp_path / "sub" / "c.py").write_text("sea")
+    (tmp_path / "a.md").write_bytes(b"\0\1")
+    (tmp_path / "d.bin").write_text("dee")
+    assert set(documents_of(stream(str(tmp_path)).next(4))) == {"bee<|end|>", "sea<|end|>"}
+
+
+def test_a_glob_gives_the_files_that_it_matches(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt", "c.md"):
+        (tmp_path / name).write_text(name)
+    found = set(documents_of(stream(str(tmp_path / "*.txt")).next(4)))
+    assert found == {"a.txt<|end|>", "b.txt<|end|>"}
+
+
+def test_parquet_gives_what_jsonl_gives(tmp_path: Path) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    rows = texts(40)
+    parquet.write_table(pa.table({"body": [row["text"] for row in rows]}), tmp_path / "a.parquet")
+    source = {"path": str(tmp_path / "a.parquet"), "text_field": "body"}
+    assert same(stream(source).next(70), stream(jsonl(tmp_path / "a.jsonl", rows)).next(70))
+
+
+def test_a_streamed_data_set_resumes_exactly(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    jsonl(tmp_path / "set" / "train.jsonl", texts(60, longest=80))
+    source = {"path": str(tmp_path / "set"), "format": "hub"}
+    first, second = stream(source), stream(source)
+    first.next(90)
+    state = json.loads(json.dumps(first.state()))
+    expected = first.next(150)  # crosses epochs
+    second.load_state(state)
+    assert same(second.next(150), expected)
+
+
+def test_a_task_gives_train_examples_for_training_and_test_examples_held_out() -> None:
+    from nextblock.data.tasks import get_task
+
+    task = get_task("algebra")
+    for held_out, split in ((False, "train"), (True, "test")):
+        rows = stream("task:algebra", row_length=256, share=0.5, held_out=held_out).next(4)
+        examples = [task.example(split, i) for i in range(3000)]
+        texts_of_split = {e.prompt + e.completion + "<|end|>" for e in examples}
+        assert set(documents_of(rows)) <= texts_of_split
+
+
+@pytest.mark.parametrize("path", ["./none.txt", "/none/at/all", "~/none", "none.jsonl"])
+def test_a_path_that_is_missing_is_named(path: str) -> None:
+    assert path in refusal(path)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_empty_data_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("")
+    assert "data" in refusal(str(tmp_path / name))
+
+
+def test_a_folder_without_text_is_refused(tmp_path: Path) -> None:
+    assert str(tmp_path) in refusal(str(tmp_path))
+
+
+def test_a_file_that_is_not_utf8_is_named_with_the_byte(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"fine\xff")
+    message = refusal(str(tmp_path))
+    assert "a.txt" in message
+    assert "byte 4" in message
+
+
+def test_a_broken_line_is_named_with_file_and_number(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n\n{"text": \n')
+    assert "a.jsonl:3" in refusal(str(tmp_path / "a.jsonl"))
+
+
+def test_a_missing_field_is_named_with_the_fields_that_there_are(tmp_path: Path) -> None:
+    message = refusal(jsonl(tmp_path / "a.jsonl", [{"text": "x"}, {"body": "x", "id": 1}]))
+    assert "a.jsonl:2" in message
+    assert "'text'" in message
+    assert "body, id" in message
+
+
+def test_a_field_that_is_not_a_string_is_named(tmp_path: Path) -> None:
+    assert "a.jsonl:1" in refusal(jsonl(tmp_path / "a.jsonl", [{"text": 3}]))
+
+
+def test_a_folder_is_read_as_what_it_holds(tmp_path: Path) -> None:
+    for number in range(3):
+        (tmp_path / f"{number}.JSONL").write_text('{"prompt": "a", "completion": "bcd"}\n')
+    (tmp_path / "picture.png").write_bytes(b"\0")
+    rows = rows_of(tmp_path).next(1)
+    assert (rows.offset == 0).sum() > 1  # completions behind prompts, not lines of text
+    (tmp_path / "notes.TXT").write_text("words " * 9)
+    with pytest.raises(UsageError, match=r"several formats: 3 jsonl .* 1 text .*give a source for each"):
+        rows_of(tmp_path)
+    assert "words" in str(TOKENIZER.decode(rows_of(tmp_path, format="text").next(1).tokens[0]))
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"text": "\\ud800 abc"}', r"bad\.jsonl:2: half of a surrogate pair"),
+        ('{"messages": [{"role": "assistant", "content": "\\udc00"}]}', r"bad\.jsonl:2: half of a surrogate pair"),
+        ('{"text": ' + "[" * 100_000, r"bad\.jsonl:2: (unreadable|broken) JSON line"),
+        ('{"text": ' + "9" * 5000 + "}", r"bad\.jsonl:2: unreadable JSON line"),
+    ],
+    ids=["text", "chat", "nesting", "digits"],
+)
+def test_hostile_json_is_named_by_file_and_line(tmp_path: Path, line: str, words: str) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"text": "fine \\ud83d\\ude00"}\n' + line + "\n")
+    with pytest.raises(UsageError, match=words):
+        rows_of(tmp_path / "bad.jsonl")
+
+
+def test_nothing_but_white_space_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "blank.txt").write_text("  \n\n\t\n")
+    with pytest.raises(UsageError, match="no document has anything to generate"):
+        rows_of(tmp_path / "blank.txt").next(1)
+
+
+def test_parquet_without_rows_is_empty(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow.parquet").write_table(
+        pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), tmp_path / "none.parquet"
+    )
+    with pytest.raises(UsageError, match="is empty"):
+        rows_of(tmp_path / "none.parquet")
 
 
 def test_a_parquet_row_has_the_keys_that_it_was_written_with(tmp_path):
     rows = [call(city="Rome"), call(amount="3"), call(city="Oslo", amount="4")]
     assert values(parquet(tmp_path / "a.parquet", *rows)) == rows
-    assert values(jsonl(tmp_path / "a.jsonl", *rows)) == rows
+    assert values(json_lines(tmp_path / "a.jsonl", *rows)) == rows
 
 
 def test_a_streamed_row_has_the_keys_that_it_was_written_with(tmp_path):
     rows = [call(city="Rome"), call(amount="3")]
     (tmp_path / "data").mkdir()
     parquet(tmp_path / "data" / "train.parquet", *rows)
-    stream = cast(Any, read_source(Source(path=str(tmp_path / "data"), format="hub")))
-    assert [stream.take().value for _ in rows] == rows
+    stream_of = cast(Any, read_source(Source(path=str(tmp_path / "data"), format="hub")))
+    assert [stream_of.take().value for _ in rows] == rows
 
 
 def test_parquet_files_may_differ_in_their_columns(tmp_path):
@@ -85,13 +206,25 @@ def test_of_several_fields_the_one_that_holds_something_is_read(tmp_path, kind, 
         {"text": absent, "messages": None, "prompt": "p", "completion": "c"},
         {"text": "t", "messages": chat, "prompt": "p", "completion": "c"},
     ]
-    path = {"jsonl": jsonl, "parquet": parquet}[kind](tmp_path / f"a.{kind}", *rows)
+    path = {"jsonl": json_lines, "parquet": parquet}[kind](tmp_path / f"a.{kind}", *rows)
     assert values(path) == [{"messages": chat}, {"prompt": "p", "completion": "c"}, {"text": "t"}]
+
+
+def test_a_field_of_white_space_counts_as_empty(tmp_path):
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    rows = {"text": " \n", "messages": chat}, {"text": " ", "prompt": "", "completion": "c"}
+    assert values(jsonl(tmp_path / "a.jsonl", *rows)) == [{"messages": chat}, {"prompt": "", "completion": "c"}]
+
+
+def test_one_object_over_several_lines_is_named(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps({"text": "b"}, indent=1))
+    with pytest.raises(UsageError, match=r"a\.json:1: broken JSON line: .*write each object on a line of its own"):
+        read(tmp_path / "a.json")
 
 
 def test_a_row_whose_fields_are_null_is_named(tmp_path):
     with pytest.raises(UsageError, match=r"a\.jsonl:1: no field 'text' .* the fields are text \(null\), id;"):
-        read(jsonl(tmp_path / "a.jsonl", {"text": None, "id": 3}))
+        read(json_lines(tmp_path / "a.jsonl", {"text": None, "id": 3}))
 
 
 def test_a_json_array_gives_its_elements_and_names_their_lines(tmp_path):
@@ -127,13 +260,10 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
     assert [record.item for record in read_prompts(str(tmp_path / "prompts.txt"))] == ["one", "two\ufeff"]
 
 
-# ---------------------------------------------------------------- which files
-
-
 def test_files_of_several_formats_are_never_chosen_from_in_silence(tmp_path):
     (tmp_path / "README.md").write_text("about the data")
     (tmp_path / "data").mkdir()
-    jsonl(tmp_path / "data" / "train.jsonl", {"text": "a"})
+    json_lines(tmp_path / "data" / "train.jsonl", {"text": "a"})
     for path in (tmp_path, tmp_path / "**"):
         with pytest.raises(UsageError, match=r"several formats: 1 text \(.*README\.md\), 1 jsonl \(.*train\.jsonl\)"):
             read(path)
@@ -146,7 +276,7 @@ def test_files_of_several_formats_are_never_chosen_from_in_silence(tmp_path):
 def test_a_path_that_exists_is_no_pattern(tmp_path, name):
     file = tmp_path / name / "b.jsonl" if name == "[D_DATA]" else tmp_path / name
     file.parent.mkdir(exist_ok=True)
-    jsonl(file, {"text": "a"})
+    json_lines(file, {"text": "a"})
     assert values(tmp_path / name) == [{"text": "a"}]
 
 
@@ -170,9 +300,6 @@ def test_a_packed_file_is_called_so(tmp_path):
         read(tmp_path)
 
 
-# ---------------------------------------------------------------- long texts, replaced texts
-
-
 @pytest.mark.parametrize("unit", ["words and ", "é", "line\n", "ab 日本\n" * 3 + "x" * 20_000 + " "])
 def test_the_parts_of_a_long_text_are_the_text_and_of_about_the_size_that_was_asked_for(tmp_path, unit):
     text = unit * (200_000 // len(unit.encode()))
@@ -192,22 +319,17 @@ def test_a_part_of_a_text_without_line_breaks_costs_the_same_wherever_it_is(tmp_
     whole = Path.stat(tmp_path / "a.txt").st_size
 
     def counted(file: str, start: int = 0, count: int = -1) -> bytes:
-        with open(file, "rb") as stream:
-            stream.seek(start)
-            data = stream.read(count)
+        with open(file, "rb") as stream_of:
+            stream_of.seek(start)
+            data = stream_of.read(count)
         taken.append(len(data))
         return data
 
-    monkeypatch.setattr("nextblock.data.sources._read_bytes", counted)
+    monkeypatch.setattr("nextblock.data.formats.read_bytes", counted)
     for index in (0, 1, 100, (records.count or 0) - 1):
         taken.clear()
         assert records.read(index).value["text"]
         assert sum(taken) <= 5 * 8192 < whole
-
-
-def stream(path: Path) -> RowStream:
-    config = DataConfig(sources=(Source(path=str(path)),), row_length=32, held_out=0.0)
-    return RowStream(config, byte_tokenizer(), seed=0)
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "txt"])
@@ -216,43 +338,20 @@ def test_data_that_was_replaced_while_a_run_was_stopped_is_named_but_may_be_move
         folder.mkdir(exist_ok=True)
         for part in range(2):
             rows = [{"text": f"{word} {part} {number}"} for number in range(20)]
-            write_rows = {"jsonl": jsonl, "parquet": parquet}.get(kind)
+            write_rows = {"jsonl": json_lines, "parquet": parquet}.get(kind)
             if write_rows:
                 write_rows(folder / f"{part}.{kind}", *rows)
             else:
                 (folder / f"{part}.txt").write_text("\n".join(row["text"] for row in rows))
 
     write(tmp_path / "data", "one")
-    before = stream(tmp_path / "data")
+    before = stream_of(tmp_path / "data")
     before.next(2)
     state = json.loads(json.dumps(before.state()))
     shutil.move(tmp_path / "data", tmp_path / "moved")
-    again = stream(tmp_path / "moved")
+    again = stream_of(tmp_path / "moved")
     again.load_state(state)
     assert again.next(2).tokens.equal(before.next(2).tokens)
     write(tmp_path / "moved", "two")
     with pytest.raises(UsageError, match="moved holds other text than when the run was stopped; put it back"):
-        stream(tmp_path / "moved").load_state(state)
-
-
-# ---------------------------------------------------------------- prompts
-
-
-def test_a_prompt_of_a_file_is_taken_as_it_stands(tmp_path):
-    (tmp_path / "a.txt").write_text("Compute \\nabla f and \\neq\n\n \nthree \r\n", encoding="utf-8")
-    records = read_prompts(str(tmp_path / "a.txt"))
-    assert [record.item for record in records] == ["Compute \\nabla f and \\neq", "three "]
-    assert [record.where.rpartition(":")[2] for record in records] == ["1", "4"]
-
-
-def test_a_prompt_row_gives_the_field_that_holds_something(tmp_path):
-    chat = [{"role": "user", "content": "a"}]
-    path = jsonl(tmp_path / "a.jsonl", {"prompt": None, "messages": chat}, {"prompt": "", "messages": chat})
-    assert [record.item for record in read_prompts(str(path))] == [chat, chat]
-
-
-@pytest.mark.parametrize("value", ["caf\udce9", [{"role": "user", "content": "\ud83d"}], {"a": ["\udc00"]}])
-def test_what_is_no_character_is_refused_wherever_it_stands(value):
-    with pytest.raises(UsageError, match="prompt 3: half of a surrogate pair, or a byte that is not UTF-8"):
-        check_characters(value, "prompt 3")
-    check_characters([{"role": "user", "content": "café 😀 \ufeff"}], "prompt 3")
+        stream_of(tmp_path / "moved").load_state(state)

@@ -11,7 +11,7 @@ import torch
 
 from families import tiny_model
 from nextblock.config.sections import BlockDiffusionSettings, DraftAdapterConfig, validate
-from nextblock.decoding.check import check_sampled
+from nextblock.decoding.check import accept_trunk, check_sampled
 from nextblock.decoding.drafts import Draft, branch, lay_out
 from nextblock.decoding.events import BlockFinished, Committed, Rejected
 from nextblock.decoding.lm import BlockDiffusionLM
@@ -19,6 +19,18 @@ from nextblock.decoding.options import DecodingConfig
 from nextblock.decoding.rows import Row
 from nextblock.decoding.sampling import draw, generator
 from nextblock.model.draft_adapter import DraftAdapter
+
+
+def test_drafts_are_accepted_by_their_ratio_up_to_the_first_that_is_not():
+    def kept(*numbers: list[float], drafts: int = 3) -> int:
+        p, q, u = torch.tensor(numbers, dtype=torch.float64)[:, None]
+        return int(accept_trunk(p, q, u, torch.arange(len(numbers[0]))[None] < drafts))
+
+    assert kept([0.5, 0.2, 0.9], [0.5, 0.4, 0.9], [0.99, 0.49, 0.0]) == 3
+    assert kept([0.5, 0.2, 0.9], [0.5, 0.4, 0.9], [0.99, 0.50, 0.0]) == 1
+    assert kept([0.5, 0.2, 0.9], [0.5, 0.4, 0.9], [0.99, 0.49, 0.0], drafts=2) == 2
+    assert kept([0.0], [0.4], [0.0]) == 0
+
 
 VOCABULARY, MASK, STEPS, SAMPLES = 7, 6, 4, 4000
 
@@ -135,7 +147,8 @@ def test_two_tokens_checked_against_a_bad_draft_have_the_target_distribution(pat
     pairs = [(*tokens[: kept + 1], last)[:2] for tokens, kept, last in gained]
     expected = {(a, b): count * float(first[a] * second[a, b]) for a in range(5) for b in range(5)}
     assert chi_square_p({pair: pairs.count(pair) for pair in expected}, expected) > 1e-6
-    assert set(verdict.path[verdict.kept > 0].tolist()) == set(range(paths))
+    path = torch.zeros_like(verdict.kept) if verdict.path is None else verdict.path
+    assert set(path[verdict.kept > 0].tolist()) == set(range(paths))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from decoders import language_model, prompt
 from families import FAMILIES, MASK_ID, tiny_model
 from nextblock.config.sections import validate
 from nextblock.decoding.batch import Batch
-from nextblock.decoding.draft_ahead import drafted, with_masks
+from nextblock.decoding.draft_ahead import drafted, likeliest_points, with_masks
 from nextblock.decoding.drafts import Draft, lay_out
 from nextblock.decoding.events import Stats
 from nextblock.decoding.options import DecodingConfig
@@ -71,3 +72,14 @@ def test_what_is_drafted_ahead_is_what_a_denoising_pass_drafts(family, window):
                 logits = lm.decoder.logits(expected[1:5])
                 logits[:, MASK_ID] = -torch.inf
                 assert ahead.tokens[index].tolist() == logits.argmax(-1).tolist()
+
+
+def test_the_likeliest_points_are_those_of_a_table_of_all_of_them():
+    """Kept are exactly n drafts: the first n, and not the one behind; all of them, where none is behind."""
+    chances = torch.rand(40, 6, generator=torch.Generator().manual_seed(0))
+    lengths = [n % 7 for n in range(40)]
+    found = likeliest_points(Draft(torch.zeros(40, 6, dtype=torch.int64), lengths, chances=chances), 3)
+    for line, length, points in zip(chances.double().tolist(), lengths, found.tolist(), strict=True):
+        odds = [math.prod(line[:n]) * (1 - line[n] if n < length else 1) for n in range(length + 1)]
+        ranked = sorted(range(length + 1), key=lambda n: -odds[n])[:3]
+        assert points == ranked + ranked[:1] * (3 - len(ranked))

@@ -13,8 +13,8 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 from nextblock.config.errors import UsageError
 from nextblock.config.sections import validate
 from nextblock.decoding.options import DecodingConfig
+from nextblock.decoding.rows import Row
 from nextblock.decoding.sampling import (
-    accepted,
     commit,
     draw,
     filter_logits,
@@ -118,6 +118,14 @@ def test_steps_finish_in_time_and_spread_evenly(count, steps):
 def test_a_row_draws_the_same_numbers_in_any_portions():
     one, other = generator(7), generator(7)
     assert uniforms(one, 5) == uniforms(other, 2) + uniforms(other, 3)
+    row, numbers = Row(0, [1], limit=1, random=generator(7)), uniforms(generator(7), 5)
+    assert row.peek(4) == numbers[:4]  # still to come
+    assert [row.draw(1), row.draw(3), row.peek(1), row.draw(1)] == [
+        numbers[:1],
+        numbers[1:4],
+        numbers[4:],
+        numbers[4:],
+    ]
 
 
 # ------------------------------------------------------------------------------- rejection sampling
@@ -152,17 +160,6 @@ def test_a_second_draft_leaves_the_target_what_it_is_whatever_the_first_was(weig
         kept = torch.minimum(left, second)
         rest = residual(left[None], second[None])[0]
         torch.testing.assert_close(kept + (1 - kept.sum()) * rest / rest.sum(), left)
-
-
-def test_drafts_are_accepted_by_their_ratio_up_to_the_first_that_is_not():
-    def kept(*numbers: list[float], drafts: int = 3) -> int:
-        p, q, u = torch.tensor(numbers, dtype=torch.float64)[:, None]
-        return int(accepted(p, q, u, torch.arange(len(numbers[0]))[None] < drafts))
-
-    assert kept([0.5, 0.2, 0.9], [0.5, 0.4, 0.9], [0.99, 0.49, 0.0]) == 3
-    assert kept([0.5, 0.2, 0.9], [0.5, 0.4, 0.9], [0.99, 0.50, 0.0]) == 1
-    assert kept([0.5, 0.2, 0.9], [0.5, 0.4, 0.9], [0.99, 0.49, 0.0], drafts=2) == 2
-    assert kept([0.0], [0.4], [0.0]) == 0
 
 
 # ---------------------------------------------------------------------------------------- bad input

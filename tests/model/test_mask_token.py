@@ -14,7 +14,7 @@ from nextblock.config.errors import UsageError
 from nextblock.config.sections import BlockDiffusionSettings
 from nextblock.model.decoder import Decoder
 from nextblock.model.loading import load_model, load_tokenizer
-from nextblock.model.mask_token import MASK_TOKEN, check_round_trip, choose_mask_token
+from nextblock.model.mask_token import MASK_TOKEN, check_round_trip, check_vocabulary, choose_mask_token
 from nextblock.model.parent import byte_tokenizer
 from nextblock.training.export import export
 
@@ -147,3 +147,21 @@ def test_a_nested_model_with_tied_heads_gets_a_new_row_that_it_is_saved_with(tmp
     assert (mask_id, Decoder(again).vocabulary) == (97, 98)
     with torch.no_grad():
         assert torch.equal(again(tokens).logits, model(tokens).logits)
+
+
+def test_special_tokens_may_lack_a_row_and_others_may_not():
+    model, tokenizer = tiny_model("llama", vocab_size=257), byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    check_vocabulary(tokenizer, 257)
+    old = head_rows(model)[0].clone()
+    assert choose_mask_token(Decoder(model), tokenizer, None) == 258
+    torch.testing.assert_close(head_rows(model)[0][257:], old.mean(dim=0).expand(2, -1))
+    assert torch.equal(head_rows(model)[0][:257], old)
+    check_round_trip(tokenizer, 258)
+    with pytest.raises(UsageError, match="the tokenizer has 259 tokens, the model's vocabulary 70; use the tokenizer"):
+        check_vocabulary(tokenizer, 70)
+    with pytest.raises(UsageError, match="has 257 tokens, the model's vocabulary 256"):  # the end token has no row
+        check_vocabulary(byte_tokenizer(), 256)
+    tokenizer.add_tokens(["word"])
+    with pytest.raises(UsageError, match="the tokenizer has 260 tokens, the model's vocabulary 259"):
+        check_vocabulary(tokenizer, 259)

@@ -20,7 +20,8 @@ from nextblock.config.run import load_config
 from nextblock.config.sections import BlockDiffusionSettings, DraftAdapterConfig, Source
 from nextblock.data.encode import encode
 from nextblock.data.prompts import read_prompts
-from nextblock.data.sources import Records, read_source
+from nextblock.data.records import Records
+from nextblock.data.sources import read_source
 from nextblock.data.stream import RowStream
 from nextblock.model.adapter_files import save_adapter
 from nextblock.model.draft_adapter import DraftAdapter

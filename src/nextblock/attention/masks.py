@@ -1,4 +1,7 @@
-"""The rule as dense and as block-sparse masks."""
+"""The rule as dense and as block-sparse masks, and the mask of cached decoding.
+
+Letters: B rows, T positions of [noised ; clean], Q queries, K keys.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from nextblock.attention.rule import Places, Rule
 
 
 def to_dense(rule: Rule, query: Places, key: Places | None = None) -> Tensor:
-    """The rule as a bool mask [B, 1, Q, K] for SDPA, Q * K bytes a row; `key` default: the queries themselves."""
+    """The rule as a bool mask [B, 1, Q, K] for SDPA, Q * K bytes a row; `key`: by default the queries themselves."""
     return rule(query.along(2), (query if key is None else key).along(1)).unsqueeze(1)
 
 
@@ -24,7 +27,7 @@ def additive(allowed: Tensor, dtype: torch.dtype, elsewhere: float | None = None
 
 
 def to_block_mask(rule: Rule, query: Places, key: Places | None = None, block: int = 128) -> BlockMask:
-    """The rule as a FlexAttention BlockMask: memory (T / `block`)**2, entries read from the places."""
+    """The rule as a FlexAttention BlockMask of (T / `block`)**2 tiles; the kernel reads entries from the places."""
     keys = query if key is None else key
 
     def mask_mod(row: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -32,8 +35,8 @@ def to_block_mask(rule: Rule, query: Places, key: Places | None = None, block: i
 
     rows, length = query.position.shape
     device = query.position.device
-    # Compiled it never holds the (2L)**2 entries. All that changes from batch to batch is in the places' tensors,
-    # so that nothing is compiled again once it has seen two lengths.
+    # Compiled, it never holds all T**2 entries. What changes from batch to batch is in tensors alone, so that nothing
+    # is compiled again after two lengths.
     build = _compiled_create_block_mask() if device.type == "cuda" else create_block_mask
     return build(mask_mod, rows, None, length, keys.position.shape[1], device=device, BLOCK_SIZE=block)
 

@@ -1,6 +1,6 @@
-"""Who may look at whom: the rule of the two-view pass, stated once, in the three forms that run it.
+"""Who may look at whom: the rule of the two-view pass, stated once. `masks.py` and `split.py` bring it to layers.
 
-Letters: B rows, T positions of [noised ; clean], Q queries, K keys.
+Letters: B rows, T positions of [noised ; clean].
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from nextblock.config.sections import Context
 
 @dataclass(frozen=True)
 class Places:
-    """Where each token of the two-view sequence stands. All int64, [B, T] unless broadcast.
+    """Where each token of the two-view sequence stands: all that the rule asks. int64 [B, T] unless broadcast.
 
     view: 0 for the clean view, 1 and up for each noised view.
     document: document in the row, -1 for padding.
     position: position in the document.
-    block_start: position of the first token of the own block; the own position for context tokens.
-    seed: [B, 1], seed of the annealed mask's coins; read by that baseline alone.
+    block_start: position of the first token of its block; for context tokens their own position.
+    seed: [B, 1], seed of the coins of the annealed mask, the only rule that reads it.
     """
 
     view: Tensor

@@ -1,9 +1,9 @@
-"""Attention of ours: of the two-view pass in parts, which a CPU computes where a GPU runs FlexAttention, and of
-cached passes, whose keys and values are not copied for each query head.
+"""Our own attention: the two-view pass in parts, which a CPU computes where a GPU runs FlexAttention, and cached
+passes that do not copy keys and values for each query head.
 
-SDPA with one dense mask pays for every pair of [noised ; clean]. Here queries see clean keys in pieces, each of which
-spans only the keys that some query of it may see, and noised queries see, apart from these, their own block.
-Partial softmaxes are joined by their log-sum-exps, and each part's backward pass gets the joint output and
+SDPA with one dense mask pays for every pair of [noised ; clean]. Here the queries are taken in pieces, and each piece
+attends only to the span of clean keys that some query of it may see; noised queries also attend to their own block.
+The partial softmaxes are joined by their log-sum-exps, and the backward pass of each part gets the joint output and
 log-sum-exp, which makes its gradients exact (as in ring attention, arXiv 2310.01889).
 
 Letters: B rows, N noised slots, L clean tokens, T queries (N + L, or N), H heads, D head size, W tiles of S slots.
@@ -29,10 +29,10 @@ from nextblock.attention.masks import additive, to_dense
 from nextblock.attention.rule import Places, Rule
 
 SPLIT = "nextblock_sdpa_split"
-"""Name of the attention implementation; with masks other than a `SplitMask` it gives what `sdpa` gives."""
+"""Name of the implementation in transformers; with masks other than a `SplitMask` it gives what `sdpa` gives."""
 
 PIECE = 256
-"""Most queries of a piece in a row; below 192 the kernel takes narrower steps, which cost more than is saved."""
+"""Most queries of a piece; below 192 the kernel takes narrower steps, which cost more than is saved."""
 TILE = 16
 """Fewest slots of a tile: blocks smaller than this share one."""
 GROUPED = ("cpu",)
@@ -54,7 +54,7 @@ class Piece(NamedTuple):
 
     @property
     def options(self) -> dict[str, Any]:
-        """How the kernel is told."""
+        """The mask as arguments of the kernel."""
         return {"dropout_p": 0.0, "is_causal": self.mask is None, "attn_mask": self.mask}
 
 
@@ -88,7 +88,7 @@ class Tiles(NamedTuple):
     def present_only(self, x: Tensor, elsewhere: float) -> Tensor:
         """[B, H, N] or [B, H, N, D] as `join` gives it, with `elsewhere` at padding.
 
-        Padding in its own place needs it not: what comes from there is finite, and meets gradients of 0 alone.
+        Nothing is done where each slot is in its own place: there padding is finite, and its gradients are 0.
         """
         if self.slot is None:
             return x
@@ -140,22 +140,24 @@ def split_mask(rule: Rule, noised: Places, clean: Places, dtype: torch.dtype, ca
 
 
 def _pieces(rule: Rule, query: Places, key: Places, dtype: torch.dtype, shift: int = 0) -> Iterator[Piece]:
-    """`query` in pieces, the first of which begins at query `shift` of the pass; those who see no key are in none."""
+    """The pieces of `query`, whose first is query `shift` of the pass; without those whose queries see no key."""
     for start in range(0, query.view.shape[1], PIECE):
         allowed = to_dense(rule, query.part(start, start + PIECE), key)
         seen = allowed.any(dim=(0, 1, 2)).nonzero()
         if len(seen):
             keys = slice(int(seen[0]), int(seen[-1]) + 1)
             queries = slice(shift + start, shift + start + allowed.shape[2])
-            yield Piece(queries, keys, additive(allowed[..., keys], dtype, never(dtype)))
+            yield Piece(queries, keys, additive(allowed[..., keys], dtype, lowest_score(dtype)))
 
 
-def never(dtype: torch.dtype) -> float:
-    """Half of the lowest number: no weight after a softmax, and narrower dtypes do not round it to -inf."""
+def lowest_score(dtype: torch.dtype) -> float:
+    """What a masked pair scores: no weight after a softmax. Half of the lowest number, so that no narrower dtype
+    rounds it to -inf."""
     return torch.finfo(dtype).min / 2
 
 
 def _tiles(rule: Rule, noised: Places, dtype: torch.dtype) -> Tiles:
+    """The noised blocks [B, N] in tiles, with the rule inside each."""
     rows, length = noised.view.shape
     slots = torch.arange(length).expand(rows, -1)
     present = noised.document >= 0
@@ -179,7 +181,7 @@ def _tiles(rule: Rule, noised: Places, dtype: torch.dtype) -> Tiles:
     own_place = width == length and torch.equal(slot.view(rows, -1)[present], slots[present])
     slot = (slot + row[:, :, None] * length).flatten()
     place = place.masked_fill(~present, 0).flatten()
-    numbers = additive(mask.flatten(0, 1).unsqueeze(1), dtype, never(dtype))
+    numbers = additive(mask.flatten(0, 1).unsqueeze(1), dtype, lowest_score(dtype))
     return Tiles(None if own_place else slot, place, present.unsqueeze(1), numbers)
 
 
@@ -203,14 +205,14 @@ class _TwoViewAttention(torch.autograd.Function):
         wide = torch.promote_types(dtype, torch.float32)
         # With the heads innermost, as the kernel has it.
         out = query.new_zeros(rows, length, heads, size).transpose(1, 2)
-        total = query.new_full((rows, length, heads), never(wide), dtype=wide).transpose(1, 2)
+        total = query.new_full((rows, length, heads), lowest_score(wide), dtype=wide).transpose(1, 2)
         for piece in mask.pieces:
             queries, keys = piece.queries, piece.keys
             inputs = query[:, :, queries], clean_key[:, :, keys], clean_value[:, :, keys]
             out[:, :, queries], total[:, :, queries] = _flash(*inputs, **piece.options, scale=scale)
         cut = [tiles.cut(x) for x in (query[:, :, :noised], key, value)]
         own, own_total = (tiles.join(x) for x in _flash(*cut, attn_mask=tiles.mask, scale=scale))
-        own_total = tiles.present_only(own_total, never(wide))
+        own_total = tiles.present_only(own_total, lowest_score(wide))
         seen, seen_total = out[:, :, :noised], total[:, :, :noised]
         joint = torch.logaddexp(seen_total, own_total)
         share_seen, share_own = ((x - joint).exp_().unsqueeze(-1) for x in (seen_total, own_total))

@@ -64,7 +64,7 @@ def generate(
         options |= {**loading_options(given), "examples": examples, "batch_size": batch_size, "seed": seed or 0}
         _answer_file(model, source, output, **options)
         return
-    from nextblock.data.sources import check_characters
+    from nextblock.data.records import check_characters
 
     texts = prompts or [sys.stdin.read()]
     for number, text in enumerate(texts):

@@ -6,7 +6,7 @@ Nothing here imports torch before a command runs, so that `--help` takes no seco
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
@@ -16,7 +16,7 @@ from nextblock.config.errors import UsageError
 from nextblock.config.sections import validate
 from nextblock.decoding.options import DecodingConfig, spell_out
 
-C = TypeVar("C")
+C = TypeVar("C", bound=Callable[..., Any])
 
 Model = Annotated[str, typer.Argument(help="local folder, Hub id, tiny-ar or tiny-bd")]
 Settings = Annotated[

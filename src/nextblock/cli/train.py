@@ -82,6 +82,8 @@ def adapt(
     lost = result.results["training"]
     if lost["truncated"] or lost["skipped"]:
         print(f"data        {lost['truncated']} documents were cut at data.row_length, {lost['skipped']} left out")
+    if lost["spelled"]:
+        print(f"data        {lost['spelled']} special tokens in contents read as text, first in {lost['spelled_at']}")
     print(f"checkpoint  {result.output}\nreport      {result.output / 'report.html'}")
 
 

@@ -21,17 +21,10 @@ from tokenizers import AddedToken
 
 from nextblock.config.errors import UsageError
 from nextblock.data.chat import MARKER, MEANT, PRIVATE, Chat, Pieces, Specials
-from nextblock.data.sources import Record
+from nextblock.data.records import Record
+from nextblock.data.rows import Document
 
 GUARDS = ("\n", "0", "a", ".")
-
-
-@dataclass(frozen=True)
-class Document:
-    """One tokenised document: `tokens` int64 [n]; `offset` int64 [n] in the generated span, -1 context."""
-
-    tokens: np.ndarray
-    offset: np.ndarray
 
 
 def encode(record: Record | Mapping[str, Any], tokenizer: Any) -> Document:
@@ -69,7 +62,7 @@ def encode_batch(records: Sequence[Record], tokenizer: Any) -> list[Document]:
         generated = np.array([generated for _, generated in source.pieces])
         inside = np.arange(len(ids)) - np.searchsorted(piece, piece)
         offset = np.where(generated[piece], inside, -1) if ids else inside
-        documents.append(Document(np.array(ids, np.int64), offset.astype(np.int64)))
+        documents.append(Document(np.array(ids, np.int64), offset.astype(np.int64), source.spelled))
     return documents
 
 
@@ -84,6 +77,9 @@ def encode_prompt(prompt: Any, tokenizer: Any, where: str) -> list[int]:
     encoder = _Encoder(tokenizer)
     if isinstance(prompt, str):
         source = encoder.of_text([(encoder.begun(prompt), False)], where)
+        if source.spelled:
+            said = "special tokens spelled in a text prompt are read as text; give a chat as messages"
+            warnings.warn(f"{where}: {said}", stacklevel=2)
         return [*encoder.begin, *encoder.run([source])[0][0]]
     chat = Chat(tokenizer, encoder.specials, prompt, None, where, dated=True)
     return encoder.run([encoder.of_chat([(chat.prompt(), False)])])[0][0]
@@ -97,7 +93,7 @@ def span_ends(tokenizer: Any) -> list[int]:
         specials = Specials(tokenizer)
         try:
             chat = Chat(tokenizer, specials, turns, None, "chat template")
-            end = specials.end_of(chat.closing(chat.messages))
+            end = specials.end_of(chat.closing(chat.messages), added=True)
         except UsageError:  # a template for other conversations than this one
             end = None
         ends += [] if end is None or end in ends else [end]
@@ -108,11 +104,12 @@ def span_ends(tokenizer: Any) -> list[int]:
 class _Source:
     """One document or prompt before it is tokenised.
 
-    split: some special tokens are spelled only. The meant ones are then private characters (`Specials.mark`).
+    spelled: special tokens that are only spelled. Where there are some, those meant are private characters
+        (`Specials.mark`).
     """
 
     pieces: Pieces
-    split: bool
+    spelled: int
 
 
 _SPLITTERS: WeakKeyDictionary[Any, tuple[list[int], Any, dict[int, int]]] = WeakKeyDictionary()
@@ -153,26 +150,23 @@ class _Encoder:
     def of_text(self, pieces: Pieces, where: str) -> _Source:
         """Pieces of text in which no special token is meant."""
         whole = "".join(text for text, _ in pieces)
-        spelled = self.specials.pattern.search(whole)
-        if spelled is None:
-            return _Source(pieces, False)
-        self.specials.hide(whole, where)  # refuses what would be taken for a token that is meant
-        said = f"{spelled[0]} in a text is read as text, not as the special token; give a chat as messages"
-        warnings.warn(said, stacklevel=2)
-        return _Source(pieces, True)
+        spelled = len(self.specials.pattern.findall(whole))
+        if spelled:
+            self.specials.hide(whole, where)  # refuses what would be taken for a token that is meant
+        return _Source(pieces, spelled)
 
     def of_chat(self, pieces: Pieces) -> _Source:
         """Pieces that a chat template has rendered."""
-        hidden = any(PRIVATE.search(text) for text, _ in pieces)
-        return _Source(
-            [(self.specials.mark(text), generated) for text, generated in pieces] if hidden else pieces, hidden
-        )
+        spelled = sum(len(PRIVATE.findall(text)) for text, _ in pieces)
+        if spelled:
+            pieces = [(self.specials.mark(text), generated) for text, generated in pieces]
+        return _Source(pieces, spelled)
 
     def run(self, sources: Sequence[_Source]) -> list[tuple[list[int], np.ndarray]]:
         """(ids, the piece that each token belongs to) of every source."""
         groups: dict[tuple[bool, bool], list[int]] = {}
         for number, source in enumerate(sources):
-            groups.setdefault((source.split, len(source.pieces) > 1), []).append(number)
+            groups.setdefault((source.spelled > 0, len(source.pieces) > 1), []).append(number)
         found: dict[int, tuple[list[int], np.ndarray]] = {}
         for (split, divided), numbers in groups.items():
             if divided and not self.tokenizer.is_fast:
@@ -218,6 +212,10 @@ class _Encoder:
 
     def _split_slowly(self, text: str) -> list[int]:
         """Ids of a text in which special tokens are private characters, by a tokenizer that splits all or none."""
+        space = r"\s*"
+        for k, token in enumerate(self.specials.tokens.values()):
+            mark = chr(MEANT + k)
+            text = re.sub(f"{space * token.lstrip}{mark}{space * token.rstrip}", mark, text)
         ids: list[int] = []
         for part in re.split(f"([{chr(MEANT)}-\U0010fffd])", text):
             if part and chr(MEANT) <= part:
@@ -231,7 +229,7 @@ class _Encoder:
         text, ends = "", []
         for piece, _ in source.pieces:
             text += piece
-            ends.append(self._ids(text, source.split))
+            ends.append(self._ids(text, source.spelled > 0))
         whole = ends[-1]
         if any(whole[: len(ids)] != ids for ids in ends):
             return self._apart(source)
@@ -243,9 +241,9 @@ class _Encoder:
     def _apart(self, source: _Source) -> tuple[list[int], np.ndarray]:
         """As `run` gives, each piece tokenised as the continuation of those before it."""
         ids: list[int] = []
-        counts = []
+        counts, split = [], source.spelled > 0
         for text, _ in source.pieces:
-            piece = self._continued(text, source.split) if ids else self._ids(text, source.split)
+            piece = self._continued(text, split) if ids else self._ids(text, split)
             ids, counts = ids + piece, [*counts, len(piece)]
         return ids, np.repeat(np.arange(len(counts)), counts)
 

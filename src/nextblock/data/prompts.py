@@ -9,7 +9,10 @@ from typing import Any
 
 from nextblock.config.errors import UsageError
 from nextblock.config.sections import Source
-from nextblock.data.sources import Record, Records, _decode, _jsonl, _read_bytes, read_source
+from nextblock.data.files import decode_text, read_bytes
+from nextblock.data.formats import read_jsonl
+from nextblock.data.records import Record, Records
+from nextblock.data.sources import read_source
 
 
 def read_prompts(path: str, examples: int | None = None) -> list[Record]:
@@ -38,10 +41,10 @@ def read_prompts(path: str, examples: int | None = None) -> list[Record]:
             f"prompts {path} is not a file; give a .jsonl file, a text with a prompt a line, or task:NAME"
         )
     if Path(file).suffix.lower() in (".jsonl", ".json"):
-        lines = _jsonl([file], _prompt)
+        lines = read_jsonl([file], _prompt)
         found = [lines.read(index) for index in range(min(lines.count or 0, examples or lines.count or 0))]
     else:
-        texts = [line.removesuffix("\r") for line in _decode(_read_bytes(file), file).split("\n")]
+        texts = [line.removesuffix("\r") for line in decode_text(read_bytes(file), file).split("\n")]
         numbered = [(number, text) for number, text in enumerate(texts, 1) if text.strip()][:examples]
         found = [Record({"prompt": text}, f"{file}:{number}") for number, text in numbered]
     if not found:

@@ -1,4 +1,4 @@
-"""Documents -> packed rows [B, L], in an order that resumes exactly.
+"""What a row is: tokenised documents side by side; how they are cut and packed into [B, L].
 
 Letters: B rows in a batch, L tokens in a row, n tokens in a document.
 """
@@ -13,12 +13,25 @@ import torch
 from torch import Tensor
 
 from nextblock.config.errors import UsageError
-from nextblock.data.encode import Document
+
+
+@dataclass(frozen=True)
+class Document:
+    """One tokenised document.
+
+    tokens: int64 [n].
+    offset: int64 [n], offset in the generated span, -1 for context.
+    spelled: special tokens that its contents spell, which are read as text.
+    """
+
+    tokens: np.ndarray
+    offset: np.ndarray
+    spelled: int = 0
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Packed rows (DESIGN section 2). int64 [B, L], but `epoch` and `number` [B], which seed the corruption.
+    """Packed rows. int64 [B, L], but `epoch` and `number` [B], which seed the corruption.
 
     `document` counts from 0 in each row, -1 is padding; `position` restarts in each document; `offset`
     restarts in each generated span, -1 is context or padding.
@@ -50,9 +63,6 @@ class Rows:
     def to(self, device: torch.device | str) -> Rows:
         """The same rows on a device."""
         return Rows(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
-
-
-# ---------------------------------------------------------------- rows: documents -> [B, L]
 
 
 def cut(document: Document, row_length: int) -> list[Document]:

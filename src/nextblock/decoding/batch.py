@@ -24,6 +24,7 @@ from nextblock.decoding.head import Head, Processor
 from nextblock.decoding.masks import Groups, Masks
 from nextblock.decoding.options import DecodingConfig
 from nextblock.decoding.rows import Row
+from nextblock.decoding.sampling import on_device
 from nextblock.model.decoder import Decoder
 
 
@@ -45,7 +46,7 @@ class Batch:
         confidence: bool = True,
     ) -> None:
         self.decoder, self.device = decoder, decoder.device
-        self.mask_token_id = -1 if settings is None else settings.mask_token_id
+        self.mask_token_id = -1 if settings is None else settings.mask_token_id  # ar mode alone goes without
         self.shifted = settings is None or settings.prediction == "shifted"
         self.block_causal = settings is not None and settings.context == "block_causal"
         self.config = config
@@ -56,8 +57,7 @@ class Batch:
         scratch = 1 if config.mode == "ar" else self.block_size * (config.draft_paths + config.draft_ahead)
         capacity = max(len(row.prompt) + row.limit for row in rows) + scratch
         self.cache = SlotCache(len(rows), capacity) if passes is None else passes.cache(len(rows), capacity, scratch)
-        context = decoder.context(min(len(row.prompt) for row in rows))
-        self.masks = Masks(decoder, self.cache.capacity, context or None)
+        self.masks = Masks(decoder, self.cache.capacity, decoder.context(min(len(row.prompt) for row in rows)))
         self.max_positions = self.masks.max_positions
 
     def forward(
@@ -100,7 +100,7 @@ class Batch:
         tokens = torch.tensor([row.prompt + [0] * (longest - len(row.prompt)) for row in self.rows])
         hidden = self.forward(tokens.to(self.device), [0] * count, [True] * count, compiled=False)
         self.stats.count("prefill", count)
-        return hidden[torch.arange(count, device=self.device), torch.tensor(lengths, device=self.device) - 1]
+        return hidden[torch.arange(count, device=self.device), on_device(lengths, self.device) - 1]
 
     def begin(self, first_token: bool) -> list[Event]:
         """Read the prompts; with `first_token`, the causal pass also gives the first token of each answer."""
@@ -114,7 +114,7 @@ class Batch:
 
     def known(self) -> tuple[Tensor, list[int]]:
         """The last token of each answer, int64 [B, 1], which is not in the cache yet, and its position."""
-        tokens = torch.tensor([[row.answer[-1]] for row in self.rows], device=self.device)
+        tokens = on_device([[row.answer[-1]] for row in self.rows], self.device)
         return tokens, [len(row.prompt) + len(row.answer) - 1 for row in self.rows]
 
     def leave(self) -> list[int]:

@@ -114,8 +114,3 @@ class SlotCache(Cache):
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """Slots that there can be."""
         return self.capacity
-
-    def reset(self) -> None:
-        """Forget everything; the memory stays."""
-        for slots in (*self.keys, *self.values):
-            slots.zero_()

@@ -7,6 +7,7 @@ Letters: B rows, k drafted tokens, V vocabulary, P paths, N tokens of the check.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ from nextblock.decoding.batch import Batch
 from nextblock.decoding.drafts import Draft, Tree
 from nextblock.decoding.events import BlockFinished, Event, Rejected
 from nextblock.decoding.rows import Row
-from nextblock.decoding.sampling import accepted, draw, residual, without
+from nextblock.decoding.sampling import draw, on_device, residual, without
 
 
 @dataclass
@@ -25,17 +26,15 @@ class Verdict:
     """What a check decides, on the model's device.
 
     kept: int64 [B], how many drafts.
-    path: int64 [B], of which path.
     tokens: int64 [B, 1 + k]: the kept drafts and one more token; what lies behind means nothing.
-    slots: int64 [B, 1 + k]: where the check decided each of them.
-    used: int64 [B], how many of a row's uniform numbers; 0 when greedy.
+    path: int64 [B], whose drafts are kept; None: the trunk's.
+    used: int64 [B], how many of a row's uniform numbers; None when greedy.
     """
 
     kept: Tensor
-    path: Tensor
     tokens: Tensor
-    slots: Tensor
-    used: Tensor
+    path: Tensor | None = None
+    used: Tensor | None = None
 
 
 @dataclass
@@ -66,7 +65,7 @@ def verify(batch: Batch, hidden: Tensor, draft: Draft, tree: Tree, points: Tenso
         verdict = check_greedy(logits, draft, tree)
     else:
         verdict = check_sampled(batch.rows, target.view_as(logits), draft, tree)
-    return _gains(batch, draft, verdict, logits, points)
+    return _gains(batch, draft, tree, verdict, logits, points)
 
 
 def _prefixes(rows: list[Row], draft: Draft, tree: Tree) -> Iterator[tuple[Row, list[int] | None]]:
@@ -83,47 +82,56 @@ def _prefixes(rows: list[Row], draft: Draft, tree: Tree) -> Iterator[tuple[Row, 
             yield row, answer
 
 
-def _of_path(parts: Tensor, path: Tensor) -> Tensor:
+def _of_path(parts: Tensor, path: Tensor | None) -> Tensor:
     """[B, P, ...] and each row's path int64 [B] -> [B, ...]."""
-    return parts[:, 0] if parts.shape[1] == 1 else parts[torch.arange(len(path), device=path.device), path]
+    return parts[:, 0] if path is None else parts[torch.arange(len(path), device=path.device), path]
 
 
 def check_greedy(logits: Tensor, draft: Draft, tree: Tree) -> Verdict:
     """Keep the path that is the AR head's own choice furthest, that far. `logits`: [B, N, V]."""
-    chosen = logits.argmax(-1).gather(1, tree.slots.flatten(1)).view_as(tree.slots)
-    step = torch.arange(draft.tokens.shape[1], device=chosen.device)
-    within = step < torch.tensor(draft.lengths, device=chosen.device)[:, None, None]
-    agreed = ((chosen[:, :, :-1] == tree.paths) & within).cumprod(-1).sum(-1)
-    kept, path = agreed.max(1)
-    return Verdict(kept, path, _of_path(chosen, path), _of_path(tree.slots, path), torch.zeros_like(kept))
+    chosen, width = logits.argmax(-1), draft.tokens.shape[1]
+    if tree.groups is not None:
+        chosen = chosen.gather(1, tree.slots.flatten(1)).view_as(tree.slots)
+    right = chosen.narrow(-1, 0, width) == (draft.tokens if tree.groups is None else tree.paths)
+    if min(draft.lengths) < width:
+        within = torch.arange(width, device=logits.device) < on_device(draft.lengths, logits.device)[:, None]
+        right = right & (within if tree.groups is None else within[:, None])
+    kept = right.cumprod(-1).sum(-1)
+    if tree.groups is None:
+        return Verdict(kept, chosen)
+    kept, path = kept.max(1)
+    return Verdict(kept, _of_path(chosen, path), path)
 
 
 def check_sampled(rows: list[Row], target: Tensor, draft: Draft, tree: Tree) -> Verdict:
     """Rejection sampling: what is emitted has the AR distribution `target` [B, N, V], whatever the draft's."""
-    row = torch.arange(len(target), device=target.device)
-    length = torch.tensor(draft.lengths, device=target.device)
+    width, device = draft.tokens.shape[1], target.device
+    row, step = torch.arange(len(rows), device=device), torch.arange(width, device=device)
+    length = on_device(draft.lengths, device)
+    counts = step < length[:, None]
     # Behind a row's last draft nothing was proposed: q = 0 there, so that the head's own distribution remains.
-    proposal = torch.zeros_like(target[:, : draft.tokens.shape[1] + 1])
+    proposal = torch.zeros_like(target[:, : width + 1])
     if draft.distribution is not None:
-        behind = torch.arange(draft.tokens.shape[1], device=target.device) >= length[:, None]
-        proposal[:, :-1] = draft.distribution.masked_fill(behind[..., None], 0)
-    uniform = _uniform(rows, draft, target.device)
+        proposal[:, :-1] = draft.distribution.masked_fill(~counts[..., None], 0)
+    p = target[row[:, None, None], tree.slots[:, :, :-1], tree.paths]
+    q = proposal[row[:, None, None], step, tree.paths]
+    uniform = _uniform(rows, draft, device)
 
-    kept = accept_trunk(target, proposal, draft.tokens, uniform, length)
-    used, path = length, torch.zeros_like(kept)
-    rest = proposed = failed = None
-    if tree.groups is not None:
-        rest, proposed = second_chance(target, proposal, draft.tokens, kept)
-        more, tried, number = try_branch(target, proposal, rest, proposed, tree, kept, uniform, length)
-        used = used + torch.where(tried, length - kept, 0)
-        path, failed, kept = torch.where(more > 0, number, 0), tried & (more == 0), kept + more
-    slots, tokens = _of_path(tree.slots, path), _of_path(tree.paths, path)
-    weights = residual(target[row, slots[row, kept]], proposal[row, kept])
-    if failed is not None:
-        weights = torch.where(failed[:, None], residual(rest, proposed), weights)
-    last = draw(weights, uniform[row, used])
-    tokens = torch.cat([tokens, last[:, None]], dim=1).scatter(1, kept[:, None], last[:, None])
-    return Verdict(kept, path, tokens, slots, used + 1)
+    kept = accept_trunk(p[:, 0], q[:, 0], uniform[:, :width], counts)
+    path, used = None, length
+    last_p, last_q = target[row, kept], proposal[row, kept]
+    if tree.depth is not None:
+        rest = residual(last_p, last_q)
+        others = without(last_q, draft.tokens[row, kept.clamp_max(width - 1)])
+        second = rest / rest.sum(-1, keepdim=True), others / others.sum(-1, keepdim=True)
+        tried, more = try_branch(p, q, second, tree, kept, uniform, length)
+        used, kept = used + torch.where(tried > 0, length - kept, 0), kept + more
+        path, failed = torch.where(more > 0, tried, 0), ((tried > 0) & (more == 0))[:, None]
+        last_p = torch.where(failed, second[0], target[row, tree.slots[row, path, kept]])
+        last_q = torch.where(failed, second[1], proposal[row, kept])
+    last = resample(last_p, last_q, uniform[row, used])[:, None]
+    tokens = torch.cat([_of_path(tree.paths, path), last], dim=1).scatter(1, kept[:, None], last)
+    return Verdict(kept, tokens, path, used + 1)
 
 
 def _uniform(rows: list[Row], draft: Draft, device: torch.device) -> Tensor:
@@ -131,94 +139,89 @@ def _uniform(rows: list[Row], draft: Draft, device: torch.device) -> Tensor:
     counts = [length * (1 if draft.branches is None else 2) + 1 for length in draft.lengths]
     longest = max(counts)
     strips = [row.peek(n) + [0.0] * (longest - n) for row, n in zip(rows, counts, strict=True)]
-    return torch.tensor(strips, dtype=torch.float64, device=device)
+    return on_device(strips, device, torch.float64)
 
 
-def accept_trunk(target: Tensor, proposal: Tensor, tokens: Tensor, uniform: Tensor, length: Tensor) -> Tensor:
-    """How many drafts of the trunk are kept, int64 [B]: each with min(1, p / q), up to the first that is not.
+def accept_trunk(p: Tensor, q: Tensor, uniform: Tensor, counts: Tensor) -> Tensor:
+    """How many drafts are kept, int64 [B]: each with probability min(1, p / q), up to the first that is not.
 
-    A token that was drawn from q, is kept with min(1, p / q), and else replaced by one from max(p - q, 0), has the
-    distribution p (Leviathan et al., arXiv 2211.17192, Theorem 1).
+    A token that was drawn from q, is kept with min(1, p / q), and else gives way to `resample`, has the distribution
+    p (Leviathan et al., arXiv 2211.17192, Theorem 1).
 
     Args:
-        target: p, [B, N, V]. proposal: q, [B, 1 + k, V]. tokens: int64 [B, k], of which the first `length` [B] count.
+        p, q: of each drafted token, [B, k], by the AR head and by what it was drawn from.
+        uniform: float64 [B, k], numbers in [0, 1).
+        counts: bool [B, k], where there is a draft.
     """
-    p, q = (part[:, : tokens.shape[1]].gather(2, tokens[..., None])[..., 0] for part in (target, proposal))
-    within = torch.arange(tokens.shape[1], device=tokens.device) < length[:, None]
-    return accepted(p, q, uniform[:, : tokens.shape[1]], within)
-
-
-def second_chance(target: Tensor, proposal: Tensor, tokens: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the trunk was left, after `kept` drafts: what is now to be drawn from, and what a branch's token was.
-
-    Returns:
-        max(p - q, 0) and q without the trunk's token, both [B, V] and normalised; nan where nothing is left.
-    """
-    row = torch.arange(len(kept), device=kept.device)
-    p, q = target[row, kept], proposal[row, kept]
-    left = without(q, tokens[row, kept.clamp_max(tokens.shape[1] - 1)])
-    rest = residual(p, q)
-    return rest / rest.sum(-1, keepdim=True), left / left.sum(-1, keepdim=True)
+    return ((uniform * q < p) & counts).cumprod(-1).sum(-1)
 
 
 def try_branch(
-    target: Tensor,
-    proposal: Tensor,
-    rest: Tensor,
-    proposed: Tensor,
-    tree: Tree,
-    kept: Tensor,
-    uniform: Tensor,
-    length: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+    p: Tensor, q: Tensor, second: tuple[Tensor, Tensor], tree: Tree, kept: Tensor, uniform: Tensor, length: Tensor
+) -> tuple[Tensor, Tensor]:
     """Where a branch leaves the trunk at the draft that was rejected, go on along it.
 
-    Its token was drawn from q without the trunk's and is checked against max(p - q, 0): Theorem 1 once more, with
-    these for q and p (as in SpecInfer, arXiv 2305.09781). Behind it the branch goes on like the trunk.
+    Its token was drawn from q without the trunk's and is checked against max(p - q, 0): the theorem once more, with
+    these two for q and p (as in SpecInfer, arXiv 2305.09781). Behind it the branch goes on like the trunk.
 
     Args:
-        rest, proposed: from `second_chance`; the others as in `accept_trunk`.
+        p, q: of the drafts of each path, [B, P, k].
+        second: max(p - q, 0) and q without the trunk's token, where the trunk was left: each [B, V], normalised.
+        uniform: float64 [B, _], the trunk's numbers first, int64 [B] `length` of them.
     Returns:
-        How many more drafts are kept, whether a branch was tried, and its number: each [B].
+        The branch that was tried, 0: none, and how many more drafts are kept: each int64 [B].
     """
-    row, step = torch.arange(len(kept), device=kept.device), torch.arange(proposal.shape[1] - 1, device=kept.device)
-    leaves = tree.depth == kept[:, None]
-    tried, number = leaves.any(1), leaves.int().argmax(1)
-    tokens, slots = _of_path(tree.paths, number), _of_path(tree.slots, number)
-    p = target[row[:, None], slots[:, :-1], tokens]
-    q = proposal[row[:, None], step, tokens]
-    here, before = step == kept[:, None], step < kept[:, None]
-    p, q = torch.where(here, rest.gather(1, tokens), p), torch.where(here, proposed.gather(1, tokens), q)
-    numbers = uniform.gather(1, (length[:, None] + step - kept[:, None]).clamp(0, uniform.shape[1] - 1))
+    assert tree.depth is not None
+    row, step = torch.arange(len(kept), device=kept.device), torch.arange(p.shape[2], device=kept.device)
+    path = (tree.depth == kept[:, None]).int().argmax(1)  # the trunk's depth is none that can be left
+    tokens, here, before = tree.paths[row, path], step == kept[:, None], step < kept[:, None]
+    p, q = (torch.where(here, s.gather(1, tokens), own[row, path]) for s, own in zip(second, (p, q), strict=True))
     p, q = p.masked_fill(before, 1), q.masked_fill(before, 0)  # the trunk's, which are kept
-    more = accepted(p, q, numbers, (step < length[:, None]) & tried[:, None]) - kept
-    return more.clamp_min(0), tried, number
+    numbers = uniform.gather(1, (length[:, None] + step - kept[:, None]).clamp(0, uniform.shape[1] - 1))
+    more = accept_trunk(p, q, numbers, step < length[:, None]) - kept
+    return path, torch.where(path > 0, more, 0)
 
 
-def _gains(batch: Batch, draft: Draft, verdict: Verdict, logits: Tensor, points: Tensor | None) -> list[Gain]:
+def resample(p: Tensor, q: Tensor, uniform: Tensor) -> Tensor:
+    """The token that follows the kept drafts, int64 [B]: from max(p - q, 0), [B, V].
+
+    Given that a draft from q was rejected, this is what is left of p (arXiv 2211.17192, Theorem 1); q = 0 gives p.
+    """
+    return draw(residual(p, q), uniform)
+
+
+def _gains(
+    batch: Batch, draft: Draft, tree: Tree, verdict: Verdict, logits: Tensor, points: Tensor | None
+) -> list[Gain]:
     """Bring a verdict to the host, in one copy, and use up the numbers that it took."""
-    width = draft.tokens.shape[1]
-    at = torch.arange(len(logits), device=logits.device)[:, None]
-    read = logits[at, verdict.slots] if batch.head.tells_confidence else logits
-    confidence = batch.head.confidence(read, verdict.tokens)
-    hit = torch.full_like(verdict.kept, -1)
+    width, hit = draft.tokens.shape[1], None
     if points is not None:
         right = points == verdict.kept[:, None]
-        hit = torch.where(right.any(1), right.int().argmax(1), hit)
-    parts = [torch.stack([verdict.kept, verdict.path, verdict.used, hit], dim=1), verdict.tokens, draft.tokens]
+        hit = torch.where(right.any(1), right.int().argmax(1), -1)
+    columns = {"kept": verdict.kept, "path": verdict.path, "used": verdict.used, "hit": hit}
+    columns = {name: part[:, None] for name, part in columns.items() if part is not None}
+    parts = [*columns.values(), verdict.tokens, draft.tokens]
     if draft.branches is not None:
         parts.append(draft.branches.token)
-    numbers = torch.cat([torch.cat(parts, dim=1).double(), confidence.double()], dim=1).tolist()
+    confidence = [[math.nan] * (width + 1)] * len(batch.rows)
+    if batch.head.tells_confidence:
+        at = torch.arange(len(logits), device=logits.device)[:, None]
+        told = batch.head.confidence(logits[at, _of_path(tree.slots, verdict.path)], verdict.tokens)
+        numbers = torch.cat([told.double(), *parts], dim=1).tolist()
+        confidence = [line[: width + 1] for line in numbers]
+        numbers = [[int(number) for number in line[width + 1 :]] for line in numbers]
+    else:
+        numbers = torch.cat(parts, dim=1).tolist()
     found = []
     for index, (row, line, length) in enumerate(zip(batch.rows, numbers, draft.lengths, strict=True)):
-        kept, path, used, own_hit, *tokens = map(int, line[: len(line) - width - 1])
-        row.draw(used)
+        of, tokens = dict(zip(columns, line, strict=False)), line[len(columns) :]
+        kept = of["kept"]
+        row.draw(of.get("used", 0))
         gained, drafted = tokens[: kept + 1], [*enumerate(tokens[width + 1 : width + 1 + length])]
         if draft.branches is not None:
             drafted += zip(draft.branches.depth[index], tokens[2 * width + 1 :], strict=False)
         rejected = [(n, token) for n, token in drafted if n >= kept or token != gained[n]]
-        sure = line[len(line) - width - 1 :][: kept + 1]
-        found.append(Gain(kept, path, gained, sure, rejected, own_hit))
+        found.append(Gain(kept, of.get("path", 0), gained, confidence[index][: kept + 1], rejected, of.get("hit", -1)))
     return found
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from nextblock.attention.masks import decode_mask
 from nextblock.decoding.cache import SlotCache
 from nextblock.decoding.masks import Groups, Masks
+from nextblock.decoding.sampling import on_device
 from nextblock.model.decoder import Decoder
 from nextblock.model.draft_adapter import Gate
 
@@ -135,7 +136,7 @@ class StaticPasses:
         # The last slot that all tokens of a row see; -1: each sees up to itself.
         last = [-1 if alone else start + width - 1 for start, alone in zip(starts, causal, strict=True)]
         lines = [*zip(starts, last, strict=True), *[(0, -1)] * (shape[0] - rows)]
-        lines = torch.tensor(lines).to(device, non_blocking=True)
+        lines = on_device(lines, device)
         noised: Gate | None = None if any(causal) and not all(causal) else not all(causal)
         position = seen = None
         if groups is not None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from nextblock.decoding.batch import Batch
 from nextblock.decoding.events import BlockFinished, Committed, Event
 from nextblock.decoding.rows import Row
-from nextblock.decoding.sampling import commit, probability_of, scores
+from nextblock.decoding.sampling import commit, on_device, probability_of, scores
 
 
 @dataclass
@@ -48,7 +48,7 @@ def _new_block(batch: Batch, row: Row, start: int) -> _Block:
 
 
 def diffusion(batch: Batch) -> Iterator[list[Event]]:
-    """Denoise block after block   (paper, section 6.1 and the released sampler).
+    """Denoise block after block   (arXiv 2512.06776, section 6.1, and the released sampler).
 
     The block's first token comes from the causal pass over what precedes it (shifted prediction). Then
     denoising passes over the whole block, the cached context in front; each commits some positions of the
@@ -60,80 +60,66 @@ def diffusion(batch: Batch) -> Iterator[list[Event]]:
     width = batch.block_size // batch.config.sub_blocks
     while rows := batch.rows:
         masked = [block.masked(width) for block in blocks]
-        tokens = torch.tensor([block.tokens for block in blocks], device=batch.device)
+        tokens = on_device([block.tokens for block in blocks], batch.device)
         starts = [len(row.prompt) + block.start for row, block in zip(rows, blocks, strict=True)]
-        causal = [not positions and not batch.block_causal for positions in masked]
-        hidden = batch.forward(tokens, starts, causal)
-        denoising = sum(bool(positions) for positions in masked)
+        hidden = batch.forward(tokens, starts, [not positions and not batch.block_causal for positions in masked])
+        denoising = sum(map(bool, masked))
         batch.stats.count("denoise", denoising)
         batch.stats.count("commit", len(rows) - denoising)
         proposals, events = _propose(batch, hidden, masked), list[Event]()
-        for index, row in enumerate(rows):
-            block, (token, probability, score) = blocks[index], proposals[index]
-            if masked[index]:
-                events += _decide(batch, row, block, masked[index], token, probability, score)
+        for index, (row, block, positions) in enumerate(zip(rows, blocks, masked, strict=True)):
+            if positions:
+                events += _decide(batch, row, block, positions, proposals[index])
             else:
-                events.append(BlockFinished(row.number, block.start, block.start + batch.block_size))
-                events += row.extend(token, probability)
-                blocks[index] = _new_block(batch, row, block.start + batch.block_size)
+                end = block.start + batch.block_size
+                token, probability, _ = proposals[index]
+                events += [BlockFinished(row.number, block.start, end), *row.extend(token, probability)]
+                blocks[index] = _new_block(batch, row, end)
         yield events
         blocks = [blocks[index] for index in batch.leave()]
 
 
 Proposal = tuple[list[int], list[float], list[float]]
+"""Tokens, their probabilities and their scores."""
 
 
 def _propose(batch: Batch, hidden: Tensor, masked: list[list[int]]) -> list[Proposal]:
-    """For each row: tokens, their probabilities and scores at its masked positions, or the next block's first.
+    """What each row proposes at its masked positions; where none is masked, as the next block's first token.
 
     Logits exist only at these positions. With shifted prediction position i - 1 decides position i, so that a
     block's last position gives the first token of the next; with aligned prediction nothing gives that.
     """
-    shift = 1 if batch.shifted else 0
-    sources = [[i - shift for i in positions] for positions in masked]
-    if batch.shifted:
-        sources = [positions or [hidden.shape[1] - 1] for positions in sources]
-    flat = [index * hidden.shape[1] + i for index, positions in enumerate(sources) for i in positions]
+    shift, width = (1 if batch.shifted else 0), hidden.shape[1]
+    sources = [[i - shift for i in positions or ([width] if batch.shifted else [])] for positions in masked]
+    flat = [index * width + i for index, positions in enumerate(sources) for i in positions]
     if not flat:
         return [([], [], [])] * len(sources)
-    logits = batch.head.logits(hidden.flatten(0, 1)[torch.tensor(flat, device=batch.device)])
+    logits = batch.head.logits(hidden.flatten(0, 1)[on_device(flat, batch.device)])
     uniform = [u for row, positions in zip(batch.rows, sources, strict=True) for u in row.draw(len(positions))]
     token = batch.head.choose(logits, uniform)
     probability = probability_of(logits, token)
     score = scores(logits, probability, batch.config.sampler)
     numbers = torch.stack([token.double(), probability.double(), score.double()]).tolist()  # one copy to the host
-    tokens = [int(number) for number in numbers[0]]
-    proposals, low = [], 0
+    tokens, proposals, low = [int(number) for number in numbers[0]], list[Proposal](), 0
     for positions in sources:
-        part = slice(low, low + len(positions))
+        part = slice(low, low := low + len(positions))
         proposals.append((tokens[part], numbers[1][part], numbers[2][part]))
-        low += len(positions)
     return proposals
 
 
-def _decide(
-    batch: Batch,
-    row: Row,
-    block: _Block,
-    masked: list[int],
-    tokens: list[int],
-    probabilities: list[float],
-    score: list[float],
-) -> list[Event]:
+def _decide(batch: Batch, row: Row, block: _Block, masked: list[int], proposal: Proposal) -> list[Event]:
     """Commit what the rule chooses, and hand on to the answer what is decided without a gap."""
     config, events = batch.config, list[Event]()
-    steps_left = None if config.steps is None else config.steps // config.sub_blocks - block.steps
+    tokens, probabilities, score = proposal
+    left = None if config.steps is None else config.steps // config.sub_blocks - block.steps
     block.steps += 1
-    for choice in commit(
-        score, probabilities, sampler=config.sampler, threshold=config.threshold, steps_left=steps_left
-    ):
-        position = masked[choice]
-        block.tokens[position], block.decided[position] = tokens[choice], True
-        if tokens[choice] in row.end_tokens:
+    for choice in commit(score, probabilities, sampler=config.sampler, threshold=config.threshold, steps_left=left):
+        position, token = masked[choice], tokens[choice]
+        block.tokens[position], block.decided[position] = token, True
+        if token in row.end_tokens:
             block.end = min(block.end, position)
-        offset = block.start + position
-        if offset < row.limit:
-            events.append(Committed(row.number, offset, tokens[choice], probabilities[choice], row.passes))
+        if (offset := block.start + position) < row.limit:
+            events.append(Committed(row.number, offset, token, probabilities[choice], row.passes))
     while (position := len(row.answer) - block.start) < len(block.tokens) and block.decided[position]:
         if row.push(block.tokens[position]):
             events += [BlockFinished(row.number, block.start, len(row.answer)), row.finished()]

@@ -11,7 +11,6 @@ Letters: B rows, b block size, k drafted tokens, G points of acceptance, D hidde
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,47 +20,34 @@ from nextblock.decoding.check import append, verify
 from nextblock.decoding.drafts import Draft, draft_length, lay_out
 from nextblock.decoding.events import Event
 from nextblock.decoding.masks import Groups
-from nextblock.decoding.sampling import probability_of
+from nextblock.decoding.sampling import on_device, probability_of
 
 
-@dataclass
-class Ahead:
-    """What rows will have checked in the next pass: of each its first `lengths` tokens, possibly none.
-
-    tokens: int64 [B, k]. chances: [B, k], how likely each is to be kept, given those before it. distribution: when
-    sampling, what they were drawn from, [B, k, V].
-    """
-
-    tokens: Tensor
-    chances: Tensor
-    lengths: list[int]
-    distribution: Tensor | None = None
-
-    def draft(self, batch: Batch) -> Draft:
-        """As much of it as is to be checked now."""
-        lengths = [min(own, draft_length(batch, row)) for row, own in zip(batch.rows, self.lengths, strict=True)]
-        longest = max(lengths)
-        return Draft(
-            self.tokens[:, :longest], lengths, None if self.distribution is None else self.distribution[:, :longest]
-        )
-
-    def of(self, rows: list[int]) -> Ahead:
-        """That of some rows, in a new order."""
-        if rows == [*range(len(self.lengths))]:
-            return self
-        at = torch.tensor(rows, dtype=torch.int64, device=self.tokens.device)
-        distribution = None if self.distribution is None else self.distribution[at]
-        return Ahead(self.tokens[at], self.chances[at], [self.lengths[row] for row in rows], distribution)
+def _part(ahead: Draft, batch: Batch) -> Draft:
+    """As much of a draft as is to be checked now."""
+    lengths = [min(own, draft_length(batch, row)) for row, own in zip(batch.rows, ahead.lengths, strict=True)]
+    distribution = None if ahead.distribution is None else ahead.distribution[:, : max(lengths)]
+    return Draft(ahead.tokens[:, : max(lengths)], lengths, distribution, chances=ahead.chances)
 
 
-def likeliest_points(chances: Tensor, lengths: list[int], count: int) -> Tensor:
+def _of_rows(ahead: Draft, rows: list[int]) -> Draft:
+    """The draft of some rows, in a new order."""
+    if rows == [*range(len(ahead.lengths))]:
+        return ahead
+    at = on_device(rows, ahead.tokens.device, torch.int64)
+    distribution, chances = (None if x is None else x[at] for x in (ahead.distribution, ahead.chances))
+    return Draft(ahead.tokens[at], [ahead.lengths[row] for row in rows], distribution, chances=chances)
+
+
+def likeliest_points(draft: Draft, count: int) -> Tensor:
     """Of each row the `count` likeliest numbers of drafts to be kept, the likeliest first: int64 [B, G].
 
-    Of a row's first `lengths` drafts, that is; a row that has fewer numbers repeats its likeliest.
+    A row that has fewer numbers repeats its likeliest.
     """
-    length = torch.tensor(lengths, device=chances.device)[:, None]
-    number = torch.arange(max(lengths) + 1, device=chances.device)
-    chance = torch.nn.functional.pad(chances[:, : max(lengths)].double(), (1, 1))
+    assert draft.chances is not None
+    length = on_device(draft.lengths, draft.tokens.device)[:, None]
+    number = torch.arange(max(draft.lengths) + 1, device=length.device)
+    chance = torch.nn.functional.pad(draft.chances[:, : max(draft.lengths)].double(), (1, 1))
     chance[:, 0] = 1
     reached = chance[:, :-1].cumprod(1)
     odds = torch.where(number < length, reached * (1 - chance[:, 1:]), reached).masked_fill(number > length, -1)
@@ -74,13 +60,12 @@ def draft_ahead(batch: Batch) -> Iterator[list[Event]]:
     yield batch.begin(first_token=True)
     for row in batch.rows:
         row.recent = float(batch.block_size)
-    nothing = torch.zeros(len(batch.rows), 0, dtype=torch.int64, device=batch.device)
-    ahead = Ahead(nothing, nothing.float(), [0] * len(batch.rows))
+    ahead = drafted(batch, torch.empty(0), [None] * len(batch.rows))
     while rows := batch.rows:
         known, starts = batch.known()
-        draft = ahead.draft(batch)
+        draft = _part(ahead, batch)
         tree = lay_out(batch, draft, known, starts)
-        points = likeliest_points(ahead.chances, draft.lengths, batch.config.draft_ahead)
+        points = likeliest_points(draft, batch.config.draft_ahead)
         tokens, groups = with_masks(batch, tree.tokens, points, starts)
         hidden = batch.forward(tokens, starts, [True] * len(rows), groups)
         batch.stats.count("check", len(rows))
@@ -92,7 +77,7 @@ def draft_ahead(batch: Batch) -> Iterator[list[Event]]:
             for row, gain in zip(rows, gains, strict=True)
         ]
         ahead = drafted(batch, hidden, hits)
-        ahead = ahead.of(batch.leave())
+        ahead = _of_rows(ahead, batch.leave())
 
 
 def with_masks(batch: Batch, checked: Tensor, points: Tensor, starts: list[int]) -> tuple[Tensor, Groups]:
@@ -100,7 +85,7 @@ def with_masks(batch: Batch, checked: Tensor, points: Tensor, starts: list[int])
     block, (rows, width), count = batch.block_size, checked.shape, points.shape[1]
     blocks = points.new_full((rows, count, block), batch.mask_token_id)
     blocks[:, :, 0] = checked.gather(1, points)
-    first, span = torch.tensor(starts, device=batch.device)[:, None], batch.masks.span
+    first, span = on_device(starts, batch.device)[:, None], batch.masks.span
     of_blocks = (first + points)[:, :, None] + span(block)
     position = torch.cat([first + span(width), of_blocks.flatten(1)], dim=1)
     context = torch.cat([position[:, :width], (of_blocks[:, :, :1] - 1).expand_as(of_blocks).flatten(1)], dim=1)
@@ -109,7 +94,7 @@ def with_masks(batch: Batch, checked: Tensor, points: Tensor, starts: list[int])
     return torch.cat([checked, blocks.flatten(1)], dim=1), Groups(position, context, group, noised=True)
 
 
-def drafted(batch: Batch, hidden: Tensor, hits: list[int | None]) -> Ahead:
+def drafted(batch: Batch, hidden: Tensor, hits: list[int | None]) -> Draft:
     """What the block that came true (`hits`: its first index in `hidden` [B, _, D]) has drafted, for each row."""
     config, length = batch.config, batch.block_size - 2
     if isinstance(config.draft_length, int):
@@ -117,17 +102,18 @@ def drafted(batch: Batch, hidden: Tensor, hits: list[int | None]) -> Ahead:
     offset = 1 if batch.shifted else 2
     found = [(index, hit + offset) for index, hit in enumerate(hits) if hit is not None]
     tokens = torch.zeros(len(hits), length, dtype=torch.int64, device=batch.device)
-    ahead = Ahead(tokens, tokens.float(), [0 if hit is None else length for hit in hits])
+    chances = tokens.float()
+    ahead = Draft(tokens, [0 if hit is None else length for hit in hits], chances=chances)
     if not found:
         return ahead
-    rows, at = [batch.rows[index] for index, _ in found], torch.tensor([index for index, _ in found])
+    rows, at = [batch.rows[index] for index, _ in found], on_device([index for index, _ in found], batch.device)
     prefixes = ((row, row.answer) for row in rows for _ in range(length))
     chosen = torch.cat([hidden[index, first : first + length] for index, first in found])
     logits = batch.head.next_logits(chosen, prefixes)
     distribution = batch.head.distribution(logits)
     drawn = batch.head.choose(logits, [u for row in rows for u in row.draw(length)], distribution)
     tokens[at] = drawn.view(-1, length)
-    ahead.chances[at] = probability_of(logits, logits.argmax(-1)).view(-1, length)
+    chances[at] = probability_of(logits, logits.argmax(-1)).view(-1, length)
     if distribution is not None:
         ahead.distribution = distribution.new_zeros(len(hits), length, distribution.shape[-1])
         ahead.distribution[at] = distribution.unflatten(0, (-1, length))

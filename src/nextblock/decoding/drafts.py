@@ -17,7 +17,7 @@ from torch import Tensor
 from nextblock.decoding.batch import Batch
 from nextblock.decoding.masks import Groups
 from nextblock.decoding.rows import Row
-from nextblock.decoding.sampling import draw, without
+from nextblock.decoding.sampling import draw, on_device, without
 
 
 @dataclass
@@ -33,12 +33,14 @@ class Draft:
     """Drafted tokens int64 [B, k] on the model's device, of which each row has its first `lengths` checked.
 
     distribution: when sampling, what they were drawn from, [B, k, V].
+    chances: float32 [B, k], of drafts that are made ahead: how likely each is to be kept, given those before it.
     """
 
     tokens: Tensor
     lengths: list[int]
     distribution: Tensor | None = None
     branches: Branches | None = None
+    chances: Tensor | None = None
 
     def own_slots(self, row: int, path: int) -> tuple[int, int]:
         """Where the check has the first token that a row's path does not share with the trunk, and its depth."""
@@ -54,12 +56,12 @@ class Tree:
     tokens: int64 [B, N].
     slots: int64 [B, P, 1 + k]: where the pass has the known token and each draft of a path. Path 0 is the trunk.
     depth: int64 [B, P]: how many drafts a path shares with the trunk; -1 for the trunk and where there is no path.
-    groups: which tokens see each other; None: the pass is a plain causal one.
+    groups: which tokens see each other. Both None: there is only the trunk, and the pass is a plain causal one.
     """
 
     tokens: Tensor
     slots: Tensor
-    depth: Tensor
+    depth: Tensor | None = None
     groups: Groups | None = None
 
     @property
@@ -131,13 +133,13 @@ def branch(batch: Batch, logits: Tensor, draft: Draft) -> Branches | None:
     found = [(row, n, position) for row, positions in enumerate(depth) for n, position in enumerate(positions)]
     if not found:
         return None
-    row, number, position = torch.tensor(found, device=logits.device).unbind(1)
+    row, number, position = on_device(found, logits.device).unbind(1)
     if draft.distribution is None:
         token = top.indices[row, position, 1]
     else:
         uniform = [u for row, positions in zip(batch.rows, depth, strict=True) for u in row.draw(len(positions))]
         weights = without(draft.distribution[row, position], draft.tokens[row, position])
-        token = draw(weights, torch.tensor(uniform, dtype=torch.float64, device=logits.device))
+        token = draw(weights, on_device(uniform, logits.device, torch.float64))
     tokens = token.new_zeros(len(depth), max(map(len, depth)))
     tokens[row, number] = token
     return Branches(depth, tokens)
@@ -151,7 +153,7 @@ def lay_out(batch: Batch, draft: Draft, known: Tensor, starts: list[int]) -> Tre
     tokens = torch.cat([known, draft.tokens], dim=1)
     count, width = tokens.shape
     if draft.branches is None:
-        return Tree(tokens, batch.masks.span(width).expand(count, 1, -1), known.new_full((count, 1), -1))
+        return Tree(tokens, batch.masks.span(width).expand(count, 1, -1))
     paths = 1 + draft.branches.token.shape[1]
     lines, slots, depths = [], [], []
     for length, leaves in zip(draft.lengths, draft.branches.depth, strict=True):
@@ -166,12 +168,12 @@ def lay_out(batch: Batch, draft: Draft, known: Tensor, starts: list[int]) -> Tre
         depths.append([-1, *leaves, *[-1] * (paths - 1 - len(leaves))])
         lines.append(line)
     longest = max(map(len, lines))
-    lines = torch.tensor([line + [(0, 0, -1, 0)] * (longest - len(line)) for line in lines], device=batch.device)
+    lines = on_device([line + [(0, 0, -1, 0)] * (longest - len(line)) for line in lines], batch.device)
     place, depth, group, shared = lines.unbind(-1)
-    first = torch.tensor(starts, device=batch.device)[:, None]
+    first = on_device(starts, batch.device)[:, None]
     return Tree(
         torch.cat([tokens, draft.branches.token], dim=1).gather(1, place),
-        torch.tensor(slots, device=batch.device),
-        torch.tensor(depths, device=batch.device),
+        on_device(slots, batch.device),
+        on_device(depths, batch.device),
         Groups(first + depth, first + shared, group, noised=False),
     )

@@ -15,7 +15,7 @@ from torch import Tensor
 from nextblock.config.sections import BlockDiffusionSettings
 from nextblock.decoding.options import DecodingConfig
 from nextblock.decoding.rows import Row
-from nextblock.decoding.sampling import draw, filter_logits, probability_of
+from nextblock.decoding.sampling import draw, filter_logits, on_device, probability_of
 from nextblock.model.decoder import Decoder
 
 Processor = Callable[[Tensor, Tensor], Tensor]
@@ -106,7 +106,7 @@ class Head:
             return logits.argmax(-1)
         distribution = self.distribution(logits) if distribution is None else distribution
         assert distribution is not None
-        return draw(distribution, torch.tensor(uniform, dtype=torch.float64, device=self.device))
+        return draw(distribution, on_device(uniform, self.device, torch.float64))
 
     def confidence(self, logits: Tensor, token: Tensor) -> Tensor:
         """The model's probabilities of tokens int64 [...] by unfiltered logits [..., V], before temperature, top-k and

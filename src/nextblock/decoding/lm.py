@@ -267,14 +267,8 @@ def load(
     adapter_folder = None if draft_adapter is None else resolve_adapter(draft_adapter)
     if attention == "auto":
         attention = choose_attention(config, "auto", torch.device("cpu"))
-    model = load_model(
-        path,
-        dtype=dtype,
-        attention=attention,
-        device=device,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-    )
+    code = {"revision": revision, "trust_remote_code": trust_remote_code}
+    model = load_model(path, dtype=dtype, attention=attention, device=device, **code)
     refusal = why_no_blocks(model)
     tokenizer, adapter = load_tokenizer(path, revision, trust_remote_code), None
     if settings is not None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nextblock.attention.masks import additive, decode_mask
 from nextblock.attention.split import can_run_split
+from nextblock.decoding.sampling import on_device
 from nextblock.model.decoder import AttentionMask, Decoder
 from nextblock.model.draft_adapter import Gate
 
@@ -94,7 +95,7 @@ class Masks:
 
     def slots(self, starts: list[int], width: int) -> Tensor:
         """int64 [B, Q]: each row's slots from its start on."""
-        return torch.tensor(starts, device=self.device)[:, None] + self.span(width)
+        return on_device(starts, self.device)[:, None] + self.span(width)
 
     def view(self, starts: list[int], width: int, causal: list[bool], groups: Groups | None) -> View:
         """What a pass of `width` tokens a row is told; arguments as in `Batch.forward`."""
@@ -109,7 +110,7 @@ class Masks:
             position = self.span(end)[start:].unsqueeze(0).expand(len(starts), -1)
             return View(position, self._together(start, width, causal[0]), not causal[0], None)
         slots = self.slots(starts, width)
-        is_causal = torch.tensor(causal, device=self.device)[:, None]
+        is_causal = on_device(causal, self.device)[:, None]
         # Slots beyond the model's positions are scratch: nobody looks there.
         last = torch.where(is_causal, slots, slots[:, -1:]).clamp_max(self.max_positions - 1)
         mask = self._by_kind(lambda window: additive(decode_mask(slots, last, end, window), self.dtype))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -104,19 +105,6 @@ def commit(
     return sorted(chosen)
 
 
-def accepted(target: Tensor, draft: Tensor, uniform: Tensor, counts: Tensor) -> Tensor:
-    """How many drafts rejection sampling keeps: each with probability min(1, p / q), up to the first that is not.
-
-    Args:
-        target, draft: p and q of each drafted token, [B, k].
-        uniform: float64 [B, k], numbers in [0, 1).
-        counts: bool [B, k], where there is a draft.
-    Returns:
-        int64 [B].
-    """
-    return ((uniform * draft < target) & counts).cumprod(-1).sum(-1)
-
-
 def residual(target: Tensor, draft: Tensor) -> Tensor:
     """Weights of what follows a rejected draft: max(p - q, 0), [N, V], not normalised.
 
@@ -130,6 +118,11 @@ def residual(target: Tensor, draft: Tensor) -> Tensor:
 def without(weights: Tensor, token: Tensor) -> Tensor:
     """Weights [N, V] of a draw that must not be `token` int64 [N], not normalised."""
     return weights.scatter(-1, token[:, None], 0)
+
+
+def on_device(numbers: Sequence[Any], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """Numbers of the host as a tensor, without waiting for what the device still has to do."""
+    return torch.tensor(numbers, dtype=dtype).to(device, non_blocking=True)
 
 
 def generator(seed: int) -> torch.Generator:

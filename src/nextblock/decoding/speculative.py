@@ -24,11 +24,12 @@ def speculative(batch: Batch) -> Iterator[list[Event]]:
     while rows := batch.rows:
         known, starts = batch.known()
         lengths = [draft_length(batch, row) for row in rows]
-        draft = Draft(known[:, :0], lengths)
         if any(lengths):
             hidden = batch.forward(masked_block(batch, known), starts, [False] * len(rows))
             batch.stats.count("denoise", len(rows))
             draft = choose_drafts(batch, hidden, lengths)
+        else:
+            draft = Draft(known[:, :0], lengths)
         tree = lay_out(batch, draft, known, starts)
         hidden = batch.forward(tree.tokens, starts, [True] * len(rows), tree.groups)
         batch.stats.count("check" if any(lengths) else "decode", len(rows))

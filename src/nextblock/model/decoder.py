@@ -1,7 +1,9 @@
-"""Open any Hugging Face decoder: load it, find or make its mask token, check that it obeys a caller's
-mask and positions, and run hidden states and logits apart.
+"""Any causal decoder as the rest of the package runs it: hidden states and logits apart, masks as its layers
+read them.
 
-No family is known by name. What a model cannot do is found by running it (`probe`) and ends in one line.
+No family is known by name: what differs between them is read from the config, and tried by `probe`.
+
+Letters: B rows, T tokens, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -13,9 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
 from nextblock.attention.masks import additive, to_block_mask, to_dense
 from nextblock.attention.rule import Places, Rule, within_window
@@ -28,10 +28,7 @@ AttentionMask = Tensor | BlockMask | dict[str, Tensor | BlockMask]
 
 @dataclass(frozen=True)
 class Decoder:
-    """A causal LM with hidden states and logits apart, and masks in the form that its layers read.
-
-    Legend of shapes: B rows, T tokens, D hidden size, V vocabulary.
-    """
+    """A causal LM, and the draft adapter that acts at its noised positions, if there is one."""
 
     model: PreTrainedModel
     adapter: DraftAdapter | None = None

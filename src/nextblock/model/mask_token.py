@@ -46,6 +46,21 @@ def choose_mask_token(decoder: Decoder, tokenizer: Any, wanted: int | str | None
     return mask_id
 
 
+def check_vocabulary(tokenizer: Any, vocabulary: int) -> None:
+    """UsageError for tokens that the model has no row for: it cannot read them, and a new mask token would add rows.
+
+    Special tokens may lack one, as that of images does in text models of Gemma 3: no text becomes such a token. The
+    first batch shows whether a chat template needs one.
+    """
+    spare = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    spare -= {tokenizer.bos_token_id, tokenizer.eos_token_id}
+    if any(number >= vocabulary and number not in spare for number in tokenizer.get_vocab().values()):
+        raise UsageError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model's vocabulary {vocabulary}; "
+            "use the tokenizer that belongs to the model"
+        )
+
+
 def check_round_trip(tokenizer: Any, mask_id: int) -> None:
     """Save and read a tokenizer, as an export and its user will.
 
@@ -103,5 +118,6 @@ def _add_mask_token(decoder: Decoder, tokenizer: Any) -> int:
             for name in ("weight", "bias"):
                 values = getattr(layer, name, None)
                 if values is not None:
-                    values[mask_id] = values[: min(mask_id, rows)].float().mean(dim=0).to(values.dtype)
+                    first = min(mask_id, rows)  # behind it those of special tokens that had no row
+                    values[first : mask_id + 1] = values[:first].float().mean(dim=0).to(values.dtype)
     return mask_id

@@ -13,7 +13,13 @@ from nextblock.config.errors import UsageError
 from nextblock.config.run import AdaptConfig
 from nextblock.config.sections import DataConfig
 from nextblock.data.feed import merged
-from nextblock.training.checkpoint import load_checkpoint, load_optimizer, newest_whole_checkpoint, save_checkpoint
+from nextblock.training.checkpoint import (
+    STATE,
+    load_checkpoint,
+    load_optimizer,
+    newest_whole_checkpoint,
+    save_checkpoint,
+)
 from nextblock.training.ranks import errors_on_all_ranks, gather, is_main
 from nextblock.training.run import RESOLVED_CONFIG, Run
 
@@ -73,7 +79,7 @@ def carry_over(run: Run, folder: Path, *, fresh: bool, data: DataConfig) -> None
         for group, options in zip(run.optimizer.param_groups, own, strict=True):
             group.update(options)
     if run.config.data == data:
-        run.feed.load_state(json.loads((folder / "state.json").read_text(encoding="utf-8"))["stream"])
+        run.feed.load_state(json.loads((folder / STATE).read_text(encoding="utf-8"))["stream"])
 
 
 def save(run: Run) -> None:
@@ -102,7 +108,7 @@ def restore(run: Run, folder: Path) -> None:
     Raises:
         UsageError: it was made under a configuration that would break the run.
     """
-    saved = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    saved = json.loads((folder / STATE).read_text(encoding="utf-8"))
     for change in check_differences(saved["config"], run.config, f"cannot resume from {folder}"):
         run.accelerator.print(f"resuming: {change}")
     state = load_checkpoint(folder, run.trained, run.optimizer)

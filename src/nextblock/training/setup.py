@@ -12,14 +12,16 @@ from accelerate.utils import is_bnb_available
 from nextblock.config.errors import UsageError, require
 from nextblock.config.run import AdaptConfig
 from nextblock.config.sections import ModelConfig, OptimizerConfig
+from nextblock.data.encode import span_ends
 from nextblock.data.feed import Feed
+from nextblock.data.mixture import NoDocument
 from nextblock.data.rows import Rows, check_tokens
-from nextblock.data.stream import NoDocument, RowStream
+from nextblock.data.stream import RowStream
 from nextblock.model.decoder import Decoder
 from nextblock.model.draft_adapter import DraftAdapter
 from nextblock.model.loading import check_backward, weight_shapes
 from nextblock.model.lora import LoraAdapter
-from nextblock.model.mask_token import check_round_trip, choose_mask_token
+from nextblock.model.mask_token import check_round_trip, check_vocabulary, choose_mask_token
 from nextblock.model.parent import load_parent, parent_config, parent_tokenizer
 from nextblock.model.positions import check_row_length
 from nextblock.model.probe import probe, probe_adapter
@@ -74,9 +76,10 @@ def prepare(
             check_override(model, model.model_copy(update={"override": {}}))
         tokenizer, feed, held_out = open_data(config, model, accelerator)
         decoder = open_parent(config, model, tokenizer, accelerator.device, checkpoint)
+        vocabulary = decoder.vocabulary  # of the parent: rows that the mask token brings are untrained
         decoder, mask_token_id = give_mask(config, decoder, tokenizer, config.masks if masks is None else masks)
         # Look at the first batch, so that most bad data stops before anything is written.
-        check_tokens(feed.peek(), decoder.vocabulary, mask_token_id)
+        check_tokens(feed.peek(), vocabulary, mask_token_id)
         without_dropout(decoder.model)
         if not config.training.compile:  # which would not see through it
             run_in_parts(decoder)
@@ -127,11 +130,7 @@ def open_parent(
     if checkpoint is not None:
         load_weights(checkpoint, decoder.model)
     check_backward(decoder.attention, decoder.device.type)
-    if len(tokenizer) > decoder.vocabulary:  # else a new mask token would make rows for the missing ones, untrained
-        raise UsageError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model's vocabulary {decoder.vocabulary}; "
-            "use the tokenizer that belongs to the model"
-        )
+    check_vocabulary(tokenizer, decoder.vocabulary)
     check_row_length(config.data.row_length, decoder.model.config)
     probe(decoder)
     return decoder
@@ -147,6 +146,10 @@ def give_mask(config: AdaptConfig, decoder: Decoder, tokenizer: Any, masks: bool
     if not masks:
         return decoder, None
     mask_token_id = choose_mask_token(decoder, tokenizer, config.model.mask_token)
+    if mask_token_id in span_ends(tokenizer):
+        raise UsageError(
+            f"mask token id {mask_token_id} ends the turns of the chat template; set model.mask_token to another"
+        )
     check_round_trip(tokenizer, mask_token_id)
     return decoder, mask_token_id
 

@@ -91,7 +91,7 @@ def adapt(
         return RunResult(output, True, steps, results)
 
 
-def describe(run: Run, config: AdaptConfig, lost: Mapping[str, int]) -> dict[str, Any]:
+def describe(run: Run, config: AdaptConfig, lost: Mapping[str, Any]) -> dict[str, Any]:
     """The part of `results.json` that is known without measuring anything. `lost`: of `cut_documents`."""
     growth, borders, first = [], [], 0
     for number, stage in enumerate(stage_configs(config)):
@@ -122,7 +122,11 @@ def describe(run: Run, config: AdaptConfig, lost: Mapping[str, int]) -> dict[str
     }
 
 
-def cut_documents(run: Run) -> dict[str, int]:
-    """Documents that were cut at the end of a row, or left out because nothing of them fitted. All ranks together."""
+def cut_documents(run: Run) -> dict[str, Any]:
+    """What the data lost on the way to rows, on all ranks together; see `nextblock.data.stream.NOTHING`."""
     lost = [shard["lost"] for shard in merged(gather(run.feed.state()))["shards"].values()]
-    return {name: sum(one[name] for one in lost) for name in ("truncated", "skipped")}
+    found: dict[str, Any] = {
+        name: sum(one.get(name, 0) for one in lost) for name in ("truncated", "skipped", "spelled")
+    }
+    places = [one["spelled_at"] for one in lost if one.get("spelled_at")]
+    return {**found, "spelled_at": places[0] if places else ""}

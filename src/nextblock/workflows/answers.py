@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,10 @@ import torch
 from nextblock.config.errors import UsageError
 from nextblock.config.files import write_whole
 from nextblock.data.prompts import read_prompts
-from nextblock.data.sources import Record
+from nextblock.data.records import Record
 from nextblock.decoding.events import Finish
 from nextblock.decoding.lm import BlockDiffusionLM, load
-from nextblock.decoding.options import with_stored
+from nextblock.decoding.options import DecodingConfig, with_stored
 from nextblock.decoding.request import make_request
 from nextblock.decoding.text import INCOMPLETE
 from nextblock.model.adapter_files import fingerprint
@@ -54,9 +54,9 @@ def write_answers(
 ) -> int:
     """Answer every prompt of `source` and write prompt and answer to `output`, a row for each, in their order.
 
-    A row is {"prompt", "completion"} or {"messages"}. Where the model did not end the answer itself, the row has
-    `"ended": false`: `adapt` then learns no end token there. Beside `output` stands `output.settings`: what the rows
-    depend on. Called again with the same, it goes on behind the last whole row, to the same file.
+    A row is {"prompt", "completion"} or {"messages"}, with `"ended": false` where the model did not end the answer
+    itself: `adapt` then learns no end token there. What the rows depend on stands in `output.settings`; called again
+    with the same, it goes on behind the last whole row, to the same file.
 
     Args:
         model, draft_adapter, settings, dtype, compile: as of `decoding.lm.load`.
@@ -73,71 +73,68 @@ def write_answers(
         UsageError: bad input, or an output that was begun with other prompts or settings; nothing is written then.
     """
     output = Path(output).expanduser()
-    _check_places(output, source)
-    if batch_size < 1:
-        raise UsageError(f"batch_size={batch_size} must be at least 1")
+    _check_places(output, source, batch_size)
     records = read_prompts(source, examples)
     section = read_settings(read_config(model), settings)
     if section is None and draft_adapter is None:
         options = {"mode": "ar", **options}
-    config = with_stored(section, options)
-    identity = {**_identity(model, draft_adapter, dtype, records), "seed": seed if config.temperature else None}
+    identity = _identity(model, draft_adapter, dtype, records, with_stored(section, options), seed)
     identity |= {"stop": list(stop), **({"settings": section.model_dump()} if section and settings else {})}
-    identity |= config.model_dump()
-    done, size = _whole_rows(output)
-    begun = _check_settings(output, identity)
+    (done, size), begun = _whole_rows(output), _check_settings(output, identity)
     if done >= len(records):
         return 0
-
     lm = load(model, draft_adapter=draft_adapter, settings=settings, dtype=dtype, compile=compile)
-    batches = _batches(lm, records, done, batch_size, seed, {**options, "stop": stop})
+    options["stop"] = stop
+    _check_prompts(lm, records[done:], {**options, "seed": seed + len(records)})
     try:
         if not begun:
             write_whole(_settings_of(output), (json.dumps(identity, indent=2) + "\n").encode())
-        with output.open("ab") as stream:
-            stream.truncate(size)
-            for number, lines in batches:
-                stream.write(lines.encode())
-                stream.flush()
-                if on_batch:
-                    on_batch(number, len(records))
+        batches = _answered(lm, records, done, batch_size, seed, options)
+        for number in _append(output, size, batches):
+            if on_batch:
+                on_batch(number, len(records))
     except OSError as error:
         raise UsageError(f"cannot write {output}: {error.strerror}; the same command goes on from there") from None
     return len(records) - done
 
 
-def _batches(
-    lm: BlockDiffusionLM, records: Sequence[Record], done: int, batch_size: int, seed: int, options: dict[str, Any]
-) -> Iterator[tuple[int, str]]:
-    """Rows done so far and the lines of the last ones; first of all those that were there, and no lines.
-
-    All prompts are looked at before this returns, so that a bad one is refused now, not after hours of decoding.
-    """
+def _check_prompts(lm: BlockDiffusionLM, records: Sequence[Record], options: dict[str, Any]) -> None:
+    """Refuse a bad prompt now, not after hours of decoding."""
     if lm.tokenizer is None:
         raise UsageError(f"{no_tokenizer(lm.model.name_or_path or '')}; answers are written as text")
     with warnings.catch_warnings(action="ignore"):  # decoding gives them once more
-        for record in records[done:]:
+        for record in records:
             try:
-                make_request(
-                    lm.decoder, lm.tokenizer, lm.settings, [record.item], {**options, "seed": seed + len(records)}
-                )
+                make_request(lm.decoder, lm.tokenizer, lm.settings, [record.item], options)
             except UsageError as error:
                 raise UsageError(f"{record.where}: {error}".replace(" prompt 0 ", " the prompt ")) from None
 
-    def answered() -> Iterator[tuple[int, str]]:
-        yield done, ""
-        # Batches begin where those of an undisturbed run do, so that rounding cannot tell the two apart.
-        for start in range(done - done % batch_size, len(records), batch_size):
-            batch = records[start : start + batch_size]
-            seeds = [seed + start + i for i in range(len(batch))]
-            out = lm.generate([record.item for record in batch], **options, seed=seeds)
-            rows = [_row(*answer) for answer in zip(batch, out.texts, out.finish, strict=True)]
-            yield start + len(batch), "".join(rows[max(0, done - start) :])
 
-    return answered()
+def _answered(
+    lm: BlockDiffusionLM, records: Sequence[Record], done: int, batch_size: int, seed: int, options: dict[str, Any]
+) -> Iterator[tuple[int, str]]:
+    """Rows done so far and the lines of the last ones; first of all those that were there, and no lines."""
+    yield done, ""
+    # Batches begin where those of an undisturbed run do, so that rounding cannot tell the two apart.
+    for start in range(done - done % batch_size, len(records), batch_size):
+        batch = records[start : start + batch_size]
+        seeds = [seed + start + i for i in range(len(batch))]
+        out = lm.generate([record.item for record in batch], **options, seed=seeds)
+        rows = [_row(*answer) for answer in zip(batch, out.texts, out.finish, strict=True)]
+        yield start + len(batch), "".join(rows[max(0, done - start) :])
 
 
-def _check_places(output: Path, source: str) -> None:
+def _append(output: Path, size: int, batches: Iterable[tuple[int, str]]) -> Iterator[int]:
+    """Write lines behind the first `size` bytes of a file; after each batch its number."""
+    with output.open("ab") as stream:
+        stream.truncate(size)
+        for number, lines in batches:
+            stream.write(lines.encode())
+            stream.flush()
+            yield number
+
+
+def _check_places(output: Path, source: str, batch_size: int) -> None:
     if output.suffix != ".jsonl":
         raise UsageError(f"output {output} must end in .jsonl, by which `adapt` knows its format")
     if not output.parent.is_dir():
@@ -146,12 +143,19 @@ def _check_places(output: Path, source: str) -> None:
         raise UsageError(f"output {output} is a folder; give a file")
     if output.exists() and Path(source).expanduser().exists() and output.samefile(Path(source).expanduser()):
         raise UsageError(f"output {output} is the input itself; choose another file")
+    if batch_size < 1:
+        raise UsageError(f"batch_size={batch_size} must be at least 1")
 
 
 def _identity(
-    model: str | Path, draft_adapter: str | Path | None, dtype: torch.dtype | None, records: Sequence[Record]
+    model: str | Path,
+    draft_adapter: str | Path | None,
+    dtype: torch.dtype | None,
+    records: Sequence[Record],
+    config: DecodingConfig,
+    seed: int,
 ) -> dict[str, Any]:
-    """What rows depend on beside options; a local model by its weights, one of the Hub by its commit."""
+    """What rows depend on; a local model by its weights, one of the Hub by its commit."""
     folder = weights_folder(model)
     values = json.dumps([record.value for record in records], sort_keys=True)
     return {
@@ -159,6 +163,8 @@ def _identity(
         "draft_adapter": draft_adapter and fingerprint(resolve_adapter(draft_adapter)),
         "dtype": str(dtype),
         "prompts": hashlib.blake2b(values.encode(), digest_size=16).hexdigest(),
+        "seed": seed if config.temperature else None,
+        **config.model_dump(),
     }
 
 

@@ -1,8 +1,13 @@
-"""Algebra in written steps (solve, expand, evaluate): a small stand-in for MATH."""
+"""Algebra in written steps (solve, expand, evaluate): a small stand-in for MATH.
+
+Prompts are about 25 to 50 bytes, completions 45 to 105; sizes of all numbers are below 200. An expanded polynomial
+must be written as the reference writes it: falling powers, no zero terms.
+"""
 
 from __future__ import annotations
 
 import random
+from functools import partial
 
 from nextblock.data.tasks.example import ANSWER_MARKER, Example, Task, draw, final_answer_is
 
@@ -21,28 +26,21 @@ def _monomial(coefficient: int, variable: str) -> str:
     return f"{coefficient}{variable}"
 
 
+def _added(coefficient: int, variable: str) -> str:
+    """A monomial after another term: ` + 3x` or ` - x`."""
+    return f" {'+' if coefficient > 0 else '-'} {_monomial(abs(coefficient), variable)}"
+
+
 def _polynomial(square: int, linear: int, constant: int) -> str:
     """`2x^2 - x + 3`, terms with coefficient 0 left out; `0` when there is none."""
-    text = ""
-    for coefficient, variable in ((square, "x^2"), (linear, "x"), (constant, "")):
-        if coefficient == 0:
-            continue
-        size = _monomial(abs(coefficient), variable) if variable else str(abs(coefficient))
-        if text:
-            text += (" + " if coefficient > 0 else " - ") + size
-        else:
-            text = size if coefficient > 0 else f"-{size}"
-    return text or "0"
+    terms = [_added(k, variable) for k, variable in ((square, "x^2"), (linear, "x")) if k]
+    text = "".join(terms + [_signed(constant)] * bool(constant))
+    return f"-{text[3:]}" if text.startswith(" - ") else text.removeprefix(" + ") or "0"
 
 
 def _made(question: str, steps: list[str], answer: str, key: str) -> Example:
     written = "".join(f" {step}." for step in steps)
-    return Example(
-        prompt=f"{question}\nSteps:",
-        completion=f"{written} {ANSWER_MARKER}{answer}.",
-        answer=answer,
-        key=key,
-    )
+    return Example(f"{question}\nSteps:", f"{written} {ANSWER_MARKER}{answer}.", answer, key)
 
 
 def _solve_linear(rng: random.Random) -> Example:
@@ -94,7 +92,7 @@ def _expand_product(rng: random.Random) -> Example:
         f"{ax}*{q} = {_monomial(outer, 'x')}",
         f"{p}*{bx} = {_monomial(inner, 'x')}",
         f"{p}*{q} = {p * q}",
-        f"{_monomial(outer, 'x')}{' + ' if inner > 0 else ' - '}{_monomial(abs(inner), 'x')} = {middle}",
+        f"{_monomial(outer, 'x')}{_added(inner, 'x')} = {middle}",
     ]
     answer = _polynomial(a * b, outer + inner, p * q)
     # The factors commute, and so do their signs; the product is what makes the problem.
@@ -105,8 +103,7 @@ def _expand_factor(rng: random.Random) -> Example:
     """k*(a*x + b) + c*x."""
     k, a, b, c = rng.randint(2, 9), rng.randint(1, 9), rng.randint(1, 9), rng.randint(1, 9)
     b, c = rng.choice((-1, 1)) * b, rng.choice((-1, 1)) * c
-    ax, kax = _monomial(a, "x"), _monomial(k * a, "x")
-    cx = f"{' + ' if c > 0 else ' - '}{_monomial(abs(c), 'x')}"
+    ax, kax, cx = _monomial(a, "x"), _monomial(k * a, "x"), _added(c, "x")
     middle = _polynomial(0, k * a + c, 0)
     steps = [f"{k}*{ax} = {kax}", f"{k}*{b} = {k * b}", f"{kax}{cx} = {middle}"]
     answer = _polynomial(0, k * a + c, k * b)
@@ -141,11 +138,7 @@ def _evaluate_brackets(rng: random.Random) -> Example:
     if rng.random() < 0.5 and a * inner - d > 0:
         d = -d
     total = a * inner + d
-    steps = [
-        f"{b}{_signed(c)} = {inner}",
-        f"{a}*{inner} = {a * inner}",
-        f"{a * inner}{_signed(d)} = {total}",
-    ]
+    steps = [f"{b}{_signed(c)} = {inner}", f"{a}*{inner} = {a * inner}", f"{a * inner}{_signed(d)} = {total}"]
     key = f"brackets {a} {sorted((b, c))} {d}"
     return _made(f"Evaluate: {a}*({b}{_signed(c)}){_signed(d)}", steps, str(total), key)
 
@@ -161,7 +154,7 @@ def _evaluate_square(rng: random.Random) -> Example:
     steps = [
         f"{x}*{x} = {x * x}",
         f"{abs(a)}*{x} = {abs(a) * x}",
-        f"{x * x}{' + ' if a > 0 else ' - '}{abs(a) * x} = {partial}",
+        f"{x * x}{_signed(a * x)} = {partial}",
         f"{partial}{_signed(b)} = {partial + b}",
     ]
     question = f"Evaluate: {_polynomial(1, a, b)} at x = {x}"
@@ -180,23 +173,4 @@ def _propose(rng: random.Random) -> Example:
     return rng.choice(rng.choice(_KINDS))(rng)
 
 
-def example(split: str, index: int) -> Example:
-    """Algebra problem number `index` of `split`; pure.
-
-    Prompts are about 25 to 50 bytes, completions 45 to 105; sizes of all numbers are below 200.
-
-    Raises:
-        UsageError: an unknown split or a negative index.
-    """
-    return draw(NAME, split, index, _propose)
-
-
-def grade(completion: str, problem: Example) -> bool:
-    """True when the completion ends in the one statement of the right answer (`final_answer_is`).
-
-    An expanded polynomial must be written as the reference writes it: falling powers, no zero terms.
-    """
-    return final_answer_is(completion, problem.answer)
-
-
-TASK = Task(NAME, example, grade)
+TASK = Task(NAME, partial(draw, NAME, propose=_propose), final_answer_is)

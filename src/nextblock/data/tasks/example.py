@@ -86,8 +86,8 @@ def draw(task: str, split: str, index: int, propose: Callable[[random.Random], E
             return example
 
 
-def final_answer_is(completion: str, answer: str) -> bool:
-    """True when the completion states one final answer, as its last statement, and it is `answer`.
+def final_answer_is(completion: str, problem: Example) -> bool:
+    """True when the completion states one final answer, as its last statement, and it is `problem.answer`.
 
     The text must hold `The answer is ` exactly once and end with that statement: the marker, the
     answer in the reference's own spelling, and a full stop; white space around the text is ignored.
@@ -95,4 +95,4 @@ def final_answer_is(completion: str, answer: str) -> bool:
     after the answer are all wrong. The steps before it are not scored, as in GSM8K.
     """
     parts = completion.strip().split(ANSWER_MARKER)
-    return len(parts) == 2 and parts[1] == f"{answer}."
+    return len(parts) == 2 and parts[1] == f"{problem.answer}."

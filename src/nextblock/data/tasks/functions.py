@@ -1,10 +1,16 @@
-"""Short Python functions from a docstring, scored by running them: a small stand-in for HumanEval."""
+"""Short Python functions from a docstring, scored by running them: a small stand-in for HumanEval.
+
+Prompts (signature and docstring) are about 60 to 110 bytes, completions (the body) 20 to 110; `answer` holds eight or
+more assertions that compare the function with the reference.
+"""
 
 from __future__ import annotations
 
 import ast
 import random
 from collections.abc import Sequence
+from functools import partial
+from textwrap import indent
 from typing import Any
 
 from nextblock.data.tasks.example import Example, Task, draw
@@ -61,7 +67,7 @@ def _arguments(rng: random.Random, draft: Draft) -> Sequence[list[int] | int | s
 
 
 def _outputs(source: str, name: str, arguments: Sequence[Any]) -> list[Any]:
-    """What our own reference returns; only ever called on the bodies written in this file."""
+    """What our own reference returns; `source` is only ever made from the templates."""
     namespace: dict[str, Any] = {}
     exec(compile(source, "<reference>", "exec"), namespace)
     return [namespace[name](argument) for argument in arguments]
@@ -71,23 +77,11 @@ def _propose(rng: random.Random) -> Example:
     draft = rng.choice(_TEMPLATES)(rng)
     name, parameter = rng.choice(_FUNCTIONS), rng.choice(_PARAMETERS[draft.kind])
     prompt = f'def {name}({parameter}):\n    """{draft.doc.format(v=parameter)}"""\n'
-    completion = "\n".join(f"    {line.format(v=parameter)}" for line in draft.body)
+    completion = indent(draft.body.format(v=parameter), "    ")
     arguments = _arguments(rng, draft)
     outputs = _outputs(prompt + completion, name, arguments)
     assertions = [f"assert {name}({given!r}) == {out!r}" for given, out in zip(arguments, outputs, strict=True)]
     return Example(prompt, completion, "\n".join(assertions), draft.key)
-
-
-def example(split: str, index: int) -> Example:
-    """Function number `index` of `split`; pure.
-
-    Prompts (signature and docstring) are about 60 to 110 bytes, completions (the body) 20 to 110;
-    `answer` holds eight or more assertions that compare the function with the reference.
-
-    Raises:
-        UsageError: an unknown split or a negative index.
-    """
-    return draw(NAME, split, index, _propose)
 
 
 def grade(completion: str, problem: Example) -> bool:
@@ -107,4 +101,4 @@ def grade(completion: str, problem: Example) -> bool:
     return evaluate_python(problem.prompt + completion, calls) == expected
 
 
-TASK = Task(NAME, example, grade)
+TASK = Task(NAME, partial(draw, NAME, propose=_propose), grade)

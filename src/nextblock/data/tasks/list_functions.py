@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 
 @dataclass(frozen=True)
@@ -14,7 +15,7 @@ class Draft:
     Attributes:
         kind: type of its one parameter, `list` (of int), `int` or `str`.
         doc: docstring; `{v}` stands for the parameter.
-        body: lines of the body without indentation of the first level; `{v}` likewise.
+        body: lines of the body, without the indentation that all of them share; `{v}` likewise.
         key: the computation and its constants.
         constants: integers that the hidden cases must come close to.
         near: text that the hidden cases of a `str` function should hold.
@@ -22,10 +23,13 @@ class Draft:
 
     kind: str
     doc: str
-    body: tuple[str, ...]
+    body: str
     key: str
     constants: tuple[int, ...] = ()
     near: str = ""
+
+
+_list_draft = partial(Draft, "list")
 
 
 def _filter(rng: random.Random) -> tuple[str, str, tuple[int, ...]]:
@@ -46,11 +50,7 @@ def _map(rng: random.Random) -> tuple[str, str, tuple[int, ...]]:
     """Words, expression of x, constants."""
     k, m = rng.randint(2, 30), rng.randint(2, 9)
     return rng.choice(
-        (
-            (f"plus {k}", f"x + {k}", (k,)),
-            (f"minus {k}", f"x - {k}", (k,)),
-            (f"times {m}", f"x * {m}", (m,)),
-        )
+        ((f"plus {k}", f"x + {k}", (k,)), (f"minus {k}", f"x - {k}", (k,)), (f"times {m}", f"x * {m}", (m,)))
     )
 
 
@@ -58,10 +58,9 @@ def _list_pipeline(rng: random.Random) -> Draft:
     """[map(x) for x in v if filter(x)]"""
     which, condition, near = _filter(rng)
     how, expression, more = _map(rng)
-    return Draft(
-        "list",
+    return _list_draft(
         f"Return a list of x {how} for each x in {{v}} {which}.",
-        (f"return [{expression} for x in {{v}} if {condition}]",),
+        f"return [{expression} for x in {{v}} if {condition}]",
         f"list {expression} if {condition}",
         near + more,
     )
@@ -69,10 +68,9 @@ def _list_pipeline(rng: random.Random) -> Draft:
 
 def _list_filter(rng: random.Random) -> Draft:
     which, condition, near = _filter(rng)
-    return Draft(
-        "list",
+    return _list_draft(
         f"Return a list of the numbers in {{v}} {which}.",
-        (f"return [x for x in {{v}} if {condition}]",),
+        f"return [x for x in {{v}} if {condition}]",
         f"list x if {condition}",
         near,
     )
@@ -80,10 +78,9 @@ def _list_filter(rng: random.Random) -> Draft:
 
 def _list_map(rng: random.Random) -> Draft:
     how, expression, near = _map(rng)
-    return Draft(
-        "list",
+    return _list_draft(
         f"Return a list of x {how} for each x in {{v}}.",
-        (f"return [{expression} for x in {{v}}]",),
+        f"return [{expression} for x in {{v}}]",
         f"list {expression}",
         near,
     )
@@ -93,16 +90,9 @@ def _list_sum(rng: random.Random) -> Draft:
     which, condition, near = _filter(rng)
     how, expression, more = rng.choice((("", "x", ()), _map(rng)))
     what = f"x {how} for each x" if how else "the numbers"
-    return Draft(
-        "list",
+    return _list_draft(
         f"Return the sum of {what} in {{v}} {which}.",
-        (
-            "total = 0",
-            "for x in {v}:",
-            f"    if {condition}:",
-            f"        total += {expression}",
-            "return total",
-        ),
+        f"total = 0\nfor x in {{v}}:\n    if {condition}:\n        total += {expression}\nreturn total",
         f"sum {expression} if {condition}",
         near + more,
     )
@@ -110,10 +100,9 @@ def _list_sum(rng: random.Random) -> Draft:
 
 def _list_count(rng: random.Random) -> Draft:
     which, condition, near = _filter(rng)
-    return Draft(
-        "list",
+    return _list_draft(
         f"Count the numbers in {{v}} {which}.",
-        ("count = 0", "for x in {v}:", f"    if {condition}:", "        count += 1", "return count"),
+        f"count = 0\nfor x in {{v}}:\n    if {condition}:\n        count += 1\nreturn count",
         f"count if {condition}",
         near,
     )
@@ -122,10 +111,9 @@ def _list_count(rng: random.Random) -> Draft:
 def _list_any_all(rng: random.Random) -> Draft:
     which, condition, near = _filter(rng)
     word, function = rng.choice((("any number", "any"), ("every number", "all")))
-    return Draft(
-        "list",
+    return _list_draft(
         f"Return whether {word} in {{v}} is {which}.",
-        (f"return {function}({condition} for x in {{v}})",),
+        f"return {function}({condition} for x in {{v}})",
         f"{function} {condition}",
         near,
     )
@@ -135,10 +123,9 @@ def _list_extreme(rng: random.Random) -> Draft:
     which, condition, near = _filter(rng)
     word, function = rng.choice((("largest", "max"), ("smallest", "min")))
     default = rng.randint(0, 9)
-    return Draft(
-        "list",
+    return _list_draft(
         f"Return the {word} number in {{v}} {which}, or {default} if there is none.",
-        (f"return {function}((x for x in {{v}} if {condition}), default={default})",),
+        f"return {function}((x for x in {{v}} if {condition}), default={default})",
         f"{function} if {condition} default {default}",
         near,
     )
@@ -146,10 +133,9 @@ def _list_extreme(rng: random.Random) -> Draft:
 
 def _list_replace(rng: random.Random) -> Draft:
     old, new = rng.sample(range(2, 40), 2)
-    return Draft(
-        "list",
+    return _list_draft(
         f"Return a copy of {{v}} with each {old} replaced by {new}.",
-        (f"return [{new} if x == {old} else x for x in {{v}}]",),
+        f"return [{new} if x == {old} else x for x in {{v}}]",
         f"replace {old} {new}",
         (old, new),
     )
@@ -157,51 +143,32 @@ def _list_replace(rng: random.Random) -> Draft:
 
 def _list_slice(rng: random.Random) -> Draft:
     start, step = rng.randint(1, 6), rng.randint(2, 6)
-    return rng.choice(
+    doc, code = rng.choice(
         (
-            Draft(
-                "list",
+            (
                 f"Skip the first {start} items of {{v}}, then return every item number {step}.",
-                (f"return {{v}}[{start}::{step}]",),
-                f"str {{v}}[{start}::{step}]",
+                f"{{v}}[{start}::{step}]",
             ),
-            Draft(
-                "list",
-                f"Return {{v}} without its first {start} and last {step} items.",
-                (f"return {{v}}[{start}:-{step}]",),
-                f"str {{v}}[{start}:-{step}]",
-            ),
-            Draft(
-                "list",
+            (f"Return {{v}} without its first {start} and last {step} items.", f"{{v}}[{start}:-{step}]"),
+            (
                 f"Return the first {start} and then the last {step} items of {{v}}.",
-                (f"return {{v}}[:{start}] + {{v}}[-{step}:]",),
-                f"str {{v}}[:{start}] + {{v}}[-{step}:]",
+                f"{{v}}[:{start}] + {{v}}[-{step}:]",
             ),
         )
     )
+    return _list_draft(doc, f"return {code}", f"str {code}")
 
 
 def _list_insert(rng: random.Random) -> Draft:
     first, last = rng.randint(2, 40), rng.randint(2, 40)
-    return Draft(
-        "list",
+    return _list_draft(
         f"Return {{v}} with {first} put before and {last} put after its items.",
-        (f"return [{first}] + {{v}} + [{last}]",),
+        f"return [{first}] + {{v}} + [{last}]",
         f"surround {first} {last}",
     )
 
 
 LIST_TEMPLATES: tuple[Callable[[random.Random], Draft], ...] = (
-    _list_pipeline,
-    _list_pipeline,
-    _list_filter,
-    _list_map,
-    _list_sum,
-    _list_sum,
-    _list_count,
-    _list_any_all,
-    _list_extreme,
-    _list_replace,
-    _list_slice,
-    _list_insert,
+    *(_list_pipeline, _list_pipeline, _list_filter, _list_map, _list_sum, _list_sum, _list_count),
+    *(_list_any_all, _list_extreme, _list_replace, _list_slice, _list_insert),
 )

@@ -98,13 +98,3 @@ def evaluate_python(
         return None
     first, *values = reply.decode("utf-8", "replace").split("\0")
     return values if first == nonce and len(values) == len(expressions) else None
-
-
-def run_python(source: str, seconds: float = 2.0, memory_mib: int = 256) -> bool:
-    """True when the program, run in the sandbox, reaches its end; its assertions then all passed.
-
-    An exception, a failed assertion, an early exit, a forbidden act, too much time or memory: False.
-    Program and assertions share a process here, so text written to look right while it overrides `==`
-    can pass; to score answers use `evaluate_python` and compare outside, as the task `functions` does.
-    """
-    return evaluate_python(source, (), seconds, memory_mib) is not None

@@ -4,28 +4,21 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from functools import partial
 
 from nextblock.data.tasks.list_functions import Draft
 
 _LETTERS = "abcdeilmnoprstu"
 
-
-# --- integers ----------------------------------------------------------------------------------------
+_int_draft, _str_draft = partial(Draft, "int"), partial(Draft, "str")
 
 
 def _int_clamp(rng: random.Random) -> Draft:
     low = rng.randint(2, 30)
     high = low + rng.randint(2, 30)
-    return Draft(
-        "int",
+    return _int_draft(
         f"Return {{v}} limited to the range from {low} to {high}.",
-        (
-            f"if {{v}} < {low}:",
-            f"    return {low}",
-            f"if {{v}} > {high}:",
-            f"    return {high}",
-            "return {v}",
-        ),
+        f"if {{v}} < {low}:\n    return {low}\nif {{v}} > {high}:\n    return {high}\nreturn {{v}}",
         f"clamp {low} {high}",
         (low, high),
     )
@@ -42,10 +35,9 @@ def _two_divisors(rng: random.Random) -> tuple[int, int]:
 def _int_divisible(rng: random.Random) -> Draft:
     a, b = _two_divisors(rng)
     word, doc = rng.choice((("and", "both {a} and {b}"), ("or", "{a} or {b} or both")))
-    return Draft(
-        "int",
+    return _int_draft(
         f"Return whether {{v}} is divisible by {doc.format(a=a, b=b)}.",
-        (f"return {{v}} % {a} == 0 {word} {{v}} % {b} == 0",),
+        f"return {{v}} % {a} == 0 {word} {{v}} % {b} == 0",
         f"divisible {word} {sorted((a, b))}",
         (a, b, a * b),
     )
@@ -54,10 +46,9 @@ def _int_divisible(rng: random.Random) -> Draft:
 def _int_between(rng: random.Random) -> Draft:
     low = rng.randint(2, 30)
     high = low + rng.randint(2, 30)
-    return Draft(
-        "int",
+    return _int_draft(
         f"Return whether {{v}} is between {low} and {high}, both included.",
-        (f"return {low} <= {{v}} <= {high}",),
+        f"return {low} <= {{v}} <= {high}",
         f"between {low} {high}",
         (low, high),
     )
@@ -74,10 +65,9 @@ def _int_formula(rng: random.Random) -> Draft:
             ("the distance between {{v}} and {b}, times {a}", "abs({{v}} - {b}) * {a}"),
         )
     )
-    return Draft(
-        "int",
+    return _int_draft(
         f"Return {doc.format(a=a, b=b)}.",
-        (f"return {code.format(a=a, b=b)}",),
+        f"return {code.format(a=a, b=b)}",
         f"formula {code.format(a=a, b=b)}",
         (a, b),
     )
@@ -85,10 +75,9 @@ def _int_formula(rng: random.Random) -> Draft:
 
 def _int_branch(rng: random.Random) -> Draft:
     k, m, b = rng.randint(2, 30), rng.randint(2, 9), rng.randint(2, 30)
-    return Draft(
-        "int",
+    return _int_draft(
         f"Return {{v}} times {m} if {{v}} is greater than {k}, else {{v}} plus {b}.",
-        (f"if {{v}} > {k}:", f"    return {{v}} * {m}", f"return {{v}} + {b}"),
+        f"if {{v}} > {k}:\n    return {{v}} * {m}\nreturn {{v}} + {b}",
         f"branch {k} {m} {b}",
         (k,),
     )
@@ -96,22 +85,16 @@ def _int_branch(rng: random.Random) -> Draft:
 
 def _int_multiples(rng: random.Random) -> Draft:
     a, b = _two_divisors(rng)
-    return Draft(
-        "int",
+    return _int_draft(
         f"Return the sum of the multiples of {a} or {b} from 1 to {{v}}.",
-        (
-            "total = 0",
-            "for x in range(1, {v} + 1):",
-            f"    if x % {a} == 0 or x % {b} == 0:",
-            "        total += x",
-            "return total",
-        ),
+        "total = 0\n"
+        "for x in range(1, {v} + 1):\n"
+        f"    if x % {a} == 0 or x % {b} == 0:\n"
+        "        total += x\n"
+        "return total",
         f"multiples {sorted((a, b))}",
         (a, b, a + b, 2 * a, 2 * b),
     )
-
-
-# --- strings -----------------------------------------------------------------------------------------
 
 
 def _str_slice(rng: random.Random) -> Draft:
@@ -128,15 +111,14 @@ def _str_slice(rng: random.Random) -> Draft:
         )
     )
     doc = doc.format(a=a, b=b).replace("2th", "2nd").replace("3th", "3rd")
-    return Draft("str", f"Return {doc}.", (f"return {code.format(a=a, b=b)}",), f"str {code.format(a=a, b=b)}")
+    return _str_draft(f"Return {doc}.", f"return {code.format(a=a, b=b)}", f"str {code.format(a=a, b=b)}")
 
 
 def _str_cut(rng: random.Random) -> Draft:
     k, mark = rng.randint(2, 20), rng.choice(".-+*!")
-    return Draft(
-        "str",
+    return _str_draft(
         f"Return {{v}}, cut to {k} characters plus '{mark}' if it is longer.",
-        (f"if len({{v}}) > {k}:", f"    return {{v}}[:{k}] + '{mark}'", "return {v}"),
+        f"if len({{v}}) > {k}:\n    return {{v}}[:{k}] + '{mark}'\nreturn {{v}}",
         f"cut {k} {mark}",
         (k,),
     )
@@ -145,10 +127,9 @@ def _str_cut(rng: random.Random) -> Draft:
 def _str_pad(rng: random.Random) -> Draft:
     k, mark = rng.randint(5, 30), rng.choice(".-+*_0")
     word, method = rng.choice((("left", "rjust"), ("right", "ljust")))
-    return Draft(
-        "str",
+    return _str_draft(
         f"Return {{v}} padded on the {word} with '{mark}' to {k} characters.",
-        (f"return {{v}}.{method}({k}, '{mark}')",),
+        f"return {{v}}.{method}({k}, '{mark}')",
         f"{method} {k} {mark}",
         (k,),
     )
@@ -160,10 +141,7 @@ def _str_letters(rng: random.Random) -> Draft:
         (
             ("{{v}} with each '{a}' replaced by '{b}'", "{{v}}.replace('{a}', '{b}')"),
             ("how often '{a}' or '{b}' occurs in {{v}}", "{{v}}.count('{a}') + {{v}}.count('{b}')"),
-            (
-                "whether {{v}} starts with '{a}' or ends with '{b}'",
-                "{{v}}.startswith('{a}') or {{v}}.endswith('{b}')",
-            ),
+            ("whether {{v}} starts with '{a}' or ends with '{b}'", "{{v}}.startswith('{a}') or {{v}}.endswith('{b}')"),
             ("{{v}} without each '{a}' and '{b}'", "{{v}}.replace('{a}', '').replace('{b}', '')"),
         )
     )
@@ -172,12 +150,8 @@ def _str_letters(rng: random.Random) -> Draft:
     ordered = "startswith" in code or f"'{a}', '{b}'" in code
     first, last = (a, b) if ordered else sorted((a, b))
     shape = code.replace(f"'{a}'", "A").replace(f"'{b}'", "B")
-    return Draft(
-        "str",
-        f"Return {doc.format(a=a, b=b)}.",
-        (f"return {code}",),
-        f"letters {shape} {first} {last}",
-        near=a + b,
+    return _str_draft(
+        f"Return {doc.format(a=a, b=b)}.", f"return {code}", f"letters {shape} {first} {last}", near=a + b
     )
 
 
@@ -201,7 +175,7 @@ def _str_words(rng: random.Random) -> Draft:
             ),
         )
     )
-    return Draft("str", doc, (f"return {code}",), f"words {code}", near=near)
+    return _str_draft(doc, f"return {code}", f"words {code}", near=near)
 
 
 def _str_join(rng: random.Random) -> Draft:
@@ -215,10 +189,11 @@ def _str_join(rng: random.Random) -> Draft:
             ),
         )
     )
-    return Draft("str", doc, (f"return {code}",), f"join {code}")
+    return _str_draft(doc, f"return {code}", f"join {code}")
 
 
-INT_TEMPLATES: tuple[Callable[[random.Random], Draft], ...] = (
+Template = Callable[[random.Random], Draft]
+INT_TEMPLATES: tuple[Template, ...] = (
     _int_clamp,
     _int_divisible,
     _int_between,
@@ -226,12 +201,4 @@ INT_TEMPLATES: tuple[Callable[[random.Random], Draft], ...] = (
     _int_branch,
     _int_multiples,
 )
-
-STR_TEMPLATES: tuple[Callable[[random.Random], Draft], ...] = (
-    _str_slice,
-    _str_cut,
-    _str_pad,
-    _str_letters,
-    _str_words,
-    _str_join,
-)
+STR_TEMPLATES: tuple[Template, ...] = (_str_slice, _str_cut, _str_pad, _str_letters, _str_words, _str_join)

@@ -1,10 +1,14 @@
-"""Word problems of two or three arithmetic steps, solved in writing: a small stand-in for GSM8K."""
+"""Word problems of two or three arithmetic steps, solved in writing: a small stand-in for GSM8K.
+
+Prompts are about 80 to 150 bytes, completions 40 to 75; every number lies in 2..198.
+"""
 
 from __future__ import annotations
 
 import random
 import re
 from collections.abc import Callable
+from functools import partial
 
 from nextblock.data.tasks.example import ANSWER_MARKER, Example, Task, draw, final_answer_is
 
@@ -46,25 +50,17 @@ def _change(rng: random.Random, have: int, friend: str) -> tuple[str, Step]:
     return wording.format(n=amount, friend=friend), (have, "+" if gain else "-", amount)
 
 
-def _two_changes(rng: random.Random) -> Story:
+def _changes(rng: random.Random, count: int) -> Story:
+    """Two or three changes to what somebody has."""
     name, pronoun, friend = _people(rng)
     thing, start = rng.choice(_THINGS), rng.randint(3, 50)
-    first, step_1 = _change(rng, start, friend)
-    second, step_2 = _change(rng, _value(step_1), friend)
-    text = f"{name} has {start} {thing}. {pronoun} {first} and {second}. How many {thing} does {name} have?"
-    return text, [step_1, step_2]
-
-
-def _three_changes(rng: random.Random) -> Story:
-    name, pronoun, friend = _people(rng)
-    thing, start = rng.choice(_THINGS), rng.randint(3, 50)
-    first, step_1 = _change(rng, start, friend)
-    second, step_2 = _change(rng, _value(step_1), friend)
-    third, step_3 = _change(rng, _value(step_2), friend)
-    text = (
-        f"{name} has {start} {thing}. {pronoun} {first}, {second} and {third}. How many {thing} does {name} have now?"
-    )
-    return text, [step_1, step_2, step_3]
+    wordings: list[str] = []
+    steps: list[Step] = []
+    for _ in range(count):
+        wording, step = _change(rng, _value(steps[-1]) if steps else start, friend)
+        wordings, steps = [*wordings, wording], [*steps, step]
+    told, now = f"{', '.join(wordings[:-1])} and {wordings[-1]}", " now" if count > 2 else ""
+    return f"{name} has {start} {thing}. {pronoun} {told}. How many {thing} does {name} have{now}?", steps
 
 
 def _groups(rng: random.Random) -> Story:
@@ -131,18 +127,14 @@ def _share(rng: random.Random) -> Story:
     total = friends * each
     if total >= 6 and rng.random() < 0.5:
         found = rng.randint(2, min(20, total - 2))
-        have, step = total - found, (total - found, "+", found)
-        change = f"finds {found} more"
+        step, change, shared = (total - found, "+", found), f"finds {found} more", "them all"
     else:
         lost = rng.randint(2, 20)
-        have, step = total + lost, (total + lost, "-", lost)
-        change = f"loses {lost}"
+        step, change, shared = (total + lost, "-", lost), f"loses {lost}", "the rest"
     text = (
-        f"{name} has {have} {thing} and {change}. {pronoun} shares the rest equally among {friends} friends. "
+        f"{name} has {step[0]} {thing} and {change}. {pronoun} shares {shared} equally among {friends} friends. "
         f"How many {thing} does each get?"
     )
-    if step[1] == "+":
-        text = text.replace("shares the rest", "shares them all")
     return text, [step, (total, "/", friends)]
 
 
@@ -165,51 +157,20 @@ def _reading(rng: random.Random) -> Story:
 
 
 _STORIES: tuple[Callable[[random.Random], Story], ...] = (
-    _two_changes,
-    _two_changes,
-    _three_changes,
-    _three_changes,
-    _groups,
-    _compare,
-    _times,
-    _prices,
-    _money_left,
-    _share,
-    _reading,
+    *(partial(_changes, count=count) for count in (2, 2, 3, 3)),
+    *(_groups, _compare, _times, _prices, _money_left, _share, _reading),
 )
 
 
 def _propose(rng: random.Random) -> Example:
     text, steps = rng.choice(_STORIES)(rng)
-    written = " ".join(
-        f"{left} {operation} {right} = {_value((left, operation, right))}." for left, operation, right in steps
-    )
+    written = " ".join(f"{step[0]} {step[1]} {step[2]} = {_value(step)}." for step in steps)
     answer = str(_value(steps[-1]))
     # Every wording of a problem names the same numbers and needs the same operations, in whatever order.
     quantities = sorted(int(number) for number in re.findall(r"\d+", text))
     operations = sorted(operation for _, operation, _ in steps)
-    return Example(
-        prompt=f"Q: {text}\nA:",
-        completion=f" {written} {ANSWER_MARKER}{answer}.",
-        answer=answer,
-        key=f"{' '.join(operations)} : {' '.join(map(str, quantities))}",
-    )
+    key = f"{' '.join(operations)} : {' '.join(map(str, quantities))}"
+    return Example(f"Q: {text}\nA:", f" {written} {ANSWER_MARKER}{answer}.", answer, key)
 
 
-def example(split: str, index: int) -> Example:
-    """Word problem number `index` of `split`; pure.
-
-    Prompts are about 80 to 150 bytes, completions 40 to 75; every number lies in 2..198.
-
-    Raises:
-        UsageError: an unknown split or a negative index.
-    """
-    return draw(NAME, split, index, _propose)
-
-
-def grade(completion: str, problem: Example) -> bool:
-    """True when the completion ends in the one statement of the right number (`final_answer_is`)."""
-    return final_answer_is(completion, problem.answer)
-
-
-TASK = Task(NAME, example, grade)
+TASK = Task(NAME, partial(draw, NAME, propose=_propose), final_answer_is)

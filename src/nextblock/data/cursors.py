@@ -1,0 +1,104 @@
+"""Sources read for ever, in an order that resumes exactly: those with random access, and streams of the Hub."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from nextblock.config.errors import UsageError, one_line
+from nextblock.config.sections import Source
+from nextblock.data.records import Record, Records, to_record, without_nulls
+
+
+class Cursor:
+    """Reads a random-access source for ever; a finite one is shuffled anew each epoch by (seed, epoch).
+
+    Of all epochs laid end to end, shard (s, S) takes the records s, s + S, s + 2S, ...
+    """
+
+    def __init__(self, records: Records, seed: Sequence[int], shard: tuple[int, int] = (0, 1)) -> None:
+        self._records, self._seed = records, list(seed)
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+        self.epoch, (self.index, self._stride) = 0, shard
+
+    def take(self) -> Record:
+        """The next record."""
+        count = self._records.count
+        if count is None:
+            which = self.index
+        else:
+            self.epoch, self.index = self.epoch + self.index // count, self.index % count
+            if self._order[0] != self.epoch:
+                order = np.random.default_rng([*self._seed, self.epoch]).permutation(count)
+                self._order = (self.epoch, order)
+            which = int(self._order[1][self.index])
+        self.index += self._stride
+        return self._records.read(which)
+
+    def state(self) -> dict[str, Any]:
+        """Where the next record is."""
+        return {"epoch": self.epoch, "index": self.index}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go to a place that `state` gave."""
+        self.epoch, self.index = state["epoch"], state["index"]
+
+
+class HubStream:
+    """Reads a `datasets` id (`owner/name` or `owner/name:configuration`) as a stream, in its own order.
+
+    Shard (s, S) takes whole files where S divides their number, else every S-th row.
+    """
+
+    # As those of `Records`.
+    count, split_by_hash, digest = None, True, ""
+
+    def __init__(self, source: Source, shard: tuple[int, int] = (0, 1)) -> None:
+        from datasets import IterableDataset, load_dataset
+        from datasets.distributed import split_dataset_by_node
+
+        self._source, self._shard = source, shard
+        name, _, configuration = os.path.expanduser(source.path).partition(":")
+        try:
+            stream = load_dataset(name, configuration or None, split=source.split, streaming=True)
+        except Exception as error:  # network, access and format errors of many kinds
+            raise UsageError(f"data source {source.path} cannot be read: {one_line(error)}") from None
+        assert isinstance(stream, IterableDataset)
+        stream = stream if source.examples is None else stream.take(source.examples)
+        self._stream = split_dataset_by_node(stream, *shard) if shard[1] > 1 else stream
+        self._first = self._stream.state_dict()
+        self._rows: Iterator[Any] | None = None
+        self.epoch = self.index = 0
+
+    def take(self) -> Record:
+        """The next record."""
+        for _ in range(2):
+            if self._rows is None:
+                self._rows = iter(self._stream)
+            try:
+                row = next(self._rows)
+            except StopIteration:
+                self._stream.load_state_dict(self._first)
+                self._rows, self.epoch, self.index = None, self.epoch + 1, 0
+                continue
+            except Exception as error:
+                raise UsageError(f"data source {self._source.path} stopped: {one_line(error)}") from None
+            self.index += 1
+            return to_record(
+                without_nulls(row), self._source, f"{self._source.path} {self._source.split} row {self.index - 1}"
+            )
+        s, count = self._shard
+        part = "" if count == 1 else f" in shard {s + 1} of {count}; lower data.shards"
+        raise UsageError(f"data source {self._source.path} is empty{part or '; give at least one document'}")
+
+    def state(self) -> dict[str, Any]:
+        """Where the next record is."""
+        return {"epoch": self.epoch, "index": self.index, "stream": self._stream.state_dict()}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go to a place that `state` gave."""
+        self.epoch, self.index, self._rows = state["epoch"], state["index"], None
+        self._stream.load_state_dict(state["stream"])

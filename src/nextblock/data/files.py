@@ -1,0 +1,135 @@
+"""Files of this machine: which of them belong to a source, and their bytes and text."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+import sysconfig
+from collections import Counter
+from collections.abc import Iterator, Sequence, Set
+from pathlib import Path
+from typing import BinaryIO
+
+from nextblock.config.errors import UsageError
+from nextblock.config.sections import Source
+
+CHECKED_BYTES = 64 * 2**20  # local sources up to this size are read through before training starts
+TEXT_NAMES = (
+    ".txt .text .md .rst .tex .org .py .pyi .js .ts .jsx .tsx .c .h .cc .cpp .hpp .cu .java .kt .go .rs .rb .php "
+    ".swift .scala .sh .sql .html .css .xml .yaml .yml .toml .ini .cfg .r .jl .lua .pl .hs .ml .lean .cs .dart .f90 "
+    ".m .vue .zig"
+)
+TEXT_SUFFIXES = frozenset(TEXT_NAMES.split())
+ROW_SUFFIXES = {".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
+PACKED = {b"\x1f\x8b": "gzip", b"(\xb5/\xfd": "zstd", b"\xfd7zX": "xz", b"BZh": "bzip2", b"PK\3\4": "zip"}
+BYTE_ORDER_MARK = "\ufeff"
+
+
+def find_files(source: Source) -> tuple[str, list[str]]:
+    """The format of a local source, and its files, sorted.
+
+    A file that is named, itself or by a glob, is read whatever its suffix. Of a folder the files whose suffix (and
+    first bytes) fit; with `format: text` those without a suffix too.
+
+    Raises:
+        UsageError: nothing there, or files of several formats and none chosen.
+    """
+    path = os.path.expanduser(source.path)
+    skipped: set[str] = set()
+    if path == "python-stdlib":
+        path, skipped = sysconfig.get_paths()["stdlib"], {"site-packages", "dist-packages", "test", "tests"}
+    named = not os.path.isdir(path)
+    if os.path.isfile(path):
+        found = [path]
+    elif named and not glob.has_magic(path):
+        raise UsageError(f"data source {source.path} does not exist; give a file, a folder or a glob")
+    elif named:
+        found = sorted(filter(os.path.isfile, glob.glob(path, recursive=True)))
+    else:
+        found = list(_walk(path, skipped))
+    if skipped:
+        found = [file for file in found if file.endswith(".py")]
+    kinds: dict[str, list[str]] = {}
+    for file in found:
+        suffix = Path(file).suffix.lower()
+        kind = source.format if named and source.format != "auto" else ROW_SUFFIXES.get(suffix, "text")
+        fits = named or kind != "text" or suffix in TEXT_SUFFIXES or (source.format == "text" and not suffix)
+        if fits and (named or kind != "text" or not _is_binary(file)):
+            kinds.setdefault(kind, []).append(file)
+    if source.format == "auto" and len(kinds) > 1:
+        held = ", ".join(f"{len(files)} {kind} ({files[0]})" for kind, files in kinds.items())
+        raise UsageError(
+            f"data source {source.path} holds files of several formats: {held}; set its format to the one to read, or "
+            "give a source for each"
+        )
+    kind = source.format if source.format != "auto" else next(iter(kinds), "text")
+    if kind not in kinds:
+        raise UsageError(_nothing_there(source, path, found))
+    return kind, kinds[kind]
+
+
+def _walk(folder: str, skipped: Set[str] = frozenset()) -> Iterator[str]:
+    """The files of a folder in order of name, without hidden ones and folders of a `skipped` name."""
+    for here, inner, names in os.walk(folder):
+        inner[:] = sorted(name for name in inner if name not in skipped and not name.startswith("."))
+        yield from (os.path.join(here, name) for name in sorted(names) if not name.startswith("."))
+
+
+def _nothing_there(source: Source, path: str, found: Sequence[str]) -> str:
+    """Why a folder or a glob gives no file to read, and what to do."""
+    wanted = "text, JSONL or Parquet" if source.format == "auto" else source.format
+    if not found:
+        return f"data source {source.path} holds no {wanted} files, nor any others; set its path"
+    suffix, count = Counter(Path(file).suffix for file in found).most_common(1)[0]
+    cure = f"give the path {glob.escape(path.rstrip('/'))}/**/*{suffix} and set its format, to read those"
+    if suffix in (".gz", ".zst", ".xz", ".bz2", ".zip", ".tar", ".tgz"):
+        cure = "unpack them first"
+    return f"data source {source.path} holds no {wanted} files, but {count} {suffix or 'without a suffix'}; {cure}"
+
+
+def digest_of(files: Sequence[str]) -> str:
+    """Of the sizes and the contents of files, of large ones the beginning and the end.
+
+    Not of their names: data may be moved while a run is stopped.
+    """
+    half = max(4096, CHECKED_BYTES // len(files)) // 2
+    found = hashlib.blake2b(digest_size=16)
+    for file in files:
+        size = os.path.getsize(file)
+        found.update(b"%d\n" % size + read_bytes(file, 0, half) + read_bytes(file, max(half, size - half)))
+    return found.hexdigest()
+
+
+def _is_binary(file: str) -> bool:
+    return b"\0" in read_bytes(file, 0, 8192)
+
+
+def read_bytes(file: str, start: int = 0, count: int = -1) -> bytes:
+    """`count` bytes of a file from byte `start` on, by default all."""
+    with open_file(file) as stream:
+        stream.seek(start)
+        return stream.read(count)
+
+
+def open_file(file: str) -> BinaryIO:
+    """UsageError if the file cannot be read (any more)."""
+    try:
+        return open(file, "rb")
+    except OSError as error:
+        raise UsageError(f"data file {file} cannot be read: {error.strerror or error}; restore it") from None
+
+
+def decode_text(data: bytes, file: str, start: int = 0) -> str:
+    """UTF-8 text, without a byte order mark; UsageError names the file and the offset of the first wrong byte."""
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        head = read_bytes(file, 0, 4)
+        for mark, name in PACKED.items():
+            if head.startswith(mark):
+                raise UsageError(f"data file {file} is packed with {name}; unpack it first") from None
+        raise UsageError(
+            f"data file {file} is not UTF-8: byte {start + error.start} is 0x{data[error.start]:x}; save it as UTF-8"
+        ) from None
+    return text if start else text.removeprefix(BYTE_ORDER_MARK)

@@ -1,0 +1,135 @@
+"""Documents drawn from all sources of a configuration, in shares of the text that their weights say."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from nextblock.config.errors import UsageError
+from nextblock.config.sections import DataConfig
+from nextblock.data.cursors import Cursor, HubStream
+from nextblock.data.records import Record, Records
+from nextblock.data.sources import read_source
+
+USUAL_BYTES = 1000  # of a document of a source that has not been read yet
+
+
+class NoDocument(UsageError):
+    """A stream without one document that could be used."""
+
+
+def is_held_out(record: Record, share: float) -> bool:
+    """A stable choice by content, so that equal documents never stand on both sides."""
+    content = (record.key or json.dumps(record.value, sort_keys=True, default=str)).encode()
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big") < share * 2**64
+
+
+@dataclass
+class _Part:
+    """One source of the mixture: how it was opened, where it is read, documents drawn so far and their bytes."""
+
+    path: str
+    weight: float
+    opened: Records | HubStream
+    cursor: Cursor | HubStream
+    drawn: int = 0
+    bytes: int = 0
+
+
+class Mixture:
+    """Endless documents of one side of the held-out border: a function of (config, seed, shard) only.
+
+    Args:
+        shard: (s, S): of every source the documents s, s + S, s + 2S, ..., all epochs laid end to end.
+        beside: the mixture of another shard; its files need not be opened and checked again.
+    Raises:
+        UsageError: as `read_source`.
+    """
+
+    def __init__(
+        self, config: DataConfig, seed: int, held_out: bool, shard: tuple[int, int], beside: Mixture | None = None
+    ) -> None:
+        self._share, self._held_out, self._shard = config.held_out, held_out, shard
+        self.seed = [seed] if shard == (0, 1) else [seed, *shard]
+        self._parts: list[_Part] = []
+        for k, source in enumerate(config.sources):
+            opened = None if beside is None else beside._parts[k].opened
+            if not isinstance(opened, Records):
+                opened = read_source(source, held_out, max(8192, 16 * config.row_length), shard)
+            cursor = Cursor(opened, [seed, k], shard) if isinstance(opened, Records) else opened
+            self._parts.append(_Part(source.path, source.weight, opened, cursor))
+        self.digests = [part.opened.digest for part in self._parts]
+
+    @property
+    def bytes(self) -> int:
+        """UTF-8 bytes of all documents drawn so far."""
+        return sum(part.bytes for part in self._parts)
+
+    def draw(self) -> Record:
+        """The next document. NoDocument if a source has none on this side of the held-out border."""
+        part = self._choose()
+        cursor, epoch, shards = part.cursor, part.cursor.epoch, self._shard[1]
+        # One whole epoch at least; a shard meets few documents of each, so it must look through more.
+        while cursor.epoch <= epoch + (1 if shards == 1 else 20 * shards):
+            record = cursor.take()
+            if not part.opened.split_by_hash or is_held_out(record, self._share) == self._held_out:
+                part.drawn += 1
+                part.bytes += sum(len(str(value).encode()) for value in record.value.values())
+                return record
+        side = "is held out" if self._held_out else "is left for training"
+        raise NoDocument(
+            f"data source {part.path}: no document {side} with data.held_out={self._share}; "
+            "change data.held_out or give more documents"
+        )
+
+    def _choose(self) -> _Part:
+        """The source of the next document: a function of (seed, shard) and the documents before it.
+
+        Its odds are its weight over the mean length of its documents so far, so that weights are shares of the
+        text; otherwise a source of long documents would take far more of the training than its weight says.
+        """
+        if len(self._parts) == 1:
+            return self._parts[0]
+        # As if one document of USUAL_BYTES had come before: the first ones say little about the others.
+        odds = [part.weight / ((part.bytes + USUAL_BYTES) / (part.drawn + 1)) for part in self._parts]
+        borders = np.cumsum(odds)
+        point = np.random.default_rng([*self.seed, sum(part.drawn for part in self._parts)]).random() * borders[-1]
+        return self._parts[int(np.searchsorted(borders[:-1], point, side="right"))]
+
+    def state(self) -> dict[str, Any]:
+        """Where the next document is: JSON-serialisable."""
+        return {
+            "drawn": [part.drawn for part in self._parts],
+            "bytes": [part.bytes for part in self._parts],
+            "counts": [part.opened.count for part in self._parts],
+            "sources": [part.cursor.state() for part in self._parts],
+        }
+
+    def load_state(self, state: Mapping[str, Any], digests: list[str]) -> None:
+        """Go to a place that `state` gave, of files with these digests. UsageError if it is one of other sources."""
+        if len(state["sources"]) != len(self._parts):
+            raise UsageError(
+                f"the saved data position has {len(state['sources'])} sources, data.sources has "
+                f"{len(self._parts)}; resume with the configuration of the run"
+            )
+        for part, count, digest in zip(self._parts, state["counts"], digests, strict=True):
+            if count != part.opened.count:
+                raise UsageError(
+                    f"data source {part.path} had {count} documents and has {part.opened.count}, so its order would "
+                    "be another; put it back, or start in a new --output"
+                )
+            if digest != part.opened.digest:
+                raise UsageError(
+                    f"data source {part.path} holds other text than when the run was stopped; put it back, or start "
+                    "in a new --output"
+                )
+        for part, place, drawn, size in zip(
+            self._parts, state["sources"], state["drawn"], state["bytes"], strict=True
+        ):
+            part.cursor.load_state(place)
+            part.drawn, part.bytes = drawn, size
