@@ -17,6 +17,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -156,6 +157,7 @@ class Comparison:
         settings = read_settings(self.decoder.model.config)
         own_mask = self.decoder.vocabulary - 1 if settings is None else settings.mask_token_id
         mask = decoder.adapter.mask_token_id if decoder.adapter is not None else own_mask
+        rows = partial(whole_rows, self.tokens)
         return Run(
             config=_configuration(self.workload, method.views),
             accelerator=Accelerator(),
@@ -163,7 +165,7 @@ class Comparison:
             decoder=decoder,
             loss=TwoViewLoss(decoder),
             optimizer=cast(torch.optim.Optimizer, self.adapter_optimizer if drafting else self.optimizer),
-            feed=cast(Any, SimpleNamespace(next=lambda: whole_rows(self.tokens))),
+            feed=cast(Any, SimpleNamespace(next=rows, peek=rows)),
             mask_token_id=mask,
             output=Path(),
         )

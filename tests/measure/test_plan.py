@@ -572,7 +572,8 @@ def test_the_command_prints_all_stages_as_a_table_and_as_json(staged, tmp_path):
     assert found["device_hours"] == sum(stage["device_hours"] for stage in found["stages"])
     assert found["fits"]
     table = CliRunner().invoke(app, command, catch_exceptions=False).stdout
-    rows = {line[:38].strip(): line[38:].split() for line in table.splitlines()}
+    cells = [re.split(r" {2,}", line.strip()) for line in table.splitlines()]
+    rows = {label: values for label, *values in cells}
     assert rows["steps"] == ["9", "3", "5", "17"]
     assert rows["longest row that fits"] == ["2048", "4096", "4096"]
     assert len(rows["GPU-hours"]) == 4
