@@ -280,8 +280,9 @@ def test_a_prompt_is_taken_as_it_is_typed(run, adapted, monkeypatch):
     options = ["--mode", "ar", "--max-new-tokens", "4"]
     lm = nb.load(adapted)
     assert run("generate", adapted, prompt, *options)[1].startswith(prompt)
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(prompt.encode())))
-    assert run("generate", adapted, *options)[1].startswith(prompt)
+    for encoding in ("utf-8", "utf-8-sig"):  # the latter with a byte order mark, as PowerShell's pipes have it
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(prompt.encode(encoding)), encoding="utf-8"))
+        assert run("generate", adapted, *options)[1].startswith(prompt)
     answers = iter([prompt, ""])
     monkeypatch.setattr("builtins.input", lambda _: next(answers))
     said = lm.generate([{"role": "user", "content": prompt}], mode="ar", max_new_tokens=4).texts[0]
@@ -290,8 +291,9 @@ def test_a_prompt_is_taken_as_it_is_typed(run, adapted, monkeypatch):
 
 def test_bytes_that_are_no_text_are_refused_from_standard_input_and_in_a_chat(run, adapted, tmp_path, monkeypatch):
     words = "prompt 0: half of a surrogate pair, or a byte that is not UTF-8"
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8"))
-    refused(run, ["generate", adapted, "--mode", "ar"], words, tmp_path / "out")
+    for encoding in ("utf-8", "ascii"):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding=encoding))
+        refused(run, ["generate", adapted, "--mode", "ar"], words, tmp_path / "out")
     monkeypatch.setattr("builtins.input", lambda _: "caf\udce9")
     refused(run, ["chat", adapted, "--mode", "ar"], words, tmp_path / "out")
 

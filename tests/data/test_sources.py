@@ -210,6 +210,18 @@ def test_of_several_fields_the_one_that_holds_something_is_read(tmp_path, kind, 
     assert values(path) == [{"messages": chat}, {"prompt": "p", "completion": "c"}, {"text": "t"}]
 
 
+def test_a_field_of_white_space_counts_as_empty(tmp_path):
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    rows = {"text": " \n", "messages": chat}, {"text": " ", "prompt": "", "completion": "c"}
+    assert values(jsonl(tmp_path / "a.jsonl", *rows)) == [{"messages": chat}, {"prompt": "", "completion": "c"}]
+
+
+def test_one_object_over_several_lines_is_named(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps({"text": "b"}, indent=1))
+    with pytest.raises(UsageError, match=r"a\.json:1: broken JSON line: .*write each object on a line of its own"):
+        read(tmp_path / "a.json")
+
+
 def test_a_row_whose_fields_are_null_is_named(tmp_path):
     with pytest.raises(UsageError, match=r"a\.jsonl:1: no field 'text' .* the fields are text \(null\), id;"):
         read(json_lines(tmp_path / "a.jsonl", {"text": None, "id": 3}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -123,6 +124,12 @@ def test_what_a_tokenizer_returns_is_taken_as_token_ids_and_one_message_as_a_cha
     assert lm.generate({"input_ids": TOKENIZER(texts[0])["input_ids"]}, **options).answers == expected[:1]
     message = {"role": "user", "content": "hi"}
     assert lm.generate(message, **options).answers == lm.generate([message], **options).answers
+
+
+@pytest.mark.parametrize("prompts", [5, None, Path("prompt.txt"), torch.ones(1, 3, dtype=torch.bool)])
+def test_what_is_no_prompt_is_named(lm, prompts):
+    with pytest.raises(UsageError, match="prompts is"):
+        lm.generate(prompts)
 
 
 def test_numbers_of_numpy_are_numbers(lm):

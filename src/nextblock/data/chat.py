@@ -35,8 +35,8 @@ class Specials:
 
     def __init__(self, tokenizer: Any) -> None:
         own = set(tokenizer.all_special_ids)  # not all tokenizers mark these as special
-        added = tokenizer.added_tokens_decoder.items()
-        self.tokens = {i: token for i, token in added if token.special or i in own}
+        self._added = tokenizer.added_tokens_decoder
+        self.tokens = {i: token for i, token in self._added.items() if token.special or i in own}
         self._names = [token.content for token in self.tokens.values()]
         by_length = sorted(self._names, key=len, reverse=True)
         self.pattern = re.compile("|".join(map(re.escape, by_length)) or "(?!)")
@@ -65,10 +65,13 @@ class Specials:
 
         return self._meant_or_hidden.sub(other, rendered)
 
-    def end_of(self, text: str) -> int | None:
-        """The id of the special token that a text ends with, but for white space; None if there is none."""
-        text = text.rstrip()
-        return next((i for i, token in self.tokens.items() if text.endswith(token.content)), None)
+    def end_of(self, text: str, *, added: bool = False) -> int | None:
+        """The id of the special token that a text ends with, but for white space; None if there is none.
+
+        added: any token that was added to the vocabulary will do, since not all tokenizers mark those of turns.
+        """
+        text, tokens = text.rstrip(), self._added if added else self.tokens
+        return next((i for i, token in tokens.items() if text.endswith(token.content)), None)
 
 
 class Chat:
@@ -96,12 +99,8 @@ class Chat:
             self._template = tokenizer.get_chat_template(tools=self._tools)
         except Exception as error:  # of several templates none is the default
             raise UsageError(f"{where}: the chat template fails: {one_line(error)}") from None
-        if not dated:
-            self._template = re.sub(
-                r"strftime_now\(\s*(['\"])(.*?)\1\s*\)",
-                lambda call: repr(TEMPLATE_DATE.strftime(call[2])),
-                self._template,
-            )
+        if not dated and "strftime_now" in self._template:
+            self._template = _on_template_date() + self._template
 
     def render(self, messages: Sequence[Any], prompt: bool = False) -> str:
         """The text of some messages; `prompt`: up to where the assistant speaks."""
@@ -149,7 +148,7 @@ class Chat:
             if stop is None or start < done:
                 continue
             text = whole[start:stop]
-            if self._specials.end_of(text) is not None:
+            if self._specials.end_of(text, added=True) is not None:
                 text = text.rstrip()  # white space after the end-of-turn token is never generated
             stop = start + len(text)
             if turn == last and not ended:
@@ -218,6 +217,14 @@ class Chat:
             "it; begin its content as the template's generation prompt ends, use another template, or prompt and "
             "completion fields"
         )
+
+
+def _on_template_date() -> str:
+    """The beginning of a template in which `strftime_now` gives TEMPLATE_DATE, however it is called."""
+    parts = [f"-{one}" for one in "dmHI"] + list("aAbBdHIjmMpSyY")
+    days = "".join(f"|replace('%{part}', '{TEMPLATE_DATE.strftime('%' + part)}')" for part in parts)
+    # Ends with an expression: a line break behind a statement would be dropped.
+    return f"{{% macro strftime_now(format) %}}{{{{ format{days} }}}}{{% endmacro %}}{{{{ '' }}}}"
 
 
 def checked(messages: Any, where: str) -> list[dict[str, Any]]:

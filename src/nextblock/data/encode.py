@@ -93,7 +93,7 @@ def span_ends(tokenizer: Any) -> list[int]:
         specials = Specials(tokenizer)
         try:
             chat = Chat(tokenizer, specials, turns, None, "chat template")
-            end = specials.end_of(chat.closing(chat.messages))
+            end = specials.end_of(chat.closing(chat.messages), added=True)
         except UsageError:  # a template for other conversations than this one
             end = None
         ends += [] if end is None or end in ends else [end]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,13 +129,17 @@ def _encode(
         attention_mask = prompts.get("attention_mask") if attention_mask is None else attention_mask
         return _from_ids(_plain(prompts["input_ids"]), _plain(attention_mask))
     if isinstance(prompts, Tensor):
-        if prompts.ndim not in (1, 2) or prompts.is_floating_point():
+        if prompts.ndim not in (1, 2) or prompts.is_floating_point() or prompts.dtype == torch.bool:
             raise UsageError(f"prompts is a {prompts.dtype} tensor of shape {tuple(prompts.shape)}; give int64 [B, T]")
         return _from_ids(prompts.tolist(), _plain(attention_mask))
     if attention_mask is not None:
         raise UsageError("attention_mask goes with token ids alone; texts and chats need none")
     if tokenizer is None:
         raise UsageError(f"{no_tokenizer(model_path)}; give token ids as a LongTensor [B, T]")
+    if not isinstance(prompts, Iterable):
+        raise UsageError(
+            f"prompts is of type {type(prompts).__name__}; give a text, messages, a list of these, or ids"
+        )
     items = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
     if items and isinstance(items[0], Mapping):
         items = [items]  # one chat

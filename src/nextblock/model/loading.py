@@ -287,9 +287,11 @@ def load_tokenizer(
     path: str | Path, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase | None:
     """The model's tokenizer; None where none can be had (`no_tokenizer` says why): token ids still work."""
-    source = resolve(path)
     names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
-    if Path(source).is_dir() and not any((Path(source) / name).is_file() for name in names):
+    own = Path(path).expanduser()  # which may hold a tokenizer alone
+    found = str(path) not in SHIPPED and any((own / name).is_file() for name in names)
+    source = str(own) if found else resolve(path)
+    if not found and Path(source).is_dir() and not any((Path(source) / name).is_file() for name in names):
         return None
     try:
         return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
@@ -301,7 +303,8 @@ def load_tokenizer(
 
 def _tokenizer_code(source: str, revision: str | None = None) -> bool:
     """Whether a tokenizer comes with code of its own."""
-    return bool(get_tokenizer_config(source, revision=revision).get("auto_map"))
+    config = get_tokenizer_config(source, revision=revision)
+    return isinstance(config, Mapping) and bool(config.get("auto_map"))
 
 
 def no_tokenizer(path: str | Path, revision: str | None = None) -> str:
@@ -320,6 +323,9 @@ def read_settings(config: PreTrainedConfig, given: GivenSettings | None = None) 
         UsageError: settings that cannot be read, an unknown key, or a value out of range.
     """
     section = getattr(config, "block_diffusion", None)
+    for name, value in (("block_diffusion of config.json", section), ("settings", given)):
+        if not isinstance(value, Mapping | BlockDiffusionSettings | str | None):
+            raise UsageError(f"{name} is {value!r}; it must be a mapping such as {{block_size: 32, mask_token_id: 7}}")
     if isinstance(given, str):
         given = KNOWN_SETTINGS.get(given.lower()) or _mapping(given)
     if isinstance(given, BlockDiffusionSettings):

@@ -12,6 +12,7 @@ from accelerate.utils import is_bnb_available
 from nextblock.config.errors import UsageError, require
 from nextblock.config.run import AdaptConfig
 from nextblock.config.sections import ModelConfig, OptimizerConfig
+from nextblock.data.encode import span_ends
 from nextblock.data.feed import Feed
 from nextblock.data.mixture import NoDocument
 from nextblock.data.rows import Rows, check_tokens
