@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import AddedToken
 
 from nextblock.config.errors import UsageError
-from nextblock.data.encode import encode, encode_prompt
+from nextblock.data.encode import encode, encode_prompt, span_ends
 from nextblock.data.records import Record
+from nextblock.model.parent import byte_tokenizer
 from samples import (
     CHAT,
     CHATML,
@@ -189,3 +191,13 @@ def test_a_chat_is_rendered_about_once_for_each_turn(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(tokenizer, "apply_chat_template", lambda *a, **k: calls.append(a) or render(*a, **k))
     encode({"messages": TALK * 10}, tokenizer)
     assert len(calls) <= 20 + 2
+
+
+def test_the_end_of_a_turn_need_not_be_a_special_token() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens([AddedToken(name, special=False) for name in ("<|im_start|>", "<|im_end|>")])
+    tokenizer.chat_template = CHATML
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert span_ends(tokenizer) == [256, end]
+    document = encode({"messages": TALK}, tokenizer)
+    assert all(span[-1] == "<|im_end|>" for span in spans(document, tokenizer))

@@ -200,3 +200,29 @@ def test_settings_may_be_long_and_known_names_in_any_case(llama):
         mask_token_id=5
     )
     assert read_settings(llama.config, "NBDiff-7B") == read_settings(llama.config, "nbdiff-7b")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"vocab_size": 90}, r"of shape \(97, 32\), config.json says \(90, 32\)"),
+        ({"num_attention_heads": 5}, "hidden size .* is not a multiple of the number of attention"),
+        ({"rope_parameters": {"rope_type": "other"}}, "KeyError 'other'"),
+        ({"block_diffusion": 5}, "block_diffusion of config.json is 5; it must be a mapping"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_refused_with_its_cause(llama, tmp_path, changes, said):
+    llama.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(UsageError, match=said):
+        nb.load(tmp_path)
+
+
+def test_settings_and_a_tokenizer_config_that_are_no_mappings_are_refused(llama, tmp_path):
+    with pytest.raises(UsageError, match="settings is 5; it must be a mapping"):
+        read_settings(llama.config, 5)  # pyright: ignore[reportArgumentType]
+    export(tmp_path, llama, byte_tokenizer(), None)
+    (tmp_path / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(UsageError, match="cannot load the tokenizer"):
+        nb.load(tmp_path)

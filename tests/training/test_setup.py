@@ -17,6 +17,7 @@ from nextblock.config.sections import Source
 from nextblock.data.mixture import is_held_out
 from nextblock.data.records import Records
 from nextblock.data.sources import read_source
+from nextblock.model.parent import byte_tokenizer
 from nextblock.model.training_mode import without_dropout
 from nextblock.training.loop import train
 from runs import config_of, weights
@@ -131,3 +132,16 @@ def test_a_dense_mask_is_named_with_its_memory_before_it_is_made(
         train(config)
     size = 2 * ((views + 1) * config.data.row_length) ** 2 * 4 / 2**20
     assert f"attention: 'sdpa' with a dense mask, up to {size:,.0f} MiB" in capsys.readouterr().out
+
+
+def test_what_ends_a_turn_is_no_mask_token(place, tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}<|turn|>{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    config = config_of(
+        place, tmp_path / "run", model__tokenizer=str(tmp_path / "tokenizer"), model__mask_token="<|turn|>"
+    )
+    with pytest.raises(UsageError, match="mask token id 257 ends the turns of the chat template"):
+        train(config)
+    assert not (tmp_path / "run").exists()

@@ -72,5 +72,6 @@ def _make_streams_safe() -> None:
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="surrogateescape" if stream is sys.stdin else "backslashreplace")
-    if isinstance(sys.stdin, io.TextIOWrapper) and codecs.lookup(sys.stdin.encoding).name == "ascii":
-        sys.stdin.reconfigure(encoding="utf-8")  # which ASCII is a part of
+    if isinstance(sys.stdin, io.TextIOWrapper) and codecs.lookup(sys.stdin.encoding).name in ("ascii", "utf-8"):
+        # UTF-8, which ASCII is a part of, without the mark that PowerShell puts in front.
+        sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape")

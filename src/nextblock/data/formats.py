@@ -97,7 +97,8 @@ def read_jsonl(files: Sequence[str], pick: Callable[[Any, str], Record]) -> Reco
         try:
             row = json.loads(text)
         except json.JSONDecodeError as error:
-            raise UsageError(f"{where}: broken JSON line: {error.msg} at column {error.colno}; repair it") from None
+            cure = "write each object on a line of its own" if text.strip() == "{" else "repair it"
+            raise UsageError(f"{where}: broken JSON line: {error.msg} at column {error.colno}; {cure}") from None
         except (ValueError, RecursionError) as error:  # numbers of thousands of digits, endless nesting
             raise UsageError(f"{where}: unreadable JSON line: {one_line(error)}; repair it") from None
         if "\\u" in text:

@@ -60,13 +60,17 @@ def to_record(row: Any, source: Source, where: str) -> Record:
             f"{where}: no field '{source.text_field}' (nor prompt and completion, nor messages); "
             f"the fields are {', '.join(fields) or 'none'}; set text_field"
         )
-    keys = next((keys for keys in found if any(row[key] for key in keys)), found[0])
+    keys = next((keys for keys in found if not all(_is_blank(row[key]) for key in keys)), found[0])
     if keys == ("messages",):
         return Record({key: row[key] for key in ("messages", "tools") if row.get(key)}, where, ended)
     for key in keys:
         if not isinstance(row[key], str):
             raise UsageError(f"{where}: field '{key}' holds {type(row[key]).__name__}; it must be a string")
     return Record({key if len(keys) > 1 else "text": row[key] for key in keys}, where, ended)
+
+
+def _is_blank(value: Any) -> bool:
+    return not (value.strip() if isinstance(value, str) else value)
 
 
 def without_nulls(value: Any) -> Any:

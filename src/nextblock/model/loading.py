@@ -332,8 +332,6 @@ def read_settings(config: PreTrainedConfig, given: GivenSettings | None = None) 
         return given
     if section is None and given is None:
         return None
-    if not isinstance(section, Mapping | None):
-        raise UsageError(f"block_diffusion={section!r} of config.json is no mapping; repair it, or remove it")
     return validate(BlockDiffusionSettings, {**(section or {}), **(given or {})})
 
 

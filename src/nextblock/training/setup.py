@@ -146,6 +146,10 @@ def give_mask(config: AdaptConfig, decoder: Decoder, tokenizer: Any, masks: bool
     if not masks:
         return decoder, None
     mask_token_id = choose_mask_token(decoder, tokenizer, config.model.mask_token)
+    if mask_token_id in span_ends(tokenizer):
+        raise UsageError(
+            f"mask token id {mask_token_id} ends the turns of the chat template; set model.mask_token to another"
+        )
     check_round_trip(tokenizer, mask_token_id)
     return decoder, mask_token_id
 
