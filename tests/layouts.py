@@ -1,4 +1,4 @@
-"""Packed rows for tests, written straight from DESIGN section 2, and a slow reading of the attention rule.
+"""Packed rows for tests, and a slow reading of the attention rule, both written straight from the rule.
 
 A document is a list of counts: 5 stands for a generated span of five tokens, -5 for five of context.
 `[13]` is plain text, `[-5, 9]` a prompt and its completion, `[-4, 6, -3, 7]` a chat of two turns.
