@@ -195,7 +195,8 @@ def test_a_chat_is_rendered_about_once_for_each_turn(monkeypatch: pytest.MonkeyP
 
 def test_the_end_of_a_turn_need_not_be_a_special_token() -> None:
     tokenizer = byte_tokenizer()
-    tokenizer.add_tokens([AddedToken(name, special=False) for name in ("<|im_start|>", "<|im_end|>")])
+    turns: list[str | AddedToken] = [AddedToken(name, special=False) for name in ("<|im_start|>", "<|im_end|>")]
+    tokenizer.add_tokens(turns)
     tokenizer.chat_template = CHATML
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert span_ends(tokenizer) == [256, end]
