@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import AddedToken
+from transformers import AddedToken
 
 from nextblock.config.errors import UsageError
 from nextblock.data.encode import encode, encode_prompt, span_ends
@@ -195,8 +195,7 @@ def test_a_chat_is_rendered_about_once_for_each_turn(monkeypatch: pytest.MonkeyP
 
 def test_the_end_of_a_turn_need_not_be_a_special_token() -> None:
     tokenizer = byte_tokenizer()
-    turns: list[str | AddedToken] = [AddedToken(name, special=False) for name in ("<|im_start|>", "<|im_end|>")]
-    tokenizer.add_tokens(turns)
+    tokenizer.add_tokens([AddedToken(name, special=False) for name in ("<|im_start|>", "<|im_end|>")])
     tokenizer.chat_template = CHATML
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert span_ends(tokenizer) == [256, end]
