@@ -133,7 +133,7 @@ def test_a_finished_run_is_not_written_over_but_can_be_resumed(run, parent, text
     [
         "nextblock.measure.likelihood._nats",
         "nextblock.training.loop.export_run",
-        "nextblock.workflows.adapt.load_parent",
+        "nextblock.workflows.held_out.load_parent",
     ],
 )
 def test_sigterm_after_the_last_step_leaves_the_model_and_a_resume_measures_it(

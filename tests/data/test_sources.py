@@ -213,7 +213,7 @@ def test_of_several_fields_the_one_that_holds_something_is_read(tmp_path, kind, 
 def test_a_field_of_white_space_counts_as_empty(tmp_path):
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     rows = {"text": " \n", "messages": chat}, {"text": " ", "prompt": "", "completion": "c"}
-    assert values(jsonl(tmp_path / "a.jsonl", *rows)) == [{"messages": chat}, {"prompt": "", "completion": "c"}]
+    assert values(jsonl(tmp_path / "a.jsonl", list(rows))) == [{"messages": chat}, {"prompt": "", "completion": "c"}]
 
 
 def test_one_object_over_several_lines_is_named(tmp_path):

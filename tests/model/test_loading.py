@@ -177,7 +177,7 @@ def test_a_checkpoint_in_shards_loads_whole_and_one_that_lacks_a_shard_names_it(
         ({"num_hidden_layers": 3}, r"lack 9 of the weights .* model.layers.2.input_layernorm.weight"),
         ({"num_attention_heads": 3}, r"hidden size \(32\) is not a multiple of the number of attention heads \(3\)"),
         ({"hidden_size": "x"}, r"Field 'hidden_size' expected int, got str"),
-        ({"block_diffusion": 5}, r"block_diffusion=5 of config.json is no mapping"),
+        ({"block_diffusion": 5}, r"block_diffusion of config.json is 5; it must be a mapping"),
         ([1], r"config.json holds no mapping"),
     ],
 )

@@ -138,7 +138,7 @@ def test_profiles_and_evaluations_stand_in_the_log_and_change_nothing_that_is_tr
         mean = total / sum(profile["tokens_by_noise"])
         assert mean == pytest.approx(read_log(log)[step]["diffusion_loss"], rel=1e-4)
     assert result.results["training"]["tokens"] == sum(step["tokens"] for step in read_log(log))
-    assert "by noise level" in (tmp_path / "watched" / "report.html").read_text(encoding="utf-8")
+    assert "by masked share" in (tmp_path / "watched" / "report.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("section", ["lora", "draft_adapter"])

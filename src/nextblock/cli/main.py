@@ -48,20 +48,21 @@ def main() -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     logging.getLogger("datasets").setLevel(logging.CRITICAL)  # what it raises is told in one line
     _make_streams_safe()
+    status: Any = 2
     try:
         app()
+    except SystemExit as done:
+        status = done.code
     except UsageError as error:
         if os.environ.get("RANK", "0") == "0":  # the processes of one run fail together: one line is enough
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    # Here the error and what it held of the run are gone.
-    if (
-        ranks := sys.modules.get("nextblock.training.ranks")
-    ) is not None:  # not for its sake alone: torch takes seconds
+    # Here the error and what it held of the run are gone. Nothing is imported for this alone: torch takes seconds.
+    if (ranks := sys.modules.get("nextblock.training.ranks")) is not None:
         ranks.end_process_group()
-    sys.exit(2)
+    sys.exit(status)
 
 
 def _make_streams_safe() -> None:

@@ -29,4 +29,7 @@ def require(package: str, extra: str, key: str) -> None:
 
 def one_line(error: BaseException) -> str:
     """What an exception of another library says, on one line of at most 300 characters."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    said = " ".join(str(error).split())
+    if isinstance(error, KeyError) or not said:  # a key alone says nothing
+        said = f"{type(error).__name__} {said}".strip()
+    return said[:300]

@@ -9,6 +9,7 @@ from typing import Any
 
 from nextblock.config.errors import UsageError
 from nextblock.config.sections import Source
+from nextblock.data.chat import checked
 from nextblock.data.files import decode_text, read_bytes
 from nextblock.data.formats import read_jsonl
 from nextblock.data.records import Record, Records
@@ -62,13 +63,9 @@ def _prompt(row: Any, where: str) -> Record:
         if not isinstance(prompt, str) or not prompt:
             raise UsageError(f"{where}: prompt is {prompt!r}; it must be a text that is not empty")
         return Record({"prompt": prompt}, where)
-    if not isinstance(turns, list) or not all(
-        isinstance(turn, Mapping) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
-        for turn in turns
-    ):
-        raise UsageError(f"{where}: messages must be a list of objects with role and content, both texts")
     if row.get("tools"):
         raise UsageError(f"{where}: tools are not shown to the model when it answers; leave such rows out")
+    turns = checked(turns, where)
     turns = turns[:-1] if turns and turns[-1]["role"] == "assistant" else turns
     if not turns:
         raise UsageError(f"{where}: messages hold nothing to answer; give at least one turn of the user")

@@ -60,10 +60,6 @@ class Rows:
         """All rows of all parts."""
         return Rows(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Rows)))
 
-    def to(self, device: torch.device | str) -> Rows:
-        """The same rows on a device."""
-        return Rows(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
-
 
 def cut(document: Document, row_length: int) -> list[Document]:
     """Pieces of a document that each fit in a row.

@@ -37,10 +37,8 @@ def read_source(
         task, split = get_task(source.path.removeprefix("task:")), "test" if held_out else source.split
 
         def read_example(index: int) -> Record:
-            example = task.example(split, index)
-            return Record(
-                {"prompt": example.prompt, "completion": example.completion}, f"{source.path} {split} {index}"
-            )
+            example, where = task.example(split, index), f"{source.path} {split} {index}"
+            return Record({"prompt": example.prompt, "completion": example.completion}, where)
 
         return Records(read_example, source.examples, split_by_hash=False)
     kind, files = find_files(source)
@@ -64,11 +62,9 @@ def _place(source: Source) -> str:
     path = os.path.expanduser(source.path)
     if source.format != "auto":
         return source.format if source.format in ("task", "hub") else "files"
-    if path == "python-stdlib" or os.path.exists(path):
-        return "files"
-    if path.startswith("task:"):
+    if path.startswith("task:") and not os.path.exists(path):
         return "task"
-    if glob.has_magic(path):
+    if path == "python-stdlib" or os.path.exists(path) or glob.has_magic(path):
         return "files"
     local = path.startswith((".", "/", "~")) or re.fullmatch(r"\.[A-Za-z]\w*", Path(path).suffix)
     if local or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", path):
