@@ -16,10 +16,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from hypothesis import settings
 from transformers import PreTrainedModel
 
 from families import BYTE_VOCABULARY, FAMILIES, WINDOW, pangu_folder, tiny_model
 from runs import config_of, start, weights
+
+# A loaded machine is no fault of the code.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 
 # Models here are tiny: more threads cost more than they give, and sums keep one order.
 torch.set_num_threads(1)
