@@ -147,7 +147,7 @@ def decoding_table(results: Mapping[str, Any]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, title_justify="left")
     if len(tasks) == 1:
         table.title = escape_markup(f"{spaced(tasks[0]).capitalize()}, {_prompts(decoding)}")
-    table.add_column("Model and mode", no_wrap=True, vertical="bottom")
+    table.add_column("Model and mode", vertical="bottom")
     shown = [place for place, name in enumerate(MEASURES, start=1) if name != INTERVAL]  # 80 columns
     for place in shown:
         table.add_column(BROKEN[place - 1], justify="right", vertical="bottom")
