@@ -2,8 +2,9 @@
 
 Every pass is one call of `Batch.forward`: the same number Q of tokens for each row, at the row's own position,
 either causal (it reads and extends the context) or with the whole block visible (denoising: what it writes to
-the cache is overwritten by the next pass). Rows of one batch may be in different phases. A batch that is given
-`StaticPasses` runs compiled passes, all but the one that reads the prompts.
+the cache is overwritten by the next pass). Rows of one batch may be in different phases, and those of another batch
+may `join` between two steps. A batch that is given `StaticPasses` runs compiled passes, all but the one that reads the
+prompts; no row can join it.
 
 Letters: B rows, Q tokens of a pass, D hidden size.
 """
@@ -57,8 +58,10 @@ class Batch:
         scratch = 1 if config.mode == "ar" else self.block_size * (config.draft_paths + config.draft_ahead)
         capacity = max(len(row.prompt) + row.limit for row in rows) + scratch
         self.cache = SlotCache(len(rows), capacity) if passes is None else passes.cache(len(rows), capacity, scratch)
-        self.masks = Masks(decoder, self.cache.capacity, decoder.context(min(len(row.prompt) for row in rows)))
+        self.context = decoder.context(min(len(row.prompt) for row in rows))
+        self.masks = Masks(decoder, self.cache.capacity, self.context)
         self.max_positions = self.masks.max_positions
+        self._joining: list[Batch] = []
 
     def forward(
         self,
@@ -92,21 +95,31 @@ class Batch:
             self.cache.aim(starts, tokens.shape[1], view.slots)
             return self.decoder.hidden(tokens, view.position, view.mask, self.cache, view.noised)
 
-    def prefill(self) -> Tensor:
-        """Read every prompt in one causal pass; hidden state of each one's last token, [B, D]."""
-        lengths = [len(row.prompt) for row in self.rows]
-        longest, count = max(lengths), len(lengths)
+    def read(self, start: int, end: int) -> Tensor:
+        """Read the tokens `start` ... `end` - 1 of every prompt in one causal pass: hidden states [B, Q, D]."""
+        count = len(self.rows)
         # Padding stands behind the prompt, where no token of it looks, and is overwritten by the answer.
-        tokens = torch.tensor([row.prompt + [0] * (longest - len(row.prompt)) for row in self.rows])
-        hidden = self.forward(tokens.to(self.device), [0] * count, [True] * count, compiled=False)
+        tokens = torch.tensor([(row.prompt + [0] * (end - len(row.prompt)))[start:end] for row in self.rows])
+        hidden = self.forward(tokens.to(self.device), [start] * count, [True] * count, compiled=False)
         self.stats.count("prefill", count)
-        return hidden[torch.arange(count, device=self.device), on_device(lengths, self.device) - 1]
+        return hidden
 
-    def begin(self, first_token: bool) -> list[Event]:
-        """Read the prompts; with `first_token`, the causal pass also gives the first token of each answer."""
-        hidden = self.prefill()
+    def prefill(self, start: int = 0) -> Tensor:
+        """Read every prompt in one pass, behind `start` tokens that were read: hidden state of the last ones, [B, D].
+
+        `start` is shorter than each prompt.
+        """
+        lengths = [len(row.prompt) for row in self.rows]
+        hidden = self.read(start, max(lengths))
+        return hidden[torch.arange(len(lengths), device=self.device), on_device(lengths, self.device) - 1 - start]
+
+    def begin(self, start: int = 0) -> list[Event]:
+        """Read the prompts, as `prefill`. Where the AR head gives the first token of each answer, that is decided."""
+        hidden = self.prefill(start)
         events: list[Event] = [Prefilled(row.number, len(row.prompt)) for row in self.rows]
-        if first_token:
+        for row in self.rows:
+            row.recent = float(self.block_size)
+        if self.shifted or self.config.mode != "diffusion":
             for row, token, confidence in zip(self.rows, *self.head.next_tokens(hidden, self.rows), strict=True):
                 events += row.extend([token], [confidence])
         self.leave()
@@ -133,6 +146,36 @@ class Batch:
             if index < len(self.rows):
                 self.rows[index], order[index] = last_row, last_index
         return order
+
+    def join(self, other: Batch) -> None:
+        """Let the rows of a batch that has begun go on in this one, from its next step on.
+
+        `other` has the same options and `context`, and is not used again. Each row decides what it would decide
+        there, token for token.
+        """
+        assert not isinstance(self.cache, StaticCache)
+        assert self.head.processor is None
+        self._joining.append(other)
+
+    @property
+    def joining(self) -> list[Row]:
+        """Rows that wait for the next step."""
+        return [row for other in self._joining for row in other.rows]
+
+    def admit(self) -> list[Row]:
+        """Take in the rows that wait. A mode calls this where it has nothing that it must finish first.
+
+        Returns:
+            The rows of the next pass, new ones last.
+        """
+        for other in self._joining:
+            self.cache.join(other.cache)
+            self.rows += other.rows
+        self._joining.clear()
+        if self.cache.capacity > self.masks.capacity:
+            self.masks = Masks(self.decoder, self.cache.capacity, self.context)
+            self.max_positions = self.masks.max_positions
+        return self.rows
 
     def close(self) -> None:
         """Give memory that outlives the batch back, for the next one."""

@@ -58,7 +58,10 @@ class SlotCache(Cache):
     def allocate(self, layer: int, part: str, states: Tensor) -> Tensor:
         """Zeros [B, H, C, D] for a layer's "keys" or "values" like `states` [B, H, _, D]; C is `end` or more."""
         rows, heads, _, size = states.shape
-        return states.new_zeros(rows, heads, min(self.capacity, self._end + max(64, self._end // 4)), size)
+        return states.new_zeros(rows, heads, self._room(), size)
+
+    def _room(self) -> int:
+        return min(self.capacity, self._end + max(64, self._end // 4))
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -96,6 +99,21 @@ class SlotCache(Cache):
                     slots[row, :, : self._end] = slots[last, :, : self._end]
                 store[layer] = slots[:last]
         self.rows = last
+
+    def join(self, other: SlotCache) -> None:
+        """Take in the rows of another cache of this model, behind those that are here; `other` is not used again.
+
+        C becomes what the rows need now, so that slots of long rows that left are given back.
+        """
+        self.capacity, self._end = max(self.capacity, other.capacity), max(self._end, other._end)
+        for store, added in ((self.keys, other.keys), (self.values, other.values)):
+            for layer, (old, new) in enumerate(zip(store, added, strict=True)):
+                slots = new.new_zeros(self.rows + other.rows, new.shape[1], self._room(), new.shape[3])
+                for part, rows in ((old, slots[: self.rows]), (new, slots[self.rows :])):
+                    width = min(self._end, part.shape[2])
+                    rows[:, :, :width] = part[:, :, :width]
+                store[layer] = slots
+        self.rows += other.rows
 
     # What transformers asks when it builds a mask itself (`attention_mask=None`).
 

@@ -55,10 +55,9 @@ def diffusion(batch: Batch) -> Iterator[list[Event]]:
     current sub-block. When nothing is masked, one causal pass writes the block to the cache and yields the
     next one's first token. Rows denoise and commit in the same passes.
     """
-    yield batch.begin(first_token=batch.shifted)
-    blocks = [_new_block(batch, row, 0) for row in batch.rows]
-    width = batch.block_size // batch.config.sub_blocks
-    while rows := batch.rows:
+    blocks, width = list[_Block](), batch.block_size // batch.config.sub_blocks
+    while rows := batch.admit():
+        blocks += [_new_block(batch, row, 0) for row in rows[len(blocks) :]]
         masked = [block.masked(width) for block in blocks]
         tokens = on_device([block.tokens for block in blocks], batch.device)
         starts = [len(row.prompt) + block.start for row, block in zip(rows, blocks, strict=True)]

@@ -57,9 +57,6 @@ def likeliest_points(draft: Draft, count: int) -> Tensor:
 
 def draft_ahead(batch: Batch) -> Iterator[list[Event]]:
     """One pass a cycle: check, and draft for the points of acceptance that are likeliest to come true."""
-    yield batch.begin(first_token=True)
-    for row in batch.rows:
-        row.recent = float(batch.block_size)
     ahead = drafted(batch, torch.empty(0), [None] * len(batch.rows))
     while rows := batch.rows:
         known, starts = batch.known()

@@ -15,7 +15,7 @@ from nextblock.decoding.speculative import speculative
 
 
 def decode(batch: Batch) -> Iterator[list[Event]]:
-    """Decode all rows in the mode that `batch.config` names; afterwards each row holds its answer.
+    """Decode all rows of a batch that has begun, in the mode that `batch.config` names; then each holds its answer.
 
     Yields the events of each step: of a pass, or in speculative mode of a draft and its check.
     """
@@ -26,8 +26,7 @@ def decode(batch: Batch) -> Iterator[list[Event]]:
 
 def autoregressive(batch: Batch) -> Iterator[list[Event]]:
     """One causal pass per token."""
-    yield batch.begin(first_token=True)
-    while rows := batch.rows:
+    while rows := batch.admit():
         hidden = batch.forward(*batch.known(), [True] * len(rows))
         batch.stats.count("decode", len(rows))
         told = zip(rows, *batch.head.next_tokens(hidden[:, 0], rows), strict=True)
@@ -49,8 +48,9 @@ def run(make_batch: Callable[[], Batch], stats: Stats, began: float) -> Generato
             with torch.inference_mode():
                 if batch is None or steps is None:
                     batch = make_batch()
-                    steps = decode(batch)
-                events = next(steps, None)
+                    steps, events = decode(batch), batch.begin()
+                else:
+                    events = next(steps, None)
             stats.seconds = time.perf_counter() - began
             if events is None:
                 return

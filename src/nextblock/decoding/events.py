@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Kind = Literal["prefill", "decode", "denoise", "check", "commit"]
-Finish = Literal["end_token", "stop_string", "length", "criteria"]
+Finish = Literal["end_token", "stop_string", "length", "criteria", "cancelled"]
 
 
 @dataclass(frozen=True, slots=True)

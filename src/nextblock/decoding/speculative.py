@@ -18,10 +18,7 @@ def speculative(batch: Batch) -> Iterator[list[Event]]:
     rejection sampling decides. What was not kept is dropped by counting less far in the cache. So the answer
     is that of `autoregressive`, greedy, and has its distribution, sampling.
     """
-    yield batch.begin(first_token=True)
-    for row in batch.rows:
-        row.recent = float(batch.block_size)
-    while rows := batch.rows:
+    while rows := batch.admit():
         known, starts = batch.known()
         lengths = [draft_length(batch, row) for row in rows]
         if any(lengths):
