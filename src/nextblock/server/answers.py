@@ -1,0 +1,159 @@
+"""What a client gets: OpenAI's objects and chunks, made from the progress of rows."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from nextblock.decoding.events import Committed, Finish, Rejected, RowFinished
+from nextblock.decoding.text import TextStream
+from nextblock.server.bodies import Body, ChatBody
+from nextblock.server.engine import Progress
+
+FINISH: dict[Finish, str] = {"end_token": "stop", "stop_string": "stop", "length": "length"}
+LEAST = -9999.0
+"""In place of the logarithm of zero, as OpenAI writes it."""
+
+
+def as_json(value: Any) -> bytes:
+    """JSON in ASCII, so that no text can break it."""
+    return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
+
+
+class Choice:
+    """One answer as it grows: text that can be shown, log-probabilities, events."""
+
+    def __init__(self, index: int, tokenizer: Any, stop: Sequence[str], body: Body) -> None:
+        self.index, self.tokenizer, self.body = index, tokenizer, body
+        self.text, self.piece, self.finish = "", "", None
+        self.tokens = self.forwards = 0
+        self.logprobs: list[dict[str, Any]] = []
+        self._new: list[dict[str, Any]] = []
+        self._events: list[dict[str, Any]] = []
+        self._stream = TextStream(tokenizer, stop)
+
+    def take(self, progress: Progress) -> None:
+        """Take in what a step brought."""
+        self.tokens += len(progress.tokens)
+        self.forwards = progress.forwards
+        piece = "".join(map(self._stream.put, progress.tokens))
+        if progress.finish is not None:
+            piece += self._stream.end()
+            self.finish = FINISH.get(progress.finish, "stop")
+        self.piece += piece
+        self.text += piece
+        if self.body.wants_logprobs:
+            new = [self._logprob(event) for event in progress.events if isinstance(event, Committed)]
+            self.logprobs += new
+            self._new += new
+        if self.body.events:
+            self._events += [told for event in progress.events if (told := self._event(event)) is not None]
+
+    def _logprob(self, event: Committed) -> dict[str, Any]:
+        text = self.tokenizer.decode([event.token])
+        value = math.log(event.confidence) if event.confidence > 0 else LEAST
+        return {"token": text, "logprob": value, "bytes": [*text.encode("utf-8", "replace")], "top_logprobs": []}
+
+    def _event(self, event: Any) -> dict[str, Any] | None:
+        if isinstance(event, RowFinished):
+            return {"type": "finished", "index": self.index, "tokens": event.tokens}
+        if not isinstance(event, Committed | Rejected):
+            return None
+        told = {"type": "committed", "index": self.index, "offset": event.offset, "step": event.step}
+        told["text"] = self.tokenizer.decode([event.token])
+        if isinstance(event, Rejected):
+            return told | {"type": "rejected"}
+        return told | {"confidence": round(event.confidence, 4)}
+
+    def chunk(self) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
+        """What is new since the last call: the choice of a chunk, None if there is nothing to show, and events."""
+        piece, self.piece = self.piece, ""
+        new, self._new = self._new, []
+        events, self._events = self._events, []
+        if not piece and not new and self.finish is None:
+            return None, events
+        found = {"index": self.index, "logprobs": self._told(new), "finish_reason": self.finish}
+        chat = isinstance(self.body, ChatBody)
+        return found | ({"delta": {"content": piece}} if chat else {"text": piece}), events
+
+    def whole(self) -> dict[str, Any]:
+        """The choice of an answer that is not a stream."""
+        found = {"index": self.index, "logprobs": self._told(self.logprobs), "finish_reason": self.finish}
+        if isinstance(self.body, ChatBody):
+            return found | {"message": {"role": "assistant", "content": self.text, "refusal": None}}
+        return found | {"text": self.text}
+
+    def _told(self, tokens: list[dict[str, Any]]) -> dict[str, Any] | None:
+        if not self.body.wants_logprobs:
+            return None
+        if isinstance(self.body, ChatBody):
+            return {"content": tokens, "refusal": None}
+        values = {"tokens": "token", "token_logprobs": "logprob"}
+        return {name: [token[of] for token in tokens] for name, of in values.items()} | {"top_logprobs": None}
+
+
+class Answer:
+    """The answer to one request: `n` choices for each prompt, and what they cost.
+
+    prompt_tokens: each prompt counts once, however many choices it has.
+    """
+
+    def __init__(self, model: str, body: Body, choices: list[Choice], prompt_tokens: int) -> None:
+        prefix = "chatcmpl" if isinstance(body, ChatBody) else "cmpl"
+        self.body, self.choices, self.prompt_tokens = body, choices, prompt_tokens
+        self.head = {"id": f"{prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+
+    @property
+    def done(self) -> bool:
+        """Whether every choice has ended."""
+        return all(choice.finish is not None for choice in self.choices)
+
+    @property
+    def usage(self) -> dict[str, Any]:
+        """OpenAI's counts; `forwards`: passes that the rows took part in, and tokens for each of them."""
+        tokens, forwards = (sum(getattr(c, name) for c in self.choices) for name in ("tokens", "forwards"))
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": tokens,
+            "total_tokens": self.prompt_tokens + tokens,
+            "forwards": forwards,
+            "tokens_per_forward": round(tokens / forwards, 4) if forwards else 0.0,
+        }
+
+    def whole(self) -> dict[str, Any]:
+        """The answer as one object."""
+        choices = [choice.whole() for choice in self.choices]
+        return {**self.head, "object": self.body.kind, "choices": choices, "usage": self.usage}
+
+    def chunk(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
+        """One event of a stream."""
+        kind = f"{self.body.kind}.chunk" if isinstance(self.body, ChatBody) else self.body.kind
+        return b"data: " + as_json({**self.head, "object": kind, "choices": choices, **more}) + b"\n\n"
+
+    def first(self) -> bytes:
+        """What a stream of a chat begins with: who speaks."""
+        if not isinstance(self.body, ChatBody):
+            return b""
+        delta = {"role": "assistant", "content": ""}
+        empty: dict[str, Any] = {"delta": delta, "logprobs": None, "finish_reason": None}
+        return b"".join(self.chunk([{"index": choice.index, **empty}]) for choice in self.choices)
+
+    def news(self) -> bytes:
+        """The chunks of what is new."""
+        chunks = []
+        for choice in self.choices:
+            found, events = choice.chunk()
+            more = {"events": events, "forwards": choice.forwards} if self.body.events else {}
+            if found is not None or events:
+                chunks.append(self.chunk([] if found is None else [found], **more))
+        return b"".join(chunks)
+
+    def last(self) -> bytes:
+        """The end of a stream."""
+        options = self.body.stream_options
+        usage = self.chunk([], usage=self.usage) if options is not None and options.include_usage else b""
+        return usage + b"data: [DONE]\n\n"

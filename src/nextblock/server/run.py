@@ -1,0 +1,88 @@
+"""From a model to a server that listens, and its end."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from nextblock.config.errors import UsageError
+from nextblock.decoding.lm import BlockDiffusionLM
+from nextblock.server.app import Limits, Server
+
+
+class _Uvicorn(uvicorn.Server):
+    """Ends with status 0 on a signal, as what is in flight was finished or given up on purpose."""
+
+    def __init__(self, config: uvicorn.Config, greeting: str) -> None:
+        super().__init__(config)
+        self.greeting = greeting
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        print(self.greeting, flush=True)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        super().handle_exit(sig, frame)
+        self._captured_signals.clear()  # else they are raised once more behind the end
+
+
+def serve(
+    lm: BlockDiffusionLM,
+    name: str,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    options: dict[str, Any] | None = None,
+    limits: Limits | None = None,
+    key: str | None = None,
+) -> None:
+    """Serve a model until a signal says stop.
+
+    Args:
+        host: 127.0.0.1: this machine alone; 0.0.0.0: everyone who reaches it.
+        port: 0: a free one.
+        name, options, limits, key: as for `Server`.
+    Raises:
+        UsageError: an address that cannot be had, or a model that cannot decode batches.
+    """
+    if lm.refusal:
+        raise UsageError(lm.refusal)
+    limits = limits or Limits()
+    listener = listen(host, port)
+    server = Server(lm, name, options=options, limits=limits, key=key)
+    if lm.settings is None:
+        said = "it has no block-diffusion settings, so it decodes token by token (ar mode)"
+        print(f"warning: {name}: {said}", file=sys.stderr)
+    host, port = listener.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    config = uvicorn.Config(
+        server.app,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=max(1, round(limits.stop_seconds)),
+        lifespan="on",
+        ws="none",
+    )
+    greeting = f"serving {name} at http://{shown}:{port}  (page: /, endpoint: /v1; Ctrl-C stops)"
+    _Uvicorn(config, greeting).run(sockets=[listener])
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket at an address, before anything long begins. UsageError where it cannot be had."""
+    if not 0 <= port < 1 << 16:
+        raise UsageError(f"port={port} is none; choose another, from 1 to 65535, or 0 for a free one")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        raise UsageError(
+            f"cannot listen at {host}:{port}: {error.strerror}; choose another with --host or --port"
+        ) from None
+    return listener

@@ -1,0 +1,201 @@
+"""One thread decodes many requests that come and go."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+import nextblock as nb
+from decoders import LENGTHS, language_model, prompt
+from families import tiny_model
+from nextblock.decoding.cache import SlotCache
+from nextblock.decoding.request import make_request
+from nextblock.server.engine import Engine, Job, Progress
+
+MODES = [
+    {"mode": "ar"},
+    {"mode": "diffusion", "threshold": 0.3},
+    {"mode": "speculative"},
+    {"mode": "speculative", "draft_ahead": 2},
+    {"mode": "speculative", "draft_paths": 2},
+]
+DRAWN = {"temperature": 0.8, "seed": 4}
+
+
+class Heard:
+    """What one job was told."""
+
+    def __init__(self, lm, ids, on_token=None, **options):
+        request = make_request(lm.decoder, lm.tokenizer, lm.settings, ids, options)
+        self.tokens: list[int] = []
+        self.end: Progress | None = None
+        self.done, self.begun = threading.Event(), threading.Event()
+        if on_token is not None:
+            request.rows[0].stop = on_token
+        self.job = Job(request.rows[0], request.config, self.hear)
+
+    def hear(self, progress):
+        self.begun.set()
+        self.tokens += progress.tokens
+        if progress.finish is not None or progress.error is not None:
+            self.end = progress
+            self.done.set()
+
+    def wait(self) -> Progress:
+        assert self.done.wait(60)
+        assert self.end is not None
+        return self.end
+
+
+@contextmanager
+def running(lm, **options):
+    engine = Engine(lm, **options)
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def until(condition, seconds=30.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def idle(engine):
+    """No row, no batch and no cache is held."""
+    until(lambda: not (engine.rows or engine.waiting or engine._running or engine._reading))
+    gc.collect()
+    assert not [thing for thing in gc.get_objects() if type(thing) is SlotCache and thing.rows]
+
+
+def test_requests_of_all_modes_at_once_get_what_each_gets_alone(llama):
+    lm, jobs, alone = language_model(llama), [], []
+    for n, how in enumerate(MODES):
+        for drawn in ({}, DRAWN):
+            for length in LENGTHS[n % 2 :: 2]:
+                options: dict[str, Any] = {**how, **drawn, "max_new_tokens": 7 + length}
+                alone.append(lm.generate(prompt(length, n), **options).answers[0])
+                jobs.append(Heard(lm, prompt(length, n), **options))
+    with running(lm, max_rows=6, read_tokens=8) as engine:
+        for heard in jobs:
+            engine.submit([heard.job])
+            time.sleep(0.002)
+        assert all(heard.wait().error is None for heard in jobs)
+        assert [heard.tokens for heard in jobs] == alone
+        idle(engine)
+        assert engine.stats.new_tokens == sum(map(len, alone))
+
+
+def test_forwards_are_counted_for_each_row_as_they_are_alone(llama):
+    lm = language_model(llama)
+    for how in MODES[:3]:
+        alone = lm.generate(prompt(9), max_new_tokens=20, **how).stats.forwards
+        jobs = [Heard(lm, prompt(9), max_new_tokens=20, **how) for _ in range(3)]
+        with running(lm) as engine:
+            engine.submit([heard.job for heard in jobs])
+            assert [heard.wait().forwards for heard in jobs] == [alone] * 3
+
+
+def test_a_long_prompt_is_read_in_parts_between_the_steps_of_others(llama):
+    lm = language_model(llama)
+    short, long = (Heard(lm, prompt(n), mode="ar", max_new_tokens=m) for n, m in ((5, 60), (200, 5)))
+    with running(lm, read_tokens=16) as engine:
+        engine.submit([short.job])
+        assert short.begun.wait(30)
+        engine.submit([long.job])
+        for heard in (short, long):
+            heard.wait()
+    assert long.tokens == lm.generate(prompt(200), mode="ar", max_new_tokens=5).answers[0]
+    assert long.job.row.passes == 13 + 4
+    assert short.tokens == lm.generate(prompt(5), mode="ar", max_new_tokens=60).answers[0]
+
+
+@pytest.mark.parametrize("how", MODES, ids=str)
+def test_a_cancelled_request_changes_no_other_and_holds_nothing(llama, how):
+    lm = language_model(llama)
+    options: dict[str, Any] = {**how, **DRAWN, "max_new_tokens": 20, "eos_token_id": []}
+    jobs = [Heard(lm, prompt(n), **{**options, "max_new_tokens": m}) for n, m in ((5, 20), (9, 400), (7, 20), (6, 20))]
+    with running(lm, max_rows=3) as engine:
+        engine.submit([heard.job for heard in jobs])
+        jobs[3].job.cancelled = True  # while it waits
+        assert jobs[1].begun.wait(30)
+        jobs[1].job.cancelled = True
+        for n, length in ((0, 5), (2, 7)):
+            jobs[n].wait()
+            assert jobs[n].tokens == lm.generate(prompt(length), **options).answers[0]
+        idle(engine)
+    assert jobs[3].job.row.passes == 0
+    assert jobs[1].end is None
+
+
+@pytest.mark.parametrize("how", MODES[:3], ids=str)
+def test_an_exception_in_one_row_ends_this_row_alone(llama, how):
+    lm = language_model(llama)
+
+    def fails(answer):
+        if len(answer) > 3:
+            raise ValueError("not this row's day")
+
+    jobs = [
+        Heard(lm, prompt(5), on_token=fails, max_new_tokens=20, **how),
+        Heard(lm, prompt(7), max_new_tokens=20, **how),
+    ]
+    with running(lm) as engine:
+        engine.submit([heard.job for heard in jobs])
+        assert "not this row's day" in str(jobs[0].wait().error)
+        assert jobs[1].wait().error is None
+        assert jobs[1].tokens == lm.generate(prompt(7), max_new_tokens=20, **how).answers[0]
+        idle(engine)
+
+
+def test_a_pass_that_fails_ends_the_rows_of_its_batch_and_the_engine_goes_on(llama):
+    lm = language_model(llama)
+    poison = 77
+
+    def fail(module, args, kwargs):
+        if (kwargs["input_ids"] == poison).sum() > 3:
+            raise RuntimeError("out of memory")
+
+    handle = llama.model.register_forward_pre_hook(fail, with_kwargs=True)
+    bad = Heard(lm, torch.full((1, 4), poison), mode="ar", max_new_tokens=5)
+    good = Heard(lm, prompt(5), mode="diffusion", max_new_tokens=9)
+    with running(lm) as engine:
+        engine.submit([bad.job, good.job])
+        assert "out of memory" in str(bad.wait().error)
+        assert good.wait().error is None
+        again = Heard(lm, prompt(5), mode="ar", max_new_tokens=5)
+        engine.submit([again.job])
+        assert again.wait().error is None
+        idle(engine)
+    handle.remove()
+
+
+def test_closing_tells_those_who_wait():
+    lm = language_model(tiny_model("llama"))
+    heard = Heard(lm, prompt(5), mode="ar", max_new_tokens=400)
+    engine = Engine(lm)
+    engine.submit([heard.job])
+    assert heard.begun.wait(30)
+    engine.close()
+    assert "closing" in str(heard.wait().error)
+
+
+def test_the_shipped_draft_adapter_answers_beside_ar_mode():
+    lm = nb.load("tiny-ar", draft_adapter="tiny-draft")
+    ids = prompt(9)
+    jobs = [Heard(lm, ids, mode="speculative", max_new_tokens=20) for _ in range(2)]
+    with running(lm) as engine:
+        engine.submit([jobs[0].job])
+        assert jobs[0].begun.wait(30)
+        engine.submit([jobs[1].job])
+        for heard in jobs:
+            heard.wait()
+        assert jobs[0].tokens == jobs[1].tokens == lm.generate(ids, mode="ar", max_new_tokens=20).answers[0]
