@@ -2,49 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
 import http.client
 import json
 import socket
-import threading
-import time
-from contextlib import contextmanager
 
 import httpx
 import openai
 import pytest
-import uvicorn
 
 import nextblock as nb
 from nextblock.config.errors import UsageError
-from nextblock.server.app import Limits, Server
+from nextblock.server.limits import Limits
 from nextblock.server.run import listen
+from serving import served, until
 
 PROMPT = "Q: Leo has 8 bags with 7 coins in each. He loses 13. How many coins does Leo have?\nA:"
 MODES = ("ar", "diffusion", "speculative")
-
-
-@contextmanager
-def served(lm, name="tiny-bd", **options):
-    """(server, base URL) of a server in a thread."""
-    listener = listen("127.0.0.1", 0)
-    server = Server(lm, name, **options)
-    running = uvicorn.Server(uvicorn.Config(server.app, log_level="error", lifespan="on", ws="none"))
-    thread = threading.Thread(target=lambda: asyncio.run(running.serve([listener])))
-    thread.start()
-    until(lambda: running.started)
-    try:
-        yield server, f"http://127.0.0.1:{listener.getsockname()[1]}"
-    finally:
-        running.should_exit = True
-        thread.join()
-
-
-def until(condition, seconds=30.0):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from families import tiny_model
 from nextblock.decoding.cache import SlotCache
 from nextblock.decoding.request import make_request
 from nextblock.server.engine import Engine, Job, Progress
+from serving import until
 
 MODES = [
     {"mode": "ar"},
@@ -60,13 +61,6 @@ def running(lm, **options):
         yield engine
     finally:
         engine.close()
-
-
-def until(condition, seconds=30.0):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def idle(engine):

@@ -12,7 +12,7 @@ from typing import Any
 
 import typer
 
-from nextblock.cli import decode, measure, train
+from nextblock.cli import decode, measure, serve, train
 from nextblock.config.errors import UsageError
 
 app = typer.Typer(
@@ -35,7 +35,15 @@ any_key: Any = {
 app.command()(train.demo)
 app.command(**any_key)(train.adapt)
 app.command(**any_key)(train.plan)
-for command in (decode.generate, decode.chat, measure.evaluate, measure.tune, measure.verify, measure.report):
+for command in (
+    decode.generate,
+    decode.chat,
+    serve.serve,
+    measure.evaluate,
+    measure.tune,
+    measure.verify,
+    measure.report,
+):
     app.command()(command)
 app.add_typer(bench, name="bench")
 bench.command("decode")(measure.bench_decode)

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 import typer
 
 from nextblock.config.errors import UsageError
-from nextblock.config.sections import validate
+from nextblock.config.sections import Section, validate
 from nextblock.decoding.options import DecodingConfig, spell_out
 
 C = TypeVar("C", bound=Callable[..., Any])
@@ -62,16 +62,21 @@ def takes_loading_options(command: C) -> C:
 
 def takes_decoding_options(command: C) -> C:
     """Decorate a command `f(..., **given)`: `given` holds each field of `DecodingConfig`, for `decoding_options`."""
+    return takes_section(DecodingConfig, "Decoding options (default: the checkpoint's, else as shown)")(command)
+
+
+def takes_section(section: type[Section], panel: str) -> Callable[[C], C]:
+    """Decorate a command `f(..., **given)`: `given` holds each field of a section as text, for `given_of`."""
     parameters = []
-    for name, field in DecodingConfig.model_fields.items():
+    for name, field in section.model_fields.items():
         option = typer.Option(
             help=field.description,
             metavar=f"<{_in_words(field.annotation)}>",
             show_default=False if field.default is None else str(field.default),
-            rich_help_panel="Decoding options (default: the checkpoint's, else as shown)",
+            rich_help_panel=panel,
         )
         parameters.append(_parameter(name, Annotated[str | None, option]))
-    return spell_out(command, parameters)
+    return lambda command: spell_out(command, parameters)
 
 
 def _parameter(name: str, annotation: Any) -> inspect.Parameter:
@@ -92,9 +97,14 @@ def decoding_options(given: Mapping[str, str | None]) -> dict[str, Any]:
     Raises:
         UsageError: a value out of its limits.
     """
-    texts = {name: given[name] for name in DecodingConfig.model_fields if given.get(name) is not None}
-    config = validate(DecodingConfig, {name: None if text == "none" else text for name, text in texts.items()})
-    return {name: getattr(config, name) for name in texts}
+    return given_of(DecodingConfig, given)
+
+
+def given_of(section: type[Section], given: Mapping[str, str | None]) -> dict[str, Any]:
+    """The fields of a section that were given, read from text. UsageError for a value out of its limits."""
+    texts = {name: given[name] for name in section.model_fields if given.get(name) is not None}
+    values = validate(section, {name: None if text == "none" else text for name, text in texts.items()})
+    return {name: getattr(values, name) for name in texts}
 
 
 def thresholds_of(texts: list[str]) -> list[float | None]:

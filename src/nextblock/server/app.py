@@ -12,7 +12,6 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -21,13 +20,13 @@ from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
 from nextblock.config.errors import UsageError
-from nextblock.config.sections import Section
 from nextblock.decoding.lm import BlockDiffusionLM
 from nextblock.decoding.request import Request as Rows
 from nextblock.decoding.request import make_request
 from nextblock.server.answers import Answer, Choice, as_json
 from nextblock.server.bodies import Body, ChatBody, TextBody, read_body
 from nextblock.server.engine import Engine, Job, Progress
+from nextblock.server.limits import Limits
 from nextblock.server.metrics import Metrics
 
 PAGE = Path(__file__).parent / "page"
@@ -37,18 +36,6 @@ POLICY = (
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 log = logging.getLogger(__name__)
-
-
-class Limits(Section):
-    """What a server takes."""
-
-    max_rows: int = Field(default=32, ge=1, description="answers that are decoded at the same time")
-    max_waiting: int = Field(default=256, ge=0, description="answers that may wait for a place; more get status 429")
-    max_tokens: int = Field(default=4096, ge=1, description="longest answer that a client may ask for, in tokens")
-    max_prompt: int | None = Field(default=None, ge=1, description="longest prompt, in tokens; default: the context")
-    max_body: int = Field(default=1 << 20, ge=1, description="largest body of a request, in bytes; else status 413")
-    send_seconds: float = Field(default=30, gt=0, description="a client that takes nothing for so long is given up")
-    stop_seconds: float = Field(default=30, gt=0, description="how long answers may go on after the signal to stop")
 
 
 class Refusal(Exception):

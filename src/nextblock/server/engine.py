@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
+import traceback
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
@@ -186,9 +187,9 @@ class Engine:
         try:
             action(work)
         except Exception as error:
-            log.exception("a pass failed")
+            log.error("a pass failed:\n%s", traceback.format_exc())  # as text: frames hold the cache
             self._drop(work)
-            error = error.with_traceback(None)  # whose frames hold the cache
+            error = error.with_traceback(None)
             for job in work.jobs.values():
                 _tell(job, Progress([], [], job.row.passes, error=error))
 

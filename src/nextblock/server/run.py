@@ -11,7 +11,8 @@ import uvicorn
 
 from nextblock.config.errors import UsageError
 from nextblock.decoding.lm import BlockDiffusionLM
-from nextblock.server.app import Limits, Server
+from nextblock.server.app import Server
+from nextblock.server.limits import Limits
 
 
 class _Uvicorn(uvicorn.Server):
@@ -30,35 +31,30 @@ class _Uvicorn(uvicorn.Server):
         self._captured_signals.clear()  # else they are raised once more behind the end
 
 
-def serve(
+def run(
     lm: BlockDiffusionLM,
     name: str,
+    listener: socket.socket,
     *,
-    host: str = "127.0.0.1",
-    port: int = 8000,
     options: dict[str, Any] | None = None,
     limits: Limits | None = None,
     key: str | None = None,
 ) -> None:
-    """Serve a model until a signal says stop.
+    """Serve a model until a signal says stop; what is in flight then has `limits.stop_seconds` to end.
 
     Args:
-        host: 127.0.0.1: this machine alone; 0.0.0.0: everyone who reaches it.
-        port: 0: a free one.
+        listener: from `listen`.
         name, options, limits, key: as for `Server`.
     Raises:
-        UsageError: an address that cannot be had, or a model that cannot decode batches.
+        UsageError: a model that cannot decode batches.
     """
     if lm.refusal:
         raise UsageError(lm.refusal)
     limits = limits or Limits()
-    listener = listen(host, port)
     server = Server(lm, name, options=options, limits=limits, key=key)
     if lm.settings is None:
         said = "it has no block-diffusion settings, so it decodes token by token (ar mode)"
         print(f"warning: {name}: {said}", file=sys.stderr)
-    host, port = listener.getsockname()[:2]
-    shown = f"[{host}]" if ":" in host else host
     config = uvicorn.Config(
         server.app,
         log_level="warning",
@@ -68,8 +64,9 @@ def serve(
         lifespan="on",
         ws="none",
     )
-    greeting = f"serving {name} at http://{shown}:{port}  (page: /, endpoint: /v1; Ctrl-C stops)"
-    _Uvicorn(config, greeting).run(sockets=[listener])
+    host, port = listener.getsockname()[:2]
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    _Uvicorn(config, f"serving {name} at {address}  (page: /, endpoint: /v1; Ctrl-C stops)").run(sockets=[listener])
 
 
 def listen(host: str, port: int) -> socket.socket:
