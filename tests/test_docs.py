@@ -24,10 +24,10 @@ from nextblock.config.errors import UsageError
 from nextblock.config.presets import preset
 from nextblock.config.run import load_config
 from nextblock.config.sections import validate
-from nextblock.data.tasks import get_task
 from nextblock.decoding.options import MODES, DecodingConfig
 from nextblock.decoding.request import CallOptions
 from nextblock.measure.bench.prompts import parse_variant
+from nextblock.tasks import get_task
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
