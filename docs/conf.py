@@ -44,7 +44,19 @@ autodoc_member_order = "bysource"
 autodoc_class_signature = "separated"
 
 API = Path(__file__).parent / "api"
-PACKAGES = ("config", "attention", "data", "model", "recipe", "training", "decoding", "measure", "workflows", "cli")
+PACKAGES = (
+    "config",
+    "attention",
+    "data",
+    "model",
+    "recipe",
+    "training",
+    "decoding",
+    "measure",
+    "workflows",
+    "server",
+    "cli",
+)
 PUBLIC = "# nextblock\n\nThe names that `import nextblock as nb` gives. Everything else may change between versions.\n"
 RUN_ON_IMPORT = "sandbox_child"  # a script for a process of its own: it would limit ours
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import typer
 
-from nextblock.cli import decode, measure, serve, train
+from nextblock.cli import decode, experiment, measure, serve, train
 from nextblock.config.errors import UsageError
 
 app = typer.Typer(
@@ -45,6 +45,7 @@ for command in (
     measure.report,
 ):
     app.command()(command)
+app.command()(experiment.experiment)
 app.add_typer(bench, name="bench")
 bench.command("decode")(measure.bench_decode)
 
