@@ -515,3 +515,32 @@ def test_documents_that_were_cut_at_the_end_of_a_row_are_told(run, parent, tmp_p
     assert int(told.split()[1]) > 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["training"]["truncated"] == int(told.split()[1])
+
+
+def test_a_chat_obeys_commands_and_an_interrupt_ends_an_answer_alone(run, adapted, tmp_path, monkeypatch):
+    lm, file = nb.load(adapted), tmp_path / "talk.jsonl"
+    said = lm.generate([{"role": "user", "content": "hi"}], mode="ar", max_new_tokens=6).texts[0]
+    lines = iter(["/mode ar", "hi", f"/save {file}", "/mode dream", "/nothing", f"/save {tmp_path}/no/talk", ""])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    status, out, _ = run("chat", adapted, "--max-new-tokens", "6")
+    assert status == 0
+    shown = out.splitlines()
+    assert shown[0] == "mode: ar"
+    assert out.startswith(f"mode: ar\nmodel: {said}\nwrote 2 messages to {file}\n")
+    assert "unknown mode" in shown[-3]
+    assert "/nothing" in shown[-2]
+    assert "cannot be written" in shown[-1]
+    talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": said}]
+    assert json.loads(file.read_text(encoding="utf-8")) == {"messages": talk}
+
+    def pieces(self, messages, **options):
+        asked.append([dict(message) for message in messages])
+        yield 0, "so far"
+        raise KeyboardInterrupt
+
+    asked: list[list[dict[str, str]]] = []
+    monkeypatch.setattr(nb.BlockDiffusionLM, "stream_text", pieces)
+    lines = iter(["one", "two", ""])
+    status, out, _ = run("chat", adapted)
+    assert (status, out) == (0, "model: so far [stopped]\n" * 2)
+    assert asked[1] == [*asked[0], {"role": "assistant", "content": "so far"}, {"role": "user", "content": "two"}]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,6 +20,8 @@ from nextblock.cli.options import (
     takes_loading_options,
 )
 from nextblock.config.errors import UsageError
+from nextblock.config.files import write_whole
+from nextblock.decoding.options import resolve_config
 
 Prompts = Annotated[
     list[str] | None,
@@ -114,7 +117,10 @@ def _show_live(lm: Any, prompt: str, options: dict[str, Any]) -> None:
 @takes_decoding_options
 @takes_loading_options
 def chat(model: Model, **given: Any) -> None:
-    """Talk to a model; an empty line or end of input leaves."""
+    """Talk to a model. /mode NAME changes the mode, /save FILE writes the talk as a row of training data.
+
+    Ctrl-C ends an answer. An empty line or end of input leaves.
+    """
     options = decoding_options(given)
     lm = load_lm(model, given)
     options = {**_mode_of(lm), **options}
@@ -126,11 +132,46 @@ def chat(model: Model, **given: Any) -> None:
             said = ""
         if not said.strip():
             return
+        if said.startswith("/"):
+            try:
+                print(_obey(said, lm, options, messages))
+            except UsageError as error:
+                print(error)
+            continue
         messages.append({"role": "user", "content": said})
-        said = ""
-        print("model: ", end="", flush=True)
+        if answer := _answer(lm, messages, options):
+            messages.append({"role": "assistant", "content": answer})
+        else:  # stopped before it began, or nothing was said: a template wants turns that alternate
+            messages.pop()
+
+
+def _answer(lm: Any, messages: list[dict[str, str]], options: dict[str, Any]) -> str:
+    """Print an answer as it grows, as far as it is let."""
+    said = ""
+    print("model: ", end="", flush=True)
+    try:
         for _, piece in lm.stream_text(messages, **options):
             said += piece
             print(piece, end="", flush=True)
-        print()
-        messages.append({"role": "assistant", "content": said})
+    except KeyboardInterrupt:
+        print(" [stopped]", end="")
+    print()
+    return said
+
+
+def _obey(command: str, lm: Any, options: dict[str, Any], messages: list[dict[str, str]]) -> str:
+    """Do what a line that begins with / says; what to print. UsageError for a command or a value that is none."""
+    name, _, value = command.partition(" ")
+    value = value.strip()
+    if name == "/mode" and value:
+        changed = {**options, **decoding_options({"mode": value})}
+        resolve_config(lm.settings, changed, drafted=lm.adapter is not None)
+        options |= changed
+        return f"mode: {value}"
+    if name == "/save" and value:
+        try:
+            write_whole(Path(value), (json.dumps({"messages": messages}, ensure_ascii=False) + "\n").encode())
+        except OSError as error:
+            raise UsageError(f"{value} cannot be written: {error.strerror}; choose another file") from None
+        return f"wrote {len(messages)} messages to {value}"
+    raise UsageError(f"{command!r:.60} is no command; use /mode NAME or /save FILE")
