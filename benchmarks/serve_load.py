@@ -25,8 +25,8 @@ import httpx
 import openai
 
 import nextblock as nb
-from nextblock.data.tasks import get_task
 from nextblock.server.limits import Limits
+from nextblock.tasks import get_task
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from serving import served, until

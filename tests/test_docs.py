@@ -109,7 +109,11 @@ def test_the_architecture_page_has_a_line_for_each_file():
         folders[level:] = [path]
         assert len(line.split()) > 1, f"{path.name}: what is it?"
         named |= {path} - {path if line.split()[0].endswith("/") else None}
-    there = {path for path in PACKAGE.rglob("*") if path.suffix in (".py", ".html") and "assets" not in path.parts}
+    there = {
+        path
+        for path in PACKAGE.rglob("*")
+        if path.suffix in (".py", ".html", ".css", ".js") and "assets" not in path.parts
+    }
     # Of a package's own file its folder's line tells.
     assert named == {path for path in there if path.name != "__init__.py" or path.parent == PACKAGE}
 
