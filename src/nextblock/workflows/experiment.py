@@ -12,8 +12,8 @@ from nextblock.config.errors import UsageError, nearest
 from nextblock.config.files import read_yaml
 from nextblock.config.run import AdaptConfig, load_config
 from nextblock.config.sections import Section, validate
-from nextblock.data.tasks import Task, get_task
 from nextblock.decoding.options import DecodingConfig
+from nextblock.tasks import Task, get_task
 
 PARENT = "parent:"
 """In front of the name of one of the experiment's own parents, in `model.path`."""
