@@ -29,7 +29,7 @@ from nextblock.server.limits import Limits
 from nextblock.tasks import get_task
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
-from serving import served, until
+from serving import served, until  # pyright: ignore[reportMissingImports]
 
 CLIENTS, MIXED, PROMPTS = 64, 200, 4
 OPTIONS: list[dict[str, Any]] = [
@@ -69,9 +69,7 @@ async def steady(url: str, known: list[tuple[dict[str, Any], str]], seconds: flo
             counts[0] += 1
             counts[1] += await stream(client, body) != text
 
-    limits = httpx.Limits(max_connections=CLIENTS)
-    async with httpx.AsyncClient(limits=limits, timeout=600) as transport:
-        client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, http_client=transport)
+    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=600) as client:
         await asyncio.gather(*map(work, range(CLIENTS)))
     return counts[0], counts[1]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -13,7 +15,7 @@ from nextblock.decoding.engine import decode
 from nextblock.decoding.events import Stats
 from nextblock.decoding.request import make_request
 
-HOW = [
+HOW: list[dict[str, Any]] = [
     {"mode": "ar"},
     {"mode": "diffusion", "threshold": 0.3},
     {"mode": "diffusion", "threshold": None, "block_size": 4, "sub_blocks": 2},
@@ -21,7 +23,7 @@ HOW = [
     {"mode": "speculative", "draft_length": "auto"},
     {"mode": "speculative", "draft_paths": 3},
 ]
-DRAWN = {"temperature": 0.9, "top_p": 0.95}
+DRAWN: dict[str, Any] = {"temperature": 0.9, "top_p": 0.95}
 
 
 def rows_of(lm, prompts, **options):
@@ -36,7 +38,7 @@ def rows_of(lm, prompts, **options):
 @torch.inference_mode()
 def drive(lm, config, arrivals, chunk=10**9, between=lambda step, rows: None):
     """Rows join a running batch: `arrivals` is a list of (step, row). Returns the batch when all is done."""
-    batch, steps, step = None, None, 0
+    batch, steps, step = None, iter(()), 0
     pending = list(arrivals)
     while pending or batch is not None:
         now = [row for at, row in pending if at <= step]
@@ -86,7 +88,8 @@ def test_rows_of_the_shipped_models_join_late_as_well(model):
     prompts = [f"Q: Leo has {n} bags with {n + 2} coins in each. How many coins does Leo have?\nA:" for n in (3, 9)]
     prompts.append("Q: 3 + 4 = ?\nA:")
     for mode in ("diffusion", "speculative"):
-        for options in ({"mode": mode}, {"mode": mode, "temperature": 1.0, "seed": 3}):
+        drawn: dict[str, Any] = {"mode": mode, "temperature": 1.0, "seed": 3}
+        for options in ({"mode": mode}, drawn):
             alone = [lm.generate(p, max_new_tokens=30, **options).answers[0] for p in prompts]
             config, rows = rows_of(lm, prompts, max_new_tokens=30, **options)
             drive(lm, config, list(zip((0, 2, 3), rows, strict=True)))

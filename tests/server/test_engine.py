@@ -19,14 +19,14 @@ from nextblock.decoding.request import make_request
 from nextblock.server.engine import Engine, Job, Progress
 from serving import until
 
-MODES = [
+MODES: list[dict[str, Any]] = [
     {"mode": "ar"},
     {"mode": "diffusion", "threshold": 0.3},
     {"mode": "speculative"},
     {"mode": "speculative", "draft_ahead": 2},
     {"mode": "speculative", "draft_paths": 2},
 ]
-DRAWN = {"temperature": 0.8, "seed": 4}
+DRAWN: dict[str, Any] = {"temperature": 0.8, "seed": 4}
 
 
 class Heard:

@@ -237,7 +237,7 @@ class Engine:
             job = work.jobs.get(number)
             if job is None:
                 continue
-            finish = next((event.reason for event in told if isinstance(event, RowFinished)), None)
+            finish: Finish | None = next((event.reason for event in told if isinstance(event, RowFinished)), None)
             tokens = job.row.answer[job.told :]
             job.told += len(tokens)
             self.stats.new_tokens += len(tokens)
