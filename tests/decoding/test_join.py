@@ -88,8 +88,8 @@ def test_rows_of_the_shipped_models_join_late_as_well(model):
     prompts = [f"Q: Leo has {n} bags with {n + 2} coins in each. How many coins does Leo have?\nA:" for n in (3, 9)]
     prompts.append("Q: 3 + 4 = ?\nA:")
     for mode in ("diffusion", "speculative"):
-        drawn: dict[str, Any] = {"mode": mode, "temperature": 1.0, "seed": 3}
-        for options in ({"mode": mode}, drawn):
+        plain: dict[str, Any] = {"mode": mode}
+        for options in (plain, {**plain, "temperature": 1.0, "seed": 3}):
             alone = [lm.generate(p, max_new_tokens=30, **options).answers[0] for p in prompts]
             config, rows = rows_of(lm, prompts, max_new_tokens=30, **options)
             drive(lm, config, list(zip((0, 2, 3), rows, strict=True)))
