@@ -123,7 +123,7 @@ def test_few_sizes_each_holding_what_is_rounded_up_to_it():
             assert number <= rounded(number) <= excess * number
         assert rounded_capacity(number) < max(257, 2 * number)
     assert {rounded_rows(n) for n in range(1, 65)} == {1, 2, 4, 8, 16, 32, 64}
-    assert {rounded_width(n) for n in range(1, 97)} == {1, 8, 16, 32, 64, 96}
+    assert {rounded_width(n) for n in range(1, 41)} == {1, 8, 16, 24, 32, 40}
     assert len({rounded_capacity(n) for n in range(1, 8193)}) == 6
     assert len({rounded_capacity(n) for n in range(4096, 32769)}) == 4  # each is compiled for every width
 

@@ -9,6 +9,7 @@ import torch
 
 from nextblock.decoding.events import Committed, Event, Finish, RowFinished
 from nextblock.decoding.sampling import uniforms
+from nextblock.model.costs import Pause
 
 
 @dataclass
@@ -22,7 +23,8 @@ class Row:
     stop: called with the answer after each token; a reason ends it there.
     random: stream of uniform numbers, None when greedy.
     padding: ids in front of the prompt that logits processors expect to see (left-padded input).
-    recent: speculative mode: moving average of how many drafts were kept.
+    kept, tried: speculative mode: drafts that were kept, and kept or rejected, with less weight the older they are.
+    pause: when sampling, of this row's drafts.
     """
 
     number: int
@@ -35,8 +37,19 @@ class Row:
     answer: list[int] = field(default_factory=list)
     passes: int = 0
     finish: Finish | None = None
-    recent: float = 0.0
+    kept: float = 0.0
+    tried: float = 0.0
+    pause: Pause = field(default_factory=Pause)
     _numbers: list[float] = field(default_factory=list, repr=False)
+
+    @property
+    def acceptance(self) -> float:
+        """Chance of a draft to be kept, if all before it are."""
+        return self.kept / self.tried
+
+    def learn(self, kept: float, tried: float) -> None:
+        """Take in what became of a draft."""
+        self.kept, self.tried = 0.8 * self.kept + kept, 0.8 * self.tried + tried
 
     def push(self, token: int) -> bool:
         """Append the next decided token; True if the answer ends with it."""
