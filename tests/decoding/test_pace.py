@@ -48,6 +48,17 @@ def test_where_drafting_loses_steps_are_those_of_ar_but_for_a_few_tries(with_cos
         assert sum(found.stats.row_forwards.values()) <= sum(ar.stats.row_forwards.values())
 
 
+def test_a_draft_that_is_unsure_of_itself_is_not_checked_and_later_calls_know(monkeypatch):
+    """A pass that drafts costs no more than another here, so only the check of it can lose."""
+    costs = Costs(check={1: {1: 1.0, 8: 9.0}}, draft={1: 1.0})
+    monkeypatch.setattr(calls, "costs_of", lambda *_: costs)
+    lm = language_model(tiny_model("llama", std=0.02))  # nearly uniform
+    found = lm.generate(prompt(5), **AUTO)
+    assert found.answers == lm.generate(prompt(5), **{**AUTO, "mode": "ar"}).answers
+    assert "check" not in found.stats.row_forwards
+    assert costs.acceptance < 0.8
+
+
 @pytest.mark.parametrize("paths", [1, 3])
 def test_what_a_sampled_row_draws_does_not_depend_on_the_machine_or_on_other_rows(with_costs, paths):
     lm, batch = language_model(tiny_model("llama", std=0.1)), padded([prompt(n) for n in LENGTHS])

@@ -186,13 +186,9 @@ class BlockDiffusionLM:
             raise UsageError(self.refusal)
         stats = Stats(rows=len(request.rows))
         parts = self.decoder, self.settings, request.config, request.rows, stats, processor, self.passes, confidence
-        rows, config = request.rows, request.config
-        paced = config.mode == "speculative" and config.draft_length == "auto" and not config.draft_ahead
 
         def make() -> Batch:  # costs are measured before the batch has the memory of compiled passes
-            if not paced or config.temperature:
-                return Batch(*parts)
-            return Batch(*parts, costs_of(self.decoder, self.settings, config, self.passes, len(rows)))
+            return Batch(*parts, costs_of(self.decoder, self.settings, request.config, len(request.rows), self.passes))
 
         return Stream(request, stats, run(make, stats, began))
 

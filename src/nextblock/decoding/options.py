@@ -50,7 +50,7 @@ class DecodingConfig(Section):
     top_k: int | None = Field(default=None, ge=1, description="only the k likeliest tokens")
     draft_length: int | Literal["auto"] | None = Field(
         default=None,
-        description="speculative: tokens drafted per check; auto: by what was kept lately; default: the block",
+        description="speculative: tokens that a check may refuse; auto: as long as it pays here; default: the block",
     )
     draft_ahead: int = Field(
         default=0,

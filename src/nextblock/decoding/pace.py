@@ -1,17 +1,14 @@
-"""Drafts as long as they pay, never longer: how many, and whether any, by what passes cost on this machine.
-
-Letters: B rows, b block size, n drafts behind the free token.
-"""
+"""Drafts as long as they pay, never longer: how many, and whether any, by what passes cost on this machine."""
 
 from __future__ import annotations
 
 import math
 import time
-import warnings
 from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from nextblock.attention.groups import Groups
@@ -62,46 +59,48 @@ class Pacer:
 
         What was drawn is never cut: later proposals may depend on the draws before them, and the length would too.
         """
-        if rows[0].random is not None or draft.branches is not None or not any(draft.lengths):
+        if rows[0].random is not None or draft.branches or draft.chances is None:
             return draft
-        assert draft.chances is not None
         chances = [line[:n] for line, n in zip(draft.chances.tolist(), draft.lengths, strict=True)]
         n = best_length([*map(kept_by, chances)], *self.costs.of_rows(len(rows), max(draft.lengths)), drafted=True)
         if not n:  # a check would say no more
             for row, line in zip(rows, chances, strict=True):
-                row.learn(line[0] if line else 0.0, 1.0)
+                self._take_in(row, *(line[0], 1.0) if line else (0.0, 0.0))
         return draft.part([n] * len(rows))
 
     def learn(self, rows: list[Row], draft: Draft, kept: list[int]) -> None:
         """Take in what a check has kept of a draft."""
         for row, length, number in zip(rows, draft.lengths, kept, strict=True):
-            if length:
-                tried = number + (number < length)
-                row.learn(number, tried)
-                if self.costs is not NOMINAL:
-                    self.costs.acceptance += 0.1 * (number / tried - self.costs.acceptance)
+            self._take_in(row, number, min(number + 1, length))
+
+    def _take_in(self, row: Row, kept: float, tried: float) -> None:
+        if tried:
+            row.learn(kept, tried)
+            if self.costs is not NOMINAL:
+                self.costs.acceptance += 0.1 * (kept / tried - self.costs.acceptance)
 
 
 def costs_of(
     decoder: Decoder,
     settings: BlockDiffusionSettings | None,
     config: DecodingConfig,
-    passes: StaticPasses | None,
     rows: int,
+    passes: StaticPasses | None = None,
 ) -> Costs:
-    """What passes cost with this model and these options: known to this process, kept on the disk, or measured now."""
-    adapter = decoder.adapter
-    kind = None if adapter is None else (adapter.config.rank, *adapter.names, adapter.layers[0].merged is not None)
+    """What passes over so many rows cost, where that decides: known here, kept on the disk, or measured now."""
+    if config.mode != "speculative" or config.draft_length != "auto" or config.draft_ahead or config.temperature:
+        return NOMINAL
+    kind = (a := decoder.adapter) and (a.config.rank, *a.names, a.layers[0].merged is not None)
     of = fingerprint(decoder.model, config.block_size, decoder.attention, kind, passes is not None)
-    costs = _known.get(str(of)) or read_costs(of)
-    _known[str(of)] = costs
-    if missing := sorted({1, rounded_rows(rows)} - costs.check.keys()):
-        context = min(CONTEXT, (decoder.max_positions or 2**62) - 2 * (config.block_size or 1) - 1)
-        for size in missing:
-            prompts = [Row(number, [0] * max(1, context), CONTEXT) for number in range(size)]
-            batch = Batch(decoder, settings, config, prompts, Stats(), passes=passes)
-            measure(batch, costs)
-            batch.close()
+    costs = _known[str(of)] = _known.get(str(of)) or read_costs(of)
+    missing = sorted({1, rounded_rows(rows)} - costs.check.keys())
+    context = min(CONTEXT, (decoder.max_positions or 2**62) - 2 * (config.block_size or 1) - 1)
+    for size in missing:
+        prompts = [Row(number, [0] * max(1, context), CONTEXT) for number in range(size)]
+        batch = Batch(decoder, settings, config, prompts, Stats(), passes=passes)
+        measure(batch, costs)
+        batch.close()
+    if missing:
         write_costs(costs)
     return costs
 
@@ -128,7 +127,7 @@ def measure(batch: Batch, costs: Costs) -> None:
             check[width] = min(check[width], seconds(tokens.expand(-1, width)))
         draft = min(draft, seconds(masked_block(batch, tokens), free))
         if not number and (left := REPEATS * (time.perf_counter() - began)) > SAID:
-            warnings.warn(f"what passes cost is measured, once for this machine: up to {left:.0f} s", stacklevel=2)
+            Console(stderr=True).print(f"passes are timed, once for this model and machine: up to {left:.0f} s")
     for wider, width in pairwise(reversed(widths)):  # no pass costs more than a wider one
         check[width] = min(check[width], check[wider])
     costs.check[rows], costs.draft[rows] = check, draft

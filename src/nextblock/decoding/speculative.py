@@ -98,7 +98,9 @@ def count(batch: Batch, checked: Draft, lengths: list[int], ahead: bool) -> None
 
 
 def settle(batch: Batch, draft: Draft, gains: list[Gain], starts: list[int]) -> None:
-    """Put what a row kept of a branch, which stands behind the trunk, where the answer goes on."""
+    """Book a check, and put what a row kept of a branch, which stands behind the trunk, where the answer goes on."""
+    batch.stats.drafts += sum(draft.lengths)
+    batch.stats.kept += sum(gain.kept for gain in gains)
     for index, (start, gain) in enumerate(zip(starts, gains, strict=True)):
         if gain.path:
             slot, depth = draft.own_slots(index, gain.path)
