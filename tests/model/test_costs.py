@@ -10,7 +10,18 @@ import random
 import pytest
 
 from families import tiny_model
-from nextblock.model.costs import Costs, Pause, best_length, costs_file, fingerprint, kept_by, read_costs, write_costs
+from nextblock.model.costs import (
+    Costs,
+    Pause,
+    Share,
+    best_length,
+    costs_file,
+    fingerprint,
+    first_pause,
+    kept_by,
+    read_costs,
+    write_costs,
+)
 
 OF = {"model": "0123", "machine": "this one"}
 
@@ -65,17 +76,36 @@ def test_costs_between_measured_sizes_lie_between_their_costs():
 
 def test_drafting_that_does_not_pay_is_tried_less_and_less_often():
     pause = Pause()
-    tried = [cycle for cycle in range(500) if pause.decide(0, 6) == 6]
-    assert tried == [15, 47, 111, 239, 367, 495]
-    assert pause.decide(3, 6) == 3
-    assert [cycle for cycle in range(20) if pause.decide(0, 6)] == [15]
+    tried = [cycle for cycle in range(1, 320) if pause.decide(0, 6, first=10) == 6]
+    assert tried == [10, 30, 70, 150, 230, 310]
+    assert pause.decide(3, 6, first=10) == 3
+    assert [cycle for cycle in range(1, 20) if pause.decide(0, 6, first=10)] == [10]
+
+
+@pytest.mark.parametrize("draft", [1.0, 1.7, 3.0, 20.0])
+def test_tries_take_about_a_hundredth_of_the_time(draft):
+    """A try is a cycle whose first pass costs what a draft costs."""
+    check = [0.0, 1.0]
+    cycles = first_pause(check, draft)
+    assert cycles >= 4
+    assert (draft - 1) / (2 * cycles) <= 0.0101
+
+
+def test_the_share_of_kept_drafts_is_theirs_and_older_ones_count_less():
+    share = Share(memory=0.5)
+    assert share.chance(prior=0.3) == pytest.approx(0.3)
+    share.learn(3, 4)
+    assert share.chance(0, weight=0) == 0.75
+    assert share.chance(prior=0.25, weight=4) == 0.5
+    share.learn(0, 1)
+    assert share.chance(0, weight=0) == 1.5 / 3
 
 
 def test_costs_are_kept_for_the_same_model_on_the_same_machine(recwarn):
     assert read_costs(OF) == Costs(of=OF)
-    costs = Costs(of=OF, check={1: {1: 0.5, 8: 1.5}}, draft={1: 2.0}, acceptance=0.1)
+    costs = Costs(of=OF, check={1: {1: 0.5, 8: 1.5}}, draft={1: 2.0}, share=Share(1.0, 9.0))
     write_costs(costs)
-    assert read_costs(OF) == costs.model_copy(update={"acceptance": 0.8})
+    assert read_costs(OF) == costs.model_copy(update={"share": Costs().share})
     assert not recwarn.list
 
 

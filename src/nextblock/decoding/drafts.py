@@ -87,7 +87,8 @@ def draft_lengths(batch: Batch, free: int) -> list[int]:
     for row in batch.rows:
         length = max(0, batch.block_size - 2)
         if wanted == "auto" and batch.config.draft_ahead:  # else `pace.Pacer` decides
-            length = min(length, int(1.5 * row.acceptance / (1.01 - row.acceptance)) + 2)
+            chance = row.share.chance(prior=0.8)
+            length = min(length, int(1.5 * chance / (1 - chance)) + 2)
         elif isinstance(wanted, int):
             length = min(length, wanted)
         if row.random is None:  # drafts past the limit cannot matter; sampling keeps to the same draws

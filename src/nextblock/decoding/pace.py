@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -19,7 +19,17 @@ from nextblock.decoding.drafts import Draft, candidates, free_block, masked_bloc
 from nextblock.decoding.events import Stats
 from nextblock.decoding.options import DecodingConfig
 from nextblock.decoding.rows import Row
-from nextblock.model.costs import NOMINAL, Costs, Pause, best_length, fingerprint, kept_by, read_costs, write_costs
+from nextblock.model.costs import (
+    NOMINAL,
+    Costs,
+    Pause,
+    best_length,
+    fingerprint,
+    first_pause,
+    kept_by,
+    read_costs,
+    write_costs,
+)
 from nextblock.model.decoder import Decoder
 
 REPEATS, CONTEXT, SAID = 3, 64, 2.0
@@ -34,13 +44,6 @@ class Pacer:
     """Decides on the drafts of a batch. Greedy rows decide together; a sampled row as if it were alone."""
 
     costs: Costs
-    pause: Pause = field(default_factory=Pause)
-
-    def greet(self, rows: list[Row]) -> None:
-        """Rows begin with what is known of others; sampled ones alike, on any machine and in any company."""
-        for row in rows:
-            share = self.costs.acceptance if row.random is None else NOMINAL.acceptance
-            row.kept, row.tried = 4 * share, 4.0
 
     def lengths(self, rows: list[Row], most: list[int]) -> list[int]:
         """Drafts of the next cycle, for each row `most` at most: before they are made."""
@@ -48,11 +51,13 @@ class Pacer:
             return most
         if rows[0].random is not None:
             return [self._best(NOMINAL, [row], [n], row.pause) for row, n in zip(rows, most, strict=True)]
-        return most if self._best(self.costs, rows, most, self.pause) else [0] * len(most)
+        return most if self._best(self.costs, rows, most, self.costs.pause) else [0] * len(most)
 
     def _best(self, costs: Costs, rows: list[Row], most: list[int], pause: Pause) -> int:
-        kept = [kept_by([row.acceptance] * n) for row, n in zip(rows, most, strict=True)]
-        return pause.decide(best_length(kept, *costs.of_rows(len(rows), max(most))), max(most))
+        longest, prior = max(most), costs.share.chance(0.0, weight=0.0)
+        kept = [kept_by([row.share.chance(prior)] * n) for row, n in zip(rows, most, strict=True)]
+        check, draft = costs.of_rows(len(rows), longest)
+        return pause.decide(best_length(kept, check, draft), longest, first_pause(check, draft))
 
     def cut(self, draft: Draft, rows: list[Row]) -> Draft:
         """As much of a draft of greedy rows as is worth checking, by its own probabilities.
@@ -75,9 +80,9 @@ class Pacer:
 
     def _take_in(self, row: Row, kept: float, tried: float) -> None:
         if tried:
-            row.learn(kept, tried)
+            row.share.learn(kept, tried)
             if self.costs is not NOMINAL:
-                self.costs.acceptance += 0.1 * (kept / tried - self.costs.acceptance)
+                self.costs.share.learn(kept, tried)
 
 
 def costs_of(

@@ -9,7 +9,7 @@ import torch
 
 from nextblock.decoding.events import Committed, Event, Finish, RowFinished
 from nextblock.decoding.sampling import uniforms
-from nextblock.model.costs import Pause
+from nextblock.model.costs import Pause, Share
 
 
 @dataclass
@@ -23,8 +23,7 @@ class Row:
     stop: called with the answer after each token; a reason ends it there.
     random: stream of uniform numbers, None when greedy.
     padding: ids in front of the prompt that logits processors expect to see (left-padded input).
-    kept, tried: speculative mode: drafts that were kept, and kept or rejected, with less weight the older they are.
-    pause: when sampling, of this row's drafts.
+    share: speculative mode: what was kept lately of its drafts. pause: when sampling, from drafting.
     """
 
     number: int
@@ -37,19 +36,9 @@ class Row:
     answer: list[int] = field(default_factory=list)
     passes: int = 0
     finish: Finish | None = None
-    kept: float = 0.0
-    tried: float = 0.0
+    share: Share = field(default_factory=Share)
     pause: Pause = field(default_factory=Pause)
     _numbers: list[float] = field(default_factory=list, repr=False)
-
-    @property
-    def acceptance(self) -> float:
-        """Chance of a draft to be kept, if all before it are."""
-        return self.kept / self.tried
-
-    def learn(self, kept: float, tried: float) -> None:
-        """Take in what became of a draft."""
-        self.kept, self.tried = 0.8 * self.kept + kept, 0.8 * self.tried + tried
 
     def push(self, token: int) -> bool:
         """Append the next decided token; True if the answer ends with it."""

@@ -45,7 +45,6 @@ def speculative(batch: Batch) -> Iterator[list[Event]]:
     """
     yield batch.begin(first_token=True)
     pacer, auto = Pacer(batch.costs), batch.config.draft_length == "auto"
-    pacer.greet(batch.rows)
     ahead, free = batch.config.draft_ahead, free_block(batch)
     draft: Draft | None = None  # a cycle begins
     while rows := batch.rows:

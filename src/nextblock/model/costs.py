@@ -26,18 +26,59 @@ Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
+@dataclass
+class Share:
+    """How many drafts were kept, of those kept or rejected; each time before counts `memory` as much.
+
+    An estimate starts from what is given here.
+    """
+
+    kept: float = 0.0
+    tried: float = 0.0
+    memory: float = 0.9
+
+    def learn(self, kept: float, tried: float) -> None:
+        """Take in what became of a draft."""
+        self.kept, self.tried = self.memory * self.kept + kept, self.memory * self.tried + tried
+
+    def chance(self, prior: float, weight: float = 4.0) -> float:
+        """Of a draft to be kept, if all before it are; with a prior that counts as many drafts as `weight` says."""
+        return (self.kept + weight * prior) / (self.tried + weight)
+
+
+@dataclass
+class Pause:
+    """When drafting that does not pay is tried again: after `first` cycles, then after 2, 4 and 8 times as many."""
+
+    wait: int = 0
+    cycles: int = 0
+
+    def decide(self, best: int, longest: int, first: int) -> int:
+        """Drafts of the next cycle, 0 for none: the `best` number while that pays, else now and then the `longest`."""
+        if best:
+            self.wait = self.cycles = 0
+            return best
+        self.cycles = self.cycles or first
+        self.wait = (self.wait or self.cycles) - 1
+        if self.wait:
+            return 0
+        self.cycles = min(2 * self.cycles, 8 * first)
+        return longest
+
+
 class Costs(BaseModel):
     """Seconds of the passes of speculative decoding; what lies between measured sizes is interpolated.
 
     of: the model and the machine, from `fingerprint`.
     check: rows -> width -> a causal pass. draft: rows -> the pass that drafts.
-    acceptance: share of drafts that were kept lately, in all calls on this model; not stored.
+    share, pause: what was kept lately, and when drafting is tried again, in all greedy calls of this process.
     """
 
     of: dict[str, str] = Field(default_factory=dict)
     check: dict[Count, dict[Count, Seconds]] = Field(default_factory=dict)
     draft: dict[Count, Seconds] = Field(default_factory=dict)
-    acceptance: float = Field(default=0.8, exclude=True)
+    share: Share = Field(default_factory=lambda: Share(1.6, 2.0, memory=0.97), exclude=True)
+    pause: Pause = Field(default_factory=Pause, exclude=True)
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
@@ -98,25 +139,6 @@ def best_length(kept: Sequence[Sequence[float]], check: Sequence[float], draft: 
     return max(range(max(map(len, kept))), key=speed)
 
 
-@dataclass
-class Pause:
-    """When drafting that does not pay is tried again: after 16 cycles, then after twice as many, at most 128."""
-
-    wait: int = 0
-    cycles: int = 16
-
-    def decide(self, best: int, longest: int) -> int:
-        """Drafts of the next cycle, 0 for none: the `best` number while that pays, else now and then the `longest`."""
-        if best:
-            self.wait, self.cycles = 0, 16
-            return best
-        self.wait = (self.wait or self.cycles) - 1
-        if self.wait:
-            return 0
-        self.cycles = min(2 * self.cycles, 128)
-        return longest
-
-
 def fingerprint(model: nn.Module, *more: Any) -> dict[str, str]:
     """What the cost of a pass depends on: shapes and dtypes of the model, and what else is told; and the machine."""
     tensors = [(name, tuple(p.shape), str(p.dtype)) for name, p in model.named_parameters()]
@@ -139,6 +161,14 @@ def costs_file(of: dict[str, str]) -> Path:
     """Where they are kept: nextblock/ in XDG_CACHE_HOME, or in ~/.cache."""
     folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(folder) / "nextblock" / f"costs-{of['model']}.json"
+
+
+def first_pause(check: Sequence[float], draft: float) -> int:
+    """Cycles after which drafting is tried again, so that all tries take a hundredth of the time; 4 at least.
+
+    A try that ends without a check takes so much more as a pass that drafts costs more than a plain one.
+    """
+    return max(4, round(50 * (draft / check[1] - 1)))
 
 
 def read_costs(of: dict[str, str]) -> Costs:
