@@ -9,10 +9,10 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
+from nextblock.data.text import TextStream
 from nextblock.decoding.events import Committed, Finish, Rejected, RowFinished
-from nextblock.decoding.text import TextStream
+from nextblock.server.batching import Progress
 from nextblock.server.bodies import Body, ChatBody
-from nextblock.server.engine import Progress
 
 FINISH: dict[Finish, str] = {"end_token": "stop", "stop_string": "stop", "length": "length"}
 LEAST = -9999.0

@@ -24,8 +24,8 @@ from nextblock.decoding.lm import BlockDiffusionLM
 from nextblock.decoding.request import Request as Rows
 from nextblock.decoding.request import make_request
 from nextblock.server.answers import Answer, Choice, as_json
+from nextblock.server.batching import Engine, Job, Progress
 from nextblock.server.bodies import Body, ChatBody, TextBody, read_body
-from nextblock.server.engine import Engine, Job, Progress
 from nextblock.server.limits import Limits
 from nextblock.server.metrics import Metrics
 

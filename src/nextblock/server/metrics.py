@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from nextblock.server.engine import Engine
+from nextblock.server.batching import Engine
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
@@ -34,6 +34,8 @@ class Metrics(Collector):
         yield GaugeMetricFamily("nextblock_rows_waiting", "Rows that wait for a place", engine.waiting)
         yield CounterMetricFamily("nextblock_generated_tokens", "Tokens of answers", value=stats.new_tokens)
         yield CounterMetricFamily("nextblock_forwards", "Forward passes of the model", value=stats.forwards)
+        yield CounterMetricFamily("nextblock_drafts", "Drafted tokens that were checked", value=stats.drafts)
+        yield CounterMetricFamily("nextblock_drafts_kept", "Drafted tokens that agreed", value=stats.kept)
         passes = CounterMetricFamily("nextblock_row_forwards", "Passes times their rows, by kind", labels=["kind"])
         for kind, count in list(stats.row_forwards.items()):
             passes.add_metric([kind], count)

@@ -16,7 +16,7 @@ from decoders import LENGTHS, language_model, prompt
 from families import tiny_model
 from nextblock.decoding.cache import SlotCache
 from nextblock.decoding.request import make_request
-from nextblock.server.engine import Engine, Job, Progress
+from nextblock.server.batching import Engine, Job, Progress
 from serving import until
 
 MODES: list[dict[str, Any]] = [
