@@ -46,6 +46,7 @@ autodoc_class_signature = "separated"
 API = Path(__file__).parent / "api"
 PACKAGES = (
     "config",
+    "tasks",
     "attention",
     "data",
     "model",
