@@ -419,7 +419,9 @@ def test_the_profile_figure_has_a_line_for_each_block_size_from_its_last_record(
 def test_in_80_columns_names_wrap_and_the_figures_of_a_row_stay_on_one_line():
     spread = {"speedup": 2.484, "speedup_low": 2.3, "speedup_high": 2.6}
     rows = [entry("ar", 0.995, 1.0, 340.0, model="parent", speedup=1.0, speedup_low=1.0, speedup_high=1.0)]
-    rows += [entry("speculative", 0.995, 3.59, 844.0, model="parent + tiny-draft", equal_to_ar=1.0, p_value=1.0, **spread)]
+    rows += [
+        entry("speculative", 0.995, 3.59, 844.0, model="parent + tiny-draft", equal_to_ar=1.0, p_value=1.0, **spread)
+    ]
     screen = io.StringIO()
     Console(file=screen, width=80).print(decoding_table({"decoding": rows}))
     shown = [line.split() for line in screen.getvalue().splitlines() if "×" in line]

@@ -5,11 +5,16 @@ harness looks for no plug-ins by itself. `python -m nextblock.lm_eval` is the ha
 it. May import workflows and below. Start reading in `model.py`; `arguments.py` holds what `--model_args` takes.
 """
 
+import importlib.util
+import sys
+
 from nextblock.config.errors import require
 
-require("lm_eval", "eval", "nextblock.lm_eval")
+if sys.argv[:1] != ["-m"]:  # Python sets this while it looks for `__main__`, which says the same in one line
+    require("lm_eval", "eval", "nextblock.lm_eval")
 
-import lm_eval.models  # noqa: E402, F401  (the harness fills an empty registry only)
-from lm_eval.api.registry import model_registry  # noqa: E402
+if importlib.util.find_spec("lm_eval") is not None:
+    import lm_eval.models  # noqa: F401  (the harness fills an empty registry only)
+    from lm_eval.api.registry import model_registry
 
-model_registry.register("nextblock", target="nextblock.lm_eval.model:NextblockLM")
+    model_registry.register("nextblock", target="nextblock.lm_eval.model:NextblockLM")

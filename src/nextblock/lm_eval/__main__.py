@@ -2,36 +2,27 @@
 
 from __future__ import annotations
 
-import re
 import sys
 
-from nextblock.config.errors import UsageError, nearest
+from nextblock.config.errors import UsageError, require
 
 
 def main() -> None:
     """Run the harness; bad input ends in one line on standard error and exit status 2."""
     try:
+        require("lm_eval", "eval", "nextblock.lm_eval")
         from lm_eval.__main__ import cli_evaluate
-
-        import nextblock.lm_eval  # noqa: F401  (registers the model)
 
         try:
             cli_evaluate()
         except ValueError as error:
-            if missing := re.match(r"Tasks not found: ([^,]+)", str(error)):
-                raise UsageError(_unknown_task(missing[1])) from None
+            if (said := str(error)).startswith("Tasks not found"):
+                cure = "`lm_eval ls tasks` lists the harness's own, --include_path FOLDER adds yours"
+                raise UsageError(f"{said}; {cure}") from None
             raise
     except UsageError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-
-
-def _unknown_task(name: str) -> str:
-    from lm_eval.tasks import TaskManager
-
-    close = nearest(name, TaskManager().all_tasks, 0.6)
-    close = close if "did you mean" in close else "; `lm_eval ls tasks` lists them"
-    return f"the harness has no task '{name}'{close}; a task of your own needs --include_path FOLDER"
 
 
 if __name__ == "__main__":

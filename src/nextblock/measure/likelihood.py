@@ -8,11 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
 
+from nextblock.config.errors import UsageError
 from nextblock.config.run import AdaptConfig
 from nextblock.config.sections import BlockDiffusionSettings
 from nextblock.data.encode import span_ends
 from nextblock.data.rows import Rows
+from nextblock.measure import words
 from nextblock.model.decoder import Decoder
 from nextblock.recipe.likelihood import ar_nats, bound_nats
 
@@ -87,6 +91,8 @@ def bits_per_byte(
             total[0], total[1] = total[0] + size, total[1] + tokens
 
     def result(measure: str, size: int | None, nats: float, paid: list[int], variance: float) -> BitsPerByte:
+        if not paid[0]:
+            raise UsageError("nothing to score: each text has at most one token, which is given; give longer ones")
         scale = math.log(2) * paid[0]
         error = None if math.isnan(variance) else math.sqrt(variance) / scale
         return BitsPerByte(measure, size, nats / scale, *paid, math.exp(min(nats / paid[1], 700)), error)
@@ -112,3 +118,16 @@ def _scored(rows: Rows, tokenizer: Any, first: bool = False) -> tuple[int, int]:
             text = tokenizer.decode(tokens[scored].tolist(), skip_special_tokens=True)
             size, count = size + len(text.encode("utf-8")), count + int(scored.sum())
     return size, count
+
+
+def likelihood_table(found: Sequence[BitsPerByte]) -> Table:
+    """Bits per byte and perplexity of each measure; ± is the standard error by the draws of the noise."""
+    table = Table(box=SIMPLE_HEAD)
+    for heading in ("measure", "b", "bits per byte", "perplexity", "tokens", "bytes"):
+        table.add_column(heading, justify="left" if heading == "measure" else "right", no_wrap=True)
+    for one in found:
+        error = f" ± {one.standard_error:.4f}" if one.standard_error else ""
+        size = str(one.block_size or words.DASH)
+        figures = (f"{one.value:.4f}{error}", words.number(one.perplexity), f"{one.tokens:,}", f"{one.bytes:,}")
+        table.add_row(one.measure, size, *figures)
+    return table
