@@ -17,9 +17,9 @@ from lm_eval.tasks import TaskManager
 import nextblock as nb
 import nextblock.lm_eval
 from lm_eval import simple_evaluate
-from nextblock.data.tasks import get_task
 from nextblock.lm_eval.__main__ import main
 from nextblock.lm_eval.model import NextblockLM
+from nextblock.tasks import get_task
 
 ASSETS = Path(str(resources.files("nextblock"))) / "assets"
 PROBLEMS = [get_task("word_problems").example("test", i) for i in range(5)]

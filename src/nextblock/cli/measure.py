@@ -74,11 +74,11 @@ def evaluate(
         raise UsageError(f"block_sizes={block_sizes} are those of --likelihood; for a task give --block-size")
     from rich.console import Console
 
-    from nextblock.data.tasks import get_task
     from nextblock.measure.bench.command import check_output
     from nextblock.measure.bench.scores import score_modes
     from nextblock.measure.progress import progress
     from nextblock.measure.report.page import decoding_table
+    from nextblock.tasks import get_task
 
     chosen, examples, batch_size = get_task(task), examples or 200, batch_size or 25
     thresholds = thresholds_of(threshold or ["none", "0.9"])
