@@ -19,6 +19,7 @@ from nextblock.cli.options import (
     Thresholds,
     Variants,
     at_least_one,
+    decoding_options,
     load_lm,
     loading_options,
     takes_loading_options,
@@ -47,6 +48,8 @@ def evaluate(
         int | None, typer.Option(help="held-out prompts (default: 200), or documents of --likelihood (default: all)")
     ] = None,
     first: Annotated[int, typer.Option(help="number of the first; choose settings on others than you report")] = 0,
+    temperature: Annotated[str | None, typer.Option(help="of sampled answers; default: 0, greedy")] = None,
+    top_p: Annotated[str | None, typer.Option(help="nucleus of sampled answers")] = None,
     batch_size: Annotated[
         int | None, typer.Option(help="prompts (default: 25), or rows of --likelihood (default: 4), of one pass")
     ] = None,
@@ -80,8 +83,11 @@ def evaluate(
     from nextblock.measure.report.page import decoding_table
     from nextblock.tasks import get_task
 
-    chosen, examples, batch_size = get_task(task), examples or 200, batch_size or 25
+    chosen, batch_size = get_task(task), batch_size or 25
+    examples = examples or min(200, chosen.count or 200)
+    chosen.example("test", first + examples - 1)  # refused before a model is loaded
     thresholds = thresholds_of(threshold or ["none", "0.9"])
+    sampling = decoding_options({"temperature": temperature, "top_p": top_p})
     check_output(output)
     lm = load_lm(model, given)
     variants: list[dict[str, Any]] = []
@@ -89,7 +95,7 @@ def evaluate(
         common = {"mode": name} if name == "ar" or block_size is None else {"mode": name, "block_size": block_size}
         variants += [{**common, "threshold": t} for t in thresholds] if name == "diffusion" else [common]
     with progress("scoring") as update:
-        wanted = [(model, lm, options) for options in variants]
+        wanted = [(model, lm, {**options, **sampling}) for options in variants]
         rows = score_modes(wanted, chosen, examples=examples, first=first, batch_size=batch_size, on_prompt=update)
     Console().print(decoding_table({"decoding": rows}))
     if output is not None:

@@ -48,14 +48,16 @@ def score_task(
     on_example: Callable[[int], None] = lambda more: None,
     **options: Any,
 ) -> tuple[TaskScore, list[str]]:
-    """Accuracy and tokens per forward of one mode on one task, greedy; `bench.scores` adds speeds.
+    """Accuracy and tokens per forward of one mode on one task; `bench.scores` adds speeds.
+
+    Greedy unless `options` say else; sampled answers draw from `first` as the seed, whatever the batch size.
 
     Args:
         examples: held-out prompts, decoded in batches of `batch_size`.
         first: number of the first problem; settings are best chosen on others than those that are reported.
         reference: AR mode's answers to the same prompts, to compare with.
         on_example: called with the number of prompts just done.
-        options: of `generate`, its mode among them; `max_new_tokens` is 160 if not given.
+        options: of `generate`, its mode among them; `max_new_tokens` is the task's if not given.
     Returns:
         The score, and the answers in order.
     Raises:
@@ -64,12 +66,12 @@ def score_task(
     if lm.tokenizer is None:
         raise UsageError("this model folder has no tokenizer; scoring a task reads and writes text")
     cases = [task.example(split, index) for index in range(first, first + examples)]
-    options = {"max_new_tokens": 160, **options}
+    options = {"max_new_tokens": task.max_new_tokens, **options}
     answers: list[str] = []
     forwards = new_tokens = 0.0
     for start in range(0, examples, batch_size):
         prompts = [case.prompt for case in cases[start : start + batch_size]]
-        out = lm.generate(prompts, **options)
+        out = lm.generate(prompts, stop=task.stop, **{"seed": first + start, **options})
         answers += out.texts
         new_tokens += out.stats.new_tokens
         forwards += sum(out.stats.row_forwards.values())
