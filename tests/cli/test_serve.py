@@ -34,7 +34,7 @@ def serving(*arguments, **environment):
 
 
 def stream(url, **options):
-    body = {"prompt": "Q:", "max_tokens": 1900, "mode": "ar", "temperature": 2.0, "seed": 1, "stream": True, **options}
+    body = {"prompt": "Q:", "max_tokens": 500, "mode": "ar", "temperature": 2.0, "seed": 1, "stream": True, **options}
     headers = {"Authorization": "Bearer of-the-environment"}
     return httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60, headers=headers)
 

@@ -90,8 +90,8 @@ def test_rows_of_the_shipped_models_join_late_as_well(model):
     for mode in ("diffusion", "speculative"):
         plain: dict[str, Any] = {"mode": mode}
         for options in (plain, {**plain, "temperature": 1.0, "seed": 3}):
-            alone = [lm.generate(p, max_new_tokens=30, **options).answers[0] for p in prompts]
-            config, rows = rows_of(lm, prompts, max_new_tokens=30, **options)
+            alone = [lm.generate(p, max_new_tokens=20, **options).answers[0] for p in prompts]
+            config, rows = rows_of(lm, prompts, max_new_tokens=20, **options)
             drive(lm, config, list(zip((0, 2, 3), rows, strict=True)))
             assert [row.answer for row in rows] == alone
 
