@@ -2,15 +2,53 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 import os
+import struct
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
-
-import numpy as np
 
 from nextblock.config.errors import UsageError, one_line
 from nextblock.config.sections import Source
 from nextblock.data.records import Record, Records, to_record, without_nulls
+
+
+class Shuffle:
+    """A random order of 0..count-1 that is computed, not kept: memory and time of a place do not grow with `count`.
+
+    A Feistel network on the places (l, r) of an a x b grid with a * b >= count: each round adds a random function of
+    one coordinate to the other, which can be undone, so no two places meet. Where a place falls outside of 0..count-1
+    it is sent on, until it is inside (cycle walking; Black and Rogaway, "Ciphers with arbitrary finite domains").
+    """
+
+    def __init__(self, count: int, seed: Sequence[int]) -> None:
+        self._count = count
+        self._sides = (math.isqrt(count - 1) + 1, -(-count // (math.isqrt(count - 1) + 1)))
+        said = hashlib.blake2b(",".join(map(str, seed)).encode(), digest_size=8 * ROUNDS).digest()
+        self._keys = struct.unpack(f"<{ROUNDS}Q", said)
+
+    def __getitem__(self, place: int) -> int:
+        """What stands at a place, 0 <= place < count."""
+        a, b = self._sides
+        while True:
+            one, other, size, width = *divmod(place, b), a, b
+            for key in self._keys:  # `one` is below `size`, `other` below `width`
+                one, other, size, width = other, (one + _scramble(other ^ key)) % size, width, size
+            place = one * b + other
+            if place < self._count:
+                return place
+
+
+ROUNDS = 8
+"""Of `Shuffle`; an even number, so that the coordinates end where they began."""
+
+
+def _scramble(value: int) -> int:
+    """The finaliser of splitmix64: 64 bits in, 64 bits out, each of which depends on all."""
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+    return value ^ (value >> 31)
 
 
 class Cursor:
@@ -21,7 +59,7 @@ class Cursor:
 
     def __init__(self, records: Records, seed: Sequence[int], shard: tuple[int, int] = (0, 1)) -> None:
         self._records, self._seed = records, list(seed)
-        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+        self._order: tuple[int, Shuffle] | None = None
         self.epoch, (self.index, self._stride) = 0, shard
 
     def take(self) -> Record:
@@ -31,10 +69,9 @@ class Cursor:
             which = self.index
         else:
             self.epoch, self.index = self.epoch + self.index // count, self.index % count
-            if self._order[0] != self.epoch:
-                order = np.random.default_rng([*self._seed, self.epoch]).permutation(count)
-                self._order = (self.epoch, order)
-            which = int(self._order[1][self.index])
+            if self._order is None or self._order[0] != self.epoch:
+                self._order = (self.epoch, Shuffle(count, [*self._seed, self.epoch]))
+            which = self._order[1][self.index]
         self.index += self._stride
         return self._records.read(which)
 

@@ -88,12 +88,12 @@ def _nothing_there(source: Source, path: str, found: Sequence[str]) -> str:
     return f"data source {source.path} holds no {wanted} files, but {count} {suffix or 'without a suffix'}; {cure}"
 
 
-def digest_of(files: Sequence[str]) -> str:
-    """Of the sizes and the contents of files, of large ones the beginning and the end.
+def digest_of(files: Sequence[str], limit: int = CHECKED_BYTES) -> str:
+    """Of the sizes and the contents of files, of large ones the beginning and the end: about `limit` bytes in all.
 
     Not of their names: data may be moved while a run is stopped.
     """
-    half = max(4096, CHECKED_BYTES // len(files)) // 2
+    half = max(4096, limit // len(files)) // 2
     found = hashlib.blake2b(digest_size=16)
     for file in files:
         size = os.path.getsize(file)

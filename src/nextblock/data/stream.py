@@ -121,6 +121,7 @@ class RowStream:
         """
         part = (0, 1) if shard is None else (shard, config.shards)
         self._mixture = Mixture(config, seed, held_out, part, None if beside is None else beside._mixture)
+        self._mixture.check(tokenizer)
         self._documents = Documents(self._mixture, tokenizer, config.row_length)
         self._length = config.row_length
         self._pad: Any = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
