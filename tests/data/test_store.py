@@ -23,9 +23,7 @@ from nextblock.data.store import DOCUMENT, MANIFEST, read_store, spans_of
 from nextblock.data.store_writer import merge, part_name, write_part
 from samples import CHATML, TALK, assistant, jsonl, marked_bytes, refusal, same, stream, texts, user, words
 
-CHATS = [
-    {"messages": [user(f"{i}?"), assistant("x" * (i % 50 + 1)), user("go on"), assistant("é")]} for i in range(90)
-]
+CHATS = [{"messages": [user(f"{i}?"), assistant("x" * (i % 50) + "y"), user("on"), assistant("é")]} for i in range(90)]
 PAIRS = [{"prompt": f"{i} + {i} is ", "completion": f"{2 * i}", "ended": i % 3 > 0} for i in range(90)]
 SPELLED = [{"text": f"{i} <|end|> " + "ab\n" * (i % 30)} for i in range(90)]
 

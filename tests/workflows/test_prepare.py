@@ -61,7 +61,7 @@ def test_a_job_array_and_processes_write_the_same_store_and_a_second_call_nothin
 def test_other_text_needs_append(tmp_path: Path) -> None:
     first, second = (config_for(jsonl(tmp_path / f"{n}.jsonl", texts(20 + n))) for n in range(2))
     prepare(first, tmp_path / "out", processes=1)
-    with pytest.raises(UsageError, match="from another source, or from other text; .*--append"):
+    with pytest.raises(UsageError, match=r"from another source, or from other text; .*--append"):
         prepare(second, tmp_path / "out", processes=1)
     found = prepare(second, tmp_path / "out", processes=1, append=True)[0].manifest
     assert found is not None

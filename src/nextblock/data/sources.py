@@ -11,7 +11,7 @@ from pathlib import Path
 from nextblock.config.errors import UsageError
 from nextblock.config.sections import Source
 from nextblock.data.cursors import HubStream
-from nextblock.data.files import CHECKED_BYTES, digest_of, find_files
+from nextblock.data.files import CHECKED_BYTES, CHECKED_DOCUMENTS, digest_of, find_files
 from nextblock.data.formats import read_jsonl, read_parquet, read_texts
 from nextblock.data.records import Record, Records, to_record
 from nextblock.data.store import is_store, read_store
@@ -21,7 +21,7 @@ from nextblock.tasks import get_task
 def read_source(
     source: Source, held_out: bool = False, part_bytes: int = 2**20, shard: tuple[int, int] = (0, 1)
 ) -> Records | HubStream:
-    """Open a source and check it: local data up to CHECKED_BYTES is read through, larger data when drawn.
+    """Open a source and check it: local data up to CHECKED_BYTES and CHECKED_DOCUMENTS is read through.
 
     Args:
         source: where and what; `source.examples` keeps the first documents only.
@@ -56,7 +56,7 @@ def read_source(
     count = min(records.count or 0, source.examples or records.count or 0)
     if not count:
         raise UsageError(f"data source {source.path} is empty; give at least one document")
-    if sum(os.path.getsize(file) for file in files) <= CHECKED_BYTES:
+    if count <= CHECKED_DOCUMENTS and sum(os.path.getsize(file) for file in files) <= CHECKED_BYTES:
         for index in range(count):
             records.read(index)
     return Records(records.read, count, digest=digest_of(files))

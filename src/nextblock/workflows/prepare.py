@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
@@ -131,22 +131,29 @@ def _write(config: AdaptConfig, tasks: Sequence[_Task], processes: int) -> None:
     spawning = multiprocessing.get_context("spawn")  # threads of tokenizers and torch do not survive a fork
     told = spawning.Array("q", 2 * len(tasks), lock=False)  # documents and tokens of each part
     given = (config.model, part_bytes(config.data.row_length), told)
-    with (
-        progress("preparing") as update,
-        ProcessPoolExecutor(min(processes, len(tasks)), spawning, _open_process, given) as pool,
-    ):
-        futures = [pool.submit(_write_in_process, number, task) for number, task in enumerate(tasks)]
-        try:
-            for _ in _until_done(futures):
-                documents, tokens = sum(told[::2]), sum(told[1::2])
-                update(documents, max(total, documents), f"{tokens / 1e6:,.1f} M tokens")
-        except BrokenProcessPool:
-            raise UsageError(
-                "a process of prepare was killed, most likely for want of memory; start again with fewer --processes: "
-                "it goes on"
-            ) from None
-        finally:
-            pool.shutdown(cancel_futures=True)
+    with progress("preparing") as update:
+
+        def show() -> None:
+            documents, tokens = sum(told[::2]), sum(told[1::2])
+            update(documents, max(total, documents), f"{tokens / 1e6:,.1f} M tokens")
+
+        if min(processes, len(tasks)) == 1:
+            _open_process(*given)
+            for number, task in enumerate(tasks):
+                _write_in_process(number, task, show)
+            return
+        with ProcessPoolExecutor(min(processes, len(tasks)), spawning, _open_process, given) as pool:
+            futures = [pool.submit(_write_in_process, number, task) for number, task in enumerate(tasks)]
+            try:
+                for _ in _until_done(futures):
+                    show()
+            except BrokenProcessPool:
+                raise UsageError(
+                    "a process of prepare was killed, most likely for want of memory; start again with fewer "
+                    "--processes: it goes on"
+                ) from None
+            finally:
+                pool.shutdown(cancel_futures=True)
 
 
 def _until_done(futures: list[Future[None]]) -> Iterator[None]:
@@ -168,12 +175,13 @@ def _open_process(model: ModelConfig, size: int, told: Any) -> None:
     _PROCESS[:] = [parent_tokenizer(model), size, told]
 
 
-def _write_in_process(number: int, task: _Task) -> None:
+def _write_in_process(number: int, task: _Task, show: Callable[[], None] = lambda: None) -> None:
     tokenizer, size, told = _PROCESS
     one = task.prepared
 
     def tell(documents: int, tokens: int) -> None:
         told[2 * number], told[2 * number + 1] = documents, tokens
+        show()
 
     folder = one.store / part_name(one.run, *task.part)
     write_part(folder, one.source, tokenizer, part=task.part, part_bytes=size, tell=tell)
