@@ -86,6 +86,11 @@ def test_the_configuration_page_is_what_its_script_prints():
     assert committed == script("make_configuration").page(), f"out of date; run: {again}"
 
 
+def test_the_page_of_experiments_is_made_from_their_figures():
+    committed = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
+    assert committed == script("make_experiments").page(), "out of date; run: python docs/make_experiments.py"
+
+
 def test_the_mask_picture_is_what_its_script_draws():
     committed = (ROOT / "docs" / "mask.svg").read_text(encoding="utf-8")
     assert committed == script("draw_mask").draw(), "out of date; run: python docs/draw_mask.py > docs/mask.svg"

@@ -19,7 +19,11 @@ from nextblock.tasks import get_task
 
 
 def read_source(
-    source: Source, held_out: bool = False, part_bytes: int = 2**20, shard: tuple[int, int] = (0, 1)
+    source: Source,
+    held_out: bool = False,
+    part_bytes: int = 2**20,
+    shard: tuple[int, int] = (0, 1),
+    check: bool = True,
 ) -> Records | HubStream:
     """Open a source and check it: local data up to CHECKED_BYTES and CHECKED_DOCUMENTS is read through.
 
@@ -28,6 +32,7 @@ def read_source(
         held_out: for a built-in task, take its "test" split.
         part_bytes: longer text files are read in parts of about this size.
         shard: (s, S): the part of a streamed data set to read; other sources are shared out by `Cursor`.
+        check: False: read nothing through, since all is read soon.
     Raises:
         UsageError: missing path, nothing there, a file that is not UTF-8 (byte named), a broken line or
             a missing field (file and line named), an unknown task, an unreadable data set.
@@ -56,7 +61,7 @@ def read_source(
     count = min(records.count or 0, source.examples or records.count or 0)
     if not count:
         raise UsageError(f"data source {source.path} is empty; give at least one document")
-    if count <= CHECKED_DOCUMENTS and sum(os.path.getsize(file) for file in files) <= CHECKED_BYTES:
+    if check and count <= CHECKED_DOCUMENTS and sum(os.path.getsize(file) for file in files) <= CHECKED_BYTES:
         for index in range(count):
             records.read(index)
     return Records(records.read, count, digest=digest_of(files))

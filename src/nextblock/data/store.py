@@ -199,6 +199,9 @@ def spans_of(documents: Sequence[Document]) -> list[np.ndarray]:
     """The generated spans of each document, int64 [S, 2]: (first token, behind the last)."""
     found = []
     for document in documents:
+        if len(document.offset) and document.offset[-1] == len(document.offset) - 1:  # one span: plain text
+            found.append(np.array([[0, len(document.offset)]]))
+            continue
         offset = np.concatenate([document.offset, [-1]])
         # A span ends where the next token has not the next offset.
         starts, ends = np.flatnonzero(offset == 0), np.flatnonzero((offset[:-1] >= 0) & (np.diff(offset) != 1)) + 1

@@ -95,7 +95,7 @@ def write_part(
             source, tokenizer or division, or was cut; the disk is full.
     """
     with locked(folder), _disk_errors(folder):
-        opened = read_source(source, part_bytes=part_bytes, shard=part)
+        opened = read_source(source, part_bytes=part_bytes, shard=part, check=False)
         identity = identity_of(source, opened, part_bytes, tokenizer)
         state = _begun(folder, identity)
         if state["done"]:

@@ -45,7 +45,7 @@ class DecodingConfig(Section):
     steps: int | None = Field(
         default=None, ge=1, description="diffusion: denoising steps per block; none: as many as it takes"
     )
-    temperature: float = Field(default=0.0, ge=0, allow_inf_nan=False, description="0: greedy")
+    temperature: float = Field(default=0.0, ge=0, description="0: greedy")
     top_p: float | None = Field(
         default=None, gt=0, le=1, description="nucleus: fewest tokens whose probabilities reach this sum"
     )
