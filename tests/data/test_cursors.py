@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from nextblock.data.cursors import Shuffle
+from nextblock.config.errors import UsageError
+from nextblock.config.sections import Source
+from nextblock.data import cursors
+from nextblock.data.cursors import HubStream, Shuffle
+from samples import jsonl, texts
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 16, 17, 100, 1000, 1023])
@@ -34,3 +41,35 @@ def test_a_shuffle_of_a_million_times_more_documents_takes_no_more_memory():
     few, many = Shuffle(10**4, [0]), Shuffle(10**10, [0])
     assert sum(map(sys.getsizeof, vars(many).values())) <= sum(map(sys.getsizeof, vars(few).values())) + 16
     assert 0 <= many[10**10 - 1] < 10**10
+
+
+class Flaky:
+    """Rows of a stream that fails before some of them, each time as often as is said."""
+
+    def __init__(self, stream: Any, failures: dict[int, int]) -> None:
+        self._stream, self._failures = stream, failures
+        self.state_dict, self.load_state_dict = stream.state_dict, stream.load_state_dict
+        self.read = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        for row in self._stream:
+            if self._failures.get(self.read, 0):
+                self._failures[self.read] -= 1
+                raise ConnectionError("no route to host")
+            self.read += 1
+            yield row
+
+
+def test_a_stream_that_fails_is_tried_again_and_loses_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data").mkdir()
+    rows = texts(12)
+    jsonl(tmp_path / "data" / "train.jsonl", rows)
+    waited: list[float] = []
+    monkeypatch.setattr(cursors, "sleep", waited.append)
+    stream = HubStream(Source(path=str(tmp_path / "data"), format="hub"))
+    stream._stream = Flaky(stream._stream, {0: 1, 5: 3, 9: 99})  # pyright: ignore[reportAttributeAccessIssue]
+    assert [stream.take().value for _ in range(9)] == rows[:9]
+    assert waited == [1, 1, 4, 15]
+    with pytest.raises(UsageError, match="stopped: no route to host"):
+        stream.take()
+    assert waited[4:] == list(cursors.RETRY_SECONDS)

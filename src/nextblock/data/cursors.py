@@ -7,6 +7,7 @@ import math
 import os
 import struct
 from collections.abc import Iterator, Mapping, Sequence
+from time import sleep
 from typing import Any
 
 from nextblock.config.errors import UsageError, one_line
@@ -84,6 +85,10 @@ class Cursor:
         self.epoch, self.index = state["epoch"], state["index"]
 
 
+RETRY_SECONDS = (1, 4, 15, 60, 120)
+"""Before each further attempt at a row of a streamed data set: networks come back."""
+
+
 class HubStream:
     """Reads a `datasets` id (`owner/name` or `owner/name:configuration`) as a stream, in its own order.
 
@@ -106,12 +111,12 @@ class HubStream:
         assert isinstance(stream, IterableDataset)
         stream = stream if source.examples is None else stream.take(source.examples)
         self._stream = split_dataset_by_node(stream, *shard) if shard[1] > 1 else stream
-        self._first = self._stream.state_dict()
+        self._first = self._place = self._stream.state_dict()
         self._rows: Iterator[Any] | None = None
-        self.epoch = self.index = 0
+        self.epoch = self.index = self._failed = 0  # attempts at the next row
 
     def take(self) -> Record:
-        """The next record."""
+        """The next record. UsageError if it cannot be read, also after all RETRY_SECONDS."""
         for _ in range(2):
             if self._rows is None:
                 self._rows = iter(self._stream)
@@ -119,11 +124,17 @@ class HubStream:
                 row = next(self._rows)
             except StopIteration:
                 self._stream.load_state_dict(self._first)
-                self._rows, self.epoch, self.index = None, self.epoch + 1, 0
+                self._rows, self._place, self.epoch, self.index = None, self._first, self.epoch + 1, 0
                 continue
             except Exception as error:
-                raise UsageError(f"data source {self._source.path} stopped: {one_line(error)}") from None
-            self.index += 1
+                if self._failed == len(RETRY_SECONDS):
+                    raise UsageError(f"data source {self._source.path} stopped: {one_line(error)}") from None
+                sleep(RETRY_SECONDS[self._failed])
+                self._failed += 1
+                self._stream.load_state_dict(self._place)
+                self._rows = None
+                return self.take()
+            self.index, self._failed, self._place = self.index + 1, 0, self._stream.state_dict()
             return to_record(
                 without_nulls(row), self._source, f"{self._source.path} {self._source.split} row {self.index - 1}"
             )
@@ -133,9 +144,10 @@ class HubStream:
 
     def state(self) -> dict[str, Any]:
         """Where the next record is."""
-        return {"epoch": self.epoch, "index": self.index, "stream": self._stream.state_dict()}
+        return {"epoch": self.epoch, "index": self.index, "stream": self._place}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go to a place that `state` gave."""
         self.epoch, self.index, self._rows = state["epoch"], state["index"], None
-        self._stream.load_state_dict(state["stream"])
+        self._place = state["stream"]
+        self._stream.load_state_dict(self._place)
