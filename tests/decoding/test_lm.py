@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_text import byte_level
 
 import nextblock as nb
 from families import EOS_ID, MASK_ID, longrope_model, nested_model, tiny_model
@@ -21,6 +20,7 @@ from nextblock.decoding.lm import BlockDiffusionLM, load, why_no_blocks
 from nextblock.decoding.request import make_request
 from nextblock.model.parent import byte_tokenizer
 from nextblock.training.export import export
+from samples import byte_level
 
 MODES = ["ar", "diffusion", "speculative"]
 TOKENIZER = byte_level()
