@@ -29,7 +29,7 @@ from nextblock.model.training_mode import recompute_activations, run_in_parts, w
 from nextblock.recipe.objective import TwoViewLoss
 from nextblock.training.checkpoint import load_weights
 from nextblock.training.launcher import check_batch, make_accelerator
-from nextblock.training.ranks import errors_on_all_ranks, is_main
+from nextblock.training.ranks import errors_on_all_ranks, gather, is_main
 from nextblock.training.run import Run
 
 
@@ -87,6 +87,7 @@ def prepare(
         lora = None
         if config.lora is not None:
             lora = LoraAdapter(decoder.model, config.lora, mask_token_id, config.model.path)
+    check_same_data(config, feed.digests)
     trained = lora.weights if lora is not None else decoder.adapter or decoder.model
     trained.requires_grad_(True)
     if config.training.gradient_checkpointing:
@@ -98,6 +99,22 @@ def prepare(
     return Run(
         config, accelerator, tokenizer, decoder, loss, optimizer, feed, mask_token_id, output, lora, held_out=held_out
     )
+
+
+def check_same_data(config: AdaptConfig, digests: list[str]) -> None:
+    """UsageError if another rank reads other text. All ranks call it together.
+
+    Args:
+        digests: of this rank's sources.
+    """
+    ours, *others = gather(digests)
+    for rank, theirs in enumerate(others, 1):
+        for source, one, other in zip(config.data.sources, ours, theirs, strict=True):
+            if one != other:
+                raise UsageError(
+                    f"data source {source.path} holds other text on rank {rank} than on rank 0; give all machines the "
+                    "same files"
+                )
 
 
 def check_packages(config: AdaptConfig) -> None:
