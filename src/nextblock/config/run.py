@@ -151,12 +151,17 @@ def _recipe(run: AdaptConfig) -> Iterator[str]:
     recipe, b_max = run.recipe, run.growth.b_max
     random_starts = f"recipe.random_start_share={recipe.random_start_share}"
     annealing = f"recipe.annealed_mask_steps={recipe.annealed_mask_steps}"
+    accept_weight = f"recipe.accept_weight={recipe.accept_weight:g}"
     if recipe.complementary and recipe.views % 2:
         yield f"recipe.views={recipe.views} is odd, but recipe.complementary needs pairs; use {recipe.views + 1}"
+    if recipe.accept_weight and recipe.prediction == "aligned":  # then no draft is made behind a mask at offset 0
+        yield f"{accept_weight} needs recipe.prediction=shifted; set it, or leave the drafts' acceptance out"
     if recipe.context == "block_causal":
         cure = "needs recipe.context=context_causal; set it, or leave"
         if recipe.soft_weight:  # a clean token has seen the token that it would teach
             yield f"recipe.soft_weight={recipe.soft_weight:g} {cure} soft targets out"
+        if recipe.accept_weight:
+            yield f"{accept_weight} {cure} the drafts' acceptance out"
         if recipe.random_start_share:  # blocks must start where decoding starts them, in both halves
             yield f"{random_starts} {cure} the random starts out"
         if recipe.annealed_mask_steps:  # a clean token has seen the rest of its block: the answer to the query

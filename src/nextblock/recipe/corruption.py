@@ -56,6 +56,8 @@ class MaskedTargets(Targets):
     noise: int64 [S], bin of the block's masked share, ceil(share * NOISE_LEVELS) - 1.
     offset: int64 [S], of the token in its block.
     weight: float32 [S], what its loss counts by position decay (`recipe.offset_decay`); None: all count 1.
+    drafts: int64 [K, b - 1], for each block that is masked whole its targets, by number, in order; S where there is
+        none that the AR head would check. None: not asked for (`recipe.accept_weight`).
     """
 
     teacher: Tensor
@@ -63,6 +65,7 @@ class MaskedTargets(Targets):
     noise: Tensor
     offset: Tensor
     weight: Tensor | None = None
+    drafts: Tensor | None = None
 
     def none(self) -> MaskedTargets:
         """No target at all."""
@@ -199,8 +202,21 @@ def masked_targets(noised: dict[str, Tensor], block_size: int, recipe: RecipeCon
     before, weight = int(recipe.prediction == "shifted"), None
     if recipe.offset_decay is not None:
         weight = offset_weights(block_size, recipe.offset_decay, recipe.prediction)[offset - before]
-    has_teacher = teacher != UNSCORED
-    return MaskedTargets(row, slot - before, token, teacher.clamp_min(0), has_teacher, noise, offset, weight)
+    has_teacher, drafts = teacher != UNSCORED, None
+    if recipe.accept_weight:
+        drafts = draft_targets(offset, noised["whole"][row, slot] & has_teacher, block_size)
+    return MaskedTargets(row, slot - before, token, teacher.clamp_min(0), has_teacher, noise, offset, weight, drafts)
+
+
+def draft_targets(offset: Tensor, counts: Tensor, block_size: int) -> Tensor:
+    """`MaskedTargets.drafts` of targets with these offsets in their blocks, of which bool [S] `counts`.
+
+    Prediction is shifted: drafts stand at the offsets 1 to b - 1, those that count in front.
+    """
+    first = counts & (offset == 1)
+    drafts = torch.full((int(first.sum()), max(1, block_size - 1)), len(offset))
+    drafts[first.cumsum(0)[counts] - 1, offset[counts] - 1] = counts.nonzero()[:, 0]
+    return drafts
 
 
 def offset_weights(block_size: int, decay: float, prediction: Prediction) -> Tensor:
@@ -303,6 +319,7 @@ def noised_half(
                 "masked": masked,
                 "view": np.full_like(grid["clean"], len(parts) + 1),
                 "noise": np.broadcast_to(noise[:, None], masked.shape),
+                "whole": np.broadcast_to((masked == maskable).all(axis=1, keepdims=True), masked.shape),
             }
             parts.append({name: values[keep] for name, values in slots.items()})
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

@@ -27,11 +27,14 @@ class Scores(NamedTuple):
     total: 0-d, the sum of their cross-entropies, each times its weight.
     soft: 0-d, the same of KL(p_teacher || p), the distillation loss; 0 without a teacher.
     nats: [S], the cross-entropy of each, without gradient or weight; empty where not asked for and not at hand.
+    agreement: [S], sum over v of min(p_teacher(v), p(v)): how likely a token drawn from p is kept; None without a
+        teacher.
     """
 
     total: Tensor
     soft: Tensor
     nats: Tensor
+    agreement: Tensor | None = None
 
 
 def cross_entropy(
@@ -71,7 +74,7 @@ def cross_entropy(
         return Scores(total, torch.zeros_like(total), nats)
 
     def chunk_nats(chunk: Tensor, wanted: Tensor, *soft: Tensor) -> Tensor:
-        """[1 or 2, S]: cross-entropies, and divergences from a teacher."""
+        """[1 or 3, S]: cross-entropies, and divergences from a teacher and agreement with it."""
         log_p = _log_probabilities(decoder, chunk)
         hard = functional.nll_loss(log_p, wanted, reduction="none")
         if not soft:
@@ -79,12 +82,14 @@ def cross_entropy(
         with torch.no_grad():
             wish = _log_probabilities(decoder, soft[0])
         divergence = functional.kl_div(log_p, wish, reduction="none", log_target=True).sum(-1)
-        return torch.stack([hard, divergence.masked_fill(~soft[1], 0)])
+        agreement = torch.minimum(log_p, wish).exp().sum(-1)
+        return torch.stack([hard, divergence.masked_fill(~soft[1], 0), agreement])
 
     soft = () if teacher is None else (teacher[0].detach(), teacher[1])
     nats = _in_chunks(chunk_nats, size, hidden, target, *soft)
-    sums = nats.sum(1) if weight is None else nats @ weight.to(nats.dtype)
-    return Scores(sums[0], sums[1] if soft else torch.zeros_like(sums[0]), nats[0].detach())
+    sums = nats[:2].sum(1) if weight is None else nats[:2] @ weight.to(nats.dtype)
+    total, each_nats = sums[0], nats[0].detach()
+    return Scores(total, sums[1], each_nats, nats[2]) if soft else Scores(total, torch.zeros_like(total), each_nats)
 
 
 def chunk_rows(decoder: Decoder, device: str | None = None) -> int:

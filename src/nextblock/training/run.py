@@ -44,6 +44,9 @@ class StepMetrics:
     step_seconds: float
     soft_loss: float = math.nan
     """Distillation: mean KL from the clean half's predictions over the masked tokens; NaN where `soft_weight` is 0."""
+    lost_drafts: float = math.nan
+    """Share of the masked tokens that the AR head is expected to reject in blocks masked whole, or to lose behind one
+    that it rejects; NaN where `accept_weight` is 0."""
     device_tokens_per_second: float = math.nan
     peak_memory_gib: float = math.nan
     """Of the main process since it began: allocated on CUDA, resident elsewhere."""
@@ -130,7 +133,7 @@ class Run:
             return 0.0
         model, trained, kind = self.decoder.model, self.trained, kind_of_training(self.config)
         products = Products.of(model, () if kind == "full" else trained.parameters())
-        return products.of_view(kind, view, score_ar, self.config.recipe.soft_weight > 0).useful
+        return products.of_view(kind, view, score_ar, self.config.recipe.taught).useful
 
     @property
     def settings(self) -> BlockDiffusionSettings | None:

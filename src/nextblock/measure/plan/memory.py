@@ -182,7 +182,7 @@ def _fake_losses(
             return [cross_entropy(decoder, chosen, wanted, rows=chunk).total, rest]
         taught = teacher.reshape(-1, teacher.shape[-1])[wanted]
         scores = cross_entropy(decoder, chosen, wanted, teacher=(taught, wanted == 0), rows=max(1, chunk // 2))
-        return [scores.total + scores.soft, rest]
+        return [scores.total + scores.soft + cast(Tensor, scores.agreement).sum(), rest]
 
     if drafting:
         cache = CleanCache()
@@ -190,9 +190,9 @@ def _fake_losses(
             parent = hidden(length, length, cache)
         cache.written = True
         states = hidden(count, length + count, cache, gate=True)
-        return head(states, 0, scored, parent if recipe.soft_weight else None)
+        return head(states, 0, scored, parent if recipe.taught else None)
     states = hidden(count + length, count + length)
-    teacher = states[:, count:] if recipe.soft_weight else None
+    teacher = states[:, count:] if recipe.taught else None
     diffusion = head(states, 0, scored, teacher) if scored else [torch.zeros(())]
     if not recipe.ar_weight and not recipe.ar_weight_final:
         return diffusion

@@ -75,7 +75,7 @@ def step_flops(config: AdaptConfig, shape: PreTrainedConfig, counts: Counts, blo
     clean_pairs, noised_pairs = attention_pairs(noised, length, block_size, config.recipe.context)
     masked = scored_tokens(config, block_size, length)
     ar = 0 if kind == "draft adapter" or not scores_ar(config, block_size) else length - 1
-    taught = masked if config.recipe.soft_weight else 0
+    taught = masked if config.recipe.taught else 0
     tied = kind == "lora" and config.masks and getattr(shape, "tie_word_embeddings", False)
     tokens, pairs = (rows * length, rows * noised), (rows * clean_pairs, rows * noised_pairs)
     twice = config.training.gradient_checkpointing
