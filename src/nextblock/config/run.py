@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from nextblock.config.errors import UsageError
 from nextblock.config.sections import (
+    CorrectionConfig,
     DataConfig,
     DraftAdapterConfig,
     GrowthConfig,
@@ -57,6 +58,9 @@ class AdaptConfig(Section):
     )
     lora: LoraConfig | None = Field(
         default=None, description="train low-rank updates of the parent; the result is saved both apart and merged"
+    )
+    correction: CorrectionConfig | None = Field(
+        default=None, description="train a correction head beside the draft adapter"
     )
     machine: MachineConfig = Field(default_factory=lambda: MachineConfig())
     stages: tuple[Stage, ...] = Field(
@@ -107,7 +111,11 @@ def _lengths(run: AdaptConfig) -> Iterator[str]:
 def _draft_adapter(run: AdaptConfig) -> Iterator[str]:
     """Rules that are broken: what a draft adapter leaves as it is, and what it has no use for."""
     if run.draft_adapter is None:
+        if run.correction is not None:
+            yield "correction is trained beside a draft adapter; set draft_adapter, or leave the section out"
         return
+    if run.correction is not None and run.recipe.prediction == "aligned":
+        yield "correction needs recipe.prediction=shifted; set it, or leave the section out"
     if run.training.fsdp:
         yield "training.fsdp=true has no use for a draft adapter, which is small; leave it out"
     if run.growth.b_0 == 1 and run.recipe.prediction == "shifted":

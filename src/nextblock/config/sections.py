@@ -208,6 +208,13 @@ class DraftAdapterConfig(Section):
     )
 
 
+class CorrectionConfig(Section):
+    """A correction head beside a draft adapter: a draft's logits, corrected by what the token before it tells."""
+
+    rank: int = Field(default=32, ge=1, description="rank of the correction")
+    candidates: int = Field(default=32, ge=1, description="likeliest tokens of a place whose logits are corrected")
+
+
 class LoraConfig(DraftAdapterConfig):
     """LoRA: the full recipe through low-rank updates (peft), and the mask token's row; the rest stays frozen."""
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nextblock.decoding.batch import Batch
 from nextblock.decoding.check import append, verify
-from nextblock.decoding.drafts import Draft, draft_length, lay_out
+from nextblock.decoding.drafts import Draft, draft_length, lay_out, propose
 from nextblock.decoding.events import Event
 from nextblock.decoding.masks import Groups
 from nextblock.decoding.sampling import on_device, probability_of
@@ -110,11 +110,10 @@ def drafted(batch: Batch, hidden: Tensor, hits: list[int | None]) -> Draft:
     prefixes = ((row, row.answer) for row in rows for _ in range(length))
     chosen = torch.cat([hidden[index, first : first + length] for index, first in found])
     logits = batch.head.next_logits(chosen, prefixes)
-    distribution = batch.head.distribution(logits)
-    drawn = batch.head.choose(logits, [u for row in rows for u in row.draw(length)], distribution)
-    tokens[at] = drawn.view(-1, length)
-    chances[at] = probability_of(logits, logits.argmax(-1)).view(-1, length)
+    uniform = [u for row in rows for u in row.draw(length)]
+    tokens[at], corrected, distribution = propose(batch, logits.unflatten(0, (-1, length)), uniform, rows)
+    chances[at] = probability_of(corrected, corrected.argmax(-1))
     if distribution is not None:
-        ahead.distribution = distribution.new_zeros(len(hits), length, distribution.shape[-1])
-        ahead.distribution[at] = distribution.unflatten(0, (-1, length))
+        ahead.distribution = distribution.new_zeros(len(hits), *distribution.shape[1:])
+        ahead.distribution[at] = distribution
     return ahead

@@ -104,27 +104,52 @@ def choose_drafts(batch: Batch, hidden: Tensor, lengths: list[int]) -> Draft:
         if row.random is not None
         for u in row.draw(length) + [0.0] * (longest - length)
     ]
-    distribution, shape = batch.head.distribution(logits), (len(rows), longest)
-    tokens = batch.head.choose(logits, uniform, distribution).view(shape)
-    distribution = None if distribution is None else distribution.unflatten(0, shape)
+    plain = logits.unflatten(0, (len(rows), longest))
+    tokens, logits, distribution = propose(batch, plain, uniform, rows)
     draft = Draft(tokens, lengths, distribution)
     if batch.config.draft_paths > 1:
-        draft.branches = branch(batch, logits.unflatten(0, shape), draft)
+        chained = batch.decoder.correction is not None
+        draft.branches = branch(batch, logits if distribution is None else plain, draft, chained)
     return draft
 
 
-def branch(batch: Batch, logits: Tensor, draft: Draft) -> Branches | None:
+def propose(
+    batch: Batch, logits: Tensor, uniform: list[float], rows: list[Row]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Tokens int64 [B, k] for places with these `logits` [B, k, V], behind the last tokens of the rows' answers.
+
+    A correction head, if there is one, corrects each place by the token proposed before it.
+
+    Returns:
+        The tokens, the corrected logits [B, k, V], and what the tokens were drawn from, [B, k, V]; None when greedy.
+    """
+    head, correction, longest = batch.head, batch.decoder.correction, logits.shape[1]
+    if correction is not None:
+        last = on_device([row.answer[-1] for row in rows], logits.device)
+        logits, tokens = correction.in_order(
+            logits, last, lambda number, own: head.choose(own, uniform[number::longest])
+        )
+    distribution = head.distribution(logits.flatten(0, 1))
+    if correction is None:
+        tokens = head.choose(logits.flatten(0, 1), uniform, distribution).view(logits.shape[:2])
+    return tokens, logits, None if distribution is None else distribution.view_as(logits)
+
+
+def branch(batch: Batch, logits: Tensor, draft: Draft, chained: bool = False) -> Branches | None:
     """Where further paths leave the trunk, and with which token: the second best, or a draw without the trunk's.
 
     At the positions where that is likeliest to be of use: all drafts before are kept, and the second-likeliest
     token is the right one. This looks at `logits` [B, k, V] alone, never at what was drawn from them: chosen by
     the drafts, the tokens behind a branch would no longer have the distribution that the check takes them to have.
+    So where each draft changed what the next is drawn from (`chained`), `logits` are those before.
     The positions are copied to the host, as the width of the check depends on them. None: no row has a branch.
     """
     top = logits.softmax(-1).topk(2)
     likeliest, second = top.values.double().log().unbind(-1)
     odds = likeliest.cumsum(1) - likeliest + second
-    if draft.distribution is not None:  # no second token where a filter leaves only one
+    # No second token where a filter leaves only one. Of chained drafts this depends on what was drawn: there such a
+    # branch stays, and the check rejects whatever token it has.
+    if draft.distribution is not None and not chained:
         odds = odds.masked_fill((draft.distribution > 0).sum(-1) < 2, -math.inf)
     depth = []
     for line, length in zip(odds.tolist(), draft.lengths, strict=True):

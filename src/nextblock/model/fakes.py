@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from nextblock.attention.split import PIECE, SPLIT, TILE, Piece, SplitMask, Tiles
 from nextblock.config.run import AdaptConfig
 from nextblock.model.decoder import Decoder
-from nextblock.model.draft_adapter import DraftAdapter
+from nextblock.model.draft_adapter import DraftAdapter, new_adapter
 from nextblock.model.loading import choose_attention
 from nextblock.model.lora import TiedHead
 from nextblock.model.targets import target_names
@@ -47,7 +47,7 @@ def fake_decoder(
 def low_rank_updates(config: AdaptConfig, model: PreTrainedModel) -> DraftAdapter | None:
     """What `draft_adapter` or `lora` trains: LoRA's mask row is as large as the mask vector."""
     if config.lora is None:
-        return None if config.draft_adapter is None else DraftAdapter(model, config.draft_adapter)
+        return None if config.draft_adapter is None else new_adapter(model, config.draft_adapter, config.correction)
     target_names(model, config.lora.target_modules, section="lora")  # names the section where nothing matches
     adapter = DraftAdapter(model, config.lora)
     adapter.always = True

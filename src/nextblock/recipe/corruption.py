@@ -55,6 +55,7 @@ class MaskedTargets(Targets):
     has_teacher: bool [S], False for the first token of a document and for those that fill up a last block.
     noise: int64 [S], bin of the block's masked share, ceil(share * NOISE_LEVELS) - 1.
     offset: int64 [S], of the token in its block.
+    previous: int64 [S], the clean token before it in its block; with aligned prediction of no meaning at offset 0.
     weight: float32 [S], what its loss counts by position decay (`recipe.offset_decay`); None: all count 1.
     drafts: int64 [K, b - 1], for each block that is masked whole its targets, by number, in order; S where there is
         none that the AR head would check. None: not asked for (`recipe.accept_weight`).
@@ -64,6 +65,7 @@ class MaskedTargets(Targets):
     has_teacher: Tensor
     noise: Tensor
     offset: Tensor
+    previous: Tensor
     weight: Tensor | None = None
     drafts: Tensor | None = None
 
@@ -198,6 +200,7 @@ def masked_targets(noised: dict[str, Tensor], block_size: int, recipe: RecipeCon
     """Targets of the noised half, from its columns [B, N] (`noised_half`)."""
     row, slot = noised["masked"].nonzero(as_tuple=True)
     token, teacher, noise, offset = (noised[name][row, slot] for name in ("clean", "teacher", "noise", "offset"))
+    previous = noised["clean"][row, (slot - 1).clamp_min(0)]
     # With shifted prediction the hidden state of slot i - 1 predicts slot i; first slots are never masked.
     before, weight = int(recipe.prediction == "shifted"), None
     if recipe.offset_decay is not None:
@@ -205,7 +208,8 @@ def masked_targets(noised: dict[str, Tensor], block_size: int, recipe: RecipeCon
     has_teacher, drafts = teacher != UNSCORED, None
     if recipe.accept_weight:
         drafts = draft_targets(offset, noised["whole"][row, slot] & has_teacher, block_size)
-    return MaskedTargets(row, slot - before, token, teacher.clamp_min(0), has_teacher, noise, offset, weight, drafts)
+    taught = teacher.clamp_min(0), has_teacher
+    return MaskedTargets(row, slot - before, token, *taught, noise, offset, previous, weight, drafts)
 
 
 def draft_targets(offset: Tensor, counts: Tensor, block_size: int) -> Tensor:

@@ -79,8 +79,9 @@ class TwoViewLoss(nn.Module):
             return LossSums(nothing, nothing, 0, 0, nothing)
         noised, clean = (two_view_states if self.adapter is None else draft_states)(decoder, view, rule)
         teacher = (clean[masked.row, masked.teacher], masked.has_teacher) if soft else None
+        states, before = noised[masked.row, masked.slot], masked.previous if decoder.correction is not None else None
         scores = cross_entropy(
-            decoder, noised[masked.row, masked.slot], masked.token, masked.weight, teacher=teacher, each=profile
+            decoder, states, masked.token, masked.weight, teacher=teacher, previous=before, each=profile
         )
         ar, ar_tokens = torch.zeros_like(scores.total), 0
         if score_ar and self.adapter is None:

@@ -18,7 +18,7 @@ from nextblock.data.mixture import NoDocument
 from nextblock.data.rows import Rows, check_tokens
 from nextblock.data.stream import RowStream
 from nextblock.model.decoder import Decoder
-from nextblock.model.draft_adapter import DraftAdapter
+from nextblock.model.draft_adapter import new_adapter
 from nextblock.model.loading import check_backward, weight_shapes
 from nextblock.model.lora import LoraAdapter
 from nextblock.model.mask_token import check_round_trip, check_vocabulary, choose_mask_token
@@ -139,7 +139,7 @@ def open_parent(
 def give_mask(config: AdaptConfig, decoder: Decoder, tokenizer: Any, masks: bool) -> tuple[Decoder, int | None]:
     """The parent with its draft adapter, if it gets one, and the id of the mask token; None where none is needed."""
     if config.draft_adapter is not None:
-        adapter = DraftAdapter(decoder.model, config.draft_adapter)
+        adapter = new_adapter(decoder.model, config.draft_adapter, config.correction)
         decoder = Decoder(decoder.model, adapter)
         probe_adapter(decoder)
         return decoder, adapter.mask_token_id
