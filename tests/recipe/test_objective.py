@@ -278,7 +278,7 @@ def lost_by_block(model: PreTrainedModel, view: TwoView, rows: Rows) -> Tensor:
             spans = rows.offset[row, own]
             kept = torch.ones((), dtype=model.dtype)
             p = model(input_ids=tokens[None], use_cache=False).logits[0].softmax(-1).detach()
-            for depth, slot in enumerate(slots[:-1], 1):
+            for depth, slot in enumerate(slots[1:-1], 2):  # the AR head itself decides the token at 1
                 at = start + depth
                 if at >= length or spans[at] < spans[start]:
                     break  # what fills up a last block follows no text

@@ -57,8 +57,8 @@ class MaskedTargets(Targets):
     offset: int64 [S], of the token in its block.
     previous: int64 [S], the clean token before it in its block; with aligned prediction of no meaning at offset 0.
     weight: float32 [S], what its loss counts by position decay (`recipe.offset_decay`); None: all count 1.
-    drafts: int64 [K, b - 1], for each block that is masked whole its targets, by number, in order; S where there is
-        none that the AR head would check. None: not asked for (`recipe.accept_weight`).
+    drafts: int64 [K, b - 2], for each block that is masked whole its targets from offset 2 on, by number; S where
+        there is none that the AR head would check. None: not asked for (`recipe.accept_weight`).
     """
 
     teacher: Tensor
@@ -215,11 +215,13 @@ def masked_targets(noised: dict[str, Tensor], block_size: int, recipe: RecipeCon
 def draft_targets(offset: Tensor, counts: Tensor, block_size: int) -> Tensor:
     """`MaskedTargets.drafts` of targets with these offsets in their blocks, of which bool [S] `counts`.
 
-    Prediction is shifted: drafts stand at the offsets 1 to b - 1, those that count in front.
+    Prediction is shifted. Behind the known token, at offset 0, comes one that the AR head decides, so drafts stand at
+    the offsets 2 to b - 1, those that count in front.
     """
-    first = counts & (offset == 1)
-    drafts = torch.full((int(first.sum()), max(1, block_size - 1)), len(offset))
-    drafts[first.cumsum(0)[counts] - 1, offset[counts] - 1] = counts.nonzero()[:, 0]
+    counts = counts & (offset > 1)
+    first = counts & (offset == 2)
+    drafts = torch.full((int(first.sum()), max(0, block_size - 2)), len(offset))
+    drafts[first.cumsum(0)[counts] - 1, offset[counts] - 2] = counts.nonzero()[:, 0]
     return drafts
 
 

@@ -103,7 +103,7 @@ def lost_drafts(agreement: Tensor, drafts: Tensor) -> Tensor:
 
     Args:
         agreement: alpha of each target, [S].
-        drafts: int64 [K, b - 1], as in `MaskedTargets`.
+        drafts: int64 [K, b - 2], as in `MaskedTargets`.
     """
     counts = drafts < len(agreement)
     alpha = torch.cat([agreement, agreement.new_zeros(1)])[drafts]
