@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 import nextblock as nb
@@ -26,6 +27,7 @@ from nextblock.model.adapter_files import save_adapter
 from nextblock.model.correction import Correction
 from nextblock.model.decoder import Decoder
 from nextblock.model.draft_adapter import new_adapter
+from nextblock.model.loading import weights_folder
 from nextblock.model.parent import byte_tokenizer
 from nextblock.recipe import cross_entropy as cross_entropy_module
 from nextblock.recipe.corruption import corrupt
@@ -191,7 +193,7 @@ def test_a_head_that_knows_the_text_has_its_drafts_kept():
         (
             "correction.json",
             {"block_size": 16},
-            "blocks of 16, the draft adapter .* blocks of 8; take correction.json",
+            "blocks of 16, not to .* blocks of 8; delete .*correction, or bring",
         ),
         ("correction.json", {"rank": 4}, "holds no whole correction head"),
         ("correction.json", {"candidates": 0}, "holds no whole correction head"),
@@ -201,19 +203,24 @@ def test_a_head_that_knows_the_text_has_its_drafts_kept():
 )
 def test_a_head_of_another_parent_or_block_size_or_a_cut_one_is_refused_in_one_line(folders, name, change, words):
     parent, out = folders
+    out = out / "correction"
     if change is None:
         (out / name).write_bytes(b"\x10")
     else:
         (out / name).write_text(json.dumps(json.loads((out / name).read_text()) | change))
     with pytest.raises(UsageError, match=words) as refused:
-        nb.load(parent, draft_adapter=out)
+        nb.load(parent, draft_adapter=out.parent)
     assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        ({"correction.rank": 4}, "correction is trained beside a draft adapter"),
+        ({"correction.rank": 4}, "growth.b_0=1 has no drafts that a correction head could learn from"),
+        (
+            {"correction.rank": 4, "lora.rank": 2, "growth.b_0": 4},
+            "correction is trained beside a draft adapter or a frozen",
+        ),
         (
             {"correction.rank": 4, "draft_adapter.rank": 2, "growth.b_0": 4, "recipe.prediction": "aligned"},
             "correction needs recipe.prediction=shifted",
@@ -223,3 +230,33 @@ def test_a_head_of_another_parent_or_block_size_or_a_cut_one_is_refused_in_one_l
 def test_a_head_that_could_not_be_trained_is_refused_in_one_line(overrides, words):
     with pytest.raises(UsageError, match=words):
         load_config({"data": {"sources": [{"path": "task:algebra"}]}}, overrides)
+
+
+def test_a_head_alone_is_trained_beside_a_model_that_stays_as_it_is(tmp_path):
+    overrides = {
+        "model.path": "tiny-bd",
+        "model.export_dtype": "bfloat16",
+        "correction.rank": 8,
+        "growth.b_0": 16,
+        "growth.b_max": 16,
+        "recipe.full_mask_share": 1.0,
+        "recipe.accept_weight": 1.0,
+        "optimizer.lr": 0.02,
+        "training.steps": 6,
+        "training.batch_rows": 2,
+        "training.evaluate_rows": 0,
+        "data.row_length": 96,
+    }
+    config = load_config({"data": {"sources": [{"path": "task:word_problems"}]}}, overrides)
+    result = nb.adapt(config.model_copy(update={"output": str(tmp_path / "out")}))
+    before, after = (load_file(folder / "model.safetensors") for folder in (weights_folder("tiny-bd"), result.output))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    lm, plain = nb.load(result.output), nb.load("tiny-bd")
+    assert plain.decoder.correction is None
+    assert lm.decoder.correction is not None
+    assert lm.decoder.correction.following.any()
+    prompt = "Q: Leo has 8 bags with 7 coins in each. He loses 13. How many coins does Leo have?\nA:"
+    for mode in ("ar", "diffusion", "speculative"):
+        both = [model.generate(prompt, mode=mode, max_new_tokens=48) for model in (lm, plain)]
+        assert both[0].answers == both[1].answers, mode

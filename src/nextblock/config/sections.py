@@ -209,7 +209,7 @@ class DraftAdapterConfig(Section):
 
 
 class CorrectionConfig(Section):
-    """A correction head beside a draft adapter: a draft's logits, corrected by what the token before it tells."""
+    """A correction head: a draft's logits, corrected by what the token before it tells."""
 
     rank: int = Field(default=32, ge=1, description="rank of the correction")
     candidates: int = Field(default=32, ge=1, description="likeliest tokens of a place whose logits are corrected")

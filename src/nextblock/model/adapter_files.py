@@ -14,13 +14,12 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from nextblock.config.errors import UsageError, one_line
-from nextblock.config.sections import BlockDiffusionSettings, CorrectionConfig, DraftAdapterConfig, validate
-from nextblock.model.correction import Correction
+from nextblock.config.sections import BlockDiffusionSettings, DraftAdapterConfig, validate
+from nextblock.model.correction import load_correction, save_correction
 from nextblock.model.draft_adapter import DraftAdapter
 
 WEIGHTS, PEFT_CONFIG, SETTINGS = "adapter_model.safetensors", "adapter_config.json", "draft_adapter.json"
 MASK_VECTOR = "mask_vector.safetensors"
-CORRECTION_WEIGHTS, CORRECTION = "correction.safetensors", "correction.json"
 PEFT_PREFIX = "base_model.model."
 SAMPLED = 4096
 """Bytes of each tensor that enter the fingerprint."""
@@ -73,11 +72,7 @@ def save_adapter(
     }
     own = {"block_diffusion": settings.model_dump(), "parent": parent, "fingerprint": fingerprint(parent_folder)}
     if adapter.correction is not None:
-        tables = {name: table.detach().to("cpu", dtype) for name, table in adapter.correction.named_parameters()}
-        save_file(tables, folder / CORRECTION_WEIGHTS)
-        belongs = {name: own[name] for name in ("parent", "fingerprint")} | {"block_size": settings.block_size}
-        described = adapter.correction.config.model_dump() | belongs
-        (folder / CORRECTION).write_text(json.dumps(described, indent=2), encoding="utf-8")
+        save_correction(folder, adapter.correction, settings, parent, own["fingerprint"], dtype)
     (folder / PEFT_CONFIG).write_text(json.dumps(peft_config, indent=2), encoding="utf-8")
     (folder / SETTINGS).write_text(json.dumps(own, indent=2), encoding="utf-8")
 
@@ -119,36 +114,12 @@ def load_adapter(
             second.copy_(weights[name][1])
         adapter.mask_vector.copy_(mask_vector)
     settings = validate(BlockDiffusionSettings, section)
-    if (folder / CORRECTION).is_file():
-        adapter.correction = load_correction(folder, adapter, settings.block_size, found)
+    adapter.correction = load_correction(folder, model, settings, found)
     adapter.requires_grad_(False).eval()
     if adapter.mask_vector.device.type == "cpu":
         adapter.merge_copies()
     adapter.settings = settings
     return adapter, settings
-
-
-def load_correction(folder: Path, adapter: DraftAdapter, block_size: int, parent: str) -> Correction:
-    """The correction head beside a draft adapter of blocks of `block_size`; `parent`: its parent's fingerprint.
-
-    Raises:
-        UsageError: no whole head there, or one of another parent or block size.
-    """
-    cure = f"take {CORRECTION} and {CORRECTION_WEIGHTS} out of the folder, or bring those that were trained with it"
-    try:
-        own: dict[str, Any] = json.loads((folder / CORRECTION).read_text(encoding="utf-8"))
-        config = CorrectionConfig(rank=own["rank"], candidates=own["candidates"])
-        head = Correction(adapter.mask_token_id, config, adapter.mask_vector.device)
-        if (own["fingerprint"], own["block_size"]) == (parent, block_size):
-            head.load_state_dict(load_file(folder / CORRECTION_WEIGHTS))
-            return head
-    except Exception as error:  # of whatever kind a file raises that is missing, cut or of another program
-        reason = f"{type(error).__name__}: {one_line(error)}"
-        raise UsageError(f"{folder} holds no whole correction head ({reason}); {cure}") from None
-    raise UsageError(
-        f"the correction head in {folder} belongs to {own['parent']} (weights {own['fingerprint'][:8]}) and blocks of "
-        f"{own['block_size']}, the draft adapter to weights {parent[:8]} and blocks of {block_size}; {cure}"
-    )
 
 
 def _keys(name: str) -> tuple[str, str]:

@@ -65,7 +65,7 @@ class Decoder:
     @property
     def correction(self) -> Correction | None:
         """The head that corrects drafts, if there is one."""
-        return None if self.adapter is None else self.adapter.correction
+        return getattr(self.model if self.adapter is None else self.adapter, "correction", None)
 
     @property
     def attention(self) -> str:

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from nextblock.attention.split import PIECE, SPLIT, TILE, Piece, SplitMask, Tiles
 from nextblock.config.run import AdaptConfig
+from nextblock.model.correction import Correction
 from nextblock.model.decoder import Decoder
 from nextblock.model.draft_adapter import DraftAdapter, new_adapter
 from nextblock.model.loading import choose_attention
@@ -39,6 +40,10 @@ def fake_decoder(
     adapter = low_rank_updates(config, model)
     if config.training.gradient_checkpointing:
         recompute_activations(model, preserve_rng_state=False)
+    if adapter is None and config.correction is not None:
+        head = Correction(model.get_input_embeddings().num_embeddings, config.correction)
+        model.requires_grad_(False).correction = head
+        return Decoder(model), head
     if adapter is None:
         return Decoder(model), model
     return (Decoder(model) if config.lora else Decoder(model, adapter)), adapter

@@ -68,7 +68,7 @@ class TwoViewLoss(nn.Module):
             view: from `corrupt`, on the model's device.
             rule: the attention rule.
             score_ar: False leaves the clean half unscored (lambda = 0), which saves its head time. So does a draft
-                adapter, under which the clean half is the frozen parent's.
+                adapter or a correction head, beside which the clean half is a frozen model's.
             soft: also score masked tokens against the clean half's own predictions (w_soft or w_accept > 0).
             profile: also give each masked token's loss.
         """
@@ -84,7 +84,7 @@ class TwoViewLoss(nn.Module):
             decoder, states, masked.token, masked.weight, teacher=teacher, previous=before, each=profile
         )
         ar, ar_tokens = torch.zeros_like(scores.total), 0
-        if score_ar and self.adapter is None:
+        if score_ar and self.adapter is None and decoder.correction is None:
             ar = cross_entropy(decoder, clean[following.row, following.slot], following.token).total
             ar_tokens = len(following)
         lost = None

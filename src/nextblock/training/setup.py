@@ -17,6 +17,7 @@ from nextblock.data.feed import Feed
 from nextblock.data.mixture import NoDocument
 from nextblock.data.rows import Rows, check_tokens
 from nextblock.data.stream import RowStream
+from nextblock.model.correction import Correction
 from nextblock.model.decoder import Decoder
 from nextblock.model.draft_adapter import new_adapter
 from nextblock.model.loading import check_backward, weight_shapes
@@ -87,7 +88,10 @@ def prepare(
         lora = None
         if config.lora is not None:
             lora = LoraAdapter(decoder.model, config.lora, mask_token_id, config.model.path)
-    trained = lora.weights if lora is not None else decoder.adapter or decoder.model
+    if config.correction is not None and decoder.adapter is None:
+        decoder.model.requires_grad_(False)
+        decoder.model.correction = Correction(decoder.vocabulary, config.correction, decoder.device)
+    trained = lora.weights if lora is not None else decoder.adapter or decoder.correction or decoder.model
     trained.requires_grad_(True)
     if config.training.gradient_checkpointing:
         recompute_activations(decoder.model)
