@@ -85,7 +85,7 @@ def test_a_streamed_data_set_resumes_exactly(tmp_path: Path) -> None:
 
 
 def test_a_task_gives_train_examples_for_training_and_test_examples_held_out() -> None:
-    from nextblock.data.tasks import get_task
+    from nextblock.tasks import get_task
 
     task = get_task("algebra")
     for held_out, split in ((False, "train"), (True, "test")):

@@ -16,10 +16,10 @@ from families import EOS_ID, MASK_ID, tiny_model
 from layouts import CHAT, PLAIN, PROMPTED, make_rows
 from nextblock.config.sections import BlockDiffusionSettings
 from nextblock.data.rows import Rows
-from nextblock.data.tasks import get_task
 from nextblock.measure.accuracy import score_task
 from nextblock.measure.likelihood import bits_per_byte
 from nextblock.model.decoder import Decoder
+from nextblock.tasks import get_task
 from nextblock.workflows import held_out
 
 ROWS = make_rows([PLAIN, PROMPTED, CHAT], 28)

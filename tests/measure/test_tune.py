@@ -12,7 +12,6 @@ from families import tiny_model
 from nextblock.cli.main import app
 from nextblock.config.errors import UsageError
 from nextblock.config.sections import BlockDiffusionSettings
-from nextblock.data.tasks import Example, Task
 from nextblock.decoding.lm import BlockDiffusionLM, load
 from nextblock.decoding.options import resolve_config
 from nextblock.measure.bench.contest import Round
@@ -32,6 +31,7 @@ from nextblock.measure.tune import (
     write_decoding,
 )
 from nextblock.model.parent import byte_tokenizer
+from nextblock.tasks import Example, Task
 from nextblock.training.export import export
 
 VOCABULARY, MASK, END = 264, 263, 256

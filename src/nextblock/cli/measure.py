@@ -43,11 +43,11 @@ def evaluate(
     """Score a model on a built-in task: accuracy, tokens per forward, tokens per second, agreement with AR mode."""
     from rich.console import Console
 
-    from nextblock.data.tasks import get_task
     from nextblock.measure.bench.command import check_output
     from nextblock.measure.bench.scores import score_modes
     from nextblock.measure.progress import progress
     from nextblock.measure.report.page import decoding_table
+    from nextblock.tasks import get_task
 
     chosen = get_task(task)
     at_least_one(examples=examples, batch_size=batch_size)

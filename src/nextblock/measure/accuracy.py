@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from nextblock.config.errors import UsageError
-from nextblock.data.tasks import Task
 from nextblock.decoding.lm import BlockDiffusionLM
 from nextblock.decoding.options import with_stored
+from nextblock.tasks import Task
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ import yaml
 from nextblock.config.errors import UsageError, nearest
 from nextblock.config.sections import BlockDiffusionSettings
 from nextblock.data.prompts import read_prompts as prompt_records
-from nextblock.data.tasks import Example, Task, get_task
 from nextblock.decoding.lm import BlockDiffusionLM
 from nextblock.decoding.options import MODES, DecodingConfig, resolve_config
 from nextblock.decoding.request import make_request
+from nextblock.tasks import Example, Task, get_task
 
 # Every contestant decodes greedily and to the same length, or their speeds would not be comparable.
 FIXED = ("max_new_tokens", "temperature", "top_p", "top_k")
