@@ -170,9 +170,6 @@ def _fake_losses(
         ids = torch.zeros(rows, tokens, dtype=torch.int64)
         return decoder.hidden(ids, torch.zeros_like(ids), mask, cache, gate)
 
-    def before(wanted: Tensor) -> Tensor | None:
-        return None if decoder.correction is None else wanted
-
     def head(states: Tensor, first: int, targets: int, teacher: Tensor | None = None) -> list[Tensor]:
         live.phase = "head"
         chunk = chunk_rows(decoder, device)
@@ -182,11 +179,9 @@ def _fake_losses(
         # Other states and gradients, and other states of the teacher.
         rest = torch.zeros(2 if teacher is None else 3, targets - some, states.shape[-1], dtype=states.dtype)
         if teacher is None:
-            return [cross_entropy(decoder, chosen, wanted, previous=before(wanted), rows=chunk).total, rest]
-        taught = teacher.reshape(-1, teacher.shape[-1])[wanted]
-        scores = cross_entropy(
-            decoder, chosen, wanted, teacher=(taught, wanted == 0), previous=before(wanted), rows=max(1, chunk // 2)
-        )
+            return [cross_entropy(decoder, chosen, wanted, previous=wanted, rows=chunk).total, rest]
+        taught = teacher.reshape(-1, teacher.shape[-1])[wanted], wanted == 0
+        scores = cross_entropy(decoder, chosen, wanted, teacher=taught, previous=wanted, rows=max(1, chunk // 2))
         return [scores.total + scores.soft + cast(Tensor, scores.agreement).sum(), rest]
 
     if drafting:
