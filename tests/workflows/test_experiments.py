@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from nextblock.config.errors import UsageError
+from nextblock.config.files import LOCK, locked
 from nextblock.workflows.evidence import Estimate, differences, estimate, estimates, markdown_table, plot
 from nextblock.workflows.experiment import Experiment, find_experiment, load_experiment
 from nextblock.workflows.experiments import (
@@ -96,6 +97,12 @@ def test_a_killed_experiment_goes_on_to_the_same_figures(tmp_path):
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     assert not read_results(experiment, place)
+    while place.run("causal", 0).joinpath(LOCK).exists() and time.monotonic() < deadline:  # the run dies on its own
+        try:
+            with locked(place.run("causal", 0)):
+                break
+        except UsageError:
+            time.sleep(0.02)
     resumed = run_one(experiment, place, "causal", 0)
     undisturbed = run_one(experiment, place_of(source, tmp_path / "other"), "causal", 0)
     assert resumed["figures"] == undisturbed["figures"]

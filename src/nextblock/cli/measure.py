@@ -221,15 +221,14 @@ def verify(
     settings: Settings = None,
 ) -> None:
     """Run the identities that define "correct" on your own model, and print a table; exit status 1 if one fails."""
-    from rich.console import Console
-
+    from nextblock.measure.bench.command import wide_console
     from nextblock.measure.identities import table
     from nextblock.measure.identities import verify as run
     from nextblock.measure.progress import progress
 
     with progress("verifying") as update:
         checks = run(model, mask_token=mask_token, attention=attention, settings=settings, on_check=update)
-    Console().print(table(checks))
+    wide_console().print(table(checks))
     if any(check.status == "failed" for check in checks):
         raise typer.Exit(1)
 

@@ -14,7 +14,8 @@ import typer
 
 from nextblock.config.errors import UsageError
 from nextblock.config.sections import validate
-from nextblock.decoding.options import DecodingConfig, spell_out
+from nextblock.config.signatures import spell_out
+from nextblock.decoding.options import DecodingConfig
 
 C = TypeVar("C", bound=Callable[..., Any])
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import Field, field_validator
 
 from nextblock.config.errors import UsageError, nearest
+from nextblock.config.files import read_yaml
 from nextblock.config.run import AdaptConfig, load_config
 from nextblock.config.sections import Section, validate
 from nextblock.decoding.options import DecodingConfig
@@ -111,8 +111,8 @@ def load_experiment(path: Path) -> Experiment:
         UsageError: an unreadable file, an unknown key, or an arm that is refused.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        values = read_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise UsageError(f"cannot read the experiment {path}: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UsageError(f"experiment {path}: expected a mapping with question, base and arms")

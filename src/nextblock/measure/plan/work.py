@@ -60,9 +60,8 @@ def count_parameters(config: AdaptConfig, shape: PreTrainedConfig) -> Counts:
         model = bare_model(shape, torch.float32)
         parent = sum(p.numel() for p in model.parameters())
         adapter = low_rank_updates(config, model)
-        trained = parent if adapter is None else sum(p.numel() for p in adapter.parameters())
-        if adapter is None and config.correction is not None:
-            trained = 2 * config.correction.rank * model.get_input_embeddings().num_embeddings
+        head = 2 * config.correction.rank * model.get_input_embeddings().num_embeddings if config.correction else 0
+        trained = head or parent if adapter is None else sum(p.numel() for p in adapter.parameters())
         return Counts(parent, trained, Products.of(model, () if adapter is None else updates(adapter)))
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from nextblock.decoding.text import TextStream
+from nextblock.data.text import TextStream
 
 
 def byte_level():
