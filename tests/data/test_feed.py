@@ -11,7 +11,7 @@ import torch
 from nextblock.config.errors import UsageError
 from nextblock.config.run import load_config
 from nextblock.data.cursors import Cursor
-from nextblock.data.feed import Feed, merged
+from nextblock.data.feed import Feed, merged, usual_shards
 from nextblock.data.records import Record, Records
 from nextblock.data.rows import Rows
 from nextblock.model.parent import byte_tokenizer
@@ -25,7 +25,7 @@ def corpus(tmp_path_factory) -> str:
     return str(path)
 
 
-def feed(source: str, shards: int, rank: int = 0, ranks: int = 1) -> Feed:
+def feed(source: str, shards: int | None, rank: int = 0, ranks: int = 1) -> Feed:
     data = {"sources": [{"path": source}], "row_length": 48, "held_out": 0.1, "shards": shards}
     config = load_config({"data": data, "growth": {"b_max": 1}}).data
     return Feed(config, byte_tokenizer(), seed=3, batch_rows=12, rank=rank, ranks=ranks)
@@ -105,3 +105,34 @@ def test_a_streamed_data_set_smaller_than_its_shards_is_refused(tmp_path):
     config = load_config({"data": data, "growth": {"b_max": 1}}).data
     with pytest.raises(UsageError, match=r"is empty in shard 3 of 4; lower data\.shards"):
         Feed(config, byte_tokenizer(), seed=0, batch_rows=4)
+
+
+@pytest.mark.parametrize(("batch_rows", "shards"), [(12, 6), (8, 8), (64, 8), (7, 7), (22, 2), (11, 1)])
+def test_the_usual_shards_are_the_most_that_divide_the_batch(corpus, batch_rows, shards):
+    config = load_config({"data": {"sources": [{"path": corpus}]}}).data
+    assert usual_shards(config, batch_rows) == shards
+
+
+def test_by_default_each_rank_reads_a_part_of_its_own_and_the_rows_are_the_same(corpus):
+    wanted = batches([feed(corpus, None)], 20)
+    for ranks in (2, 3, 6):
+        feeds = [feed(corpus, None, rank, ranks) for rank in range(ranks)]
+        assert same(batches(feeds, 20), wanted)
+        owned = [s for one in feeds for s in one.state()["shards"]]
+        assert sorted(owned) == sorted(map(str, range(6)))
+
+
+def test_a_run_keeps_its_shards_when_the_batch_of_a_stage_is_another(corpus):
+    before = feed(corpus, None)
+    batches([before], 9)
+    after = [
+        Feed(before._config, byte_tokenizer(), seed=3, batch_rows=16, rank=rank, ranks=ranks)
+        for ranks in (1, 2)
+        for rank in range(ranks)
+    ]
+    for one in after:
+        one.load_state(before.state())
+    rows = batches([before], 4)
+    wanted = Rows.cat(rows)
+    assert same(batches(after[:1], 3), [wanted.slice(k, k + 16) for k in (0, 16, 32)])
+    assert same(batches(after[1:], 3), [wanted.slice(k, k + 16) for k in (0, 16, 32)])

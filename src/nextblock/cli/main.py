@@ -34,6 +34,7 @@ any_key: Any = {
 
 app.command()(train.demo)
 app.command(**any_key)(train.adapt)
+app.command(**any_key)(train.prepare)
 app.command(**any_key)(train.plan)
 for command in (decode.generate, decode.chat, measure.evaluate, measure.tune, measure.verify, measure.report):
     app.command()(command)

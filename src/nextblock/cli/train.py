@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -152,6 +153,53 @@ def plan(
     if line := shortfall(found, checked):
         print(line, file=sys.stderr)
         raise typer.Exit(1)
+
+
+def prepare(
+    context: typer.Context,
+    config: Annotated[str, typer.Argument(help="YAML file, or the name of a preset")],
+    output: Annotated[Path, typer.Option(help="folder that gets a token store for each source")],
+    processes: Annotated[int | None, typer.Option(min=1, help="default: one for each core")] = None,
+    part: Annotated[
+        str | None, typer.Option(metavar="I/N", help="write part I (from 1) of N alone, as one job of an array of N")
+    ] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="make stores of the parts that such jobs wrote")] = False,
+    append: Annotated[bool, typer.Option("--append", help="add the sources to the stores that are there")] = False,
+) -> None:
+    """Tokenise the sources of a configuration once, into stores that `adapt` takes in their place.
+
+    Killed and started again, it goes on. OUTPUT/nextblock.yaml is the configuration with its stores.
+    """
+    if part is not None and (merge or processes):
+        other = "--merge" if merge else "--processes"
+        raise UsageError(f"--part {part} is written by one process, and merged when all are; leave out {other}")
+    numbers = re.fullmatch(r"(\d+)/(\d+)", part or "1/1")
+    if numbers is None or not 1 <= int(numbers[1]) <= int(numbers[2]):
+        raise UsageError(f"--part {part} must be I/N with 1 <= I <= N, as in 3/8")
+    from nextblock.config.presets import find_config
+    from nextblock.config.run import load_config
+    from nextblock.workflows.prepare import CONFIG
+    from nextblock.workflows.prepare import prepare as run
+
+    found = run(
+        load_config(find_config(config), parse_overrides(context.args)),
+        output,
+        processes=processes,
+        part=(int(numbers[1]) - 1, int(numbers[2])) if part else None,
+        merge_parts=merge,
+        append=append,
+    )
+    for one in found:
+        if one.manifest is None:
+            print(f"{one.store}: part {part} is written; when all are, run nextblock prepare with --merge")
+            continue
+        made, size = one.manifest, sum(file.stat().st_size for file in one.store.glob("*/*.bin"))
+        print(
+            f"{one.store}: {made['documents']:,} documents, {made['tokens']:,} tokens "
+            f"({made['generated']:,} generated), {size / 2**20:,.1f} MiB"
+        )
+    if part is None:
+        print(f"{output / CONFIG}: the configuration that reads them")
 
 
 def demo(

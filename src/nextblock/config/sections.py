@@ -89,11 +89,11 @@ class DataConfig(Section):
     held_out: float = Field(
         default=0.02, ge=0, lt=1, description="share of documents kept for evaluation, chosen by hash of their text"
     )
-    shards: int = Field(
-        default=1,
+    shards: int | None = Field(
+        default=None,
         ge=1,
-        description="parts that are read and tokenised apart, and fixed for a run; a multiple of the processes lets "
-        "each read its own only",
+        description="parts that are read and tokenised apart, fixed for a run; a multiple of the processes lets each "
+        "read its own only; default: the largest divisor of training.batch_rows up to 8, with a Hub data set 1",
     )
 
 

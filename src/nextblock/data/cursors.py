@@ -2,15 +2,54 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 import os
+import struct
 from collections.abc import Iterator, Mapping, Sequence
+from time import sleep
 from typing import Any
-
-import numpy as np
 
 from nextblock.config.errors import UsageError, one_line
 from nextblock.config.sections import Source
 from nextblock.data.records import Record, Records, to_record, without_nulls
+
+
+class Shuffle:
+    """A random order of 0..count-1 that is computed, not kept: memory and time of a place do not grow with `count`.
+
+    A Feistel network on the places (l, r) of an a x b grid with a * b >= count: each round adds a random function of
+    one coordinate to the other, which can be undone, so no two places meet. Where a place falls outside of 0..count-1
+    it is sent on, until it is inside (cycle walking; Black and Rogaway, "Ciphers with arbitrary finite domains").
+    """
+
+    def __init__(self, count: int, seed: Sequence[int]) -> None:
+        self._count = count
+        self._sides = (math.isqrt(count - 1) + 1, -(-count // (math.isqrt(count - 1) + 1)))
+        said = hashlib.blake2b(",".join(map(str, seed)).encode(), digest_size=8 * ROUNDS).digest()
+        self._keys = struct.unpack(f"<{ROUNDS}Q", said)
+
+    def __getitem__(self, place: int) -> int:
+        """What stands at a place, 0 <= place < count."""
+        a, b = self._sides
+        while True:
+            one, other, size, width = *divmod(place, b), a, b
+            for key in self._keys:  # `one` is below `size`, `other` below `width`
+                one, other, size, width = other, (one + _scramble(other ^ key)) % size, width, size
+            place = one * b + other
+            if place < self._count:
+                return place
+
+
+ROUNDS = 8
+"""Of `Shuffle`; an even number, so that the coordinates end where they began."""
+
+
+def _scramble(value: int) -> int:
+    """The finaliser of splitmix64: 64 bits in, 64 bits out, each of which depends on all."""
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+    return value ^ (value >> 31)
 
 
 class Cursor:
@@ -21,7 +60,7 @@ class Cursor:
 
     def __init__(self, records: Records, seed: Sequence[int], shard: tuple[int, int] = (0, 1)) -> None:
         self._records, self._seed = records, list(seed)
-        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+        self._order: tuple[int, Shuffle] | None = None
         self.epoch, (self.index, self._stride) = 0, shard
 
     def take(self) -> Record:
@@ -31,10 +70,9 @@ class Cursor:
             which = self.index
         else:
             self.epoch, self.index = self.epoch + self.index // count, self.index % count
-            if self._order[0] != self.epoch:
-                order = np.random.default_rng([*self._seed, self.epoch]).permutation(count)
-                self._order = (self.epoch, order)
-            which = int(self._order[1][self.index])
+            if self._order is None or self._order[0] != self.epoch:
+                self._order = (self.epoch, Shuffle(count, [*self._seed, self.epoch]))
+            which = self._order[1][self.index]
         self.index += self._stride
         return self._records.read(which)
 
@@ -45,6 +83,10 @@ class Cursor:
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go to a place that `state` gave."""
         self.epoch, self.index = state["epoch"], state["index"]
+
+
+RETRY_SECONDS = (1, 4, 15, 60, 120)
+"""Before each further attempt at a row of a streamed data set: networks come back."""
 
 
 class HubStream:
@@ -69,12 +111,12 @@ class HubStream:
         assert isinstance(stream, IterableDataset)
         stream = stream if source.examples is None else stream.take(source.examples)
         self._stream = split_dataset_by_node(stream, *shard) if shard[1] > 1 else stream
-        self._first = self._stream.state_dict()
+        self._first = self._place = self._stream.state_dict()
         self._rows: Iterator[Any] | None = None
-        self.epoch = self.index = 0
+        self.epoch = self.index = self._failed = 0  # attempts at the next row
 
     def take(self) -> Record:
-        """The next record."""
+        """The next record. UsageError if it cannot be read, also after all RETRY_SECONDS."""
         for _ in range(2):
             if self._rows is None:
                 self._rows = iter(self._stream)
@@ -82,11 +124,17 @@ class HubStream:
                 row = next(self._rows)
             except StopIteration:
                 self._stream.load_state_dict(self._first)
-                self._rows, self.epoch, self.index = None, self.epoch + 1, 0
+                self._rows, self._place, self.epoch, self.index = None, self._first, self.epoch + 1, 0
                 continue
             except Exception as error:
-                raise UsageError(f"data source {self._source.path} stopped: {one_line(error)}") from None
-            self.index += 1
+                if self._failed == len(RETRY_SECONDS):
+                    raise UsageError(f"data source {self._source.path} stopped: {one_line(error)}") from None
+                sleep(RETRY_SECONDS[self._failed])
+                self._failed += 1
+                self._stream.load_state_dict(self._place)
+                self._rows = None
+                return self.take()
+            self.index, self._failed, self._place = self.index + 1, 0, self._stream.state_dict()
             return to_record(
                 without_nulls(row), self._source, f"{self._source.path} {self._source.split} row {self.index - 1}"
             )
@@ -96,9 +144,10 @@ class HubStream:
 
     def state(self) -> dict[str, Any]:
         """Where the next record is."""
-        return {"epoch": self.epoch, "index": self.index, "stream": self._stream.state_dict()}
+        return {"epoch": self.epoch, "index": self.index, "stream": self._place}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go to a place that `state` gave."""
         self.epoch, self.index, self._rows = state["epoch"], state["index"], None
-        self._stream.load_state_dict(state["stream"])
+        self._place = state["stream"]
+        self._stream.load_state_dict(self._place)

@@ -41,7 +41,8 @@ def encode_batch(records: Sequence[Record], tokenizer: Any) -> list[Document]:
       with offset 0.., all else is context (`chat.Chat.pieces`).
 
     A record that is not `ended` has no end token; of messages, the last turn then has no end-of-turn token.
-    A text that is empty, or nothing but white space, gives an empty document.
+    A text that is empty, or nothing but white space, gives an empty document. A record of a token store is tokenised
+    already.
 
     Up to where a span begins, the ids are those of `encode_prompt`.
 
@@ -51,10 +52,12 @@ def encode_batch(records: Sequence[Record], tokenizer: Any) -> list[Document]:
     end = tokenizer.eos_token_id
     if end is None:
         raise UsageError("the tokenizer has no end token; set eos_token in its tokenizer_config.json")
+    if not (fresh := [record for record in records if record.stored is None]):
+        return [record.stored.document for record in records if record.stored is not None]
     encoder = _Encoder(tokenizer)
-    sources = [encoder.source(record) for record in records]
+    sources = [encoder.source(record) for record in fresh]
     documents = []
-    for record, source, (ids, piece) in zip(records, sources, encoder.run(sources), strict=True):
+    for record, source, (ids, piece) in zip(fresh, sources, encoder.run(sources), strict=True):
         if "messages" not in record.value and ids:
             ids = [*encoder.begin, *ids, *[end] * record.ended]
             last = len(source.pieces) - 1
@@ -63,7 +66,8 @@ def encode_batch(records: Sequence[Record], tokenizer: Any) -> list[Document]:
         inside = np.arange(len(ids)) - np.searchsorted(piece, piece)
         offset = np.where(generated[piece], inside, -1) if ids else inside
         documents.append(Document(np.array(ids, np.int64), offset.astype(np.int64), source.spelled))
-    return documents
+    made = iter(documents)
+    return [next(made) if record.stored is None else record.stored.document for record in records]
 
 
 def encode_prompt(prompt: Any, tokenizer: Any, where: str) -> list[int]:

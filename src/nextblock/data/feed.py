@@ -13,16 +13,19 @@ from transformers import PreTrainedTokenizerBase
 
 from nextblock.config.sections import DataConfig
 from nextblock.data.rows import Rows
+from nextblock.data.sources import place_of
 from nextblock.data.stream import CHUNK_ROWS, RowStream
 
 State = dict[str, Any]
+MOST_SHARDS = 8  # by default; each has a chunk of rows made before the first step
 
 
 class Feed:
     """Rows of the shards in turn: row i of the run is the next of shard i mod S, whatever the number of ranks.
 
     Of each global batch, rank r of W takes the rows i with i mod W = r. So it reads the shards that are r modulo
-    gcd(S, W): no document twice where W divides S, every document on every rank where S = 1.
+    gcd(S, W): no document twice where W divides S, every document on every rank where S = 1. S is a function of the
+    configuration, never of W.
     """
 
     def __init__(
@@ -40,18 +43,29 @@ class Feed:
         Args:
             batch_rows: rows in the global batch; a multiple of `ranks`.
         """
-        self._count, self._batch_rows, self._rank, self._ranks = config.shards, batch_rows, rank, ranks
-        common = math.gcd(config.shards, ranks)
+        self._config, self._tokenizer, self._seed = config, tokenizer, seed
+        self._batch_rows, self._rank, self._ranks = batch_rows, rank, ranks
         self._shards: dict[int, RowStream] = {}
-        for s in range(rank % common, config.shards, common):
-            beside = next(iter(self._shards.values()), None)
-            self._shards[s] = RowStream(config, tokenizer, seed=seed, shard=s, beside=beside)
+        self._open(config.shards or usual_shards(config, batch_rows))
         self._row = 0  # the first of the next batch to be read
         self._state = self._snapshot()
         self._reader = ThreadPoolExecutor(1)  # a thread: tokenizers release Python's lock while they work
         self._ahead: deque[Future[tuple[Rows, State]]] = deque()
+
+    def _open(self, count: int) -> None:
+        """Open this rank's shards of `count`."""
+        common, beside = math.gcd(count, self._ranks), next(iter(self._shards.values()), None)
+        self._count, self._shards = count, {}
+        for s in range(self._rank % common, count, common):
+            stream = RowStream(self._config, self._tokenizer, seed=self._seed, shard=(s, count), beside=beside)
+            self._shards[s] = beside = stream
         # Rows come a chunk of each shard at a time: as many must be ready as are used while those are made.
-        self._depth = 1 + CHUNK_ROWS * config.shards // batch_rows
+        self._depth = 1 + CHUNK_ROWS * count // self._batch_rows
+
+    @property
+    def digests(self) -> list[str]:
+        """Of the texts of each source: equal on all ranks."""
+        return next(iter(self._shards.values())).digests
 
     def peek(self) -> Rows:
         """This rank's rows of the next global batch, in order. UsageError if its data cannot be read."""
@@ -73,6 +87,8 @@ class Feed:
         """Go on where `merged` was taken, on any number of ranks. UsageError if it belongs to other sources."""
         self._forget()
         self._row = state["row"]
+        if len(state["shards"]) != self._count:  # the usual number for another stage's batch: a run keeps its first
+            self._open(len(state["shards"]))
         for s, stream in self._shards.items():
             stream.load_state(state["shards"][str(s)])
         self._state = self._snapshot()
@@ -105,6 +121,17 @@ class Feed:
         while self._ahead:
             if not (future := self._ahead.popleft()).cancelled():
                 future.exception()  # waits
+
+
+def usual_shards(config: DataConfig, batch_rows: int) -> int:
+    """Where `data.shards` is not set: the largest divisor of `batch_rows` up to MOST_SHARDS; 1 with a Hub data set.
+
+    The number of processes divides `batch_rows` too, so up to MOST_SHARDS of them mostly read a part of their own. A
+    Hub data set may consist of few files, and is then read whole for each shard.
+    """
+    if any(place_of(source) == "hub" for source in config.sources):
+        return 1
+    return max(count for count in range(1, MOST_SHARDS + 1) if batch_rows % count == 0)
 
 
 def merged(states: list[State]) -> State:

@@ -14,7 +14,8 @@ from typing import BinaryIO
 from nextblock.config.errors import UsageError
 from nextblock.config.sections import Source
 
-CHECKED_BYTES = 64 * 2**20  # local sources up to this size are read through before training starts
+CHECKED_BYTES, CHECKED_DOCUMENTS = 64 * 2**20, 10_000
+"""Local sources up to this size are read through before training starts."""
 TEXT_NAMES = (
     ".txt .text .md .rst .tex .org .py .pyi .js .ts .jsx .tsx .c .h .cc .cpp .hpp .cu .java .kt .go .rs .rb .php "
     ".swift .scala .sh .sql .html .css .xml .yaml .yml .toml .ini .cfg .r .jl .lua .pl .hs .ml .lean .cs .dart .f90 "
@@ -88,16 +89,22 @@ def _nothing_there(source: Source, path: str, found: Sequence[str]) -> str:
     return f"data source {source.path} holds no {wanted} files, but {count} {suffix or 'without a suffix'}; {cure}"
 
 
-def digest_of(files: Sequence[str]) -> str:
-    """Of the sizes and the contents of files, of large ones the beginning and the end.
+def digest_of(files: Sequence[str], limit: int = CHECKED_BYTES) -> str:
+    """Of the sizes and the contents of files, of large ones the beginning and the end: about `limit` bytes in all.
 
     Not of their names: data may be moved while a run is stopped.
     """
-    half = max(4096, CHECKED_BYTES // len(files)) // 2
+    half = max(4096, limit // len(files)) // 2
     found = hashlib.blake2b(digest_size=16)
     for file in files:
         size = os.path.getsize(file)
-        found.update(b"%d\n" % size + read_bytes(file, 0, half) + read_bytes(file, max(half, size - half)))
+        found.update(b"%d\n" % size)
+        with open_file(file) as stream:
+            for start, stop in ((0, min(half, size)), (max(half, size - half), size)):
+                stream.seek(start)
+                while start < stop and (block := stream.read(min(2**20, stop - start))):
+                    found.update(block)
+                    start += len(block)
     return found.hexdigest()
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,16 +15,21 @@ from nextblock.data.records import Record, Records
 from nextblock.data.sources import read_source
 
 USUAL_BYTES = 1000  # of a document of a source that has not been read yet
+ORDER = 2  # counts the rules by which documents have been ordered
 
 
 class NoDocument(UsageError):
     """A stream without one document that could be used."""
 
 
+def part_bytes(row_length: int) -> int:
+    """Longer text files are read in parts of about this size."""
+    return max(8192, 16 * row_length)
+
+
 def is_held_out(record: Record, share: float) -> bool:
     """A stable choice by content, so that equal documents never stand on both sides."""
-    content = (record.key or json.dumps(record.value, sort_keys=True, default=str)).encode()
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big") < share * 2**64
+    return record.digest < share * 2**64
 
 
 @dataclass
@@ -60,10 +63,16 @@ class Mixture:
         for k, source in enumerate(config.sources):
             opened = None if beside is None else beside._parts[k].opened
             if not isinstance(opened, Records):
-                opened = read_source(source, held_out, max(8192, 16 * config.row_length), shard)
+                opened = read_source(source, held_out, part_bytes(config.row_length), shard)
             cursor = Cursor(opened, [seed, k], shard) if isinstance(opened, Records) else opened
             self._parts.append(_Part(source.path, source.weight, opened, cursor))
         self.digests = [part.opened.digest for part in self._parts]
+
+    def check(self, tokenizer: Any) -> None:
+        """UsageError if a token store was made with another tokenizer."""
+        for part in self._parts:
+            if isinstance(part.opened, Records):
+                part.opened.check(tokenizer)
 
     @property
     def bytes(self) -> int:
@@ -79,7 +88,7 @@ class Mixture:
             record = cursor.take()
             if not part.opened.split_by_hash or is_held_out(record, self._share) == self._held_out:
                 part.drawn += 1
-                part.bytes += sum(len(str(value).encode()) for value in record.value.values())
+                part.bytes += record.bytes
                 return record
         side = "is held out" if self._held_out else "is left for training"
         raise NoDocument(
@@ -104,6 +113,7 @@ class Mixture:
     def state(self) -> dict[str, Any]:
         """Where the next document is: JSON-serialisable."""
         return {
+            "order": ORDER,
             "drawn": [part.drawn for part in self._parts],
             "bytes": [part.bytes for part in self._parts],
             "counts": [part.opened.count for part in self._parts],
@@ -112,6 +122,11 @@ class Mixture:
 
     def load_state(self, state: Mapping[str, Any], digests: list[str]) -> None:
         """Go to a place that `state` gave, of files with these digests. UsageError if it is one of other sources."""
+        if state.get("order") != ORDER:
+            raise UsageError(
+                "the saved data position is of another version of nextblock, which read documents in another order; "
+                "resume with that version, or start in a new --output"
+            )
         if len(state["sources"]) != len(self._parts):
             raise UsageError(
                 f"the saved data position has {len(state['sources'])} sources, data.sources has "

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nextblock.config.errors import UsageError
 from nextblock.config.sections import Source
+
+if TYPE_CHECKING:
+    from nextblock.data.rows import Document
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A document of a token store: its tokens, and what is known of the text that they were made from."""
+
+    document: Document
+    digest: int
+    bytes: int
 
 
 @dataclass(frozen=True)
@@ -17,13 +30,29 @@ class Record:
 
     `ended` False: the text breaks off and no end token follows, as in a row with `"ended": false`. So does a part
     of a long text if more follows; its `key` is a digest of the whole text, so that all its parts fall on one side
-    of the held-out border.
+    of the held-out border. `stored`: it comes from a token store, and `value` is empty.
     """
 
     value: Mapping[str, Any]
     where: str
     ended: bool = True
     key: str = ""
+    stored: Stored | None = None
+
+    @property
+    def digest(self) -> int:
+        """Of the contents, or of the whole text of which this is a part: 64 bits."""
+        if self.stored is not None:
+            return self.stored.digest
+        content = (self.key or json.dumps(self.value, sort_keys=True, default=str)).encode()
+        return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
+
+    @property
+    def bytes(self) -> int:
+        """UTF-8 bytes of its texts."""
+        if self.stored is not None:
+            return self.stored.bytes
+        return sum(len(str(value).encode()) for value in self.value.values())
 
     @property
     def item(self) -> Any:
@@ -36,12 +65,14 @@ class Records:
     """One source with random access: `read(i)` for 0 <= i < count; `count` None is endless.
 
     digest: of local files, to notice on resume that they were replaced (`digest_of`); else "".
+    check: of a token store: UsageError if it was made with another tokenizer than the one given.
     """
 
     read: Callable[[int], Record]
     count: int | None
     split_by_hash: bool = True  # False: the source has its own held-out split
     digest: str = ""
+    check: Callable[[Any], None] = lambda tokenizer: None
 
 
 def to_record(row: Any, source: Source, where: str) -> Record:

@@ -1,36 +1,43 @@
-"""A source of the configuration, opened and checked: local files, a data set of the Hub, or a built-in task."""
+"""A source of the configuration, opened and checked: files, a token store, a data set of the Hub, a built-in task."""
 
 from __future__ import annotations
 
 import glob
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from nextblock.config.errors import UsageError
 from nextblock.config.sections import Source
 from nextblock.data.cursors import HubStream
-from nextblock.data.files import CHECKED_BYTES, digest_of, find_files
+from nextblock.data.files import CHECKED_BYTES, CHECKED_DOCUMENTS, digest_of, find_files
 from nextblock.data.formats import read_jsonl, read_parquet, read_texts
 from nextblock.data.records import Record, Records, to_record
+from nextblock.data.store import is_store, read_store
 from nextblock.tasks import get_task
 
 
 def read_source(
-    source: Source, held_out: bool = False, part_bytes: int = 2**20, shard: tuple[int, int] = (0, 1)
+    source: Source,
+    held_out: bool = False,
+    part_bytes: int = 2**20,
+    shard: tuple[int, int] = (0, 1),
+    check: bool = True,
 ) -> Records | HubStream:
-    """Open a source and check it: local data up to CHECKED_BYTES is read through, larger data when drawn.
+    """Open a source and check it: local data up to CHECKED_BYTES and CHECKED_DOCUMENTS is read through.
 
     Args:
         source: where and what; `source.examples` keeps the first documents only.
         held_out: for a built-in task, take its "test" split.
         part_bytes: longer text files are read in parts of about this size.
         shard: (s, S): the part of a streamed data set to read; other sources are shared out by `Cursor`.
+        check: False: read nothing through, since all is read soon.
     Raises:
         UsageError: missing path, nothing there, a file that is not UTF-8 (byte named), a broken line or
             a missing field (file and line named), an unknown task, an unreadable data set.
     """
-    place = _place(source)
+    place = place_of(source)
     if place == "hub":
         return HubStream(source, shard)
     if place == "task":
@@ -41,6 +48,9 @@ def read_source(
             return Record({"prompt": example.prompt, "completion": example.completion}, where)
 
         return Records(read_example, source.examples, split_by_hash=False)
+    if place == "store":
+        stored = read_store(Path(source.path).expanduser())
+        return replace(stored, count=min(stored.count or 0, source.examples or stored.count or 0))
     kind, files = find_files(source)
     if kind == "parquet":
         records = read_parquet(source, files)
@@ -51,19 +61,21 @@ def read_source(
     count = min(records.count or 0, source.examples or records.count or 0)
     if not count:
         raise UsageError(f"data source {source.path} is empty; give at least one document")
-    if sum(os.path.getsize(file) for file in files) <= CHECKED_BYTES:
+    if check and count <= CHECKED_DOCUMENTS and sum(os.path.getsize(file) for file in files) <= CHECKED_BYTES:
         for index in range(count):
             records.read(index)
     return Records(records.read, count, digest=digest_of(files))
 
 
-def _place(source: Source) -> str:
-    """Where a source is: "task", "hub" or "files" of this machine. UsageError for a path that is missing."""
+def place_of(source: Source) -> str:
+    """Where a source is: "task", "hub", "store" or "files" of this machine. UsageError for a path that is missing."""
     path = os.path.expanduser(source.path)
     if source.format != "auto":
         return source.format if source.format in ("task", "hub") else "files"
     if path.startswith("task:") and not os.path.exists(path):
         return "task"
+    if os.path.isdir(path) and is_store(Path(path)):
+        return "store"
     if path == "python-stdlib" or os.path.exists(path) or glob.has_magic(path):
         return "files"
     local = path.startswith((".", "/", "~")) or re.fullmatch(r"\.[A-Za-z]\w*", Path(path).suffix)

@@ -110,17 +110,17 @@ class RowStream:
         *,
         seed: int,
         held_out: bool = False,
-        shard: int | None = None,
+        shard: tuple[int, int] = (0, 1),
         beside: RowStream | None = None,
     ) -> None:
         """Open all sources, read the first documents. UsageError as `read_source`, or if there are none.
 
         Args:
-            shard: one of `config.shards`; None: all data as one stream.
+            shard: (s, S): shard s of S.
             beside: another shard of the same data; its files need not be opened and checked again.
         """
-        part = (0, 1) if shard is None else (shard, config.shards)
-        self._mixture = Mixture(config, seed, held_out, part, None if beside is None else beside._mixture)
+        self._mixture = Mixture(config, seed, held_out, shard, None if beside is None else beside._mixture)
+        self._mixture.check(tokenizer)
         self._documents = Documents(self._mixture, tokenizer, config.row_length)
         self._length = config.row_length
         self._pad: Any = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -128,6 +128,11 @@ class RowStream:
         self._chunk: Rows | None = None
         self._lost = dict(NOTHING)
         self._start = self._documents.peek().place  # before the chunk's first document
+
+    @property
+    def digests(self) -> list[str]:
+        """Of the texts of each source."""
+        return self._mixture.digests
 
     def next(self, rows: int) -> Rows:
         """The next `rows` rows: the next global batch."""

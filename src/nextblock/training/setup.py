@@ -30,7 +30,7 @@ from nextblock.model.training_mode import recompute_activations, run_in_parts, w
 from nextblock.recipe.objective import TwoViewLoss
 from nextblock.training.checkpoint import load_weights
 from nextblock.training.launcher import check_batch, make_accelerator
-from nextblock.training.ranks import errors_on_all_ranks, is_main
+from nextblock.training.ranks import errors_on_all_ranks, gather, is_main
 from nextblock.training.run import Run
 
 
@@ -88,9 +88,7 @@ def prepare(
         lora = None
         if config.lora is not None:
             lora = LoraAdapter(decoder.model, config.lora, mask_token_id, config.model.path)
-    if config.correction is not None and decoder.adapter is None:
-        decoder.model.requires_grad_(False)
-        decoder.model.correction = Correction(decoder.vocabulary, config.correction, decoder.device)
+    check_same_data(config, feed.digests)
     trained = lora.weights if lora is not None else decoder.adapter or decoder.correction or decoder.model
     trained.requires_grad_(True)
     if config.training.gradient_checkpointing:
@@ -102,6 +100,22 @@ def prepare(
     return Run(
         config, accelerator, tokenizer, decoder, loss, optimizer, feed, mask_token_id, output, lora, held_out=held_out
     )
+
+
+def check_same_data(config: AdaptConfig, digests: list[str]) -> None:
+    """UsageError if another rank reads other text. All ranks call it together.
+
+    Args:
+        digests: of this rank's sources.
+    """
+    ours, *others = gather(digests)
+    for rank, theirs in enumerate(others, 1):
+        for source, one, other in zip(config.data.sources, ours, theirs, strict=True):
+            if one != other:
+                raise UsageError(
+                    f"data source {source.path} holds other text on rank {rank} than on rank 0; give all machines the "
+                    "same files"
+                )
 
 
 def check_packages(config: AdaptConfig) -> None:
@@ -155,6 +169,9 @@ def give_mask(config: AdaptConfig, decoder: Decoder, tokenizer: Any, masks: bool
             f"mask token id {mask_token_id} ends the turns of the chat template; set model.mask_token to another"
         )
     check_round_trip(tokenizer, mask_token_id)
+    if config.correction is not None:
+        decoder.model.requires_grad_(False)
+        decoder.model.correction = Correction(decoder.vocabulary, config.correction, decoder.device)
     return decoder, mask_token_id
 
 

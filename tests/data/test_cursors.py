@@ -1,0 +1,75 @@
+"""Laws of the order in which sources are read."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nextblock.config.errors import UsageError
+from nextblock.config.sections import Source
+from nextblock.data import cursors
+from nextblock.data.cursors import HubStream, Shuffle
+from samples import jsonl, texts
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 16, 17, 100, 1000, 1023])
+def test_a_shuffle_holds_every_place_once(count):
+    order = Shuffle(count, [3, 1])
+    assert sorted(order[place] for place in range(count)) == list(range(count))
+
+
+def test_every_order_of_a_few_documents_comes_about_as_often():
+    orders = Counter(tuple(Shuffle(4, [0, epoch])[place] for place in range(4)) for epoch in range(4800))
+    # 24 orders, 200 times each: chi-square with 23 degrees of freedom stays below 60 but once in 30,000 times.
+    assert sum((orders[order] - 200) ** 2 / 200 for order in orders) + 200 * (24 - len(orders)) < 60
+
+
+def test_neighbours_are_sent_anywhere():
+    count = 100_000
+    places = np.array([Shuffle(count, [1])[place] for place in range(20_000)])
+    assert abs(np.corrcoef(places[:-1], places[1:])[0, 1]) < 0.03
+    assert np.histogram(places, 20)[0] == pytest.approx(1000, rel=0.2)
+
+
+def test_a_shuffle_of_a_million_times_more_documents_takes_no_more_memory():
+    few, many = Shuffle(10**4, [0]), Shuffle(10**10, [0])
+    assert sum(map(sys.getsizeof, vars(many).values())) <= sum(map(sys.getsizeof, vars(few).values())) + 16
+    assert 0 <= many[10**10 - 1] < 10**10
+
+
+class Flaky:
+    """Rows of a stream that fails before some of them, each time as often as is said."""
+
+    def __init__(self, stream: Any, failures: dict[int, int]) -> None:
+        self._stream, self._failures = stream, failures
+        self.state_dict, self.load_state_dict = stream.state_dict, stream.load_state_dict
+        self.read = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        for row in self._stream:
+            if self._failures.get(self.read, 0):
+                self._failures[self.read] -= 1
+                raise ConnectionError("no route to host")
+            self.read += 1
+            yield row
+
+
+def test_a_stream_that_fails_is_tried_again_and_loses_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data").mkdir()
+    rows = texts(12)
+    jsonl(tmp_path / "data" / "train.jsonl", rows)
+    waited: list[float] = []
+    monkeypatch.setattr(cursors, "sleep", waited.append)
+    stream = HubStream(Source(path=str(tmp_path / "data"), format="hub"))
+    stream._stream = Flaky(stream._stream, {0: 1, 5: 3, 9: 99})  # pyright: ignore[reportAttributeAccessIssue]
+    assert [stream.take().value for _ in range(9)] == rows[:9]
+    assert waited == [1, 1, 4, 15]
+    with pytest.raises(UsageError, match="stopped: no route to host"):
+        stream.take()
+    assert waited[4:] == list(cursors.RETRY_SECONDS)

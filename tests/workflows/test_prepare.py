@@ -1,0 +1,110 @@
+"""`nextblock prepare` from the outside: one process or many, killed and begun again, as a job array; then a run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from nextblock.config.errors import UsageError
+from nextblock.config.run import AdaptConfig, load_config
+from nextblock.training.loop import train
+from nextblock.workflows.prepare import prepare
+from runs import config_of, weights
+from samples import jsonl, texts
+
+
+def config_for(*sources: str, **model: Any) -> AdaptConfig:
+    data = {"sources": [{"path": source} for source in sources], "row_length": 32}
+    return load_config({"model": {"tokenizer": "bytes", **model}, "data": data, "growth": {"b_max": 1}})
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Arrays of a store, over all parts in order."""
+    return {
+        name: b"".join(path.read_bytes() for path in sorted(folder.glob(f"*/{name}.bin")))
+        for name in ("tokens", "spans")
+    }
+
+
+def test_a_run_from_stores_is_the_run_from_their_texts(place: Path, tmp_path: Path) -> None:
+    more = {"data__sources": [{"path": str(place / "sums.jsonl")}, {"path": "task:algebra", "weight": 2.0}]}
+    config = config_of(place, tmp_path / "text", **more)
+    train(config)
+    prepare(config, tmp_path / "stores", processes=1)
+    values = yaml.safe_load((tmp_path / "stores" / "nextblock.yaml").read_text())
+    assert values["data"]["sources"][1] == {"path": "task:algebra", "weight": 2.0}
+    train(load_config(values, {"output": str(tmp_path / "store")}))
+    assert weights(tmp_path / "text") == weights(tmp_path / "store")
+
+
+def test_a_job_array_and_processes_write_the_same_store_and_a_second_call_nothing(tmp_path: Path) -> None:
+    config = config_for(jsonl(tmp_path / "a.jsonl", texts(40)))
+    for part in (1, 0):
+        assert prepare(config, tmp_path / "array", part=(part, 2))[0].manifest is None
+    found = prepare(config, tmp_path / "array", merge_parts=True)
+    prepare(config, tmp_path / "pool", processes=2)
+    assert files(tmp_path / "array" / "0-a") == files(tmp_path / "pool" / "0-a")
+    again = prepare(config, tmp_path / "array", processes=2)
+    assert again[0].manifest == found[0].manifest
+    with pytest.raises(UsageError, match="nothing to prepare"):
+        prepare(config_for(str(tmp_path / "pool" / "0-a"), "task:algebra"), tmp_path / "more")
+
+
+def test_other_text_needs_append(tmp_path: Path) -> None:
+    first, second = (config_for(jsonl(tmp_path / f"{n}.jsonl", texts(20 + n))) for n in range(2))
+    prepare(first, tmp_path / "out", processes=1)
+    with pytest.raises(UsageError, match=r"from another source, or from other text; .*--append"):
+        prepare(second, tmp_path / "out", processes=1)
+    found = prepare(second, tmp_path / "out", processes=1, append=True)[0].manifest
+    assert found is not None
+    assert found["documents"] == 41
+    assert prepare(second, tmp_path / "out", processes=1, append=True)[0].manifest == found
+
+
+def test_a_preparation_that_is_killed_goes_on_from_what_it_wrote(tmp_path: Path) -> None:
+    source = jsonl(tmp_path / "a.jsonl", [{"text": "word " * 400}] * 4_000)
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config_for(source).model_dump(mode="json", exclude_defaults=True)))
+    command = [sys.executable, "-m", "nextblock", "prepare", "c.yaml", "--output", "out", "--processes", "1"]
+    process = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, stderr=subprocess.DEVNULL)
+    tokens, end = tmp_path / "out" / "0-a" / "00-00000-of-00001" / "tokens.bin", time.monotonic() + 120
+    while time.monotonic() < end and not (tokens.exists() and tokens.stat().st_size):
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=True)
+    assert "4,000 documents, 8,004,000 tokens" in done.stdout
+    assert "left" in done.stderr or "4000/4000" in done.stderr
+    assert tokens.stat().st_size == 2 * 8_004_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--part", "3/2"], "--part 3/2 must be I/N with 1 <= I <= N"),
+        (["--part", "1/2", "--merge"], "leave out --merge"),
+        (["--merge"], "has no parts to merge"),
+    ],
+)
+def test_bad_input_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list, words: str
+) -> None:
+    from nextblock.cli.main import main
+
+    source = jsonl(tmp_path / "a.jsonl", texts(4))
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config_for(source).model_dump(mode="json", exclude_defaults=True)))
+    call = ["nextblock", "prepare", str(tmp_path / "c.yaml"), "--output", str(tmp_path / "out"), *arguments]
+    monkeypatch.setattr(sys, "argv", call)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    said = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert words in said
+    assert said.count("\n") == 1
