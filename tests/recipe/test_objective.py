@@ -255,6 +255,68 @@ def test_divergence_and_its_gradient_equal_the_plain_computation_and_the_teacher
         torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-12)
 
 
+def lost_by_block(model: PreTrainedModel, view: TwoView, rows: Rows) -> Tensor:
+    """sum over blocks masked whole and their drafts j of 1 - prod_(i <= j) sum_v min(p_AR(v), q_i(v)), written out.
+
+    From two full tensors of logits; the teacher's are those of each document alone in a plain causal pass.
+    """
+    decoder, places = Decoder(model), view.places
+    q = decoder.logits(decoder.hidden(view.tokens, places.position, decoder.masks(block_diffusion_rule(), places)))
+    q, total = q.softmax(-1), torch.zeros((), dtype=model.dtype)
+    for row in range(len(rows)):
+        blocks: dict[tuple[int, ...], list[int]] = {}
+        for slot in range(view.noised_length):
+            if (document := int(places.document[row, slot])) >= 0:
+                key = int(places.view[row, slot]), document, int(places.block_start[row, slot])
+                blocks.setdefault(key, []).append(slot)
+        for (_, document, start), slots in blocks.items():
+            if any(view.tokens[row, slot] != MASK_ID for slot in slots[1:]):
+                continue
+            own = rows.document[row] == document
+            tokens, length = rows.tokens[row, own], int(own.sum())
+            # A span ends where the next token is context, or where the document does.
+            spans = rows.offset[row, own]
+            kept = torch.ones((), dtype=model.dtype)
+            p = model(input_ids=tokens[None], use_cache=False).logits[0].softmax(-1).detach()
+            for depth, slot in enumerate(slots[1:-1], 2):  # the AR head itself decides the token at 1
+                at = start + depth
+                if at >= length or spans[at] < spans[start]:
+                    break  # what fills up a last block follows no text
+                kept = kept * torch.minimum(p[at - 1], q[row, slot]).sum()
+                total = total + 1 - kept
+    return total
+
+
+@pytest.mark.parametrize("elements", [1, 97 * 9, 97 * 10_000])
+@pytest.mark.parametrize("options", [{}, {"full_mask_share": 0.7, "random_start_share": 1.0}])
+def test_the_drafts_expected_to_be_lost_and_their_gradient_are_those_of_the_formula(options, elements, monkeypatch):
+    monkeypatch.setattr(cross_entropy_module, "LOGIT_ELEMENTS", elements)
+    model = tiny_model("qwen3").double()
+    rows = make_rows([PLAIN, PROMPTED, CHAT], 28, ended=True)
+    recipe = RecipeConfig(views=2, accept_weight=1.0, **options)
+    view = corrupt(rows, 4, mask_token_id=MASK_ID, end_token_id=EOS_ID, recipe=recipe, seed=1, step=0)
+    drafts = view.masked.drafts
+    assert drafts is not None
+    partly = (drafts == len(view.masked)).any(1)  # filled blocks: their end tokens follow no text
+    assert partly.any()
+    assert not partly.all()
+    found = TwoViewLoss(Decoder(model))(view, block_diffusion_rule(), soft=True)
+    wanted = lost_by_block(model, view, rows)
+    assert found.lost is not None
+    assert float(found.lost.detach()) == pytest.approx(float(wanted.detach()), rel=1e-6)
+    ours, theirs = gradients(model, found.lost), gradients(model, wanted)
+    scale = max(float(gradient.abs().max()) for gradient in theirs.values())
+    for name, gradient in theirs.items():
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-5, atol=1e-6 * scale)
+
+
+def test_the_drafts_expected_to_be_lost_join_the_total_with_their_weight():
+    sums = LossSums(*(torch.tensor(value) for value in (3.0, 8.0, 2, 5, 6.0)), lost=torch.tensor(4.0))
+    assert float(sums.total(0.5, views=2, accept_weight=3.0)) == (3.0 + 3.0 * 4.0) / 2 + 0.5 * 8.0
+    plain = view_of(ROWS, 4)
+    assert plain.masked.drafts is None
+
+
 class Wrapped(nn.Module):
     """A head that is not a plain linear layer: it has something of its own to train."""
 

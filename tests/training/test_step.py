@@ -72,12 +72,22 @@ def test_loss_and_gradients_do_not_depend_on_the_split_into_micro_batches(place,
             torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7 * scale)
 
 
-def test_with_soft_targets_too_the_split_into_micro_batches_does_not_enter(place, tmp_path):
+def test_with_soft_targets_and_drafts_lost_too_the_split_into_micro_batches_does_not_enter(place, tmp_path):
     rows = make_rows([PLAIN, PROMPTED, CHAT, [[28]], [[3]], [[-20, 2]]], 32, ended=True)
     options: dict[str, Any] = {"training__batch_rows": 6, "optimizer__grad_clip": 1e9, "recipe__views": 2}
     results = [
         step_in_float64(
-            config_of(place, tmp_path, **options, training__micro_batch_rows=n, recipe__soft_weight=w), rows, 11
+            config_of(
+                place,
+                tmp_path,
+                **options,
+                training__micro_batch_rows=n,
+                recipe__soft_weight=w,
+                recipe__accept_weight=2 * w,
+                recipe__full_mask_share=0.5,
+            ),
+            rows,
+            11,
         )
         for n, w in ((None, 0.7), (2, 0.7), (None, 0.0))
     ]
@@ -87,8 +97,11 @@ def test_with_soft_targets_too_the_split_into_micro_batches_does_not_enter(place
     for ours, theirs in zip(found, wanted, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7 * scale)
     masked = (without.loss * without.tokens - 0.5 * without.ar_loss * ar_count(rows)) / without.diffusion_loss * 2
-    assert whole.loss - without.loss == pytest.approx(0.7 * whole.soft_loss * masked / (2 * whole.tokens), rel=1e-4)
+    more = 0.7 * whole.soft_loss + 1.4 * whole.lost_drafts
+    assert 0 < whole.lost_drafts < 1
+    assert whole.loss - without.loss == pytest.approx(more * masked / (2 * whole.tokens), rel=1e-4)
     assert math.isnan(without.soft_loss)
+    assert math.isnan(without.lost_drafts)
 
 
 def ar_count(rows: Rows) -> int:

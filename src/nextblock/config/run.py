@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from nextblock.config.errors import UsageError, one_line
 from nextblock.config.files import read_yaml
 from nextblock.config.sections import (
+    CorrectionConfig,
     DataConfig,
     DraftAdapterConfig,
     GrowthConfig,
@@ -58,6 +59,10 @@ class AdaptConfig(Section):
     lora: LoraConfig | None = Field(
         default=None, description="train low-rank updates of the parent; the result is saved both apart and merged"
     )
+    correction: CorrectionConfig | None = Field(
+        default=None,
+        description="train a correction head: beside the draft adapter, or without one alone, the model left as it is",
+    )
     machine: MachineConfig = Field(default_factory=lambda: MachineConfig())
     stages: tuple[Stage, ...] = Field(
         default=(), description="parts of the run, one after another, each from the weights of the one before"
@@ -74,7 +79,7 @@ class AdaptConfig(Section):
         if self.stages:  # each is checked as a run of its own
             stage_configs(self)
             return self
-        for broken in chain(_lengths(self), _draft_adapter(self), _weights(self), _recipe(self)):
+        for broken in chain(_lengths(self), _draft_adapter(self), _correction(self), _weights(self), _recipe(self)):
             raise ValueError(broken)  # the first
         return self
 
@@ -121,10 +126,27 @@ def _draft_adapter(run: AdaptConfig) -> Iterator[str]:
         yield "model.scratch has no weights that a draft adapter could leave as they are; set model.path instead"
 
 
+def _correction(run: AdaptConfig) -> Iterator[str]:
+    """Rules that are broken: what a correction head is trained beside."""
+    if run.correction is None:
+        return
+    if run.recipe.prediction == "aligned":
+        yield "correction needs recipe.prediction=shifted; set it, or leave the section out"
+    if run.lora is not None:
+        yield "correction is trained beside a draft adapter or a frozen model, not lora; leave one of the sections out"
+    if run.draft_adapter is None and run.growth.b_0 < 3:
+        yield (
+            f"growth.b_0={run.growth.b_0} has no drafts that a correction head could learn from; set growth.b_0 and "
+            "growth.b_max to the block size of model.path"
+        )
+    if run.training.fsdp:
+        yield "training.fsdp=true has no use for a correction head, which is small; leave it out"
+
+
 def _weights(run: AdaptConfig) -> Iterator[str]:
     """Rules that are broken: which weights are trained, in which form, and on how many devices."""
     model, fsdp, lora = run.model, run.training.fsdp, run.lora is not None
-    trains_parent = not lora and run.draft_adapter is None
+    trains_parent = not lora and run.draft_adapter is None and run.correction is None
     if fsdp and run.optimizer.name == "adamw_8bit":
         yield "optimizer.name=adamw_8bit cannot share out its states; use adamw or training.fsdp=false"
     if lora and run.draft_adapter is not None:
@@ -151,12 +173,17 @@ def _recipe(run: AdaptConfig) -> Iterator[str]:
     recipe, b_max = run.recipe, run.growth.b_max
     random_starts = f"recipe.random_start_share={recipe.random_start_share}"
     annealing = f"recipe.annealed_mask_steps={recipe.annealed_mask_steps}"
+    accept_weight = f"recipe.accept_weight={recipe.accept_weight:g}"
     if recipe.complementary and recipe.views % 2:
         yield f"recipe.views={recipe.views} is odd, but recipe.complementary needs pairs; use {recipe.views + 1}"
+    if recipe.accept_weight and recipe.prediction == "aligned":  # then no draft is made behind a mask at offset 0
+        yield f"{accept_weight} needs recipe.prediction=shifted; set that, or recipe.accept_weight=0"
     if recipe.context == "block_causal":
         needs = "needs recipe.context=context_causal; set that, or"
         if recipe.soft_weight:  # a clean token has seen the token that it would teach
             yield f"recipe.soft_weight={recipe.soft_weight:g} {needs} recipe.soft_weight=0"
+        if recipe.accept_weight:
+            yield f"{accept_weight} {needs} recipe.accept_weight=0"
         if recipe.random_start_share:  # blocks must start where decoding starts them, in both halves
             yield f"{random_starts} {needs} recipe.random_start_share=0"
         if recipe.annealed_mask_steps:  # a clean token has seen the rest of its block: the answer to the query
@@ -185,7 +212,7 @@ def stage_configs(config: AdaptConfig) -> list[AdaptConfig]:
         for key in (f"{section}.{name}" for section, values in given.items() for name in values):
             if key in SET_FOR_THE_RUN or (key.startswith("model.") and key != "model.override"):
                 raise UsageError(f"{where}: {key} holds for the whole run; set it outside the stages")
-        for adapter in ("draft_adapter", "lora"):
+        for adapter in ("draft_adapter", "lora", "correction"):
             if getattr(config, adapter) is not None:
                 raise UsageError(f"{where}: {adapter} is trained in one stage; leave out stages, or {adapter}")
         values = {**whole, "output": str(Path(config.output) / f"stage-{number + 1}-{stage.name}")}

@@ -133,12 +133,22 @@ class RecipeConfig(Section):
         ge=0,
         description="w_soft, weight of the KL from the clean half's predictions of the masked tokens",
     )
+    accept_weight: float = Field(
+        default=0.0,
+        ge=0,
+        description="w_accept, weight of the drafts that the AR head is expected to reject in blocks masked whole",
+    )
     fill_last_block: bool = Field(
         default=True, description="fill the last block of an ended span with end tokens, as decoding meets it"
     )
     annealed_mask_steps: int = Field(
         default=0, ge=0, description="baseline: over this many steps go at random from the b = 1 to the b_max mask"
     )
+
+    @property
+    def taught(self) -> bool:
+        """Whether masked tokens are compared with the clean half's own predictions."""
+        return self.soft_weight > 0 or self.accept_weight > 0
 
 
 class OptimizerConfig(Section):
@@ -205,6 +215,13 @@ class DraftAdapterConfig(Section):
     target_modules: str | tuple[str, ...] = Field(
         default="all-linear", description="all-linear, a regular expression, or endings of module names"
     )
+
+
+class CorrectionConfig(Section):
+    """A correction head: a draft's logits, corrected by what the token before it tells."""
+
+    rank: int = Field(default=32, ge=1, description="rank of the correction")
+    candidates: int = Field(default=32, ge=1, description="likeliest tokens of a place whose logits are corrected")
 
 
 class LoraConfig(DraftAdapterConfig):

@@ -176,28 +176,35 @@ def choose_drafts(batch: Batch, logits: Tensor, lengths: list[int]) -> Draft:
         if row.random is not None
         for u in row.draw(length) + [0.0] * (shape[1] - length)
     ]
-    distribution, logits = batch.head.distribution(flat), flat.view_as(logits)
-    draft = Draft(batch.head.choose(flat, uniform, distribution).view(shape), lengths)
-    draft.distribution = None if distribution is None else distribution.view_as(logits)
+    plain = logits = flat.view_as(logits)
+    head, correction, tokens = batch.head, batch.decoder.correction, None
+    if correction is not None:  # each draft changes what the next is drawn from
+        last = on_device([row.answer[-1] for row in rows], flat.device)
+        logits, tokens = correction.in_order(logits, last, lambda n, own: head.choose(own, uniform[n :: shape[1]]))
+    distribution = head.distribution(logits.flatten(0, 1))
+    tokens = head.choose(flat, uniform, distribution).view(shape) if tokens is None else tokens
+    draft = Draft(tokens, lengths, None if distribution is None else distribution.view_as(logits))
     if batch.config.draft_ahead or batch.config.draft_length == "auto":
         draft.chances = probability_of(logits, logits.argmax(-1))
     if batch.config.draft_paths > 1:
-        draft.branches = branch(batch, logits, draft)
+        draft.branches = branch(batch, logits if distribution is None else plain, draft, correction is not None)
     return draft
 
 
-def branch(batch: Batch, logits: Tensor, draft: Draft) -> Branches | None:
+def branch(batch: Batch, logits: Tensor, draft: Draft, chained: bool = False) -> Branches | None:
     """Where further paths leave the trunk, and with which token: the second best, or a draw without the trunk's.
 
     At the positions where that is likeliest to be of use: all drafts before are kept, and the second-likeliest
     token is the right one. This looks at `logits` [B, k, V] alone, never at what was drawn from them: chosen by
     the drafts, the tokens behind a branch would no longer have the distribution that the check takes them to have.
+    So where each draft changed what the next is drawn from (`chained`), `logits` are those before.
     The positions are copied to the host, as the width of the check depends on them. None: no row has a branch.
     """
     top = logits.softmax(-1).topk(2)
     likeliest, second = top.values.double().log().unbind(-1)
     odds = likeliest.cumsum(1) - likeliest + second
-    if draft.distribution is not None:  # no second token where a filter leaves only one
+    # No second token where a filter leaves only one. Chained, this depends on draws: such a branch stays and fails.
+    if draft.distribution is not None and not chained:
         odds = odds.masked_fill((draft.distribution > 0).sum(-1) < 2, -math.inf)
     depth = []
     for line, length in zip(odds.tolist(), draft.lengths, strict=True):

@@ -30,7 +30,8 @@ from nextblock.decoding.head import Processor
 from nextblock.decoding.pace import costs_of
 from nextblock.decoding.request import CallOptions, Prompts, Request, make_request
 from nextblock.decoding.rows import Row
-from nextblock.model.adapter_files import load_adapter
+from nextblock.model.adapter_files import fingerprint, load_adapter
+from nextblock.model.correction import load_correction
 from nextblock.model.decoder import Decoder
 from nextblock.model.draft_adapter import DraftAdapter
 from nextblock.model.loading import (
@@ -288,6 +289,9 @@ def load(
                 f"{settings.mask_token_id}; text that holds either may be read wrongly",
                 stacklevel=2,
             )
+    folder = weights_folder(path, revision)
     if adapter_folder is not None:
-        adapter, settings = load_adapter(adapter_folder, model, weights_folder(path, revision))
+        adapter, settings = load_adapter(adapter_folder, model, folder)
+    elif settings is not None and (head := load_correction(folder, model, settings, fingerprint(folder))) is not None:
+        model.correction = head
     return BlockDiffusionLM(model, tokenizer, settings, adapter, compile, refusal)

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from nextblock.config.errors import UsageError, one_line
 from nextblock.config.sections import BlockDiffusionSettings, DraftAdapterConfig, validate
+from nextblock.model.correction import load_correction, save_correction
 from nextblock.model.draft_adapter import DraftAdapter
 
 WEIGHTS, PEFT_CONFIG, SETTINGS = "adapter_model.safetensors", "adapter_config.json", "draft_adapter.json"
@@ -70,6 +71,8 @@ def save_adapter(
         "inference_mode": True,
     }
     own = {"block_diffusion": settings.model_dump(), "parent": parent, "fingerprint": fingerprint(parent_folder)}
+    if adapter.correction is not None:
+        save_correction(folder, adapter.correction, settings, parent, own["fingerprint"], dtype)
     (folder / PEFT_CONFIG).write_text(json.dumps(peft_config, indent=2), encoding="utf-8")
     (folder / SETTINGS).write_text(json.dumps(own, indent=2), encoding="utf-8")
 
@@ -110,11 +113,13 @@ def load_adapter(
             first.copy_(weights[name][0])
             second.copy_(weights[name][1])
         adapter.mask_vector.copy_(mask_vector)
+    settings = validate(BlockDiffusionSettings, section)
+    adapter.correction = load_correction(folder, model, settings, found)
     adapter.requires_grad_(False).eval()
     if adapter.mask_vector.device.type == "cpu":
         adapter.merge_copies()
-    adapter.settings = validate(BlockDiffusionSettings, section)
-    return adapter, adapter.settings
+    adapter.settings = settings
+    return adapter, settings
 
 
 def _keys(name: str) -> tuple[str, str]:

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from nextblock.attention.masks import additive, to_block_mask, to_dense
 from nextblock.attention.rule import Places, Rule, within_window
 from nextblock.attention.split import SPLIT, split_mask
+from nextblock.model.correction import Correction
 from nextblock.model.draft_adapter import DraftAdapter, Gate
 from nextblock.model.positions import layer_windows, steady_positions, text_config
 
@@ -60,6 +61,11 @@ class Decoder:
         """
         steady = self.max_positions
         return steady if steady is None or shortest <= steady else self.config.max_position_embeddings
+
+    @property
+    def correction(self) -> Correction | None:
+        """The head that corrects drafts, if there is one."""
+        return getattr(self.model if self.adapter is None else self.adapter, "correction", None)
 
     @property
     def attention(self) -> str:

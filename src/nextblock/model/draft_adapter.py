@@ -21,7 +21,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from nextblock.config.errors import UsageError
-from nextblock.config.sections import BlockDiffusionSettings, DraftAdapterConfig
+from nextblock.config.sections import BlockDiffusionSettings, CorrectionConfig, DraftAdapterConfig
+from nextblock.model.correction import Correction
 from nextblock.model.targets import target_names
 
 Gate = bool | Tensor
@@ -102,6 +103,7 @@ class DraftAdapter(nn.Module):
     """The trained part: A and B of every adapted layer, and the vector that embeds the mask token.
 
     always: it acts in every pass, wherever `open` would have it.
+    correction: its correction head, if it has one.
     mask_token_id: one past the parent's vocabulary, so no token of it and no row of its head.
     settings: what a sampler needs to know; None until it is loaded.
     """
@@ -121,6 +123,7 @@ class DraftAdapter(nn.Module):
         self.scale = config.alpha / config.rank
         self.dropout = config.dropout
         self.always = False
+        self.correction: Correction | None = None
         self.mask_token_id = embedding.num_embeddings
         self.names = target_names(model, config.target_modules)
         self.lora_A = nn.ParameterList()
@@ -210,6 +213,16 @@ class DraftAdapter(nn.Module):
             weight = weight.T if isinstance(layer.base, Conv1D) else weight
             update = layer.lora_B @ layer.lora_A * self.scale
             layer.merged = (weight.float() + update).to(weight.dtype).contiguous()
+
+
+def new_adapter(
+    model: PreTrainedModel, config: DraftAdapterConfig, correction: CorrectionConfig | None = None
+) -> DraftAdapter:
+    """An adapter that changes nothing yet, attached, with its correction head if it is to have one."""
+    adapter = DraftAdapter(model, config)
+    if correction is not None:
+        adapter.correction = Correction(adapter.mask_token_id, correction, adapter.mask_vector.device)
+    return adapter
 
 
 def attached_adapter(model: nn.Module) -> DraftAdapter | None:

@@ -15,8 +15,9 @@ from transformers.pytorch_utils import Conv1D
 
 from nextblock.attention.split import PIECE, SPLIT, TILE, Piece, SplitMask, Tiles
 from nextblock.config.run import AdaptConfig
+from nextblock.model.correction import Correction
 from nextblock.model.decoder import Decoder
-from nextblock.model.draft_adapter import DraftAdapter
+from nextblock.model.draft_adapter import DraftAdapter, new_adapter
 from nextblock.model.loading import choose_attention
 from nextblock.model.lora import TiedHead
 from nextblock.model.targets import target_names
@@ -39,6 +40,10 @@ def fake_decoder(
     adapter = low_rank_updates(config, model)
     if config.training.gradient_checkpointing:
         recompute_activations(model, preserve_rng_state=False)
+    if adapter is None and config.correction is not None:
+        head = Correction(model.get_input_embeddings().num_embeddings, config.correction)
+        model.requires_grad_(False).correction = head
+        return Decoder(model), head
     if adapter is None:
         return Decoder(model), model
     return (Decoder(model) if config.lora else Decoder(model, adapter)), adapter
@@ -47,7 +52,7 @@ def fake_decoder(
 def low_rank_updates(config: AdaptConfig, model: PreTrainedModel) -> DraftAdapter | None:
     """What `draft_adapter` or `lora` trains: LoRA's mask row is as large as the mask vector."""
     if config.lora is None:
-        return None if config.draft_adapter is None else DraftAdapter(model, config.draft_adapter)
+        return None if config.draft_adapter is None else new_adapter(model, config.draft_adapter, config.correction)
     target_names(model, config.lora.target_modules, section="lora")  # names the section where nothing matches
     adapter = DraftAdapter(model, config.lora)
     adapter.always = True

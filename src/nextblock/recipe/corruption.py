@@ -55,14 +55,19 @@ class MaskedTargets(Targets):
     has_teacher: bool [S], False for the first token of a document and for those that fill up a last block.
     noise: int64 [S], bin of the block's masked share, ceil(share * NOISE_LEVELS) - 1.
     offset: int64 [S], of the token in its block.
+    previous: int64 [S], the clean token before it in its block; with aligned prediction of no meaning at offset 0.
     weight: float32 [S], what its loss counts by position decay (`recipe.offset_decay`); None: all count 1.
+    drafts: int64 [K, b - 2], for each block that is masked whole its targets from offset 2 on, by number; S where
+        there is none that the AR head would check. None: not asked for (`recipe.accept_weight`).
     """
 
     teacher: Tensor
     has_teacher: Tensor
     noise: Tensor
     offset: Tensor
+    previous: Tensor
     weight: Tensor | None = None
+    drafts: Tensor | None = None
 
     def none(self) -> MaskedTargets:
         """No target at all."""
@@ -195,12 +200,29 @@ def masked_targets(noised: dict[str, Tensor], block_size: int, recipe: RecipeCon
     """Targets of the noised half, from its columns [B, N] (`noised_half`)."""
     row, slot = noised["masked"].nonzero(as_tuple=True)
     token, teacher, noise, offset = (noised[name][row, slot] for name in ("clean", "teacher", "noise", "offset"))
+    previous = noised["clean"][row, (slot - 1).clamp_min(0)]
     # With shifted prediction the hidden state of slot i - 1 predicts slot i; first slots are never masked.
     before, weight = int(recipe.prediction == "shifted"), None
     if recipe.offset_decay is not None:
         weight = offset_weights(block_size, recipe.offset_decay, recipe.prediction)[offset - before]
-    has_teacher = teacher != UNSCORED
-    return MaskedTargets(row, slot - before, token, teacher.clamp_min(0), has_teacher, noise, offset, weight)
+    has_teacher, drafts = teacher != UNSCORED, None
+    if recipe.accept_weight:
+        drafts = draft_targets(offset, noised["whole"][row, slot] & has_teacher, block_size)
+    taught = teacher.clamp_min(0), has_teacher
+    return MaskedTargets(row, slot - before, token, *taught, noise, offset, previous, weight, drafts)
+
+
+def draft_targets(offset: Tensor, counts: Tensor, block_size: int) -> Tensor:
+    """`MaskedTargets.drafts` of targets with these offsets in their blocks, of which bool [S] `counts`.
+
+    Prediction is shifted. Behind the known token, at offset 0, comes one that the AR head decides, so drafts stand at
+    the offsets 2 to b - 1, those that count in front.
+    """
+    counts = counts & (offset > 1)
+    first = counts & (offset == 2)
+    drafts = torch.full((int(first.sum()), max(0, block_size - 2)), len(offset))
+    drafts[first.cumsum(0)[counts] - 1, offset[counts] - 2] = counts.nonzero()[:, 0]
+    return drafts
 
 
 def offset_weights(block_size: int, decay: float, prediction: Prediction) -> Tensor:
@@ -303,6 +325,7 @@ def noised_half(
                 "masked": masked,
                 "view": np.full_like(grid["clean"], len(parts) + 1),
                 "noise": np.broadcast_to(noise[:, None], masked.shape),
+                "whole": np.broadcast_to((masked == maskable).all(axis=1, keepdims=True), masked.shape),
             }
             parts.append({name: values[keep] for name, values in slots.items()})
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

@@ -13,6 +13,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers.utils.import_utils import is_liger_kernel_available
 
+from nextblock.model.correction import Correction
 from nextblock.model.decoder import Decoder
 
 LOGIT_ELEMENTS = 2**24
@@ -27,11 +28,14 @@ class Scores(NamedTuple):
     total: 0-d, the sum of their cross-entropies, each times its weight.
     soft: 0-d, the same of KL(p_teacher || p), the distillation loss; 0 without a teacher.
     nats: [S], the cross-entropy of each, without gradient or weight; empty where not asked for and not at hand.
+    agreement: [S], sum over v of min(p_teacher(v), p(v)): how likely a token drawn from p is kept; None without a
+        teacher.
     """
 
     total: Tensor
     soft: Tensor
     nats: Tensor
+    agreement: Tensor | None = None
 
 
 def cross_entropy(
@@ -41,6 +45,7 @@ def cross_entropy(
     weight: Tensor | None = None,
     *,
     teacher: tuple[Tensor, Tensor] | None = None,
+    previous: Tensor | None = None,
     each: bool = False,
     rows: int | None = None,
 ) -> Scores:
@@ -57,12 +62,16 @@ def cross_entropy(
         weight: float32 [S], what each counts in the sums; None: 1.
         teacher: hidden states [S, D] whose prediction is distilled, and bool [S], whether it counts. No gradient
             goes through them.
+        previous: int64 [S], tokens by which the decoder's correction head corrects the logits; None: it does not.
         each: also give the cross-entropy of each target.
         rows: how many go through the head at a time; None: as many as the limit allows.
     """
     head = decoder.model.get_output_embeddings()
     size = rows or max(1, chunk_rows(decoder) // (1 if teacher is None else 2))
-    if teacher is None and type(head) is nn.Linear:  # exactly: a wrapped head computes something of its own
+    correction = None if previous is None else decoder.correction
+    if (
+        teacher is None and correction is None and type(head) is nn.Linear
+    ):  # exactly: a wrapped head computes something of its own
         if weight is None and not each and takes_liger(decoder, hidden):
             total = _liger_cross_entropy(decoder.logit_cap)(head.weight, hidden, target, head.bias)
             return Scores(total, torch.zeros_like(total), total.new_zeros(0))
@@ -70,21 +79,23 @@ def cross_entropy(
         total, nats = cast(Any, _LinearCrossEntropy.apply(*inputs, decoder, size, torch.is_grad_enabled()))
         return Scores(total, torch.zeros_like(total), nats)
 
-    def chunk_nats(chunk: Tensor, wanted: Tensor, *soft: Tensor) -> Tensor:
-        """[1 or 2, S]: cross-entropies, and divergences from a teacher."""
-        log_p = _log_probabilities(decoder, chunk)
+    def chunk_nats(chunk: Tensor, wanted: Tensor, before: Tensor, *soft: Tensor) -> Tensor:
+        """[1 or 3, S]: cross-entropies, and divergences from a teacher and agreement with it."""
+        log_p = _log_probabilities(decoder, chunk, correction, before)
         hard = functional.nll_loss(log_p, wanted, reduction="none")
         if not soft:
             return hard[None]
         with torch.no_grad():
             wish = _log_probabilities(decoder, soft[0])
         divergence = functional.kl_div(log_p, wish, reduction="none", log_target=True).sum(-1)
-        return torch.stack([hard, divergence.masked_fill(~soft[1], 0)])
+        agreement = torch.minimum(log_p, wish).exp().sum(-1)
+        return torch.stack([hard, divergence.masked_fill(~soft[1], 0), agreement])
 
     soft = () if teacher is None else (teacher[0].detach(), teacher[1])
-    nats = _in_chunks(chunk_nats, size, hidden, target, *soft)
-    sums = nats.sum(1) if weight is None else nats @ weight.to(nats.dtype)
-    return Scores(sums[0], sums[1] if soft else torch.zeros_like(sums[0]), nats[0].detach())
+    nats = _in_chunks(chunk_nats, size, hidden, target, target if previous is None else previous, *soft)
+    sums = nats[:2].sum(1) if weight is None else nats[:2] @ weight.to(nats.dtype)
+    total, each_nats = sums[0], nats[0].detach()
+    return Scores(total, sums[1], each_nats, nats[2]) if soft else Scores(total, torch.zeros_like(total), each_nats)
 
 
 def chunk_rows(decoder: Decoder, device: str | None = None) -> int:
@@ -110,9 +121,12 @@ def _liger_cross_entropy(cap: float | None) -> Callable[..., Tensor]:
     return LigerFusedLinearCrossEntropyLoss(reduction="sum", softcap=cap, accum_dtype=torch.float32)
 
 
-def _log_probabilities(decoder: Decoder, hidden: Tensor) -> Tensor:
+def _log_probabilities(
+    decoder: Decoder, hidden: Tensor, correction: Correction | None = None, previous: Tensor | None = None
+) -> Tensor:
     logits = decoder.logits(hidden)
-    return logits.to(_wide(logits.dtype)).log_softmax(-1)
+    logits = logits.to(_wide(logits.dtype))
+    return (logits if correction is None else correction(logits, previous)).log_softmax(-1)
 
 
 def _in_chunks(function: Callable[..., Tensor], size: int, *parts: Tensor) -> Tensor:

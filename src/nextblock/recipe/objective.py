@@ -22,6 +22,8 @@ class LossSums(NamedTuple):
     soft: the distillation loss, sum of KL(p_AR || p_MDM) in nats over the masked tokens that have a teacher; 0 where
         not asked for.
     nats: float32 [S], the cross-entropy of each masked token, without gradient; None where not asked for.
+    lost: drafts that are expected to be lost, a sum over the blocks that are masked whole (`lost_drafts`); None where
+        not asked for.
     """
 
     diffusion: Tensor
@@ -30,14 +32,18 @@ class LossSums(NamedTuple):
     ar_tokens: int | Tensor
     soft: Tensor
     nats: Tensor | None = None
+    lost: Tensor | None = None
 
-    def total(self, ar_weight: float, views: int = 1, soft_weight: float = 0.0) -> Tensor:
-        """L_MDM + w_soft * L_soft + lambda * L_AR, a sum; divide by the global N   (Eq. 2; L_soft is ours).
+    def total(self, ar_weight: float, views: int = 1, soft_weight: float = 0.0, accept_weight: float = 0.0) -> Tensor:
+        """L_MDM + w_soft * L_soft + w_accept * L_accept + lambda * L_AR, a sum; divide by the global N.
 
-        L_MDM and L_soft are means over the noised views. With N the global batch's tokens with offset >= 0,
-        distillation's part of the loss is  w_soft * sum_i KL(p(x_i | x_<i) || p(x_i | x_t, x)) / (N * views).
+        (Eq. 2; L_soft and L_accept are ours.) All but L_AR are means over the noised views. With N the global batch's
+        tokens with offset >= 0, distillation's part of the loss is
+        w_soft * sum_i KL(p(x_i | x_<i) || p(x_i | x_t, x)) / (N * views).
         """
         diffusion = self.diffusion + soft_weight * self.soft if soft_weight else self.diffusion
+        if self.lost is not None:
+            diffusion = diffusion + accept_weight * self.lost
         diffusion = diffusion / views
         return diffusion + ar_weight * self.ar if ar_weight else diffusion
 
@@ -62,8 +68,8 @@ class TwoViewLoss(nn.Module):
             view: from `corrupt`, on the model's device.
             rule: the attention rule.
             score_ar: False leaves the clean half unscored (lambda = 0), which saves its head time. So does a draft
-                adapter, under which the clean half is the frozen parent's.
-            soft: also score masked tokens against the clean half's own predictions (w_soft > 0).
+                adapter or a correction head, beside which the clean half is a frozen model's.
+            soft: also score masked tokens against the clean half's own predictions (w_soft or w_accept > 0).
             profile: also give each masked token's loss.
         """
         decoder, masked, following = Decoder(self.model, self.adapter), view.masked, view.following
@@ -73,14 +79,35 @@ class TwoViewLoss(nn.Module):
             return LossSums(nothing, nothing, 0, 0, nothing)
         noised, clean = (two_view_states if self.adapter is None else draft_states)(decoder, view, rule)
         teacher = (clean[masked.row, masked.teacher], masked.has_teacher) if soft else None
+        states, before = noised[masked.row, masked.slot], masked.previous if decoder.correction is not None else None
         scores = cross_entropy(
-            decoder, noised[masked.row, masked.slot], masked.token, masked.weight, teacher=teacher, each=profile
+            decoder, states, masked.token, masked.weight, teacher=teacher, previous=before, each=profile
         )
         ar, ar_tokens = torch.zeros_like(scores.total), 0
-        if score_ar and self.adapter is None:
+        if score_ar and self.adapter is None and decoder.correction is None:
             ar = cross_entropy(decoder, clean[following.row, following.slot], following.token).total
             ar_tokens = len(following)
-        return LossSums(scores.total, ar, len(masked), ar_tokens, scores.soft, scores.nats if profile else None)
+        lost = None
+        if masked.drafts is not None:
+            assert scores.agreement is not None  # `soft` came with them
+            lost = lost_drafts(scores.agreement, masked.drafts)
+        nats = scores.nats if profile else None
+        return LossSums(scores.total, ar, len(masked), ar_tokens, scores.soft, nats, lost)
+
+
+def lost_drafts(agreement: Tensor, drafts: Tensor) -> Tensor:
+    """sum over blocks and their drafts j of  1 - prod_(i <= j) alpha_i: the drafts that are expected to be lost.
+
+    A draft from q is kept with the probability alpha = sum_v min(p_AR(v), q(v)) (arXiv 2211.17192, Definition 3.1 and
+    Theorem 3.5), and only if all before it in its block are.
+
+    Args:
+        agreement: alpha of each target, [S].
+        drafts: int64 [K, b - 2], as in `MaskedTargets`.
+    """
+    counts = drafts < len(agreement)
+    alpha = torch.cat([agreement, agreement.new_zeros(1)])[drafts]
+    return (1 - alpha.cumprod(1)).masked_fill(~counts, 0).sum()
 
 
 def two_view_states(decoder: Decoder, view: TwoView, rule: Rule) -> tuple[Tensor, Tensor]:

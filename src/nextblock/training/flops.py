@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from nextblock.config.run import AdaptConfig
+from nextblock.model.correction import Correction
 from nextblock.model.positions import text_config
 from nextblock.recipe.corruption import TwoView
 from nextblock.training.devices import device_named
@@ -87,15 +88,16 @@ class Products:
             scored: targets. distilled: those for which the logits of a teacher are computed, too.
             again: with gradient checkpointing.
         """
-        passes, drafting = 3 if kind == "full" else 2, kind == "draft adapter"
+        passes = {"full": 3, "correction head": 1}.get(kind, 2)
+        learning, drafting = (1, 1) if passes == 1 else (3, 3), kind == "draft adapter"
 
         def half(which: int, weights: int, attention: int, updates: int) -> float:
             own = self.linear * weights + self.low_rank * updates
             return 2.0 * (tokens[which] * own + pairs[which] * self.pair * attention)
 
-        clean = half(0, 1, 1, 0) if drafting else half(0, passes, 3, 3)
+        clean = half(0, 1, 1, 0) if drafting else half(0, passes, *learning)
         recomputed = (half(1, 1, 1, 1) + (0 if drafting else half(0, 1, 1, 1))) if again else 0.0
-        return Flops(clean, half(1, passes, 3, 3), 2.0 * self.head * (scored * passes + distilled), recomputed)
+        return Flops(clean, half(1, passes, *learning), 2.0 * self.head * (scored * passes + distilled), recomputed)
 
     def of_view(self, kind: str, view: TwoView, score_ar: bool, soft: bool = False) -> Flops:
         """What training on this view needs, best on the CPU; padding does not count. Arguments as of `TwoViewLoss`."""
@@ -104,14 +106,22 @@ class Products:
         block = int((places.position - places.block_start)[:, :n][real[:, :n]].max()) + 1 if n else 1
         pairs = torch.where(places.view == 0, places.position + 1, places.block_start + block) * real
         tokens, seen = ((int(x[:, n:].sum()), int(x[:, :n].sum())) for x in (real, pairs))
-        masked, ar = len(view.masked), len(view.following) if score_ar and kind != "draft adapter" else 0
+        masked, ar = len(view.masked), len(view.following) if score_ar and kind in ("full", "lora") else 0
         return self.flops(kind, tokens, seen, ar + masked, masked if soft else 0)
 
 
+def updates(trained: nn.Module) -> list[nn.Parameter]:
+    """The parameters of low-rank updates: without those of a correction head, which are looked up."""
+    looked_up = {id(p) for m in trained.modules() if isinstance(m, Correction) for p in m.parameters()}
+    return [p for p in trained.parameters() if id(p) not in looked_up]
+
+
 def kind_of_training(config: AdaptConfig) -> str:
-    """ "full", "lora" or "draft adapter"."""
+    """ "full", "lora", "draft adapter" or, alone, "correction head"."""
     if config.draft_adapter is not None:
         return "draft adapter"
+    if config.correction is not None:
+        return "correction head"
     return "full" if config.lora is None else "lora"
 
 

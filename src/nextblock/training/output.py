@@ -16,7 +16,8 @@ from transformers import AutoTokenizer, PreTrainedModel
 from nextblock.config.errors import TrainingStopped, UsageError
 from nextblock.config.files import LOCK, locked, make_folder, to_yaml, unwritten, whole_folder
 from nextblock.config.run import AdaptConfig
-from nextblock.model.adapter_files import save_adapter
+from nextblock.model.adapter_files import fingerprint, save_adapter
+from nextblock.model.correction import save_correction, without_correction
 from nextblock.model.loading import weights_folder
 from nextblock.model.lora import LoraAdapter
 from nextblock.model.mask_token import choose_mask_token
@@ -93,7 +94,17 @@ def export_run(run: Run, output: Path) -> None:
         write_adapters(run, folder)
         if run.decoder.adapter is None:
             model, dtype = run.decoder.model if run.lora is None else merged_model(run, run.lora), export_dtype(run)
-            export(folder, model, run.tokenizer, run.settings, dtype, weights)
+            with without_correction(model) as head:
+                export(folder, model, run.tokenizer, run.settings, dtype, weights)
+            if head is not None and run.settings is not None:
+                save_correction(
+                    folder,
+                    head,
+                    run.settings,
+                    run.config.model.path,
+                    fingerprint(folder),
+                    dtype or head.previous.dtype,
+                )
 
 
 def rehearse_export(run: Run) -> None:

@@ -20,7 +20,7 @@ from nextblock.data.rows import Rows
 from nextblock.model.decoder import Decoder
 from nextblock.model.lora import LoraAdapter
 from nextblock.recipe.corruption import TwoView, corrupt
-from nextblock.training.flops import Products, kind_of_training, peak_flops
+from nextblock.training.flops import Products, kind_of_training, peak_flops, updates
 from nextblock.training.log import LossProfile
 
 LOG = "log.jsonl"
@@ -44,6 +44,9 @@ class StepMetrics:
     step_seconds: float
     soft_loss: float = math.nan
     """Distillation: mean KL from the clean half's predictions over the masked tokens; NaN where `soft_weight` is 0."""
+    lost_drafts: float = math.nan
+    """Share of the masked tokens that the AR head is expected to reject in blocks masked whole, or to lose behind one
+    that it rejects; NaN where `accept_weight` is 0."""
     device_tokens_per_second: float = math.nan
     peak_memory_gib: float = math.nan
     """Of the main process since it began: allocated on CUDA, resident elsewhere."""
@@ -102,10 +105,11 @@ class Run:
 
     @property
     def trained(self) -> torch.nn.Module:
-        """What has been learned, so what a checkpoint holds: LoRA's or the draft adapter's weights, or all."""
+        """What has been learned, so what a checkpoint holds: LoRA's, the draft adapter's or the correction head's
+        weights, or all."""
         if self.lora is not None:
             return self.lora.weights
-        return self.decoder.adapter or self.decoder.model
+        return self.decoder.adapter or self.decoder.correction or self.decoder.model
 
     @property
     def is_checkpoint_due(self) -> bool:
@@ -129,8 +133,8 @@ class Run:
         if self.peak_flops is None:
             return 0.0
         model, trained, kind = self.decoder.model, self.trained, kind_of_training(self.config)
-        products = Products.of(model, () if kind == "full" else trained.parameters())
-        return products.of_view(kind, view, score_ar, self.config.recipe.soft_weight > 0).useful
+        products = Products.of(model, () if kind == "full" else updates(trained))
+        return products.of_view(kind, view, score_ar, self.config.recipe.taught).useful
 
     @property
     def settings(self) -> BlockDiffusionSettings | None:

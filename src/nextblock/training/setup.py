@@ -17,8 +17,9 @@ from nextblock.data.feed import Feed
 from nextblock.data.mixture import NoDocument
 from nextblock.data.rows import Rows, check_tokens
 from nextblock.data.stream import RowStream
+from nextblock.model.correction import Correction
 from nextblock.model.decoder import Decoder
-from nextblock.model.draft_adapter import DraftAdapter
+from nextblock.model.draft_adapter import new_adapter
 from nextblock.model.loading import check_backward, weight_shapes
 from nextblock.model.lora import LoraAdapter
 from nextblock.model.mask_token import check_round_trip, check_vocabulary, choose_mask_token
@@ -88,7 +89,7 @@ def prepare(
         if config.lora is not None:
             lora = LoraAdapter(decoder.model, config.lora, mask_token_id, config.model.path)
     check_same_data(config, feed.digests)
-    trained = lora.weights if lora is not None else decoder.adapter or decoder.model
+    trained = lora.weights if lora is not None else decoder.adapter or decoder.correction or decoder.model
     trained.requires_grad_(True)
     if config.training.gradient_checkpointing:
         recompute_activations(decoder.model)
@@ -156,7 +157,7 @@ def open_parent(
 def give_mask(config: AdaptConfig, decoder: Decoder, tokenizer: Any, masks: bool) -> tuple[Decoder, int | None]:
     """The parent with its draft adapter, if it gets one, and the id of the mask token; None where none is needed."""
     if config.draft_adapter is not None:
-        adapter = DraftAdapter(decoder.model, config.draft_adapter)
+        adapter = new_adapter(decoder.model, config.draft_adapter, config.correction)
         decoder = Decoder(decoder.model, adapter)
         probe_adapter(decoder)
         return decoder, adapter.mask_token_id
@@ -168,6 +169,9 @@ def give_mask(config: AdaptConfig, decoder: Decoder, tokenizer: Any, masks: bool
             f"mask token id {mask_token_id} ends the turns of the chat template; set model.mask_token to another"
         )
     check_round_trip(tokenizer, mask_token_id)
+    if config.correction is not None:
+        decoder.model.requires_grad_(False)
+        decoder.model.correction = Correction(decoder.vocabulary, config.correction, decoder.device)
     return decoder, mask_token_id
 
 

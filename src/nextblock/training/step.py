@@ -39,7 +39,7 @@ def train_step(run: Run, step: int) -> StepMetrics:
     run.profile = LossProfile(now.block_size, run.accelerator.device) if profiled else None
 
     sums, flops = accumulate(run, step, now, rows, global_tokens)
-    loss = float(sums.total(now.ar_weight, recipe.views, recipe.soft_weight)) / global_tokens
+    loss = float(sums.total(now.ar_weight, recipe.views, recipe.soft_weight, recipe.accept_weight)) / global_tokens
     norm = update(run, step, now.learning_rate, loss, rows)
     return metrics(run, step, now, sums, loss, norm, global_tokens, time.perf_counter() - began, flops)
 
@@ -66,18 +66,19 @@ def accumulate(run: Run, step: int, now: Scheduled, rows: Rows, global_tokens: i
         # Ranks add up gradients with the last micro-batch alone. But for FSDP2: to wait would be to hold all of the
         # gradient, unshared, on each rank.
         with nullcontext() if stop == len(rows) or run.is_sharded else accelerator.no_sync(run.loss):
-            sums = run.loss(view, rule, score_ar, soft=recipe.soft_weight > 0, profile=run.profile is not None)
-            total = sums.total(now.ar_weight, recipe.views, recipe.soft_weight)
+            sums = run.loss(view, rule, score_ar, soft=recipe.taught, profile=run.profile is not None)
+            total = sums.total(now.ar_weight, recipe.views, recipe.soft_weight, recipe.accept_weight)
             # Data parallelism averages gradients over ranks; the loss is a sum over them.
             accelerator.backward(total / global_tokens * accelerator.num_processes)
         if run.profile is not None:
             run.profile.add(view.masked, sums.nats)
-        losses.append(torch.stack([sums.diffusion, sums.ar, sums.soft]).detach())
+        lost = torch.zeros_like(sums.ar) if sums.lost is None else sums.lost
+        losses.append(torch.stack([sums.diffusion, sums.ar, sums.soft, lost]).detach())
         counts += torch.tensor([sums.diffusion_tokens, sums.ar_tokens])
-    own = sum(torch.stack(losses).cpu().double(), torch.zeros(3, dtype=torch.float64))
+    own = sum(torch.stack(losses).cpu().double(), torch.zeros(4, dtype=torch.float64))
     over_ranks: Any = accelerator.reduce(torch.cat([own, counts]).float().to(accelerator.device))
-    diffusion, ar, soft, diffusion_tokens, ar_tokens = over_ranks.cpu().double()
-    return LossSums(diffusion, ar, diffusion_tokens, ar_tokens, soft), flops
+    diffusion, ar, soft, lost, diffusion_tokens, ar_tokens = over_ranks.cpu().double()
+    return LossSums(diffusion, ar, diffusion_tokens, ar_tokens, soft, lost=lost), flops
 
 
 def update(run: Run, step: int, learning_rate: float, loss: float, rows: Rows) -> float:
@@ -117,7 +118,7 @@ def metrics(
     def mean(total: torch.Tensor, tokens: int | torch.Tensor) -> float:
         return float(total) / float(tokens) if tokens else math.nan
 
-    soft = run.config.recipe.soft_weight > 0
+    recipe = run.config.recipe
     return StepMetrics(
         step=run.first_step + step,
         block_size=now.block_size,
@@ -129,7 +130,10 @@ def metrics(
         grad_norm=norm,
         tokens=global_tokens,
         step_seconds=seconds,
-        soft_loss=mean(sums.soft, sums.diffusion_tokens) if soft else math.nan,
+        soft_loss=mean(sums.soft, sums.diffusion_tokens) if recipe.soft_weight else math.nan,
+        lost_drafts=math.nan
+        if not recipe.accept_weight or sums.lost is None
+        else mean(sums.lost, sums.diffusion_tokens),
         device_tokens_per_second=global_tokens / seconds / run.accelerator.num_processes,
         peak_memory_gib=peak_memory_gib(run.accelerator.device),
         mfu=None if run.peak_flops is None else flops / seconds / run.peak_flops,

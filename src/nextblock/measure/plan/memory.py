@@ -179,10 +179,10 @@ def _fake_losses(
         # Other states and gradients, and other states of the teacher.
         rest = torch.zeros(2 if teacher is None else 3, targets - some, states.shape[-1], dtype=states.dtype)
         if teacher is None:
-            return [cross_entropy(decoder, chosen, wanted, rows=chunk).total, rest]
-        taught = teacher.reshape(-1, teacher.shape[-1])[wanted]
-        scores = cross_entropy(decoder, chosen, wanted, teacher=(taught, wanted == 0), rows=max(1, chunk // 2))
-        return [scores.total + scores.soft, rest]
+            return [cross_entropy(decoder, chosen, wanted, previous=wanted, rows=chunk).total, rest]
+        taught = teacher.reshape(-1, teacher.shape[-1])[wanted], wanted == 0
+        scores = cross_entropy(decoder, chosen, wanted, teacher=taught, previous=wanted, rows=max(1, chunk // 2))
+        return [scores.total + scores.soft + cast(Tensor, scores.agreement).sum(), rest]
 
     if drafting:
         cache = CleanCache()
@@ -190,11 +190,11 @@ def _fake_losses(
             parent = hidden(length, length, cache)
         cache.written = True
         states = hidden(count, length + count, cache, gate=True)
-        return head(states, 0, scored, parent if recipe.soft_weight else None)
+        return head(states, 0, scored, parent if recipe.taught else None)
     states = hidden(count + length, count + length)
-    teacher = states[:, count:] if recipe.soft_weight else None
+    teacher = states[:, count:] if recipe.taught else None
     diffusion = head(states, 0, scored, teacher) if scored else [torch.zeros(())]
-    if not recipe.ar_weight and not recipe.ar_weight_final:
+    if decoder.correction is not None or (not recipe.ar_weight and not recipe.ar_weight_final):
         return diffusion
     ar = head(states, count, rows * (length - 1))
     return [diffusion[0] + ar[0], *diffusion[1:], *ar[1:]]

@@ -14,7 +14,7 @@ from nextblock.config.run import AdaptConfig
 from nextblock.config.sections import Context
 from nextblock.model.fakes import bare_model, low_rank_updates
 from nextblock.recipe import schedules
-from nextblock.training.flops import Flops, Products, kind_of_training
+from nextblock.training.flops import Flops, Products, kind_of_training, updates
 
 
 def micro_rows(config: AdaptConfig, devices: int) -> int:
@@ -60,9 +60,9 @@ def count_parameters(config: AdaptConfig, shape: PreTrainedConfig) -> Counts:
         model = bare_model(shape, torch.float32)
         parent = sum(p.numel() for p in model.parameters())
         adapter = low_rank_updates(config, model)
-        updates = [] if adapter is None else list(adapter.parameters())
-        trained = sum(p.numel() for p in updates) if updates else parent
-        return Counts(parent, trained, Products.of(model, updates))
+        head = 2 * config.correction.rank * model.get_input_embeddings().num_embeddings if config.correction else 0
+        trained = head or parent if adapter is None else sum(p.numel() for p in adapter.parameters())
+        return Counts(parent, trained, Products.of(model, () if adapter is None else updates(adapter)))
 
 
 def step_flops(config: AdaptConfig, shape: PreTrainedConfig, counts: Counts, block_size: int) -> Flops:
@@ -74,8 +74,8 @@ def step_flops(config: AdaptConfig, shape: PreTrainedConfig, counts: Counts, blo
     noised = noised_tokens(config, block_size, length)
     clean_pairs, noised_pairs = attention_pairs(noised, length, block_size, config.recipe.context)
     masked = scored_tokens(config, block_size, length)
-    ar = 0 if kind == "draft adapter" or not scores_ar(config, block_size) else length - 1
-    taught = masked if config.recipe.soft_weight else 0
+    ar = 0 if kind in ("draft adapter", "correction head") or not scores_ar(config, block_size) else length - 1
+    taught = masked if config.recipe.taught else 0
     tied = kind == "lora" and config.masks and getattr(shape, "tie_word_embeddings", False)
     tokens, pairs = (rows * length, rows * noised), (rows * clean_pairs, rows * noised_pairs)
     twice = config.training.gradient_checkpointing
