@@ -50,6 +50,16 @@ def marked_bytes(begin: bool = False, template: str | None = CHAT) -> PreTrained
 TOKENIZER = marked_bytes()
 
 
+def byte_level():
+    """Every byte is a token: any character beyond ASCII takes several."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {c: i for i, c in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
 def jsonl(path: Path, rows: list) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(path)

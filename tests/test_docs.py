@@ -24,10 +24,10 @@ from nextblock.config.errors import UsageError
 from nextblock.config.presets import preset
 from nextblock.config.run import load_config
 from nextblock.config.sections import validate
-from nextblock.data.tasks import get_task
 from nextblock.decoding.options import MODES, DecodingConfig
 from nextblock.decoding.request import CallOptions
 from nextblock.measure.bench.prompts import parse_variant
+from nextblock.tasks import get_task
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
@@ -84,6 +84,11 @@ def test_the_configuration_page_is_what_its_script_prints():
     committed = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
     again = "python docs/make_configuration.py > docs/configuration.md"
     assert committed == script("make_configuration").page(), f"out of date; run: {again}"
+
+
+def test_the_page_of_experiments_is_made_from_their_figures():
+    committed = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
+    assert committed == script("make_experiments").page(), "out of date; run: python docs/make_experiments.py"
 
 
 def test_the_mask_picture_is_what_its_script_draws():

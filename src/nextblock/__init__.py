@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from nextblock.config.errors import UsageError
     from nextblock.config.run import AdaptConfig
     from nextblock.config.sections import BlockDiffusionSettings
-    from nextblock.decoding.custom_generate import block_diffusion
     from nextblock.decoding.lm import BlockDiffusionLM, Generation, load
     from nextblock.workflows.adapt import RunResult, adapt
+    from nextblock.workflows.custom_generate import block_diffusion
 
 __version__ = "0.1.0"
 
@@ -32,7 +32,7 @@ _HOME = {
     "BlockDiffusionLM": "decoding.lm",
     "Generation": "decoding.lm",
     "load": "decoding.lm",
-    "block_diffusion": "decoding.custom_generate",
+    "block_diffusion": "workflows.custom_generate",
     "RunResult": "workflows.adapt",
     "adapt": "workflows.adapt",
 }

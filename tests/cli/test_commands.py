@@ -131,7 +131,7 @@ def test_a_finished_run_is_not_written_over_but_can_be_resumed(run, parent, text
 @pytest.mark.parametrize(
     "where",
     [
-        "nextblock.measure.likelihood._nats",
+        "nextblock.recipe.likelihood._nats",
         "nextblock.training.loop.export_run",
         "nextblock.workflows.held_out.load_parent",
     ],

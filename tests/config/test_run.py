@@ -9,8 +9,9 @@ import yaml
 from pydantic import ValidationError
 
 from nextblock.config.errors import UsageError, nearest
+from nextblock.config.files import read_yaml, to_yaml
 from nextblock.config.run import AdaptConfig, load_config
-from nextblock.config.sections import BlockDiffusionSettings, ModelConfig, Source, validate
+from nextblock.config.sections import BlockDiffusionSettings, ModelConfig, Section, Source, type_in_words, validate
 
 MINIMAL: dict[str, Any] = {"data": {"sources": [{"path": "text"}], "row_length": 64}}
 
@@ -145,7 +146,45 @@ def test_nearest_names_the_closest_choice_or_all():
 )
 def test_a_value_out_of_range_is_refused_with_its_key_and_value(key, value):
     said = refusal({key: value})
-    assert said.startswith((f"{key}={value!r}: ", f"{key}={value} must "))
+    assert said.startswith((f"{key}={value!r}: ", f"{key}={value} must ", f"{key}={value} is not a "))
+
+
+def test_true_is_no_number_and_one_is_no_text():
+    numbers = {
+        f"{name}.{key}": field
+        for name, section in AdaptConfig.model_fields.items()
+        if isinstance(section.annotation, type) and issubclass(section.annotation, Section)
+        for key, field in section.annotation.model_fields.items()
+        if "number" in type_in_words(field.annotation)
+    }
+    assert {"model.mask_token", "training.steps", "optimizer.lr", "training.keep_every"} <= numbers.keys()
+    for key, field in numbers.items():
+        for value in (True, False):
+            assert refusal({key: value}) == f"{key}={value} is not {type_in_words(field.annotation)}"
+    assert refusal({"model.path": 1}) == "model.path=1 is not a text"
+    assert refusal({"lora": {"target_modules": [1]}}) == "lora.target_modules=[1] is not a text or a list"
+    assert refusal({"training.steps": 300.5}) == "training.steps=300.5 is not a whole number"
+    with pytest.raises(UsageError, match="mask_token_id=True is not a whole number"):
+        validate(BlockDiffusionSettings, {"mask_token_id": True})
+
+
+@pytest.mark.parametrize("key", ["optimizer.lr", "optimizer.weight_decay", "data.sources.0.weight"])
+def test_numbers_are_finite(key):
+    assert refusal({key: float("inf")}) == f"{key}=inf is not a finite number"
+
+
+def test_a_number_is_read_as_one_however_its_power_of_ten_is_written(tmp_path):
+    for text, number in {"1e-4": 1e-4, "1e3": 1000, "1.5e3": 1500, "-2E-2": -0.02, ".5e1": 5, "+1e+2": 100}.items():
+        assert read_yaml(f"{{a: {text}}}") == {"a": number}
+        assert read_yaml(to_yaml({"a": text})) == {"a": text}
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "data: {sources: [{path: a.txt}]}\nmodel: {override: {rope_theta: 1e6}}\noptimizer: {lr: 1e-4}\n"
+        "training: {steps: 1e3}\n"
+    )
+    config = load_config(path)
+    assert config.model.override == {"rope_theta": 1e6}
+    assert (config.optimizer.lr, config.training.steps) == (1e-4, 1000)
 
 
 def test_what_must_be_set_is_named():
@@ -161,9 +200,10 @@ def test_what_must_be_set_is_named():
         ({"data.row_length": 100}, "data.row_length=100 is not a multiple of growth.b_max=32; use 96"),
         (
             {"training.steps": 250},
-            "growth.b_max=32 is not reached in training.steps=250; use at least 251 steps or a smaller growth.delta",
+            "growth.b_max=32 is not reached in training.steps=250; use at least training.steps=251, or a smaller "
+            "growth.delta",
         ),
-        ({"growth.s_0": 100, "training.steps": 350}, "use at least 351 steps"),
+        ({"growth.s_0": 100, "training.steps": 350}, "use at least training.steps=351"),
         ({"model.dtype": "bfloat16"}, "set model.dtype=float32 and training.mixed_precision=bf16"),
         ({"recipe.views": 3, "recipe.complementary": True}, "recipe.views=3 is odd, but recipe.complementary"),
         (

@@ -134,6 +134,10 @@ def test_text_parts_of_a_content_are_its_text() -> None:
         ([user("\U0010a000"), assistant("a")], r"a private character"),
         ([user(3), assistant("a")], r"message 1: content holds int"),
         ([user("a"), assistant("", tool_calls=[{"function": {"name": "w", "arguments": "{"}}])], r"not JSON"),
+        *(
+            ([user("a"), assistant("", tool_calls=calls)], r"message 2: tool_calls must be a list of objects")
+            for calls in ({"function": {"name": "w"}}, "w()", 7, True, ["w()"], [None])
+        ),
     ],
 )
 def test_a_content_that_is_no_text_is_refused_by_name(messages: list[Any], said: str) -> None:

@@ -85,7 +85,7 @@ def test_a_streamed_data_set_resumes_exactly(tmp_path: Path) -> None:
 
 
 def test_a_task_gives_train_examples_for_training_and_test_examples_held_out() -> None:
-    from nextblock.data.tasks import get_task
+    from nextblock.tasks import get_task
 
     task = get_task("algebra")
     for held_out, split in ((False, "train"), (True, "test")):
@@ -242,6 +242,10 @@ def test_a_json_array_gives_its_elements_and_names_their_lines(tmp_path):
         ('[\n {"text": "a"},\n {"text": \n]', r"a\.json: broken JSON array: Expecting value: line 4"),
         ('[{"text": "a"}', r"a\.json: broken JSON array"),
         ('["a"]', r"a\.json:1: expected a JSON object, found str"),
+        ('[{"text": "a"}\n{"text": "b"}]', r"a\.json: broken JSON array: no comma behind the element of line 1"),
+        ('[{"text": "a"},, {"text": "b"}]', r"a\.json: broken JSON array"),
+        ('[, {"text": "a"}]', r"a\.json: broken JSON array"),
+        ('[{"text": "a"},\n]', r"a\.json: broken JSON array"),
         ("[1]\n[2]\n", r"a\.json: more follows behind the JSON array"),
     ],
 )

@@ -133,7 +133,7 @@ def test_two_tokens_checked_against_a_bad_draft_have_the_target_distribution(pat
     drafts = torch.stack([draw(logits[:, i].softmax(-1), drawn[:, i]) for i in range(2)], dim=1)
     draft = Draft(drafts, [2] * count, logits.softmax(-1))
     draft.branches = branch(batch, logits, draft) if paths > 1 else None
-    tree = lay_out(batch, draft, torch.ones(count, 1, dtype=torch.int64), [0] * count)
+    tree = lay_out(batch, draft, torch.ones(count, 1, dtype=torch.int64))
     target = torch.full((count, tree.tokens.shape[1], 5), 0.2)
     target[:, 0] = first
     for path in range(paths):

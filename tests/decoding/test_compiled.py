@@ -15,9 +15,11 @@ from torch._guards import TracingContext
 
 from families import MASK_ID, tiny_model
 from nextblock.config.sections import BlockDiffusionSettings, DraftAdapterConfig
+from nextblock.decoding import lm as calls
 from nextblock.decoding.compiled import StaticCache, StaticPasses, rounded_capacity, rounded_rows, rounded_width
 from nextblock.decoding.lm import BlockDiffusionLM, compiled_passes
 from nextblock.decoding.request import make_request
+from nextblock.model.costs import Costs
 from nextblock.model.draft_adapter import DraftAdapter
 
 LENGTHS, LIMITS = (5, 11, 1, 7, 9), [30, 7, 18, 25, 12]
@@ -46,6 +48,13 @@ def pair(model, passes=None, adapter=None, **section) -> tuple[BlockDiffusionLM,
     ordinary, static = (BlockDiffusionLM(model, None, settings, adapter, compile=False) for _ in range(2))
     static.passes = passes or StaticPasses(uncompiled)
     return ordinary, static
+
+
+@pytest.fixture(autouse=True)
+def _same_costs(monkeypatch):
+    """How many drafts pay is then the same in each call."""
+    costs = {"check": {1: {1: 1.0, 16: 1.5}}, "draft": {1: 1.2}}
+    monkeypatch.setattr(calls, "costs_of", lambda *_: Costs(**costs))
 
 
 def assert_same(ordinary, static, batch=None, **options):
@@ -123,7 +132,7 @@ def test_few_sizes_each_holding_what_is_rounded_up_to_it():
             assert number <= rounded(number) <= excess * number
         assert rounded_capacity(number) < max(257, 2 * number)
     assert {rounded_rows(n) for n in range(1, 65)} == {1, 2, 4, 8, 16, 32, 64}
-    assert {rounded_width(n) for n in range(1, 97)} == {1, 8, 16, 32, 64, 96}
+    assert {rounded_width(n) for n in range(1, 41)} == {1, 8, 16, 24, 32, 40}
     assert len({rounded_capacity(n) for n in range(1, 8193)}) == 6
     assert len({rounded_capacity(n) for n in range(4096, 32769)}) == 4  # each is compiled for every width
 
@@ -247,15 +256,15 @@ def test_compiled_passes_give_the_same_tokens_and_their_number_does_not_grow_wit
     ordinary, static = pair(tiny_model("llama", num_hidden_layers=1), passes)
     for mode in ("ar", "diffusion", "speculative"):
         assert_same(ordinary, static, prompts(9), mode=mode, max_new_tokens=12, eos_token_id=[])
-    assert len(graphs) == 2  # of 1 token, and of 8
+    assert len(graphs) == 3  # of 1 token, of 8, and of 16
     for mode, tokens in (("ar", 40), ("diffusion", 50), ("speculative", 60)):
         assert_same(ordinary, static, prompts(7, seed=1), mode=mode, max_new_tokens=tokens, eos_token_id=[])
         assert_same(ordinary, static, prompts(3), mode=mode, max_new_tokens=tokens, temperature=1.0)
-    assert len(graphs) == 2
+    assert len(graphs) == 3
     rows = {"eos_token_id": [], "max_new_tokens": [30, 22, 9]}
     for _ in range(2):
         assert_same(ordinary, static, prompts(5, 3, 8), mode="ar", **rows)
-        assert len(graphs) == 4  # of 1 token for 4 rows and for 2; the one for 1 row is there
+        assert len(graphs) == 5  # of 1 token for 4 rows and for 2; the one for 1 row is there
 
 
 def test_a_replay_copies_tokens_and_row_numbers_and_never_the_cache():

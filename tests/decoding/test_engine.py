@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 import nextblock
 from decoders import language_model, prompt
@@ -45,3 +47,21 @@ def test_the_global_switch_to_inference_is_off_between_two_events(llama, mode):
     with language_model(llama).stream(prompt(5), mode=mode, max_new_tokens=9) as stream:
         for _ in stream:
             assert not torch.is_inference_mode_enabled()
+
+
+def test_a_token_takes_fewer_operations_than_in_plain_generate(llama):
+    lm, ids = language_model(llama), prompt(9)
+    settings: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+    def operations(generate: Callable[[int], Any]) -> int:
+        """Of 32 tokens; what a call costs apart from its tokens falls out."""
+        counts = []
+        for tokens in (33, 65):
+            with profile(activities=[ProfilerActivity.CPU]) as found:
+                generate(tokens)
+            counts.append(len(found.events() or ()))
+        return counts[1] - counts[0]
+
+    ours = operations(lambda n: lm.generate(ids, mode="ar", max_new_tokens=n, eos_token_id=[]))
+    theirs = operations(lambda n: llama.generate(ids, max_new_tokens=n, **settings))
+    assert 0 < ours <= theirs

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_text import byte_level
 
 import nextblock as nb
 from families import EOS_ID, MASK_ID, longrope_model, nested_model, tiny_model
@@ -21,6 +20,7 @@ from nextblock.decoding.lm import BlockDiffusionLM, load, why_no_blocks
 from nextblock.decoding.request import make_request
 from nextblock.model.parent import byte_tokenizer
 from nextblock.training.export import export
+from samples import byte_level
 
 MODES = ["ar", "diffusion", "speculative"]
 TOKENIZER = byte_level()
@@ -385,7 +385,7 @@ def test_a_block_above_the_trained_size_works_with_a_warning():
         ("hi", {"seed": [1, None]}, "seed=None must be a whole number"),
         ("hi", {"stop": ["a", 5]}, "stop holds 5; give strings"),
         (["hi", "ho"], {"stop": [["a"], 5]}, "stop holds 5; give strings"),
-        ("hi", {"max_new_tokens": ["x"]}, "max_new_tokens='x': Input should be a valid integer"),
+        ("hi", {"max_new_tokens": ["x"]}, "max_new_tokens=x is not a whole number"),
         ("hi", {"eos_token_id": "x"}, "eos_token_id holds 'x'; give whole numbers"),
         ("hi", {"block_size": 10**6}, "block_size=1000000 is larger than the model's context of 256"),
         (torch.tensor([[1, 2]]), {"attention_mask": [[1], [1, 1]]}, "they must be equal"),

@@ -14,7 +14,6 @@ from families import tiny_model
 from nextblock.cli.main import app
 from nextblock.config.errors import UsageError
 from nextblock.config.sections import BlockDiffusionSettings
-from nextblock.data.tasks import get_task
 from nextblock.decoding.compiled import StaticPasses
 from nextblock.decoding.lm import BlockDiffusionLM
 from nextblock.measure.bench import scores
@@ -35,6 +34,7 @@ from nextblock.measure.bench.forwards import random_model, random_prompts, time_
 from nextblock.measure.bench.prompts import file_prompts, make_variants, parse_variant, task_prompts, variant_name
 from nextblock.model.parent import byte_tokenizer
 from nextblock.model.shapes import SHAPES
+from nextblock.tasks import get_task
 
 VOCABULARY, MASK, END = 264, 263, 256
 PROMPTS = [[72, 101, 108], [80, 33, 90, 91, 92, 40], [5], [17, 200, 3, 44]]

@@ -171,3 +171,21 @@ def test_the_table_shows_every_check_with_its_result():
         assert check.name in text
     assert "failed" in text
     assert "passed" in text
+
+
+@pytest.mark.parametrize("width", [72, 80, 100])
+def test_a_narrow_table_wraps_and_cuts_no_word(width):
+    checks = [
+        Check("5  document in a packed row = document alone", "skipped", None, 2e-4, "relative", "x" * 90, 1.0, 512),
+        Check("6  prompt in a batch = prompt alone, speculative", "failed", 31, 0, "tokens", "", 100.0, 16384),
+    ]
+    console = Console(width=width)
+    with console.capture() as captured:
+        console.print(table(checks))
+    lines = captured.get().splitlines()
+    assert "…" not in captured.get()
+    assert max(map(len, lines)) <= width
+    assert captured.get().count("x") == 90
+    rule = next(number for number, line in enumerate(lines) if line.startswith("─"))
+    names = " ".join(line[: lines[rule - 1].index("positions")] for line in lines[rule + 1 :]).split()
+    assert names == [word for check in checks for word in check.name.split()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import weakref
 from importlib import import_module
@@ -16,10 +17,12 @@ from families import EOS_ID, MASK_ID, tiny_model
 from layouts import CHAT, PLAIN, PROMPTED, make_rows
 from nextblock.config.sections import BlockDiffusionSettings
 from nextblock.data.rows import Rows
-from nextblock.data.tasks import get_task
 from nextblock.measure.accuracy import score_task
 from nextblock.measure.likelihood import bits_per_byte
 from nextblock.model.decoder import Decoder
+from nextblock.recipe.likelihood import ar_nats as row_nats
+from nextblock.recipe.likelihood import bound_nats
+from nextblock.tasks import get_task
 from nextblock.workflows import held_out
 
 ROWS = make_rows([PLAIN, PROMPTED, CHAT], 28)
@@ -188,3 +191,48 @@ def test_the_final_evaluation_holds_one_model_at_a_time_and_no_optimizer(section
     ]
     if "draft_adapter" in section:  # the clean half is the parent
         assert found[0]["value"] == pytest.approx(found[1]["value"])
+
+
+def toy_rows(sequences: list[tuple[int, ...]]) -> Rows:
+    """A given token 0, then the sequence, which is generated."""
+    rows = make_rows([[[-1, len(sequences[0])]]] * len(sequences), 1 + len(sequences[0]))
+    rows.tokens[:] = torch.tensor([(0, *sequence) for sequence in sequences])
+    return rows
+
+
+@torch.no_grad()
+def test_over_all_texts_of_a_toy_vocabulary_probabilities_sum_to_one_and_the_bound_is_no_less_than_its_price():
+    """As AR, and in blocks of two, where the bound is the exact price; in larger ones it allows no more than one."""
+    model = tiny_model("qwen3", vocab_size=5, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    rows = toy_rows(list(itertools.product(range(5), repeat=4)))
+    exact = row_nats(Decoder(model), rows).sum(1)
+    for sequence, price in list(zip(rows.tokens, exact, strict=True))[::97]:
+        plain = sum(nats(model, sequence, i - 1, int(sequence[i]), len(sequence)) for i in range(1, 5))
+        assert float(price) == pytest.approx(plain, rel=1e-4)
+    for size in (1, 2, 4):
+        settings = BlockDiffusionSettings(block_size=size, mask_token_id=4)
+        price = exact if size == 1 else bound_nats(Decoder(model), settings, rows, 24).mean(0)
+        total = float(torch.exp(-price.double()).sum())
+        assert total == pytest.approx(1, abs=1e-4) if size < 4 else 0 < total < 1
+
+
+@torch.no_grad()
+def test_the_bound_is_its_enumerated_expectation_within_the_error_it_states():
+    """One block of four, shifted: m of its three maskable tokens, m and the subset uniform."""
+    model, sequence = tiny_model("qwen3"), (40, 41, 42, 43)
+    tokens = torch.tensor([0, *sequence])
+    expected = nats(model, tokens[:2], 0, 40, 2)
+    for m in (1, 2, 3):
+        subsets = list(itertools.combinations((2, 3, 4), m))
+        for subset in subsets:
+            noised = tokens.clone()
+            noised[list(subset)] = MASK_ID
+            price = sum(nats(model, noised, i - 1, int(tokens[i]), 1) for i in subset)
+            expected += 3 / m * price / len(subsets) / 3
+    settings = BlockDiffusionSettings(block_size=4, mask_token_id=MASK_ID)
+    drawn = bound_nats(Decoder(model), settings, toy_rows([sequence] * 2), 300, views=10)
+    errors = drawn.std(0) / 300**0.5
+    assert bool(((drawn.mean(0) - expected).abs() < 4 * errors).all())
+    assert not torch.equal(drawn[:, 0], drawn[:, 1])  # rows of other numbers draw anew
+    alone = bound_nats(Decoder(model), settings, toy_rows([sequence] * 2).slice(1, 2), 300, views=10)
+    assert torch.allclose(alone[:, 0], drawn[:, 1])

@@ -231,9 +231,9 @@ def test_findings_are_computed_from_the_numbers(results: dict[str, Any]) -> None
     spoken = [f"{head}: {text}" for head, text in findings(results)]
     assert spoken == [
         "3.31 tokens per forward: speculative mode: output equal to AR mode on 200 of 200 prompts",
-        "99.5 %: accuracy of the adapted model as AR; its parent has 100.0 %",
-        "92.5 %: accuracy of diffusion mode, one token per denoising step",
-        "1.84 tokens per forward: diffusion mode at threshold 0.99, accuracy 92.0 %",
+        "99.5 % (97–100): accuracy of the adapted model as AR; its parent has 100.0 % (98–100)",
+        "92.5 % (88–95): accuracy of diffusion mode, one token per denoising step",
+        "1.84 tokens per forward: diffusion mode at threshold 0.99, accuracy 92.0 % (87–95)",
         "1.246 bits per byte: adapted model as AR, held-out text; its parent: 1.234",
     ]
 
@@ -304,7 +304,7 @@ def test_terminal_table_shows_each_setting(results: dict[str, Any]) -> None:
     console.print(decoding_table(results))
     lines = console.export_text().splitlines()
     row = next(line for line in lines if "0.95" in line)
-    assert " ".join(row.split()) == "adapted, diffusion ≥ 0.95 90.5 % 2.33 881 2.15× 88.5 %"
+    assert " ".join(row.split()) == "adapted, diffusion ≥ 0.95 90.5 % 86–94 2.33 881 2.15× 88.5 % –"
     assert max(map(len, lines)) <= 80
     assert sum("adapted" in line or "parent" in line for line in lines) == len(results["decoding"])
 
@@ -416,12 +416,14 @@ def test_the_profile_figure_has_a_line_for_each_block_size_from_its_last_record(
     assert "how much of the block is masked" in render({}, (), records)
 
 
-def test_a_row_of_the_terminal_table_with_a_spread_is_one_line_of_80_columns():
+def test_in_80_columns_names_wrap_and_the_figures_of_a_row_stay_on_one_line():
     spread = {"speedup": 2.484, "speedup_low": 2.3, "speedup_high": 2.6}
     rows = [entry("ar", 0.995, 1.0, 340.0, model="parent", speedup=1.0, speedup_low=1.0, speedup_high=1.0)]
-    rows += [entry("speculative", 0.995, 3.59, 844.0, model="parent + tiny-draft", equal_to_ar=1.0, **spread)]
+    rows += [
+        entry("speculative", 0.995, 3.59, 844.0, model="parent + tiny-draft", equal_to_ar=1.0, p_value=1.0, **spread)
+    ]
     screen = io.StringIO()
     Console(file=screen, width=80).print(decoding_table({"decoding": rows}))
-    shown = [line.split() for line in screen.getvalue().splitlines() if line.startswith("parent")]
-    assert [line[-2:] for line in shown] == [["1.00×", "–"], ["100.0", "%"]]
+    shown = [line.split() for line in screen.getvalue().splitlines() if "×" in line]
+    assert [line[-3:] for line in shown] == [["1.00×", "–", "–"], ["100.0", "%", "1.00"]]
     assert "2.48±0.15×" in shown[1]

@@ -12,7 +12,6 @@ from families import tiny_model
 from nextblock.cli.main import app
 from nextblock.config.errors import UsageError
 from nextblock.config.sections import BlockDiffusionSettings
-from nextblock.data.tasks import Example, Task
 from nextblock.decoding.lm import BlockDiffusionLM, load
 from nextblock.decoding.options import resolve_config
 from nextblock.measure.bench.contest import Round
@@ -32,6 +31,7 @@ from nextblock.measure.tune import (
     write_decoding,
 )
 from nextblock.model.parent import byte_tokenizer
+from nextblock.tasks import Example, Task
 from nextblock.training.export import export
 
 VOCABULARY, MASK, END = 264, 263, 256
@@ -46,7 +46,16 @@ def make_lm(block_size=2):
 
 
 def trial(mode, options, **figures):
-    values = {"stage": "fine", "examples": 4, "quality": 1.0, "drop": 0.0, "drop_error": 0.0, "speedup": 1.0}
+    values = {
+        "stage": "fine",
+        "examples": 4,
+        "quality": 1.0,
+        "interval": (0.5, 1.0),
+        "p_value": 1.0,
+        "drop": 0.0,
+        "drop_error": 0.0,
+        "speedup": 1.0,
+    }
     values |= {"tokens_per_second": 10.0, "tokens_per_forward": 1.0, **figures}
     options = complete({"mode": mode, **options}, 8)
     return Trial(name=setting_name(options), mode=mode, options=options, **values)

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from families import EOS_ID, MASK_ID, VOCABULARY
+from families import EOS_ID, MASK_ID, VOCABULARY, WINDOW, tiny_model
 from layouts import CHAT, PLAIN, PROMPTED, make_rows
 from nextblock.attention.rule import Places, block_diffusion_rule
 from nextblock.config.sections import RecipeConfig
@@ -96,6 +98,35 @@ def test_a_masked_slot_sees_its_whole_block_and_every_earlier_clean_token(llama)
         tokens[0, at] = 3 if tokens[0, at] != 3 else 4
         after = logits_of(llama, replace(view, tokens=tokens))
         assert ((after - before)[0, third].abs().amax(dim=-1) > 1e-6).all(), at
+
+
+class NothingIsReadBack(TorchDispatchMode):
+    """On a GPU, a number of a tensor makes the host wait for it."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func is not torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("window", [WINDOW, 28, 512])
+def test_masks_of_a_step_are_made_without_a_look_at_the_device(window):
+    decoder = Decoder(tiny_model("gemma3", sliding_window=window))
+    view, rule = two_views(ROWS, 4), block_diffusion_rule()
+    noised, clean = view.places.part(0, view.noised_length), view.places.part(view.noised_length)
+    with NothingIsReadBack():
+        ours = [
+            decoder.two_view_masks(rule, noised, clean),
+            decoder.two_view_masks(rule, noised, clean, cached=True),
+            decoder.masks(rule, clean, longest=28),
+        ]
+    theirs = [
+        decoder.masks(rule, view.places),
+        decoder.masks(rule, noised, clean.followed_by(noised)),
+        decoder.masks(rule, clean),
+    ]
+    for one, other in zip(ours, theirs, strict=True):
+        pairs = zip(tree_leaves(one), tree_leaves(other), strict=True)
+        assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
 
 
 def test_the_vocabulary_of_the_tests_leaves_the_mask_token_alone():

@@ -290,6 +290,15 @@ def mixture(kind: str) -> Any:
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
+def test_all_linear_leaves_alone_what_leads_into_the_layers_and_out_of_them():
+    sizes = {"hidden_size": 32, "word_embed_proj_dim": 16, "ffn_dim": 64, "num_hidden_layers": 1, "vocab_size": 99}
+    config = AutoConfig.for_model("opt", **sizes, num_attention_heads=4, max_position_embeddings=64)
+    model = AutoModelForCausalLM.from_config(config)
+    assert {"model.decoder.project_in", "model.decoder.project_out"} <= {name for name, _ in model.named_modules()}
+    names = {name.rpartition(".")[2] for name in target_names(model, "all-linear")}
+    assert names == {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"}
+
+
 @pytest.mark.parametrize("kind", MIXTURES)
 @pytest.mark.parametrize("recipe", ["draft_adapter", "lora"])
 def test_all_linear_leaves_routers_alone_and_trains(kind, recipe, tmp_path):

@@ -208,6 +208,7 @@ def test_settings_may_be_long_and_known_names_in_any_case(llama):
         ({"vocab_size": 90}, r"of shape \(97, 32\), config.json says \(90, 32\)"),
         ({"num_attention_heads": 5}, "hidden size .* is not a multiple of the number of attention"),
         ({"rope_parameters": {"rope_type": "other"}}, "KeyError 'other'"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers=0 leaves no attention"),
         ({"block_diffusion": 5}, "block_diffusion of config.json is 5; it must be a mapping"),
     ],
 )

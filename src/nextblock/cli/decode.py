@@ -81,6 +81,8 @@ def generate(
     if stats:
         count, seconds = out.stats.new_tokens, out.stats.seconds
         words = f"{count} tokens, {out.stats.forwards} forwards, {out.stats.tokens_per_forward:.2f} tokens per forward"
+        if out.stats.drafts:
+            words += f", {out.stats.kept} of {out.stats.drafts} drafts kept"
         print(f"{words}, {count / seconds:.0f} tokens/s", file=sys.stderr)
 
 

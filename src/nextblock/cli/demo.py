@@ -12,13 +12,13 @@ from transformers.utils.logging import disable_progress_bar
 from nextblock.cli.live import TrainingBar, show_denoising
 from nextblock.config.presets import preset
 from nextblock.config.run import AdaptConfig, load_config
-from nextblock.data.tasks import get_task
 from nextblock.decoding.lm import BlockDiffusionLM, load
 from nextblock.measure.bench.scores import score_modes
 from nextblock.measure.progress import progress
 from nextblock.measure.report import write_report
 from nextblock.measure.report.page import decoding_table
 from nextblock.recipe import schedules
+from nextblock.tasks import get_task
 from nextblock.workflows.adapt import adapt
 
 PARENT, ADAPTER = "tiny-ar", "tiny-draft"

@@ -14,8 +14,8 @@ from rich.live import Live
 from rich.panel import Panel
 from rich.text import Text
 
+from nextblock.data.text import TextStream
 from nextblock.decoding.events import Committed, Event, RowFinished
-from nextblock.decoding.text import TextStream
 from nextblock.measure.progress import progress
 from nextblock.training.run import StepMetrics
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import typer
 
-from nextblock.cli import decode, measure, train
+from nextblock.cli import decode, experiment, measure, train
 from nextblock.config.errors import UsageError
 
 app = typer.Typer(
@@ -37,6 +37,7 @@ app.command(**any_key)(train.adapt)
 app.command(**any_key)(train.plan)
 for command in (decode.generate, decode.chat, measure.evaluate, measure.tune, measure.verify, measure.report):
     app.command()(command)
+app.command()(experiment.experiment)
 app.add_typer(bench, name="bench")
 bench.command("decode")(measure.bench_decode)
 

@@ -20,6 +20,7 @@ from nextblock.cli.options import (
     Thresholds,
     Variants,
     at_least_one,
+    decoding_options,
     load_lm,
     loading_options,
     takes_loading_options,
@@ -27,6 +28,15 @@ from nextblock.cli.options import (
 )
 from nextblock.config.errors import UsageError
 from nextblock.config.sections import with_gguf
+
+TEXT = "Scoring text"
+Likelihood = Annotated[
+    str | None,
+    typer.Option(help="text to score: a file, folder, glob, Hub id or task:NAME, as of `adapt`", rich_help_panel=TEXT),
+]
+BlockSizes = Annotated[
+    str | None, typer.Option(help="of the bound: 1,4,32; default: the checkpoint's", rich_help_panel=TEXT)
+]
 
 
 @takes_loading_options
@@ -36,24 +46,50 @@ def evaluate(
     mode: Modes = None,
     threshold: Thresholds = None,
     block_size: Annotated[int | None, typer.Option(help="tokens in a block; default: the checkpoint's")] = None,
-    examples: Annotated[int, typer.Option(help="held-out prompts")] = 200,
+    examples: Annotated[
+        int | None, typer.Option(help="held-out prompts (default: 200), or documents of --likelihood (default: all)")
+    ] = None,
     first: Annotated[int, typer.Option(help="number of the first; choose settings on others than you report")] = 0,
-    batch_size: Annotated[int, typer.Option(help="prompts decoded together")] = 25,
+    temperature: Annotated[str | None, typer.Option(help="of sampled answers; default: 0, greedy")] = None,
+    top_p: Annotated[str | None, typer.Option(help="nucleus of sampled answers")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="prompts (default: 25), or rows of --likelihood (default: 4), of one pass")
+    ] = None,
+    likelihood: Likelihood = None,
+    block_sizes: BlockSizes = None,
+    draws: Annotated[int, typer.Option(help="of the noise of each block, for the bound", rich_help_panel=TEXT)] = 8,
+    row_length: Annotated[int, typer.Option(help="longest context, in tokens", rich_help_panel=TEXT)] = 1024,
+    text_field: Annotated[str, typer.Option(help="of JSONL, Parquet and Hub rows", rich_help_panel=TEXT)] = "text",
+    split: Annotated[str, typer.Option(help="of a Hub data set or a built-in task", rich_help_panel=TEXT)] = "test",
     output: Annotated[Path | None, typer.Option(help="write the figures as JSON")] = None,
     **given: Any,
 ) -> None:
-    """Score a model on a built-in task: accuracy, tokens per forward, tokens per second, agreement with AR mode."""
+    """Score a model on a built-in task: accuracy, tokens per forward, tokens per second, agreement with AR mode.
+
+    With --likelihood score text instead: bits per byte and perplexity, exact as AR, and the block-diffusion bound.
+    """
+    counts = {"examples": examples, "batch_size": batch_size, "draws": draws, "row_length": row_length}
+    at_least_one(**{name: value for name, value in counts.items() if value is not None})
+    if likelihood is not None:
+        source = {"path": likelihood, "examples": examples, "text_field": text_field, "split": split}
+        options = {"draws": draws, "row_length": row_length, "batch_rows": batch_size or 4}
+        _evaluate_text(model, source, block_sizes, options, output, given)
+        return
+    if block_sizes is not None:
+        raise UsageError(f"block_sizes={block_sizes} are those of --likelihood; for a task give --block-size")
     from rich.console import Console
 
-    from nextblock.data.tasks import get_task
     from nextblock.measure.bench.command import check_output
     from nextblock.measure.bench.scores import score_modes
     from nextblock.measure.progress import progress
     from nextblock.measure.report.page import decoding_table
+    from nextblock.tasks import get_task
 
-    chosen = get_task(task)
-    at_least_one(examples=examples, batch_size=batch_size)
+    chosen, batch_size = get_task(task), batch_size or 25
+    examples = examples or min(200, chosen.count or 200)
+    chosen.example("test", first + examples - 1)  # refused before a model is loaded
     thresholds = thresholds_of(threshold or ["none", "0.9"])
+    sampling = decoding_options({"temperature": temperature, "top_p": top_p})
     check_output(output)
     lm = load_lm(model, given)
     variants: list[dict[str, Any]] = []
@@ -61,11 +97,44 @@ def evaluate(
         common = {"mode": name} if name == "ar" or block_size is None else {"mode": name, "block_size": block_size}
         variants += [{**common, "threshold": t} for t in thresholds] if name == "diffusion" else [common]
     with progress("scoring") as update:
-        wanted = [(model, lm, options) for options in variants]
+        wanted = [(model, lm, {**options, **sampling}) for options in variants]
         rows = score_modes(wanted, chosen, examples=examples, first=first, batch_size=batch_size, on_prompt=update)
     Console().print(decoding_table({"decoding": rows}))
     if output is not None:
         output.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+
+
+def _evaluate_text(
+    model: str,
+    source: dict[str, Any],
+    block_sizes: str | None,
+    options: dict[str, int],
+    output: Path | None,
+    given: dict[str, Any],
+) -> None:
+    """What `evaluate --likelihood` does."""
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    from nextblock.config.sections import Source, validate
+    from nextblock.measure.bench.command import check_output
+    from nextblock.measure.likelihood import likelihood_table
+    from nextblock.measure.progress import progress
+    from nextblock.workflows.text_likelihood import text_likelihood
+
+    try:
+        sizes = [int(part) for part in block_sizes.split(",")] if block_sizes else []
+    except ValueError:
+        raise UsageError(f"block_sizes={block_sizes} are not whole numbers; write 1,4,32") from None
+    check_output(output)
+    lm = load_lm(model, given)
+    with progress("scoring text") as update:
+        found = text_likelihood(lm, validate(Source, source), block_sizes=sizes, on_documents=update, **options)
+    Console().print(likelihood_table(found))
+    if output is not None:
+        results = {"model": model, "source": source, **options, "likelihood": [asdict(one) for one in found]}
+        output.write_text(json.dumps(results, indent=1), encoding="utf-8")
 
 
 Forwards = Annotated[bool, typer.Option("--forwards", help="also time one pass of 1 to 160 positions")]
@@ -224,8 +293,7 @@ def verify(
     gguf_file: GgufFile = None,
 ) -> None:
     """Run the identities that define "correct" on your own model, and print a table; exit status 1 if one fails."""
-    from rich.console import Console
-
+    from nextblock.measure.bench.command import wide_console
     from nextblock.measure.identities import table
     from nextblock.measure.identities import verify as run
     from nextblock.measure.progress import progress
@@ -234,7 +302,7 @@ def verify(
         checks = run(
             with_gguf(model, gguf_file), mask_token=mask_token, attention=attention, settings=settings, on_check=update
         )
-    Console().print(table(checks))
+    wide_console().print(table(checks))
     if any(check.status == "failed" for check in checks):
         raise typer.Exit(1)
 

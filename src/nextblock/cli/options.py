@@ -14,7 +14,8 @@ import typer
 
 from nextblock.config.errors import UsageError
 from nextblock.config.sections import validate
-from nextblock.decoding.options import DecodingConfig, spell_out
+from nextblock.config.signatures import spell_out
+from nextblock.decoding.options import DecodingConfig
 
 C = TypeVar("C", bound=Callable[..., Any])
 
@@ -40,7 +41,7 @@ LOADING: dict[str, Any] = {
 Seed = Annotated[int | None, typer.Option(help="of the random draws")]
 Stop = Annotated[list[str] | None, typer.Option(help="text that ends an answer; may be given again")]
 
-TaskName = Annotated[str, typer.Option(help="built-in task: word_problems, algebra or functions")]
+TaskName = Annotated[str, typer.Option(help="built-in task: word_problems, algebra, functions or human_eval")]
 PromptFile = Annotated[
     Path | None, typer.Option(help="prompts of a file instead: one a line, or .jsonl with `prompt` or `messages`")
 ]

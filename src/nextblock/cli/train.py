@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import typer
-import yaml
 
 from nextblock.cli.options import at_least_one
 from nextblock.config.errors import UsageError
+from nextblock.config.files import read_yaml
 from nextblock.config.run import AdaptConfig
 from nextblock.config.sections import Section
 
@@ -108,13 +107,11 @@ def read_value(key: str, text: str) -> Any:
     """An option's value, read as YAML; what is text by its key, or is no YAML, is taken as it stands."""
     is_text = key.rpartition(".")[2] in ("path", "tokenizer", "text_field", "output", "revision", "mask_token")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        value = read_yaml(text)
+    except UsageError:
         return text
     if is_text and value is not None and not (isinstance(value, int) and key.endswith("mask_token")):
         return value if isinstance(value, str) else text
-    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?e[-+]?\d+", value):  # YAML wants 1.0e+3
-        return float(value)
     return value
 
 

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and why a disk did not take one."""
+"""YAML; files that are written whole or not at all, and why a disk did not take one."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from nextblock.config.errors import UsageError
+import yaml
+
+from nextblock.config.errors import UsageError, one_line
 
 PARTIAL = ".partial-"
 """How the names of folders begin that are not yet whole."""
@@ -30,6 +33,32 @@ UNWRITTEN = {
     errno.EACCES: "make it writable",
 }
 """What to do about each error of the system that stops a write."""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1, but `1e-4` is a number, as everywhere else."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """What `_Loader` reads back: a text like `1e-4` is quoted."""
+
+
+for _yaml in (_Loader, _Dumper):
+    _number = re.compile(r"[-+]?(\d[\d_]*(\.[\d_]*)?|\.[\d_]+)[eE][-+]?\d+$")
+    _yaml.add_implicit_resolver("tag:yaml.org,2002:float", _number, list("-+.0123456789"))
+
+
+def read_yaml(text: str) -> Any:
+    """The value that a YAML text holds. UsageError if it is no YAML."""
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: of a day that does not exist
+        raise UsageError(f"not YAML: {one_line(error)}") from None
+
+
+def to_yaml(values: Any) -> str:
+    """Plain values as YAML, in their order."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False)
 
 
 def unwritten(error: BaseException) -> tuple[str, str] | None:

@@ -7,10 +7,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Self
 
-import yaml
 from pydantic import Field, model_validator
 
-from nextblock.config.errors import UsageError
+from nextblock.config.errors import UsageError, one_line
+from nextblock.config.files import read_yaml
 from nextblock.config.sections import (
     DataConfig,
     DraftAdapterConfig,
@@ -95,7 +95,7 @@ def _lengths(run: AdaptConfig) -> Iterator[str]:
     if training.steps < needed:
         yield (
             f"growth.b_max={b_max} is not reached in training.steps={training.steps}; "
-            f"use at least {needed} steps or a smaller growth.delta"
+            f"use at least training.steps={needed}, or a smaller growth.delta"
         )
     if training.evaluate_every and not (training.evaluate_rows and run.data.held_out):
         yield (
@@ -109,7 +109,7 @@ def _draft_adapter(run: AdaptConfig) -> Iterator[str]:
     if run.draft_adapter is None:
         return
     if run.training.fsdp:
-        yield "training.fsdp=true has no use for a draft adapter, which is small; leave it out"
+        yield "training.fsdp=true has no use for a draft adapter, which is small; set training.fsdp=false"
     if run.growth.b_0 == 1 and run.recipe.prediction == "shifted":
         yield "growth.b_0=1 gives a draft adapter nothing to learn; start at growth.b_0=2 or more"
     if run.recipe.context != "context_causal":
@@ -118,7 +118,7 @@ def _draft_adapter(run: AdaptConfig) -> Iterator[str]:
             "parent; use context_causal"
         )
     if run.model.scratch is not None:
-        yield "model.scratch has no weights that a draft adapter could leave as they are; set model.path"
+        yield "model.scratch has no weights that a draft adapter could leave as they are; set model.path instead"
 
 
 def _weights(run: AdaptConfig) -> Iterator[str]:
@@ -130,13 +130,13 @@ def _weights(run: AdaptConfig) -> Iterator[str]:
     if lora and run.draft_adapter is not None:
         yield "lora and draft_adapter exclude each other; leave one of the sections out"
     if lora and fsdp:
-        yield "training.fsdp=true has no use for lora, whose trained weights are small; leave it out"
+        yield "training.fsdp=true has no use for lora, whose trained weights are small; set training.fsdp=false"
     if lora and model.scratch is not None:
-        yield "lora leaves random weights (model.scratch) as they are; set model.path, or train them all"
+        yield "lora leaves random weights (model.scratch) as they are; set model.path, or leave the lora section out"
     if trains_parent and model.quantization is not None:
         yield (
             f"model.quantization={model.quantization} is for a frozen parent, but without draft_adapter or lora its "
-            "weights are trained; leave one out or set the other"
+            "weights are trained; set model.quantization=null, or give a draft_adapter or lora section"
         )
     if trains_parent and model.dtype == "bfloat16":
         # With 8 bits of mantissa most updates are lost: at lr 1e-5 a weight above 0.004 never moves.
@@ -154,16 +154,16 @@ def _recipe(run: AdaptConfig) -> Iterator[str]:
     if recipe.complementary and recipe.views % 2:
         yield f"recipe.views={recipe.views} is odd, but recipe.complementary needs pairs; use {recipe.views + 1}"
     if recipe.context == "block_causal":
-        cure = "needs recipe.context=context_causal; set it, or leave"
+        needs = "needs recipe.context=context_causal; set that, or"
         if recipe.soft_weight:  # a clean token has seen the token that it would teach
-            yield f"recipe.soft_weight={recipe.soft_weight:g} {cure} soft targets out"
+            yield f"recipe.soft_weight={recipe.soft_weight:g} {needs} recipe.soft_weight=0"
         if recipe.random_start_share:  # blocks must start where decoding starts them, in both halves
-            yield f"{random_starts} {cure} the random starts out"
+            yield f"{random_starts} {needs} recipe.random_start_share=0"
         if recipe.annealed_mask_steps:  # a clean token has seen the rest of its block: the answer to the query
-            yield f"{annealing} {cure} the annealing out"
+            yield f"{annealing} {needs} recipe.annealed_mask_steps=0"
     if recipe.annealed_mask_steps:
         if recipe.random_start_share:  # one coin decides over a pair of one block: both halves have the same blocks
-            yield f"{random_starts} does not go with recipe.annealed_mask_steps; leave one of them out"
+            yield f"{random_starts} does not go with {annealing}; set one of them to 0"
         if run.growth.b_0 != b_max:
             yield f"{annealing} replaces block growth; set growth.b_0 to growth.b_max={b_max}"
 
@@ -229,10 +229,9 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Mapping[str, 
         values: Any = dict(source)
     else:
         try:
-            values = yaml.safe_load(Path(source).read_text(encoding="utf-8")) or {}
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            reason = " ".join(str(error).split())
-            raise UsageError(f"cannot read the configuration {source}: {reason}") from None
+            values = read_yaml(Path(source).read_text(encoding="utf-8")) or {}
+        except (OSError, ValueError) as error:
+            raise UsageError(f"cannot read the configuration {source}: {one_line(error)}") from None
     if not isinstance(values, dict):
         raise UsageError(f"configuration {source}: expected a mapping of sections at the top level")
     for key, value in (overrides or {}).items():

@@ -8,18 +8,27 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
 
 from nextblock.config.errors import UsageError, nearest
 
 
 class Section(BaseModel):
-    """A frozen group of options; unknown keys are errors."""
+    """A frozen group of options; unknown keys are errors, and numbers are finite."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse true and false where a number is meant; Python takes them for 1 and 0."""
+        if isinstance(value, bool) and "number" in type_in_words(cls.model_fields[str(info.field_name)].annotation):
+            raise PydanticCustomError("number_type", "not a number")
+        return value
 
 
 S = TypeVar("S", bound=Section)
@@ -238,8 +247,16 @@ class BlockDiffusionSettings(Section):
 
 LIMITS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 """Names of a field's limits, and how they are said."""
-OUT_OF_LIMITS = ("greater_than_equal", "greater_than", "less_than_equal", "less_than", "finite_number")
+OUT_OF_LIMITS = ("greater_than_equal", "greater_than", "less_than_equal", "less_than")
 """What pydantic calls values beyond them."""
+KINDS: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    bool: "true or false",
+    tuple: "a list",
+}
+"""Types of options, and how they are said."""
 
 
 def validate(section: type[S], values: Any) -> S:
@@ -255,24 +272,37 @@ def validate(section: type[S], values: Any) -> S:
 
 def _in_words(section: type[Section], found: Any) -> str:
     """One of pydantic's findings as a line with the key, its value and what is wrong."""
-    kind, location, value = found["type"], found["loc"], found["input"]
-    where, message = ".".join(map(str, location)), found["msg"].removeprefix("Value error, ")
+    kind, value, message = found["type"], found["input"], found["msg"].removeprefix("Value error, ")
+    location, holder = _place(section, found["loc"])
+    where = ".".join(map(str, location))
+    name = next((part for part in reversed(location) if isinstance(part, str)), "")
     if kind == "extra_forbidden":
-        known = list(_section_at(section, location[:-1]).model_fields)
-        return f"unknown key '{where}'{nearest(str(location[-1]), known)}"
+        return f"unknown key '{where}'{nearest(name, list(holder.model_fields))}"
     if kind == "missing":
         return f"{where} is missing; it must be set"
     if kind == "literal_error":
         choices = re.findall(r"'([^']*)'", found["ctx"]["expected"])
-        name = next(part for part in reversed(location) if isinstance(part, str))
         return f"{where}={value!r}: unknown {name}{nearest(str(value), choices, 0.7)}"
-    if kind in ("float_parsing", "float_type"):
-        return f"{where}={value} is not a number"
+    if kind.endswith(("_type", "_parsing", "_from_float")) and name in holder.model_fields:
+        return f"{where}={value} is not {type_in_words(holder.model_fields[name].annotation)}"
+    if kind == "finite_number":
+        return f"{where}={value} is not a finite number"
     if kind in OUT_OF_LIMITS:
-        return f"{where}={value} {limits_in_words(_section_at(section, location[:-1]).model_fields[location[-1]])}"
+        return f"{where}={value} {limits_in_words(holder.model_fields[name])}"
     if not where or isinstance(found.get("ctx", {}).get("error"), UsageError):
         return message
     return f"{where}={value!r}: {message}"
+
+
+def type_in_words(annotation: Any) -> str:
+    """The type of an option: "a whole number or a text"."""
+    if get_origin(annotation) is Literal:
+        return " or ".join(map(str, get_args(annotation)))
+    kind = get_origin(annotation) or annotation
+    if kind in (*KINDS, dict) or not get_args(annotation):
+        return KINDS.get(kind, "a mapping")
+    parts = [type_in_words(part) for part in get_args(annotation) if part is not type(None)]
+    return " or ".join(dict.fromkeys(parts))
 
 
 def limits_in_words(field: FieldInfo) -> str:
@@ -285,11 +315,19 @@ def limits_in_words(field: FieldInfo) -> str:
     return "must be 0 or more" if (name, limit) == ("ge", 0) else f"must be {LIMITS[name]} {limit}"
 
 
-def _section_at(section: type[Section], location: Sequence[int | str]) -> type[Section]:
-    """The section at a location such as ('data', 'sources', 0)."""
+def _place(section: type[Section], location: Sequence[int | str]) -> tuple[list[int | str], type[Section]]:
+    """The keys of a location such as ('data', 'sources', 0, 'path'), and the section that has the last of them.
+
+    Behind the last key pydantic names the type that it tried.
+    """
+    keys: list[int | str] = []
+    inner: type[Section] | None = section
     for part in location:
         if isinstance(part, str):
-            annotation = section.model_fields[part].annotation
-            candidates = [annotation, *get_args(annotation)]
-            section = next(c for c in candidates if isinstance(c, type) and issubclass(c, Section))
-    return section
+            if inner is None:
+                break
+            section, field = inner, inner.model_fields.get(part)
+            candidates = [field.annotation, *get_args(field.annotation)] if field else []
+            inner = next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)
+        keys.append(part)
+    return keys, section

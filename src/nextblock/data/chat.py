@@ -248,6 +248,8 @@ def checked(messages: Any, where: str) -> list[dict[str, Any]]:
             raise UsageError(f"{name} has no content{cure}")
         given: dict[str, Any] = {"content": content} if content is not None else {}
         if calls:
+            if not isinstance(calls, list | tuple) or not all(isinstance(call, Mapping) for call in calls):
+                raise UsageError(f"{name}: tool_calls must be a list of objects, one for each call; not {calls!r:.80}")
             given["tool_calls"] = [_call(call, name) for call in calls]
         found.append({**message, **given})
     return found
@@ -263,9 +265,9 @@ def _text_of(part: Any, name: str) -> str:
     raise UsageError(f"{name}: content has a part of type {kind!r}; only parts of type 'text' can be used")
 
 
-def _call(call: Any, name: str) -> Any:
+def _call(call: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """A call of a tool; arguments written as a JSON string, as OpenAI does, become the object that they are."""
-    function = call.get("function", call) if isinstance(call, Mapping) else None
+    function = call.get("function", call)
     if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
         return call
     try:

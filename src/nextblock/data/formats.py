@@ -68,17 +68,24 @@ def _rows(file: str) -> Iterator[tuple[int, int, int]]:
 def _elements(file: str) -> Iterator[tuple[int, int, int]]:
     """`_rows` of a file that holds one JSON array. UsageError if it is broken."""
     text = read_bytes(file).decode("latin-1")  # a character for each byte, so that places are offsets of bytes
-    gap, line, last, end = re.compile(r"[ \t\r\n,]*"), 1, 0, text.index("[") + 1
-    while True:
-        at = cast(re.Match[str], gap.match(text, end)).end()
-        if text.startswith("]", at):
-            break
+    space, line, last, end = re.compile(r"[ \t\r\n]*"), 1, 0, text.index("[") + 1
+
+    def behind_space(at: int) -> int:
+        return cast(re.Match[str], space.match(text, at)).end()
+
+    at = behind_space(end)
+    while not text.startswith("]", at):
         try:
+            if last:
+                if not text.startswith(",", at):
+                    raise ValueError(f"no comma behind the element of line {line}")
+                at = behind_space(at + 1)
             _, end = json.JSONDecoder().raw_decode(text, at)
         except (ValueError, RecursionError) as error:
             raise UsageError(f"{file}: broken JSON array: {one_line(error)}; repair it") from None
         line, last = line + text.count("\n", last, at), at
         yield line, at, end - at
+        at = behind_space(end)
     if text[at + 1 :].strip():
         raise UsageError(
             f"{file}: more follows behind the JSON array it begins with; give one array, or an object a line"

@@ -13,7 +13,7 @@ from nextblock.data.cursors import HubStream
 from nextblock.data.files import CHECKED_BYTES, digest_of, find_files
 from nextblock.data.formats import read_jsonl, read_parquet, read_texts
 from nextblock.data.records import Record, Records, to_record
-from nextblock.data.tasks import get_task
+from nextblock.tasks import get_task
 
 
 def read_source(

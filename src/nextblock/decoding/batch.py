@@ -15,23 +15,25 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from nextblock.attention.groups import Groups
 from nextblock.attention.split import running_split
 from nextblock.config.sections import BlockDiffusionSettings
 from nextblock.decoding.cache import SlotCache
 from nextblock.decoding.compiled import StaticCache, StaticPasses
 from nextblock.decoding.events import Event, Prefilled, Stats
 from nextblock.decoding.head import Head, Processor
-from nextblock.decoding.masks import Groups, Masks
+from nextblock.decoding.masks import Masks
 from nextblock.decoding.options import DecodingConfig
 from nextblock.decoding.rows import Row
 from nextblock.decoding.sampling import on_device
+from nextblock.model.costs import NOMINAL, Costs
 from nextblock.model.decoder import Decoder
 
 
 class Batch:
     """Rows decoded together, in the order of their cache: `rows` holds those that are not finished.
 
-    head: from hidden states to tokens. masks: what a pass sees. cache: its keys and values.
+    head: from hidden states to tokens. masks: what a pass sees. cache: its keys and values. costs: of its passes.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class Batch:
         processor: Processor | None = None,
         passes: StaticPasses | None = None,
         confidence: bool = True,
+        costs: Costs = NOMINAL,
     ) -> None:
         self.decoder, self.device = decoder, decoder.device
         self.mask_token_id = -1 if settings is None else settings.mask_token_id  # ar mode alone goes without
@@ -52,7 +55,7 @@ class Batch:
         self.config = config
         self.block_size = config.block_size or (1 if settings is None else settings.block_size)
         self.rows = list(rows)
-        self.stats = stats
+        self.stats, self.costs = stats, costs
         self.head = Head(decoder, settings, config, rows, processor, confidence)
         scratch = 1 if config.mode == "ar" else self.block_size * (config.draft_paths + config.draft_ahead)
         capacity = max(len(row.prompt) + row.limit for row in rows) + scratch

@@ -52,15 +52,15 @@ class Gain:
     hit: int
 
 
-def verify(batch: Batch, hidden: Tensor, draft: Draft, tree: Tree, points: Tensor | None = None) -> list[Gain]:
+def verify(batch: Batch, logits: Tensor, draft: Draft, tree: Tree, points: Tensor | None = None) -> list[Gain]:
     """Check a draft by the pass over its `tree`: what each row gains.
 
     Args:
-        hidden: [B, N, D].
+        logits: [B, N, V], the model's own.
         points: int64 [B, G], numbers of kept drafts that the next draft was made for; `Gain.hit` is of these.
     """
-    flat = batch.head.next_logits(hidden.flatten(0, 1), _prefixes(batch.rows, draft, tree))
-    target, logits = batch.head.distribution(flat), flat.unflatten(0, hidden.shape[:2])
+    flat = batch.head.processed(logits.flatten(0, 1), _prefixes(batch.rows, draft, tree))
+    target, logits = batch.head.distribution(flat), flat.view_as(logits)
     if target is None:
         verdict = check_greedy(logits, draft, tree)
     else:
@@ -228,7 +228,6 @@ def _gains(
 def append(batch: Batch, found: list[Gain]) -> Iterator[Event]:
     """Append what was gained to the answers."""
     for row, gain in zip(batch.rows, found, strict=True):
-        row.recent = 0.7 * row.recent + 0.3 * gain.kept
         first = len(row.answer)
         yield from row.extend(gain.tokens, gain.confidence)
         for number, token in gain.rejected:

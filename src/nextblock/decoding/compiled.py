@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nextblock.attention.groups import Groups
 from nextblock.attention.masks import decode_mask
 from nextblock.decoding.cache import SlotCache
-from nextblock.decoding.masks import Groups, Masks
+from nextblock.decoding.masks import Masks
 from nextblock.decoding.sampling import on_device
 from nextblock.model.decoder import Decoder
 from nextblock.model.draft_adapter import Gate
@@ -40,8 +41,8 @@ def rounded_rows(rows: int) -> int:
 
 
 def rounded_width(width: int) -> int:
-    """1, 8, 16, or a multiple of 32 tokens."""
-    return next((size for size in (1, 8, 16) if width <= size), -(-width // 32) * 32)
+    """1, or a multiple of 8 tokens: a draft's pass is one wider than a block."""
+    return width if width == 1 else -(-width // 8) * 8
 
 
 def rounded_capacity(slots: int) -> int:
@@ -140,8 +141,10 @@ class StaticPasses:
         noised: Gate | None = None if any(causal) and not all(causal) else not all(causal)
         position = seen = None
         if groups is not None:
+            slots = masks.slots(starts, width)
+            groups = groups.placed(slots[:, :1])
             noised, position = groups.gate, _filled_up(groups.position, shape)
-            found = groups.seen(masks.slots(starts, width), end, masks.windows.values())
+            found = groups.seen(slots, end, masks.windows.values())
             seen = {window: _filled_up(part, (*shape, cache.capacity)) for window, part in found.items()}
         if decoder.adapter is None:
             noised = False

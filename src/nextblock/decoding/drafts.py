@@ -1,9 +1,10 @@
-"""Drafts: what a denoising pass proposes, and where the pass that checks it has each token.
+"""Drafts: the pass that makes them, what it proposes, and where the pass that checks it has each token.
 
 A draft of several paths is a tree: the trunk, and branches that leave it at one position each, with another token
 there and the trunk's own tokens behind.
 
-Letters: B rows, b block size, k drafted tokens, V vocabulary, M branches, P = 1 + M paths, N tokens of a check.
+Letters: B rows, b block size, k drafted tokens, V vocabulary, D hidden size, M branches, P = 1 + M paths,
+N tokens of a check, G points of acceptance.
 """
 
 from __future__ import annotations
@@ -14,10 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nextblock.attention.groups import Groups
 from nextblock.decoding.batch import Batch
-from nextblock.decoding.masks import Groups
-from nextblock.decoding.rows import Row
-from nextblock.decoding.sampling import draw, on_device, without
+from nextblock.decoding.sampling import draw, on_device, probability_of, without
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Draft:
     """Drafted tokens int64 [B, k] on the model's device, of which each row has its first `lengths` checked.
 
     distribution: when sampling, what they were drawn from, [B, k, V].
-    chances: float32 [B, k], of drafts that are made ahead: how likely each is to be kept, given those before it.
+    chances: float32 [B, k], how likely each is to be kept, given those before it, by the draft's own probabilities.
     """
 
     tokens: Tensor
@@ -47,6 +47,13 @@ class Draft:
         assert self.branches is not None
         before, length = self.branches.depth[row][: path - 1], self.lengths[row]
         return 1 + self.tokens.shape[1] + sum(length - d for d in before), self.branches.depth[row][path - 1]
+
+    def part(self, most: list[int]) -> Draft:
+        """Of each row at most so many drafts."""
+        assert self.branches is None
+        lengths = [min(pair) for pair in zip(self.lengths, most, strict=True)]
+        distribution = None if self.distribution is None else self.distribution[:, : max(lengths)]
+        return Draft(self.tokens[:, : max(lengths)], lengths, distribution, chances=self.chances)
 
 
 @dataclass(frozen=True)
@@ -71,45 +78,111 @@ class Tree:
         return self.tokens.gather(1, slots.flatten(1)).view_as(slots)
 
 
-def draft_length(batch: Batch, row: Row) -> int:
-    """Tokens to draft for a row."""
-    length = batch.block_size - 1
-    wanted = batch.config.draft_length
-    if wanted == "auto":
-        length = min(length, int(1.5 * row.recent) + 2)
-    elif wanted is not None:
-        length = min(length, wanted)
-    if row.random is None:  # drafts past the limit cannot matter; sampling keeps to the same draws
-        length = min(length, row.limit - len(row.answer) - 1)
-    return length
+def draft_lengths(batch: Batch, free: int) -> list[int]:
+    """Tokens to draft for each row behind its known token and `free` more, which will be there when they are checked.
+
+    A block that begins with the known token has b - 2 drafts behind the free one.
+    """
+    wanted, lengths = batch.config.draft_length, []
+    for row in batch.rows:
+        length = max(0, batch.block_size - 2)
+        if wanted == "auto" and batch.config.draft_ahead:  # else `pace.Pacer` decides
+            chance = row.share.chance(prior=0.8)
+            length = min(length, int(1.5 * chance / (1 - chance)) + 2)
+        elif isinstance(wanted, int):
+            length = min(length, wanted)
+        if row.random is None:  # drafts past the limit cannot matter; sampling keeps to the same draws
+            length = min(length, row.limit - len(row.answer) - 1 - free)
+        lengths.append(max(0, length))
+    return lengths
+
+
+def free_block(batch: Batch) -> Groups:
+    """The pass of a draft, b + 1 wide: the known token as the AR head sees it, then the block that begins with it.
+
+    The first is plainly causal: it gives the next token for nothing, and its keys stay. The block sees what lies
+    before the known token, and itself, as in training; its own copy of that token is part of it.
+    """
+    block = batch.masks.span(batch.block_size)[None]
+    position = torch.cat([block[:, :1], block], dim=1)
+    before = torch.full_like(block, -1)
+    group = torch.cat([before[:, :1], torch.zeros_like(block)], dim=1)
+    return Groups(position, torch.cat([block[:, :1], before], dim=1), group, noised=True, kept=True)
 
 
 def masked_block(batch: Batch, known: Tensor) -> Tensor:
-    """The known token and mask tokens behind it, int64 [B, b]."""
-    tokens = known.new_full((len(known), batch.block_size), batch.mask_token_id)
-    tokens[:, :1] = known
+    """The tokens of `free_block`: the known one twice, and mask tokens behind it, int64 [B, 1 + b]."""
+    tokens = known.new_full((len(known), 1 + batch.block_size), batch.mask_token_id)
+    tokens[:, :2] = known
     return tokens
 
 
-def choose_drafts(batch: Batch, hidden: Tensor, lengths: list[int]) -> Draft:
-    """What a denoising pass over `masked_block` proposes behind the known token; `hidden` [B, b, D]."""
-    rows, longest = batch.rows, max(lengths)
-    first = 0 if batch.shifted else 1
-    prefixes = ((row, row.answer) for row in rows for _ in range(longest))
-    logits = batch.head.next_logits(hidden[:, first : first + longest].flatten(0, 1), prefixes)
+def with_masks(batch: Batch, checked: Tensor, points: Tensor) -> tuple[Tensor, Groups]:
+    """The tokens [B, 1 + k + G b] of: the known token and its drafts, causal; then a block for each of the points.
+
+    Args:
+        points: int64 [B, G], how many drafts would be kept. A block begins with a copy of the last of these.
+    """
+    block, (rows, width), count, span = batch.block_size, checked.shape, points.shape[1], batch.masks.span
+    blocks = points.new_full((rows, count, block), batch.mask_token_id)
+    blocks[:, :, 0] = checked.gather(1, points)
+    of_blocks = points[:, :, None] + span(block)
+    position = torch.cat([span(width).expand(rows, -1), of_blocks.flatten(1)], dim=1)
+    context = torch.cat([position[:, :width], (of_blocks[:, :, :1] - 1).expand_as(of_blocks).flatten(1)], dim=1)
+    group = torch.cat([torch.full_like(span(width), -1), span(count).repeat_interleave(block)]).expand(rows, -1)
+    return torch.cat([checked, blocks.flatten(1)], dim=1), Groups(position, context, group, noised=True)
+
+
+def likeliest_points(draft: Draft, count: int) -> Tensor:
+    """Of each row the `count` likeliest numbers of drafts to be kept, the likeliest first: int64 [B, G].
+
+    A row that has fewer numbers repeats its likeliest.
+    """
+    length = on_device(draft.lengths, draft.tokens.device)[:, None]
+    number = torch.arange(max(draft.lengths) + 1, device=length.device)
+    if draft.chances is None:  # there is no draft
+        return number.expand(len(length), -1)
+    chance = torch.nn.functional.pad(draft.chances[:, : max(draft.lengths)].double(), (1, 1))
+    chance[:, 0] = 1
+    reached = chance[:, :-1].cumprod(1)
+    odds = torch.where(number < length, reached * (1 - chance[:, 1:]), reached).masked_fill(number > length, -1)
+    ranked = odds.sort(dim=1, descending=True, stable=True).indices[:, :count]
+    return torch.where(number[: ranked.shape[1]] <= length, ranked, ranked[:, :1])
+
+
+def candidates(batch: Batch, hidden: Tensor, first: list[int], longest: int) -> Tensor:
+    """The hidden states [B, k, D] that propose drafts, of blocks whose first index in `hidden` [B, _, D] is `first`.
+
+    Of a block's b - 1 proposals the first is left out: the AR head itself has decided that token.
+    """
+    start = on_device(first, hidden.device)[:, None] + (1 if batch.shifted else 2)
+    row = torch.arange(len(hidden), device=hidden.device)[:, None]
+    return hidden[row, start + batch.masks.span(longest)]
+
+
+def choose_drafts(batch: Batch, logits: Tensor, lengths: list[int]) -> Draft:
+    """What the candidate places propose, `logits` [B, k, V], behind the last token of each row's answer.
+
+    Of each row the first `lengths` places count. What is proposed is drawn from `Draft.distribution`, whatever that
+    is, so that logits may be changed here by all that is known before the draw: that token, and drafts before.
+    """
+    shape, rows = logits.shape[:2], batch.rows
+    prefixes = ((row, row.answer) for row in rows for _ in range(shape[1]))
+    flat = batch.head.processed(logits.flatten(0, 1), prefixes)
     # A row draws for its own drafts only, so that it draws the same numbers alone.
     uniform = [
         u
         for row, length in zip(rows, lengths, strict=True)
         if row.random is not None
-        for u in row.draw(length) + [0.0] * (longest - length)
+        for u in row.draw(length) + [0.0] * (shape[1] - length)
     ]
-    distribution, shape = batch.head.distribution(logits), (len(rows), longest)
-    tokens = batch.head.choose(logits, uniform, distribution).view(shape)
-    distribution = None if distribution is None else distribution.unflatten(0, shape)
-    draft = Draft(tokens, lengths, distribution)
+    distribution, logits = batch.head.distribution(flat), flat.view_as(logits)
+    draft = Draft(batch.head.choose(flat, uniform, distribution).view(shape), lengths)
+    draft.distribution = None if distribution is None else distribution.view_as(logits)
+    if batch.config.draft_ahead or batch.config.draft_length == "auto":
+        draft.chances = probability_of(logits, logits.argmax(-1))
     if batch.config.draft_paths > 1:
-        draft.branches = branch(batch, logits.unflatten(0, shape), draft)
+        draft.branches = branch(batch, logits, draft)
     return draft
 
 
@@ -145,8 +218,8 @@ def branch(batch: Batch, logits: Tensor, draft: Draft) -> Branches | None:
     return Branches(depth, tokens)
 
 
-def lay_out(batch: Batch, draft: Draft, known: Tensor, starts: list[int]) -> Tree:
-    """The pass that checks a draft behind the known token int64 [B, 1], which stands at `starts`.
+def lay_out(batch: Batch, draft: Draft, known: Tensor) -> Tree:
+    """The pass that checks a draft behind the known token int64 [B, 1].
 
     Each token has the position of its depth and sees the context, and its own path up to itself.
     """
@@ -170,10 +243,9 @@ def lay_out(batch: Batch, draft: Draft, known: Tensor, starts: list[int]) -> Tre
     longest = max(map(len, lines))
     lines = on_device([line + [(0, 0, -1, 0)] * (longest - len(line)) for line in lines], batch.device)
     place, depth, group, shared = lines.unbind(-1)
-    first = on_device(starts, batch.device)[:, None]
     return Tree(
         torch.cat([tokens, draft.branches.token], dim=1).gather(1, place),
         on_device(slots, batch.device),
         on_device(depths, batch.device),
-        Groups(first + depth, first + shared, group, noised=False),
+        Groups(depth, shared, group, noised=False),
     )

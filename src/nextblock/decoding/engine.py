@@ -9,7 +9,6 @@ import torch
 
 from nextblock.decoding.batch import Batch
 from nextblock.decoding.diffusion import diffusion
-from nextblock.decoding.draft_ahead import draft_ahead
 from nextblock.decoding.events import Committed, Event, RowFinished, Stats
 from nextblock.decoding.speculative import speculative
 
@@ -20,8 +19,7 @@ def decode(batch: Batch) -> Iterator[list[Event]]:
     Yields the events of each step: of a pass, or in speculative mode of a draft and its check.
     """
     modes = {"ar": autoregressive, "diffusion": diffusion, "speculative": speculative}
-    ahead = batch.config.mode == "speculative" and batch.config.draft_ahead
-    return (draft_ahead if ahead else modes[batch.config.mode])(batch)
+    return modes[batch.config.mode](batch)
 
 
 def autoregressive(batch: Batch) -> Iterator[list[Event]]:

@@ -76,6 +76,7 @@ class Stats:
     new_tokens: tokens in all answers, end tokens included.
     forwards: calls of the model; rows of a batch share them.
     row_forwards: for each kind, passes times the rows that took part in them.
+    drafts, kept: speculative mode: drafted tokens that were checked, and how many of them agreed.
     seconds: whole call, so far. first_token_seconds: until a token was decided.
     """
 
@@ -83,6 +84,8 @@ class Stats:
     new_tokens: int = 0
     forwards: int = 0
     row_forwards: dict[Kind, int] = field(default_factory=dict)
+    drafts: int = 0
+    kept: int = 0
     seconds: float = 0.0
     first_token_seconds: float = 0.0
 

@@ -50,15 +50,13 @@ class Head:
             logits[:, self.mask_token_id : self.mask_token_id + 1] = -torch.inf
         return logits
 
-    def next_logits(self, hidden: Tensor, prefixes: Iterable[tuple[Row, list[int] | None]]) -> Tensor:
-        """As `logits`, for next tokens: through the processors, which see each position's own prefix.
+    def processed(self, logits: Tensor, prefixes: Iterable[tuple[Row, list[int] | None]]) -> Tensor:
+        """Logits [N, V] of next tokens, through the processors, which see each position's own prefix.
 
         Args:
-            hidden: [N, D].
             prefixes: for each position its row and that row's answer up to there; None where nobody looks. Read
                 only if there is a processor.
         """
-        logits = self.logits(hidden)
         return logits if self.processor is None else self._processed(self.processor, logits, list(prefixes))
 
     def _processed(self, processor: Processor, logits: Tensor, prefixes: list[tuple[Row, list[int] | None]]) -> Tensor:
@@ -118,7 +116,7 @@ class Head:
 
     def next_tokens(self, hidden: Tensor, rows: Sequence[Row]) -> tuple[list[int], list[float]]:
         """The next token of each row and its confidence, on the host in one copy; `hidden` [B, D]."""
-        logits = self.next_logits(hidden, [(row, row.answer) for row in rows])
+        logits = self.processed(self.logits(hidden), [(row, row.answer) for row in rows])
         token = self.choose(logits, [u for row in rows for u in row.draw(1)])
         if not self.tells_confidence:
             return token.tolist(), [math.nan] * len(token)

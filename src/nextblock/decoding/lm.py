@@ -20,15 +20,16 @@ from transformers import PreTrainedModel
 
 from nextblock.config.errors import UsageError, nearest
 from nextblock.config.sections import BlockDiffusionSettings, with_gguf
+from nextblock.config.signatures import takes
+from nextblock.data.text import TextStream
 from nextblock.decoding.batch import Batch
 from nextblock.decoding.compiled import StaticPasses
 from nextblock.decoding.engine import run
 from nextblock.decoding.events import Event, Finish, RowFinished, Stats
 from nextblock.decoding.head import Processor
-from nextblock.decoding.options import takes
+from nextblock.decoding.pace import costs_of
 from nextblock.decoding.request import CallOptions, Prompts, Request, make_request
 from nextblock.decoding.rows import Row
-from nextblock.decoding.text import TextStream
 from nextblock.model.adapter_files import load_adapter
 from nextblock.model.decoder import Decoder
 from nextblock.model.draft_adapter import DraftAdapter
@@ -185,7 +186,11 @@ class BlockDiffusionLM:
             raise UsageError(self.refusal)
         stats = Stats(rows=len(request.rows))
         parts = self.decoder, self.settings, request.config, request.rows, stats, processor, self.passes, confidence
-        return Stream(request, stats, run(lambda: Batch(*parts), stats, began))
+
+        def make() -> Batch:  # costs are measured before the batch has the memory of compiled passes
+            return Batch(*parts, costs_of(self.decoder, self.settings, request.config, len(request.rows), self.passes))
+
+        return Stream(request, stats, run(make, stats, began))
 
     def _text(self, row: Row, stop: tuple[str, ...]) -> str:
         if not stop:

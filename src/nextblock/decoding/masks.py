@@ -5,52 +5,18 @@ Letters: B rows, Q tokens of a pass, S slots up to the last one that the pass wr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from nextblock.attention.groups import Groups
 from nextblock.attention.masks import additive, decode_mask
 from nextblock.attention.split import can_run_split
 from nextblock.decoding.sampling import on_device
 from nextblock.model.decoder import AttentionMask, Decoder
 from nextblock.model.draft_adapter import Gate
-
-
-@dataclass(frozen=True)
-class Groups:
-    """Tokens of a pass in groups that share a context and do not see each other; tensors int64 [B, Q].
-
-    position: of each token.
-    context: last slot that it sees of what belongs to no group.
-    group: its group; -1: none.
-    noised: whether groups are blocks being denoised: a token then sees all of its group, else that up to itself.
-    """
-
-    position: Tensor
-    context: Tensor
-    group: Tensor
-    noised: bool
-
-    @property
-    def gate(self) -> Gate:
-        """Where a draft adapter acts."""
-        return self.group >= 0 if self.noised else False
-
-    def seen(self, slots: Tensor, end: int, windows: Iterable[int | None]) -> dict[int | None, Tensor]:
-        """Window of a layer -> what each token sees, bool [B, Q, `end`]; `slots` int64 [B, Q]: where they are."""
-        slot = torch.arange(end, device=slots.device).expand(len(slots), -1)
-        position = slot.scatter(1, slots, self.position)
-        group = torch.full_like(slot, -1).scatter(1, slots, self.group)
-        own = (group[:, None] == self.group[:, :, None]) & (self.group >= 0)[:, :, None]
-        if not self.noised:
-            own = own & (position[:, None] <= self.position[:, :, None])
-        seen = own | ((slot[:, None] <= self.context[:, :, None]) & (group < 0)[:, None])
-        return {
-            w: seen if w is None else seen & (position[:, None] > self.position[:, :, None] - w) for w in set(windows)
-        }
 
 
 class View(NamedTuple):
@@ -84,7 +50,7 @@ class Masks:
         self.dtype, self.device = decoder.model.dtype, decoder.device
         self._open = torch.zeros(1, 1, 1, 1, dtype=self.dtype, device=self.device)
         self._skips_masks = can_run_split(decoder.model)
-        self._templates: dict[tuple[int, bool, int | None], Tensor] = {}
+        self._templates: dict[tuple[Any, ...], Tensor] = {}
         self._span = torch.arange(0, device=self.device)
 
     def span(self, count: int) -> Tensor:
@@ -99,13 +65,17 @@ class Masks:
 
     def view(self, starts: list[int], width: int, causal: list[bool], groups: Groups | None) -> View:
         """What a pass of `width` tokens a row is told; arguments as in `Batch.forward`."""
-        end = max(starts) + width
+        end, start = max(starts) + width, starts[0]
+        together = all(s == start for s in starts) and all(c == causal[0] for c in causal)
         if groups is not None:
             slots = self.slots(starts, width)
-            seen = groups.seen(slots, end, self.windows.values())
-            mask = self._by_kind(lambda window: additive(seen[window].unsqueeze(1), self.dtype))
-            return View(groups.position.clamp_max(self.max_positions - 1), mask, groups.gate, slots)
-        start, together = starts[0], all(s == starts[0] for s in starts) and all(c == causal[0] for c in causal)
+            placed = groups.placed(slots[:, :1])
+            if together and groups.kept:
+                mask = self._by_kind(lambda window: self._of_groups(groups, start, width, window))
+            else:
+                seen = placed.seen(slots, end, self.windows.values())
+                mask = self._by_kind(lambda window: additive(seen[window].unsqueeze(1), self.dtype))
+            return View(placed.position.clamp_max(self.max_positions - 1), mask, placed.gate, slots)
         if together and end <= self.max_positions:
             position = self.span(end)[start:].unsqueeze(0).expand(len(starts), -1)
             return View(position, self._together(start, width, causal[0]), not causal[0], None)
@@ -136,15 +106,30 @@ class Masks:
             causal: each query sees up to itself; else up to the last query (a block being denoised).
             window: sliding window of the layer.
         """
-        key = (width, causal, window)
+
+        def build(room: int) -> Tensor:
+            query = torch.arange(width, device=self.device)
+            last = query if causal else torch.full_like(query, width - 1)
+            return decode_mask(query[None] + room, last[None] + room, room + width, window)
+
+        return self._slice((width, causal, window), start, width, build)
+
+    def _of_groups(self, groups: Groups, start: int, width: int, window: int | None) -> Tensor:
+        """As `aligned`, for groups."""
+
+        def build(room: int) -> Tensor:
+            slots = room + torch.arange(width, device=self.device)[None]
+            return groups.placed(slots[:, :1]).seen(slots, room + width, [window])[window].unsqueeze(1)
+
+        return self._slice((groups, window), start, width, build)
+
+    def _slice(self, key: tuple[Any, ...], start: int, width: int, build: Callable[[int], Tensor]) -> Tensor:
+        """Of a template its part for `start`; `build` gives the mask bool [1, 1, Q, room + Q] behind `room` slots."""
         template = self._templates.get(key)
         if template is None or template.shape[3] < start + width:
             room = min(self.capacity, start + max(64, start // 4))
-            query = torch.arange(width, device=self.device)
-            last = query if causal else torch.full_like(query, width - 1)
             # Shifted by the room in front, so that a slice exists for every start.
-            allowed = decode_mask(query[None] + room, last[None] + room, room + width, window)
-            template = self._templates[key] = additive(allowed, self.dtype)
+            template = self._templates[key] = additive(build(room), self.dtype)
         return template.narrow(3, template.shape[3] - width - start, start + width)
 
     def _by_kind(self, build: Callable[[int | None], Tensor]) -> AttentionMask:

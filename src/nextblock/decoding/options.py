@@ -6,14 +6,12 @@ Signatures of `generate` and its like, the command line, its help and `docs/conf
 
 from __future__ import annotations
 
-import inspect
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from numbers import Integral
-from typing import Any, Concatenate, Literal, ParamSpec, Self, TypeVar, get_args
+from typing import Any, Literal, Self, get_args
 
 from pydantic import Field, field_validator, model_validator
-from pydantic.fields import FieldInfo
 
 from nextblock.config.errors import UsageError
 from nextblock.config.sections import BlockDiffusionSettings, Section, validate
@@ -45,14 +43,14 @@ class DecodingConfig(Section):
     steps: int | None = Field(
         default=None, ge=1, description="diffusion: denoising steps per block; none: as many as it takes"
     )
-    temperature: float = Field(default=0.0, ge=0, allow_inf_nan=False, description="0: greedy")
+    temperature: float = Field(default=0.0, ge=0, description="0: greedy")
     top_p: float | None = Field(
         default=None, gt=0, le=1, description="nucleus: fewest tokens whose probabilities reach this sum"
     )
     top_k: int | None = Field(default=None, ge=1, description="only the k likeliest tokens")
     draft_length: int | Literal["auto"] | None = Field(
         default=None,
-        description="speculative: tokens drafted per check; auto: by what was kept lately; default: the block",
+        description="speculative: tokens that a check may refuse; auto: as long as it pays here; default: the block",
     )
     draft_ahead: int = Field(
         default=0,
@@ -154,49 +152,3 @@ def resolve_config(
             stacklevel=4,  # whoever called `generate` or `stream`
         )
     return config.model_copy(update={"block_size": size})
-
-
-P = ParamSpec("P")
-R = TypeVar("R")
-A = TypeVar("A")
-B = TypeVar("B")
-
-
-def takes(
-    options: Callable[P, DecodingConfig],
-) -> Callable[[Callable[Concatenate[A, B, ...], R]], Callable[Concatenate[A, B, P], R]]:
-    """Decorate a function `f(first, second, **options)` so that `help` and type checkers see a model's fields.
-
-    Args:
-        options: a model, whose fields stand in the signature and in the docstring in place of `**options`.
-    """
-
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        fields: dict[str, FieldInfo] = getattr(options, "model_fields")  # noqa: B009
-        lines = [f"    {name}: {field.description}" for name, field in fields.items()]
-        function.__doc__ = "\n".join([inspect.cleandoc(function.__doc__ or ""), "", "Keyword Args:", *lines])
-        return spell_out(function, parameters_of(fields))
-
-    return decorate
-
-
-def parameters_of(fields: Mapping[str, FieldInfo]) -> list[inspect.Parameter]:
-    """Fields of a model as keyword parameters."""
-    kind = inspect.Parameter.KEYWORD_ONLY
-    return [
-        inspect.Parameter(name, kind, default=field.default, annotation=field.annotation)
-        for name, field in fields.items()
-    ]
-
-
-def spell_out(function: Callable[..., Any], parameters: Sequence[inspect.Parameter], kept: str = "") -> Any:
-    """The function, with these parameters in its signature in place of `**options`.
-
-    Args:
-        kept: name of a `**` parameter that stays beside them, because it takes more than the options.
-    """
-    signature = inspect.signature(function, eval_str=True)
-    own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    rest = [p for p in signature.parameters.values() if p.name == kept]
-    setattr(function, "__signature__", signature.replace(parameters=[*own, *parameters, *rest]))  # noqa: B010
-    return function

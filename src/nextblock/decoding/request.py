@@ -14,11 +14,11 @@ from nextblock.config.errors import UsageError
 from nextblock.config.sections import BlockDiffusionSettings, validate
 from nextblock.data.encode import encode_prompt
 from nextblock.data.records import check_characters
+from nextblock.data.text import TextStream
 from nextblock.decoding.events import Finish
 from nextblock.decoding.options import DecodingConfig, resolve_config
 from nextblock.decoding.rows import Row
 from nextblock.decoding.sampling import generator
-from nextblock.decoding.text import TextStream
 from nextblock.model.decoder import Decoder
 from nextblock.model.loading import no_tokenizer
 

@@ -9,6 +9,7 @@ import torch
 
 from nextblock.decoding.events import Committed, Event, Finish, RowFinished
 from nextblock.decoding.sampling import uniforms
+from nextblock.model.costs import Pause, Share
 
 
 @dataclass
@@ -22,7 +23,7 @@ class Row:
     stop: called with the answer after each token; a reason ends it there.
     random: stream of uniform numbers, None when greedy.
     padding: ids in front of the prompt that logits processors expect to see (left-padded input).
-    recent: speculative mode: moving average of how many drafts were kept.
+    share: speculative mode: what was kept lately of its drafts. pause: when sampling, from drafting.
     """
 
     number: int
@@ -35,7 +36,8 @@ class Row:
     answer: list[int] = field(default_factory=list)
     passes: int = 0
     finish: Finish | None = None
-    recent: float = 0.0
+    share: Share = field(default_factory=Share)
+    pause: Pause = field(default_factory=Pause)
     _numbers: list[float] = field(default_factory=list, repr=False)
 
     def push(self, token: int) -> bool:

@@ -1,42 +1,119 @@
-"""Speculative decoding: draft by denoising, check with the causal pass that commits, keep what agrees."""
+"""Speculative decoding: draft by denoising, check with the causal pass that commits, keep what agrees.
+
+A cycle has two passes. The first one is causal over the known token, so that the AR head decides the next one, and
+beside it denoises the block that begins with the known token (`drafts.free_block`): what that proposes further on are
+the drafts. The second pass is causal over the decided token and the drafts, and gives the AR head's own choice after
+each of them. So a cycle gains two tokens or more, and one without drafts is two steps of `autoregressive`.
+
+With `draft_ahead` draft and check are one pass. Behind the tokens to be checked lie blocks for the G points of
+acceptance that are likeliest to come true; each begins with a copy of the last token that would be kept and sees what
+would then be the context. The block of the point that comes true has drafted the next cycle. Where none was right,
+the next pass checks nothing, gains one token, and drafts.
+
+Letters: B rows, b block size, k drafted tokens, G points of acceptance, D hidden size.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
+from torch import Tensor
+
 from nextblock.decoding.batch import Batch
-from nextblock.decoding.check import append, verify
-from nextblock.decoding.drafts import Draft, choose_drafts, draft_length, lay_out, masked_block
+from nextblock.decoding.check import Gain, append, verify
+from nextblock.decoding.drafts import (
+    Draft,
+    candidates,
+    choose_drafts,
+    draft_lengths,
+    free_block,
+    lay_out,
+    likeliest_points,
+    masked_block,
+    with_masks,
+)
 from nextblock.decoding.events import Event
+from nextblock.decoding.pace import Pacer
 
 
 def speculative(batch: Batch) -> Iterator[list[Event]]:
-    """Each cycle starts from one token that the AR head chose and drafts what may follow by denoising.
+    """Greedy: drafts are kept as far as they equal the AR head's choice, and one more token comes from the head.
 
-    One causal pass over token and drafts then gives the AR head's own choice after each of them. Greedy:
-    drafts are kept as far as they equal it, and one more token comes from the head itself; when sampling,
-    rejection sampling decides. What was not kept is dropped by counting less far in the cache. So the answer
-    is that of `autoregressive`, greedy, and has its distribution, sampling.
+    When sampling, rejection sampling decides. What was not kept is dropped by counting less far in the cache. So the
+    answer is that of `autoregressive`, greedy, and has its distribution, sampling.
     """
     yield batch.begin(first_token=True)
-    for row in batch.rows:
-        row.recent = float(batch.block_size)
+    pacer, auto = Pacer(batch.costs), batch.config.draft_length == "auto"
+    ahead, free = batch.config.draft_ahead, free_block(batch)
+    draft: Draft | None = None  # a cycle begins
     while rows := batch.rows:
         known, starts = batch.known()
-        lengths = [draft_length(batch, row) for row in rows]
-        if any(lengths):
-            hidden = batch.forward(masked_block(batch, known), starts, [False] * len(rows))
-            batch.stats.count("denoise", len(rows))
-            draft = choose_drafts(batch, hidden, lengths)
+        checked, lengths, points = Draft(known[:, :0], [0] * len(rows)), [0] * len(rows), None
+        if draft is None:
+            lengths = draft_lengths(batch, free=1)
+            lengths = pacer.lengths(rows, lengths) if auto and not ahead else lengths
         else:
-            draft = Draft(known[:, :0], lengths)
-        tree = lay_out(batch, draft, known, starts)
-        hidden = batch.forward(tree.tokens, starts, [True] * len(rows), tree.groups)
-        batch.stats.count("check" if any(lengths) else "decode", len(rows))
-        gains = verify(batch, hidden, draft, tree)
-        for index, (start, gain) in enumerate(zip(starts, gains, strict=True)):
-            if gain.path:  # what it kept of its own stands behind the trunk: put it where the answer goes on
-                slot, depth = draft.own_slots(index, gain.path)
-                batch.cache.move(index, start + slot, start + depth + 1, gain.kept - depth)
+            checked = draft.part(draft_lengths(batch, free=0)) if ahead else draft
+        tree = lay_out(batch, checked, known)
+        width = tree.tokens.shape[1]
+        tokens, groups = tree.tokens, tree.groups
+        if any(lengths):
+            tokens, groups = masked_block(batch, known), free
+        elif draft is not None and ahead:
+            points = likeliest_points(checked, ahead)
+            tokens, groups = with_masks(batch, tokens, points)
+        hidden = batch.forward(tokens, starts, [True] * len(rows), groups)
+        count(batch, checked, lengths, points is not None)
+        read = hidden[:, :width]
+        if any(lengths):  # the head is read once for both
+            read = torch.cat([read, candidates(batch, hidden, [1] * len(rows), max(lengths))], dim=1)
+        logits = batch.head.logits(read.flatten(0, 1)).unflatten(0, read.shape[:2])
+        gains = verify(batch, logits[:, :width], checked, tree, points)
+        settle(batch, checked, gains, starts)
+        pacer.learn(rows, checked, [gain.kept for gain in gains])
         yield [*append(batch, gains)]
-        batch.leave()
+        order = batch.leave()
+        if not order:
+            return
+        if any(lengths):
+            draft = choose_drafts(batch, of_rows(logits[:, width:], order), [lengths[index] for index in order])
+            draft = pacer.cut(draft, batch.rows) if auto and not ahead else draft
+        elif points is not None:
+            draft = drafted(batch, of_rows(hidden, order), [gains[index].hit for index in order], width)
+        else:
+            draft = Draft(known[order, :0], [0] * len(order)) if draft is None else None
+
+
+def of_rows(part: Tensor, order: list[int]) -> Tensor:
+    """[B, ...] of some rows, in a new order; no copy where that is the old one."""
+    return part if order == [*range(len(part))] else part[order]
+
+
+def count(batch: Batch, checked: Draft, lengths: list[int], ahead: bool) -> None:
+    """Book a pass for each row by what it did for it; `ahead`: blocks for the points of acceptance were there."""
+    for check, length in zip(checked.lengths, lengths, strict=True):
+        batch.stats.count("check" if check else "denoise" if length or ahead else "decode", 1)
+
+
+def settle(batch: Batch, draft: Draft, gains: list[Gain], starts: list[int]) -> None:
+    """Book a check, and put what a row kept of a branch, which stands behind the trunk, where the answer goes on."""
+    batch.stats.drafts += sum(draft.lengths)
+    batch.stats.kept += sum(gain.kept for gain in gains)
+    for index, (start, gain) in enumerate(zip(starts, gains, strict=True)):
+        if gain.path:
+            slot, depth = draft.own_slots(index, gain.path)
+            batch.cache.move(index, start + slot, start + depth + 1, gain.kept - depth)
+
+
+def drafted(batch: Batch, hidden: Tensor, hits: list[int], width: int) -> Draft:
+    """What the blocks that came true, number `hits` behind the first `width` of `hidden` [B, _, D], have drafted.
+
+    None (-1): no draft.
+    """
+    length, most = batch.block_size - 2, batch.config.draft_length
+    length = min(length, most) if isinstance(most, int) else length
+    longest = length if max(hits) >= 0 else 0
+    places = candidates(batch, hidden, [width + max(hit, 0) * batch.block_size for hit in hits], longest)
+    logits = batch.head.logits(places.flatten(0, 1)).unflatten(0, places.shape[:2])
+    return choose_drafts(batch, logits, [length if hit >= 0 else 0 for hit in hits])

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from nextblock.config.errors import UsageError
-from nextblock.data.tasks import Task
 from nextblock.decoding.lm import BlockDiffusionLM
 from nextblock.decoding.options import with_stored
+from nextblock.measure.statistics import mcnemar, wilson
+from nextblock.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -17,8 +18,10 @@ class TaskScore:
     """How one mode does on one task.
 
     threshold: of diffusion mode; None: one token per denoising step.
+    interval: of the accuracy, 95 % (`statistics.wilson`).
     tokens_per_forward: generated tokens over forwards, all of them counted: prefill, denoise, check, commit.
     equal_to_ar: share of prompts whose text equals AR mode's; None when there was nothing to compare with.
+    p_value: of as many right answers as AR mode's to the same prompts (`statistics.mcnemar`); None as before.
     """
 
     task: str
@@ -27,8 +30,10 @@ class TaskScore:
     block_size: int
     accuracy: float
     examples: int
+    interval: tuple[float, float]
     tokens_per_forward: float
     equal_to_ar: float | None
+    p_value: float | None
 
 
 def score_task(
@@ -43,14 +48,16 @@ def score_task(
     on_example: Callable[[int], None] = lambda more: None,
     **options: Any,
 ) -> tuple[TaskScore, list[str]]:
-    """Accuracy and tokens per forward of one mode on one task, greedy; `bench.scores` adds speeds.
+    """Accuracy and tokens per forward of one mode on one task; `bench.scores` adds speeds.
+
+    Greedy unless `options` say else; sampled answers draw from `first` as the seed, whatever the batch size.
 
     Args:
         examples: held-out prompts, decoded in batches of `batch_size`.
         first: number of the first problem; settings are best chosen on others than those that are reported.
         reference: AR mode's answers to the same prompts, to compare with.
         on_example: called with the number of prompts just done.
-        options: of `generate`, its mode among them; `max_new_tokens` is 160 if not given.
+        options: of `generate`, its mode among them; `max_new_tokens` is the task's if not given.
     Returns:
         The score, and the answers in order.
     Raises:
@@ -59,27 +66,33 @@ def score_task(
     if lm.tokenizer is None:
         raise UsageError("this model folder has no tokenizer; scoring a task reads and writes text")
     cases = [task.example(split, index) for index in range(first, first + examples)]
-    options = {"max_new_tokens": 160, **options}
+    options = {"max_new_tokens": task.max_new_tokens, **options}
     answers: list[str] = []
     forwards = new_tokens = 0.0
     for start in range(0, examples, batch_size):
         prompts = [case.prompt for case in cases[start : start + batch_size]]
-        out = lm.generate(prompts, **options)
+        out = lm.generate(prompts, stop=task.stop, **{"seed": first + start, **options})
         answers += out.texts
         new_tokens += out.stats.new_tokens
         forwards += sum(out.stats.row_forwards.values())
         on_example(len(prompts))
-    right = sum(task.grade(answer, case) for answer, case in zip(answers, cases, strict=True))
+    right = [task.grade(answer, case) for answer, case in zip(answers, cases, strict=True)]
+    equal = p_value = None
+    if reference is not None:
+        told = list(zip(answers, reference, right, cases, strict=True))
+        before = [known if answer == other else task.grade(other, case) for answer, other, known, case in told]
+        equal, p_value = sum(answer == other for answer, other, *_ in told) / examples, mcnemar(before, right)
     config = with_stored(lm.settings, options)
     size = 1 if config.mode == "ar" or lm.settings is None else config.block_size or lm.settings.block_size
-    equal = None if reference is None else sum(a == b for a, b in zip(answers, reference, strict=True)) / examples
     return TaskScore(
         task=task.name,
         mode=config.mode,
         threshold=config.threshold if config.mode == "diffusion" else None,
         block_size=size,
-        accuracy=right / examples,
+        accuracy=sum(right) / examples,
         examples=examples,
+        interval=wilson(sum(right) / examples, examples),
         tokens_per_forward=new_tokens / forwards,
         equal_to_ar=equal,
+        p_value=p_value,
     ), answers

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from rich import box
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_mask
@@ -141,7 +142,9 @@ def verify_model(lm: BlockDiffusionLM, on_check: OnCheck = lambda done, total, n
 
 def table(checks: Iterable[Check]) -> Table:
     """The checks as a table for the terminal."""
-    out = Table("identity", "positions", "largest difference", "tolerance", "seconds", "result")
+    out = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    for name in ("identity", "positions", "largest difference", "tolerance", "seconds", "result"):
+        out.add_column(name, overflow="fold")
     colour = {"passed": "green", "failed": "bold red", "skipped": "yellow"}
     for check in checks:
         unit = "" if check.unit == "relative" else f" {check.unit}"

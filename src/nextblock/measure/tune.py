@@ -21,6 +21,7 @@ from nextblock.measure.bench.contest import Round, alternate, compared, make_bat
 from nextblock.measure.bench.decoding import check_length
 from nextblock.measure.bench.prompts import Options, Prompts, variant_name
 from nextblock.measure.progress import Update, counter
+from nextblock.measure.statistics import mcnemar, wilson
 from nextblock.model.stored import writable_folder as writable_folder
 from nextblock.model.stored import write_decoding as write_decoding
 
@@ -41,7 +42,9 @@ class Trial:
 
     stage: "coarse" (a part of the examples) or "fine" (all of them).
     quality: accuracy, or agreement with AR mode, 0 to 1.
+    interval: of the quality, 95 % (`statistics.wilson`).
     drop: AR mode's quality on the same examples less this one, in points. drop_error: its standard error.
+    p_value: of no drop and no gain, from the same examples (`statistics.mcnemar`).
     speedup: tokens per second over AR mode's in the same round, median over rounds.
     tokens_per_forward: answer tokens over all forward passes of their rows.
     """
@@ -52,8 +55,10 @@ class Trial:
     stage: str
     examples: int
     quality: float
+    interval: tuple[float, float]
     drop: float
     drop_error: float
+    p_value: float
     speedup: float
     tokens_per_second: float
     tokens_per_forward: float
@@ -290,8 +295,10 @@ class _Runner:
             stage=stage,
             examples=len(lost),
             quality=fmean(right),
+            interval=wilson(fmean(right), len(right)),
             drop=fmean(lost),
             drop_error=stdev(lost) / len(lost) ** 0.5 if len(lost) > 1 else 0.0,
+            p_value=mcnemar(reference, right),
             **speeds,
             tokens_per_forward=sum(r.new_tokens for r in own) / sum(r.row_forwards for r in own),
         )

@@ -17,6 +17,11 @@ def percent(share: float | None) -> str:
     return DASH if share is None else f"{100 * share:.1f} %"
 
 
+def percent_between(share: float, low: float, high: float) -> str:
+    """0.965, 0.93, 0.98 -> 96.5 % (93–98): a share and its interval."""
+    return f"{percent(share)} ({100 * low:.0f}–{100 * high:.0f})"
+
+
 def count(value: float, digits: int = 1) -> str:
     """2014208 -> 2.0 M."""
     for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "K")):

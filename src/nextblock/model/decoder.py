@@ -115,26 +115,31 @@ class Decoder:
             logits = torch.tanh(logits / cap) * cap
         return logits
 
-    def masks(self, rule: Rule, query: Places, key: Places | None = None) -> AttentionMask:
-        """The rule in the form this model's layers read: dense or BlockMask, one for each kind of layer."""
+    def masks(self, rule: Rule, query: Places, key: Places | None = None, longest: int | None = None) -> AttentionMask:
+        """The rule in the form this model's layers read: dense or BlockMask, one for each kind of layer.
+
+        Args:
+            longest: positions are below it; None: read from the keys, for which the device has to be waited for.
+        """
         build = to_block_mask if self.attention == "flex_attention" else to_dense
-        longest = int((query if key is None else key).position.max()) + 1
+        if longest is None:
+            longest = int((query if key is None else key).position.max()) + 1
         return self._of_each_kind(rule, longest, lambda rule: self.prepare_dense(build(rule, query, key)))
 
     def two_view_masks(self, rule: Rule, noised: Places, clean: Places, cached: bool = False) -> AttentionMask:
         """The rule over [noised ; clean]; in parts where the model runs `split_attention`.
 
         Args:
-            noised: [B, N], clean: [B, L].
+            noised: [B, N], clean: [B, L], both of positions below L.
             cached: only noised queries pass, and the clean keys, which lie in front of theirs, are cached.
         """
+        longest = clean.view.shape[1]
         if self.attention == SPLIT and noised.view.shape[1]:
-            longest = max(int(places.position.max()) for places in (noised, clean)) + 1
             dtype = self.model.dtype
             return self._of_each_kind(rule, longest, lambda rule: split_mask(rule, noised, clean, dtype, cached))
         if cached:
-            return self.masks(rule, noised, clean.followed_by(noised))
-        return self.masks(rule, noised.followed_by(clean))
+            return self.masks(rule, noised, clean.followed_by(noised), longest)
+        return self.masks(rule, noised.followed_by(clean), longest=longest)
 
     def _of_each_kind(self, rule: Rule, longest: int, build: Callable[[Rule], Any]) -> AttentionMask:
         """What `build` makes of the rule within each kind of layer's window; positions are below `longest`."""

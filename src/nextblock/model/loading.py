@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-import yaml
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -25,6 +24,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils.hub import cached_file
 
 from nextblock.config.errors import UsageError, nearest, one_line
+from nextblock.config.files import read_yaml
 from nextblock.config.sections import BlockDiffusionSettings, validate
 from nextblock.model.gguf import find_gguf, gguf_config, unpacked, unpacking
 from nextblock.model.positions import layer_windows, text_config
@@ -197,6 +197,8 @@ def check_architecture(config: PreTrainedConfig) -> None:
     remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if config.is_encoder_decoder or (type(config) not in mapping and not remote):
         raise UsageError(f"architecture '{kind}' is not a causal decoder; use a model of AutoModelForCausalLM")
+    if getattr(text_config(config), "num_hidden_layers", None) == 0:
+        raise UsageError("num_hidden_layers=0 leaves no attention that a block mask could reach; use 1 or more")
     layers = set(getattr(text_config(config), "layer_types", None) or ["any"])
     softmax = layers <= {"full_attention", "sliding_attention"}  # all that a model of a hybrid family may hold
     if not remote and not softmax and getattr(mapping[type(config)], "_is_stateful", False):
@@ -367,8 +369,8 @@ def _mapping(text: str) -> Mapping[str, Any]:
     """The mapping that a YAML text, or a file of that name, holds."""
     try:
         is_text = "{" in text or "\n" in text  # which may be too long for the name of a file
-        values = yaml.safe_load(text if is_text or not Path(text).is_file() else Path(text).read_text("utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        values = read_yaml(text if is_text or not Path(text).is_file() else Path(text).read_text("utf-8"))
+    except (OSError, ValueError) as error:
         raise UsageError(f"settings {text}: {one_line(error)}") from None
     if not isinstance(values, Mapping):
         raise UsageError(

@@ -18,18 +18,18 @@ ROUTER = re.compile(r"[Rr]outer|[Gg]ating$|Gate$|^gate$|_gate$")
 def target_names(model: PreTrainedModel, targets: str | Sequence[str], section: str = "draft_adapter") -> list[str]:
     """Names of the linear layers to adapt: `all-linear`, a regular expression, or name endings.
 
-    All are the projections in the text decoder's layers, experts among them where they are linear layers; never the
-    head, a router, or the gate of an expert.
+    All are the projections in the text decoder's layers, experts among them where they are linear layers; never what
+    leads into the layers or out of them, a router, or the gate of an expert.
 
     Raises:
         UsageError: they match nothing, one of the endings does not, or no regular expression.
     """
-    decoder, head = set(model.get_decoder().modules()), model.get_output_embeddings()
+    lists = (part for part in model.get_decoder().modules() if isinstance(part, nn.ModuleList))
+    layers = set(max(lists, key=lambda part: sum(p.numel() for p in part.parameters())).modules())
     linear = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and module in decoder and module is not head
-        if not _is_router(model, name)
+        if isinstance(module, nn.Linear | Conv1D) and module in layers and not _is_router(model, name)
     ]
     if targets == "all-linear":
         return linear

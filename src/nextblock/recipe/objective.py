@@ -101,7 +101,8 @@ def draft_states(decoder: Decoder, view: TwoView, rule: Rule) -> tuple[Tensor, T
     noised, clean = view.places.part(0, n), view.places.part(n)
     cache = CleanCache()
     with torch.no_grad():
-        parent = decoder.hidden(view.tokens[:, n:], clean.position, decoder.masks(rule, clean), cache)
+        mask = decoder.masks(rule, clean, longest=clean.view.shape[1])
+        parent = decoder.hidden(view.tokens[:, n:], clean.position, mask, cache)
     cache.written = True
     mask = decoder.two_view_masks(rule, noised, clean, cached=True)
     return decoder.hidden(view.tokens[:, :n], noised.position, mask, cache, noised=True), parent

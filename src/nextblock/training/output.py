@@ -11,11 +11,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-import yaml
 from transformers import AutoTokenizer, PreTrainedModel
 
 from nextblock.config.errors import TrainingStopped, UsageError
-from nextblock.config.files import LOCK, locked, make_folder, unwritten, whole_folder
+from nextblock.config.files import LOCK, locked, make_folder, to_yaml, unwritten, whole_folder
 from nextblock.config.run import AdaptConfig
 from nextblock.model.adapter_files import save_adapter
 from nextblock.model.loading import weights_folder
@@ -44,7 +43,7 @@ def run_folder(output: Path, stages: list[AdaptConfig]) -> Iterator[None]:
 def write_config(config: AdaptConfig) -> None:
     """Write a run's or a stage's resolved configuration into its output folder, which is made if missing."""
     make_folder(Path(config.output))
-    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    text = to_yaml(config.model_dump(mode="json"))
     (Path(config.output) / RESOLVED_CONFIG).write_text(text, encoding="utf-8")
 
 

@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from nextblock.config.errors import UsageError
+from nextblock.config.files import read_yaml
 from nextblock.config.run import AdaptConfig
 from nextblock.config.sections import DataConfig
 from nextblock.data.feed import merged
@@ -133,7 +132,7 @@ def check_differences(saved: Mapping[str, Any], config: AdaptConfig, failure: st
 def check_finished_stage(stage: AdaptConfig) -> None:
     """UsageError where a stage that is done was run under another configuration than it has now."""
     resolved = Path(stage.output) / RESOLVED_CONFIG
-    saved = yaml.safe_load(resolved.read_text(encoding="utf-8")) if resolved.is_file() else None
+    saved = read_yaml(resolved.read_text(encoding="utf-8")) if resolved.is_file() else None
     if saved:
         check_differences(saved, stage, f"cannot resume: {stage.output} is finished")
 

@@ -19,11 +19,11 @@ from nextblock.config.errors import UsageError
 from nextblock.config.files import write_whole
 from nextblock.data.prompts import read_prompts
 from nextblock.data.records import Record
+from nextblock.data.text import INCOMPLETE
 from nextblock.decoding.events import Finish
 from nextblock.decoding.lm import BlockDiffusionLM, load
 from nextblock.decoding.options import DecodingConfig, with_stored
 from nextblock.decoding.request import make_request
-from nextblock.decoding.text import INCOMPLETE
 from nextblock.model.adapter_files import fingerprint
 from nextblock.model.loading import (
     GivenSettings,

@@ -111,7 +111,7 @@ def tuning_table(trials: Sequence[Entry], measure: str) -> Table:
     table = Table(box=SIMPLE_HEAD)
     table.add_column("")
     table.add_column("setting")
-    for heading in ("× AR", "tokens/s", "tokens/forward", measure, "drop (points)"):
+    for heading in ("× AR", "tokens/s", "tokens/forward", f"{measure} (95 %)", "drop (points)", "p"):
         table.add_column(heading, justify="right", no_wrap=True)
     for trial in sorted((t for t in trials if t["stage"] == "fine"), key=lambda t: -t["speedup"]):
         table.add_row(
@@ -120,8 +120,9 @@ def tuning_table(trials: Sequence[Entry], measure: str) -> Table:
             words.number(trial["speedup"]),
             words.number(trial["tokens_per_second"], 0),
             words.number(trial["tokens_per_forward"]),
-            words.percent(trial["quality"]),
+            words.percent_between(trial["quality"], *trial["interval"]),
             f"{trial['drop']:.1f} ± {trial['drop_error']:.1f}",
+            words.number(trial["p_value"]),
             style="bold" if trial["chosen"] else None,
         )
     return table

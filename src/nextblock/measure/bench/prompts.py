@@ -7,15 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from nextblock.config.errors import UsageError, nearest
+from nextblock.config.files import read_yaml
 from nextblock.config.sections import BlockDiffusionSettings
 from nextblock.data.prompts import read_prompts as prompt_records
-from nextblock.data.tasks import Example, Task, get_task
 from nextblock.decoding.lm import BlockDiffusionLM
 from nextblock.decoding.options import MODES, DecodingConfig, resolve_config
 from nextblock.decoding.request import make_request
+from nextblock.tasks import Example, Task, get_task
 
 # Every contestant decodes greedily and to the same length, or their speeds would not be comparable.
 FIXED = ("max_new_tokens", "temperature", "top_p", "top_k")
@@ -81,7 +80,7 @@ def parse_variant(text: str) -> Options:
             raise UsageError(f"variant '{text}': unknown option '{name}'{nearest(name, known)}")
         if not equals:
             raise UsageError(f"variant '{text}': write {name}=value")
-        options[name] = None if value == "none" else yaml.safe_load(value)
+        options[name] = None if value == "none" else read_yaml(value)
     return options
 
 

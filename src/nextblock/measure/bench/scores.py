@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from nextblock.data.tasks import Task
 from nextblock.decoding.lm import BlockDiffusionLM
 from nextblock.decoding.request import end_tokens
 from nextblock.measure.accuracy import score_task
 from nextblock.measure.bench.contest import alternate, compared, our_mode
 from nextblock.measure.bench.prompts import Options, task_prompts
 from nextblock.measure.progress import Update, counter
+from nextblock.tasks import Task
 
 TIMED, ROUNDS = 4, 4  # prompts of a round, decoded one at a time; rounds
 
@@ -24,7 +24,7 @@ def score_modes(
     examples: int,
     first: int = 0,
     batch_size: int = 25,
-    max_new_tokens: int = 160,
+    max_new_tokens: int | None = None,
     on_prompt: Update = lambda done, total: None,
 ) -> list[dict[str, Any]]:
     """Score each model and mode on a task, then time all of them in turns, at batch 1.
@@ -33,13 +33,14 @@ def score_modes(
         wanted: name, model and decoding options of each; the models must share a tokenizer. Modes are compared with
             the answers of the last ar mode before them.
         examples, first, batch_size: as of `score_task`.
+        max_new_tokens: default: the task's.
         on_prompt: called with prompts done and prompts in all.
     Returns:
         For each, in order, the fields of `TaskScore`, `model` (the name) and `tokens_per_second`, the median over
         rounds. Where one is in ar mode also `speedup` over the first of those, the median of the ratios within a
         round, with the least and the largest (`speedup_low`, `speedup_high`).
     """
-    timed = min(TIMED, examples)
+    timed, max_new_tokens = min(TIMED, examples), max_new_tokens or task.max_new_tokens
     advance = counter(on_prompt, len(wanted) * (examples + ROUNDS * timed))
     common: Any = {"examples": examples, "first": first, "batch_size": batch_size, "max_new_tokens": max_new_tokens}
     rows: list[dict[str, Any]] = []

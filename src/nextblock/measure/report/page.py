@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,8 +12,9 @@ from rich.markup import escape as escape_markup
 from rich.table import Table
 
 from nextblock.measure.report.figures import inline_svg, of_kind, plot_losses, plot_profile, plot_tradeoff, tasks_of
+from nextblock.measure.statistics import wilson
 from nextblock.measure.style import Entry
-from nextblock.measure.words import DASH, count, duration, number, percent, spaced
+from nextblock.measure.words import DASH, count, duration, number, percent, percent_between, spaced
 
 MODES = {"ar": "AR"}  # the others are called as they are
 SIGNS = {" ": "␣", "\n": "↵", "\t": "⇥", "": "∅"}  # for tokens that would not be seen
@@ -110,22 +110,27 @@ def _decoding_findings(entries: Sequence[Entry]) -> list[tuple[str, str]]:
             text += f": output equal to AR mode on {same} of {best['examples']} prompts"
         found.append((f"{best['tokens_per_forward']:.2f} tokens per forward", text))
     if ar and parent:
-        text = f"accuracy of the adapted model as AR; its parent has {percent(parent[0]['accuracy'])}"
-        found.append((percent(ar[0]["accuracy"]), text))
+        text = f"accuracy of the adapted model as AR; its parent has {_accuracy(parent[0])}"
+        found.append((_accuracy(ar[0]), text))
     if diffusion:
         single = [entry for entry in diffusion if entry.get("threshold") is None]
         slow = max(single or diffusion, key=lambda e: e["accuracy"])
         how = "one token per denoising step" if single else f"threshold {slow['threshold']:g}"
         text = f"accuracy of diffusion mode, {how}{_block_size(slow, diffusion)}"
-        found.append((percent(slow["accuracy"]), text))
+        found.append((_accuracy(slow), text))
         least = slow["accuracy"] - SAME_ACCURACY
         good = [e for e in diffusion if e.get("threshold") is not None and e["accuracy"] >= least]
         fast = max(good, key=lambda e: e["tokens_per_forward"], default=slow)
         if fast is not slow:
             how = f"threshold {fast['threshold']:g}{_block_size(fast, diffusion)}"
-            text = f"diffusion mode at {how}, accuracy {percent(fast['accuracy'])}"
+            text = f"diffusion mode at {how}, accuracy {_accuracy(fast)}"
             found.append((f"{fast['tokens_per_forward']:.2f} tokens per forward", text))
     return found
+
+
+def _accuracy(entry: Entry) -> str:
+    """`96.5 % (93–98)`: accuracy and its 95 % interval."""
+    return percent_between(entry["accuracy"], *wilson(entry["accuracy"], entry["examples"]))
 
 
 def _block_size(entry: Entry, among: Sequence[Entry]) -> str:
@@ -136,8 +141,8 @@ def _block_size(entry: Entry, among: Sequence[Entry]) -> str:
 # --------------------------------------------------------------------------------------------- tables
 
 INTERVAL = "95 %"
-MEASURES = ("Accuracy", INTERVAL, "Tokens per forward", "Tokens per second", "Speed-up", "Equal to AR")
-BROKEN = ("Accu-\nracy", "", "Tokens/\nforward", "Tokens/\nsecond", "Speed-\nup", "Equal\nto AR")  # in narrow columns
+MEASURES = ("Accuracy", INTERVAL, "Tokens per forward", "Tokens per second", "Speed-up", "Equal to AR", "p")
+BROKEN = ("Accu-\nracy", "95 %", "Tokens/\nforward", "Tokens/\nsecond", "Speed-\nup", "Equal\nto AR", "p")  # narrow
 
 
 def decoding_table(results: Mapping[str, Any]) -> Table:
@@ -147,16 +152,16 @@ def decoding_table(results: Mapping[str, Any]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, title_justify="left")
     if len(tasks) == 1:
         table.title = escape_markup(f"{spaced(tasks[0]).capitalize()}, {_prompts(decoding)}")
+    table.caption = "95 %: interval of the accuracy. p: McNemar's test, as many right answers as AR mode."
     table.add_column("Model and mode", vertical="bottom")
-    shown = [place for place, name in enumerate(MEASURES, start=1) if name != INTERVAL]  # 80 columns
-    for place in shown:
-        table.add_column(BROKEN[place - 1], justify="right", vertical="bottom")
+    for heading in BROKEN:
+        table.add_column(heading, justify="right", vertical="bottom")
     for task in tasks:
         entries = [entry for entry in decoding if entry["task"] == task]
         if len(tasks) > 1:
             table.add_row(escape_markup(f"{spaced(task).capitalize()}, {_prompts(entries)}"), style="bold")
         for row in _decoding_rows(entries):
-            table.add_row(*(escape_markup(row[place]) for place in [0, *shown]))
+            table.add_row(*map(escape_markup, row))
         table.add_section()
     return table
 
@@ -181,15 +186,16 @@ def _decoding_rows(entries: Sequence[Entry]) -> list[tuple[str, ...]]:
         name += _block_size(entry, blockwise) if mode != "ar" else ""
         ratio = entry.get("speedup") or (speed / base if speed and base else None)
         spread = (entry["speedup_high"] - entry["speedup_low"]) / 2 if entry.get("speedup_low") else None
-        low, high = _wilson(entry["accuracy"], entry["examples"])
+        low, high = wilson(entry["accuracy"], entry["examples"])
         figures = (
             percent(entry["accuracy"]),
             f"{100 * low:.0f}–{100 * high:.0f}",
             number(entry.get("tokens_per_forward")),
         )
+        same = (percent(entry.get("equal_to_ar")), number(entry.get("p_value")))
         pace = number(speed, 0 if speed and speed >= 100 else 1)
         gain = f"{ratio:.2f}{f'±{spread:.2f}' if spread else ''}×" if ratio else DASH
-        rows.append((name, *figures, pace, gain, percent(entry.get("equal_to_ar"))))
+        rows.append((name, *figures, pace, gain, *same))
     return rows
 
 
@@ -258,11 +264,3 @@ def _strip(
             share = when / max(1, len(steps) - 1)
             rows[-1].append({"text": SIGNS.get(text, text), "kind": kind, "when": share, "confidence": sure})
     return rows
-
-
-def _wilson(share: float, trials: int, z: float = 1.96) -> tuple[float, float]:
-    """The 95 % Wilson interval of a share seen in so many trials."""
-    n = max(trials, 1)
-    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return max(0.0, middle - half), min(1.0, middle + half)

@@ -1,12 +1,15 @@
-"""The built-in tasks: unlimited, exactly scored, train and test disjoint by construction."""
+"""The built-in tasks: exactly scored; our own are unlimited, train and test disjoint by construction.
+
+Imports `config`. Start reading in `example.py`: what a task is.
+"""
 
 from __future__ import annotations
 
 from nextblock.config.errors import UsageError, nearest
-from nextblock.data.tasks import algebra, functions, word_problems
-from nextblock.data.tasks.example import Example, Task
+from nextblock.tasks import algebra, functions, human_eval, word_problems
+from nextblock.tasks.example import Example, Task
 
-TASKS: dict[str, Task] = {module.NAME: module.TASK for module in (word_problems, algebra, functions)}
+TASKS: dict[str, Task] = {module.NAME: module.TASK for module in (word_problems, algebra, functions, human_eval)}
 
 
 def get_task(name: str) -> Task:

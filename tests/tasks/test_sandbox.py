@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from nextblock.data.tasks import sandbox_child
-from nextblock.data.tasks.sandbox import evaluate_python
+from nextblock.tasks import sandbox_child
+from nextblock.tasks.sandbox import evaluate_python
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the sandbox needs Linux")
 

@@ -6,7 +6,6 @@ import functools
 
 import pytest
 import torch
-from test_text import byte_level
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
@@ -17,10 +16,11 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopK
 
 from families import EOS_ID, MASK_ID, PAD_ID, tiny_model
 from nextblock.config.errors import UsageError
-from nextblock.decoding.custom_generate import block_diffusion
 from nextblock.decoding.lm import BlockDiffusionLM
 from nextblock.model.loading import read_settings
 from nextblock.training.export import CUSTOM_GENERATE_SOURCE
+from nextblock.workflows.custom_generate import block_diffusion
+from samples import byte_level
 
 SECTION = {"block_size": 8, "mask_token_id": MASK_ID}
 

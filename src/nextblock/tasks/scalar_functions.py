@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable
 from functools import partial
 
-from nextblock.data.tasks.list_functions import Draft
+from nextblock.tasks.list_functions import Draft
 
 _LETTERS = "abcdeilmnoprstu"
 

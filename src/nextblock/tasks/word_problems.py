@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from functools import partial
 
-from nextblock.data.tasks.example import ANSWER_MARKER, Example, Task, draw, final_answer_is
+from nextblock.tasks.example import ANSWER_MARKER, Example, Task, draw, final_answer_is
 
 NAME = "word_problems"
 

@@ -13,10 +13,10 @@ from functools import partial
 from textwrap import indent
 from typing import Any
 
-from nextblock.data.tasks.example import Example, Task, draw
-from nextblock.data.tasks.list_functions import LIST_TEMPLATES, Draft
-from nextblock.data.tasks.sandbox import evaluate_python
-from nextblock.data.tasks.scalar_functions import INT_TEMPLATES, STR_TEMPLATES
+from nextblock.tasks.example import Example, Task, draw
+from nextblock.tasks.list_functions import LIST_TEMPLATES, Draft
+from nextblock.tasks.sandbox import evaluate_python
+from nextblock.tasks.scalar_functions import INT_TEMPLATES, STR_TEMPLATES
 
 NAME = "functions"
 

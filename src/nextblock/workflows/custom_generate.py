@@ -20,9 +20,10 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from nextblock.config.errors import UsageError
+from nextblock.config.signatures import parameters_of, spell_out
 from nextblock.decoding.events import Finish
 from nextblock.decoding.lm import BlockDiffusionLM, Stream, why_no_blocks
-from nextblock.decoding.options import DecodingConfig, parameters_of, resolve_config, spell_out
+from nextblock.decoding.options import DecodingConfig, resolve_config
 from nextblock.decoding.request import make_request
 from nextblock.decoding.rows import Row
 from nextblock.model.draft_adapter import attached_adapter

@@ -41,17 +41,23 @@ class Example:
 
 @dataclass(frozen=True)
 class Task:
-    """An unlimited, exactly scored task.
+    """An exactly scored task.
 
     Attributes:
-        name: `word_problems`, `algebra` or `functions`.
-        example: (split, index) -> Example; pure, random access, any index >= 0.
+        name: `word_problems`, `algebra`, `functions` or `human_eval`.
+        example: (split, index) -> Example; pure, random access, any index >= 0 (below `count`).
         grade: (generated completion up to the end token, example) -> right or wrong.
+        count: test problems; None: no end.
+        max_new_tokens: enough for an answer.
+        stop: text at which an answer may be given up, as what follows is not graded.
     """
 
     name: str
     example: Callable[[str, int], Example]
     grade: Callable[[str, Example], bool]
+    count: int | None = None
+    max_new_tokens: int = 160
+    stop: tuple[str, ...] = ()
 
 
 def split_of(task: str, key: str) -> Split:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from functools import partial
 
-from nextblock.data.tasks.example import ANSWER_MARKER, Example, Task, draw, final_answer_is
+from nextblock.tasks.example import ANSWER_MARKER, Example, Task, draw, final_answer_is
 
 NAME = "algebra"
 

@@ -1,4 +1,4 @@
-"""Drafting in the check's own pass."""
+"""Drafting beside the free token, and in the check's own pass."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ import torch
 
 from decoders import language_model, prompt
 from families import FAMILIES, MASK_ID, tiny_model
-from nextblock.config.sections import validate
+from nextblock.config.sections import BlockDiffusionSettings, DraftAdapterConfig, validate
 from nextblock.decoding.batch import Batch
-from nextblock.decoding.draft_ahead import drafted, likeliest_points, with_masks
-from nextblock.decoding.drafts import Draft, lay_out
+from nextblock.decoding.drafts import Draft, free_block, lay_out, likeliest_points, masked_block, with_masks
 from nextblock.decoding.events import Stats
+from nextblock.decoding.lm import BlockDiffusionLM
 from nextblock.decoding.options import DecodingConfig
 from nextblock.decoding.rows import Row
+from nextblock.decoding.speculative import drafted
+from nextblock.model.draft_adapter import DraftAdapter
 
 
 def test_drafting_ahead_for_all_points_needs_no_pass_of_its_own():
@@ -28,13 +30,52 @@ def test_drafting_ahead_for_all_points_needs_no_pass_of_its_own():
         prompt(3), mode="speculative", max_new_tokens=23, draft_ahead=8, eos_token_id=[]
     )
     assert out.answers == [[0] * 23]
-    assert out.stats.row_forwards == {"prefill": 1, "check": 4}
+    assert out.stats.row_forwards == {"prefill": 1, "denoise": 1, "check": 3}
+
+
+FAMILIES_AND_WINDOWS = [*((name, None) for name in FAMILIES), ("mistral", 4), ("gemma3", 4), ("phi3", 4)]
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(
-    ("family", "window"), [*((name, None) for name in FAMILIES), ("mistral", 4), ("gemma3", 4), ("phi3", 4)]
-)
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize(("family", "window"), FAMILIES_AND_WINDOWS)
+def test_the_free_token_is_the_ar_head_s_and_the_block_beside_it_is_denoised_as_it_is_alone(family, window, adapted):
+    """The first place is a plain causal pass, which commits its keys; the block sees nothing of it."""
+    model: Any = tiny_model(family, **({} if window is None else {"sliding_window": window}))
+    texts, adapter, mask = [prompt(9)[0].tolist(), prompt(6)[0].tolist()], None, MASK_ID
+    plain = [model(torch.tensor([text])).logits[0] for text in texts]
+    if adapted:
+        adapter = DraftAdapter(model, DraftAdapterConfig(rank=3)).eval()
+        for parameter in adapter.parameters():
+            parameter.normal_(std=0.2)
+        adapter.merge_copies()
+        mask = adapter.mask_token_id
+    lm = BlockDiffusionLM(model, None, BlockDiffusionSettings(block_size=5, mask_token_id=mask), adapter)
+    options = validate(DecodingConfig, {"mode": "speculative", "block_size": 5})
+
+    def batch(rows):
+        made = Batch(lm.decoder, lm.settings, options, rows, Stats())
+        made.prefill()
+        return made
+
+    for chosen in ([0, 1], [1], [0]):  # rows of unequal length, and one alone, whose mask is a template's part
+        both = batch([Row(i, texts[i][:-2], limit=40, answer=texts[i][-2:-1]) for i in chosen])
+        known, starts = both.known()
+        hidden = both.forward(masked_block(both, known), starts, [True] * len(chosen), free_block(both))
+        after = both.forward(
+            torch.tensor([texts[i][-1:] for i in chosen]), [n + 1 for n in starts], [True] * len(chosen)
+        )
+        for index, i in enumerate(chosen):
+            found = lm.decoder.logits(torch.cat([hidden[index, :1], after[index]]))
+            torch.testing.assert_close(found, plain[i][-2:], rtol=1e-4, atol=1e-4)
+            alone = batch([Row(0, texts[i][:-2], limit=40)])
+            block = torch.tensor([[texts[i][-2]] + [mask] * 4])
+            expected = alone.forward(block, [len(texts[i]) - 2], [False])[0]
+            torch.testing.assert_close(hidden[index, 1:], expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("family", "window"), FAMILIES_AND_WINDOWS)
 def test_what_is_drafted_ahead_is_what_a_denoising_pass_drafts(family, window):
     """A group's hidden states equal those of a block that starts at the point of acceptance."""
     family_model: Any = tiny_model(family, **({} if window is None else {"sliding_window": window}))
@@ -52,10 +93,10 @@ def test_what_is_drafted_ahead_is_what_a_denoising_pass_drafts(family, window):
     draft = Draft(torch.tensor([text[-3:] for text in texts]), [3, 3])
     both = batch(rows)
     known, starts = both.known()
-    tree = lay_out(both, draft, known, starts)
-    tokens, groups = with_masks(both, tree.tokens, torch.tensor([[0, 2], [3, 1]]), starts)
+    tree = lay_out(both, draft, known)
+    tokens, groups = with_masks(both, tree.tokens, torch.tensor([[0, 2], [3, 1]]))
     hidden = both.forward(tokens, starts, [True, True], groups)
-    ahead = drafted(both, hidden, [4, 10])  # row 0: no draft was kept; row 1: one was
+    ahead = drafted(both, hidden, [0, 1], 4)  # row 0: no draft was kept; row 1: one was
     for index, points in enumerate(([0, 2], [3, 1])):
         text = texts[index]
         plain = family_model(torch.tensor([text])).logits[0, -4:]

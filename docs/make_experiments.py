@@ -1,0 +1,76 @@
+"""Write `docs/experiments.md` and its plots from the figures in `experiments/results`, so that none is typed by hand.
+
+python docs/make_experiments.py
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from nextblock.workflows.evidence import Results, markdown_table, plot
+from nextblock.workflows.experiment import Experiment, load_experiment
+from nextblock.workflows.experiments import place_of, read_results
+
+ROOT = Path(__file__).parents[1]
+ORDER = (
+    "table1", "table2", "figure3", "table5", "growth", "ar_weight", "first_token", "noise", "budget",
+)  # fmt: skip
+HEAD = """# Experiments
+
+<!-- Made by `python docs/make_experiments.py` from experiments/; do not edit. -->
+
+The claims of the method, in miniature: parents of 2 million parameters and less, about 1.2 million tokens a run.
+Each experiment is one file in `experiments/`, and one command runs what is missing of it:
+
+```sh
+nextblock experiment table1 --jobs 2
+```
+
+Arms share parent, data, their order, and the budget in tokens; only what is named differs. A figure is the mean over
+seeds with its 95 % interval (Student's t); below the arms stand the differences from the first arm, paired by seed.
+Each run's figures are in `experiments/results/NAME/ARM-SEED.json`. A small model on one task says little about a large
+one on many: read these as a check of the direction, not of the size, of an effect.
+"""
+NOTHING = "No runs yet.\n"
+
+
+def page() -> str:
+    """The whole page as Markdown."""
+    return "\n".join([HEAD, *(section(name, *read(name)) for name in ORDER)])
+
+
+def read(name: str) -> tuple[Experiment, Results]:
+    """An experiment and its figures."""
+    source = ROOT / "experiments" / f"{name}.yaml"
+    experiment = load_experiment(source)
+    return experiment, read_results(experiment, place_of(source, Path("runs")))
+
+
+def section(name: str, experiment: Experiment, results: Results) -> str:
+    """What one experiment asks, how to run it, and what came out."""
+    parts = [f"## {name}\n", f"{experiment.question}\n"]
+    if experiment.paper:
+        parts.append(f"The paper: {experiment.paper}\n")
+    parts.append(f"```sh\nnextblock experiment {name} --jobs 2\n```\n")
+    if not results:
+        return "\n".join([*parts, NOTHING])
+    parts += [markdown_table(experiment, results) + "\n", f"![{name}](experiments/{name}.svg)\n"]
+    if experiment.finding:
+        parts.append(f"{experiment.finding}\n")
+    return "\n".join(parts)
+
+
+def main() -> None:
+    """Write the page and the plots."""
+    folder = ROOT / "docs" / "experiments"
+    folder.mkdir(exist_ok=True)
+    for name in ORDER:
+        experiment, results = read(name)
+        if results:
+            plot(experiment, results).savefig(folder / f"{name}.svg", metadata={"Date": None})
+    (ROOT / "docs" / "experiments.md").write_text(page(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

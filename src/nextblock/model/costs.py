@@ -1,0 +1,197 @@
+"""What a pass of a model costs on this machine, by width and rows, and how many drafts pay by that.
+
+The costs are kept in the user's cache folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import warnings
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+import torch
+from pydantic import BaseModel, Field, ValidationError, model_validator
+from torch import nn
+
+from nextblock.config.files import write_whole
+
+Count = Annotated[int, Field(ge=1)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+@dataclass
+class Share:
+    """How many drafts were kept, of those kept or rejected; each time before counts `memory` as much.
+
+    An estimate starts from what is given here.
+    """
+
+    kept: float = 0.0
+    tried: float = 0.0
+    memory: float = 0.9
+
+    def learn(self, kept: float, tried: float) -> None:
+        """Take in what became of a draft."""
+        self.kept, self.tried = self.memory * self.kept + kept, self.memory * self.tried + tried
+
+    def chance(self, prior: float, weight: float = 4.0) -> float:
+        """Of a draft to be kept, if all before it are; with a prior that counts as many drafts as `weight` says."""
+        return (self.kept + weight * prior) / (self.tried + weight)
+
+
+@dataclass
+class Pause:
+    """When drafting that does not pay is tried again: after `first` cycles, then after 2, 4 and 8 times as many."""
+
+    wait: int = 0
+    cycles: int = 0
+
+    def decide(self, best: int, longest: int, first: int) -> int:
+        """Drafts of the next cycle, 0 for none: the `best` number while that pays, else now and then the `longest`."""
+        if best:
+            self.wait = self.cycles = 0
+            return best
+        self.cycles = self.cycles or first
+        self.wait = (self.wait or self.cycles) - 1
+        if self.wait:
+            return 0
+        self.cycles = min(2 * self.cycles, 8 * first)
+        return longest
+
+
+class Costs(BaseModel):
+    """Seconds of the passes of speculative decoding; what lies between measured sizes is interpolated.
+
+    of: the model and the machine, from `fingerprint`.
+    check: rows -> width -> a causal pass. draft: rows -> the pass that drafts.
+    share, pause: what was kept lately, and when drafting is tried again, in all greedy calls of this process.
+    """
+
+    of: dict[str, str] = Field(default_factory=dict)
+    check: dict[Count, dict[Count, Seconds]] = Field(default_factory=dict)
+    draft: dict[Count, Seconds] = Field(default_factory=dict)
+    share: Share = Field(default_factory=lambda: Share(1.6, 2.0, memory=0.97), exclude=True)
+    pause: Pause = Field(default_factory=Pause, exclude=True)
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if self.check.keys() != self.draft.keys() or any(1 not in line for line in self.check.values()):
+            raise ValueError("some passes are missing")
+        return self
+
+    def of_rows(self, rows: int, longest: int) -> tuple[list[float], float]:
+        """For so many rows: causal passes over 0 ... 1 + `longest` tokens (0: for nothing), and the draft's pass."""
+        widths = range(1, longest + 2)
+        here = {
+            width: _between({number: _between(line, width) for number, line in self.check.items()}, rows)
+            for width in widths
+        }
+        return [0.0, *here.values()], _between(self.draft, rows)
+
+
+NOMINAL = Costs(check={1: {1: 1.0, 16: 2.0}}, draft={1: 2.0})
+"""In steps of AR: for what must not depend on the machine."""
+
+
+def _between(points: dict[int, float], at: int) -> float:
+    """On the line between the two points around `at`; in front of all the first, behind them in proportion."""
+    known = sorted(points)
+    if at <= known[0]:
+        return points[known[0]]
+    if at >= known[-1]:
+        return points[known[-1]] * at / known[-1]
+    high = bisect_left(known, at)
+    low, high = known[high - 1], known[high]
+    return points[low] + (points[high] - points[low]) * (at - low) / (high - low)
+
+
+def kept_by(chances: Sequence[float]) -> list[float]:
+    """Of the first n drafts, n = 0, 1, ...: how many are kept, expected; each with its chance if all before are."""
+    kept, reached = [0.0], 1.0
+    for chance in chances:
+        reached *= chance
+        kept.append(kept[-1] + reached)
+    return kept
+
+
+def best_length(kept: Sequence[Sequence[float]], check: Sequence[float], draft: float, drafted: bool = False) -> int:
+    """The number n of drafts for which a cycle brings the most tokens in its time; 0: none.
+
+    All rows share the two passes of a cycle, so each may have as many drafts as any, up to the end of its list.
+
+    Args:
+        kept: of each row, from `kept_by`.
+        check: cost of a causal pass over 0, 1, ... tokens; draft: that of the pass that drafts.
+        drafted: the draft is made already. Else n = 0 stands for two plain passes.
+    """
+
+    def speed(n: int) -> float:
+        tokens = sum(2 + line[min(n, len(line) - 1)] for line in kept)
+        return tokens / (check[1 + n] + (draft if n or drafted else check[1]))
+
+    return max(range(max(map(len, kept))), key=speed)
+
+
+def fingerprint(model: nn.Module, *more: Any) -> dict[str, str]:
+    """What the cost of a pass depends on: shapes and dtypes of the model, and what else is told; and the machine."""
+    tensors = [(name, tuple(p.shape), str(p.dtype)) for name, p in model.named_parameters()]
+    device = next(model.parameters()).device
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else _processors()
+    return {
+        "model": hashlib.sha256(repr((tensors, more)).encode()).hexdigest()[:16],
+        "machine": f"{machine}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+    }
+
+
+def _processors() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return f"{os.cpu_count()} x {name}"
+
+
+def costs_file(of: dict[str, str]) -> Path:
+    """Where they are kept: nextblock/ in XDG_CACHE_HOME, or in ~/.cache."""
+    folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(folder) / "nextblock" / f"costs-{of['model']}.json"
+
+
+def first_pause(check: Sequence[float], draft: float) -> int:
+    """Cycles after which drafting is tried again, so that all tries take a hundredth of the time; 4 at least.
+
+    A try that ends without a check takes so much more as a pass that drafts costs more than a plain one.
+    """
+    return max(4, round(50 * (draft / check[1] - 1)))
+
+
+def read_costs(of: dict[str, str]) -> Costs:
+    """What is kept for this model and machine; else empty costs, after a warning if there is something of no use."""
+    path = costs_file(of)
+    try:
+        costs, why = Costs.model_validate_json(path.read_bytes()), ""
+        if costs.of == of:
+            return costs
+        why = f"are of another machine ({costs.of.get('machine', 'unknown')})"
+    except FileNotFoundError:
+        return Costs(of=of)
+    except (OSError, ValidationError):
+        why = "cannot be read"
+    warnings.warn(f"the costs of passes in {path} {why}; they are measured again", stacklevel=2)
+    return Costs(of=of)
+
+
+def write_costs(costs: Costs) -> None:
+    """Keep them for later processes, where the disk lets us."""
+    path = costs_file(costs.of)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps(costs.model_dump(), indent=1).encode())
+    except OSError as error:
+        warnings.warn(f"the costs of passes could not be kept in {path}: {error.strerror}", stacklevel=2)

@@ -1,0 +1,130 @@
+"""What the runs of an experiment say together: means with intervals over seeds, as a table and as a plot."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from matplotlib.figure import Figure
+
+from nextblock.measure.style import BLUE, LABEL, MUTED, ORANGE, canvas
+from nextblock.measure.words import DASH
+from nextblock.workflows.experiment import Experiment
+
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+"""0.975 quantiles of Student's t with 1, 2, ... degrees of freedom."""
+
+Results = Mapping[tuple[str, int], Mapping[str, Any]]  # of `read_results`
+
+
+class Estimate(NamedTuple):
+    """Mean over seeds, half the width of its 95 % interval (nan for one seed), and the number of seeds."""
+
+    mean: float
+    half: float
+    seeds: int
+
+    def apart(self, other: Estimate) -> bool:
+        """Whether the two intervals have nothing in common."""
+        return abs(self.mean - other.mean) > self.half + other.half
+
+    def __str__(self) -> str:
+        digits = 2 if abs(self.mean) >= 1 else 3
+        return f"{self.mean:.{digits}f}" + ("" if math.isnan(self.half) else f" ± {self.half:.{digits}f}")
+
+
+def estimate(values: list[float]) -> Estimate:
+    """Mean and 95 % interval by Student's t, the runs taken as independent and their figures as normal."""
+    count = len(values)
+    if count < 2:
+        return Estimate(values[0], math.nan, count)
+    quantile = STUDENT[count - 2] if count - 2 < len(STUDENT) else 1.96
+    return Estimate(statistics.mean(values), quantile * statistics.stdev(values) / math.sqrt(count), count)
+
+
+def estimates(experiment: Experiment, results: Results) -> dict[str, dict[str, Estimate]]:
+    """For each figure, in the order to be shown, the estimate of each arm that has it."""
+    names = list(dict.fromkeys(name for one in results.values() for name in one["figures"]))
+    found = {}
+    for name in experiment.figures or names:
+        values: dict[str, list[float]] = {arm: [] for arm in experiment.arms}
+        for (arm, _), one in results.items():
+            if name in one["figures"]:
+                values[arm].append(one["figures"][name])
+        found[name] = {arm: estimate(some) for arm, some in values.items() if some}
+    return found
+
+
+def differences(experiment: Experiment, results: Results, name: str) -> dict[str, Estimate]:
+    """For each arm but the first, a figure's difference from the first arm's, paired by seed."""
+    first, *others = experiment.arms
+
+    def value(arm: str, seed: int) -> float | None:
+        return results.get((arm, seed), {"figures": {}})["figures"].get(name)
+
+    found = {}
+    for arm in others:
+        pairs = [(value(arm, seed), value(first, seed)) for seed in experiment.seeds]
+        gaps = [one - other for one, other in pairs if one is not None and other is not None]
+        if gaps:
+            found[arm] = estimate(gaps)
+    return found
+
+
+def markdown_table(experiment: Experiment, results: Results) -> str:
+    """A row for each arm, a column for each figure: mean ± half of the 95 % interval, and below it the paired
+    difference from the first arm."""
+    shown = estimates(experiment, results)
+    gaps = {name: differences(experiment, results, name) for name in shown}
+    lines = ["| arm | seeds | " + " | ".join(shown) + " |", "|---|---|" + "---|" * len(shown)]
+    for arm in experiment.arms:
+        count = sum(one == arm for one, _ in results)
+        cells = [str(by_arm.get(arm, DASH)) for by_arm in shown.values()]
+        lines.append(f"| {arm} | {count} | " + " | ".join(cells) + " |")
+    first, *others = experiment.arms
+    for arm in others:
+        cells = [f"{gap.mean:+.3f} ± {gap.half:.3f}" if (gap := gaps[name].get(arm)) else DASH for name in shown]
+        lines.append(f"| *{arm} less {first}* | | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def plot(experiment: Experiment, results: Results) -> Figure:
+    """A panel for each figure: a dot for each seed, and the mean with its 95 % interval. Arms that are numbers are
+    drawn against these."""
+    shown = estimates(experiment, results)
+    arms = list(experiment.arms)
+    numeric = all(_is_number(arm) for arm in arms)
+    columns = min(3, len(shown))
+    rows = math.ceil(len(shown) / columns)
+    height = 2.4 if numeric else 0.9 + 0.32 * len(arms)
+    figure, axes = canvas(rows, columns, (3.4 * columns, height * rows), layout="constrained")
+    for panel, (name, by_arm) in zip(axes.flat, shown.items(), strict=False):
+        at = {arm: float(arm) if numeric else -arms.index(arm) for arm in by_arm}
+        seeds = [(at[arm], one["figures"][name]) for (arm, _), one in results.items() if name in one["figures"]]
+        means = [(at[arm], found.mean, 0 if math.isnan(found.half) else found.half) for arm, found in by_arm.items()]
+        places, values, halves = map(list, zip(*means, strict=True))
+        style: dict[str, Any] = {"color": BLUE, "marker": "o", "markersize": 5, "capsize": 3, "linewidth": 1.4}
+        if numeric:
+            panel.plot(*zip(*seeds, strict=True), ".", color=ORANGE, alpha=0.5, markersize=4)
+            panel.errorbar(places, values, yerr=halves, **style)
+            panel.set_xscale("log", base=2)
+            panel.set_xticks(places, list(by_arm))
+            panel.minorticks_off()
+        else:
+            panel.plot(*zip(*[(value, place) for place, value in seeds], strict=True), ".", color=ORANGE, alpha=0.5)
+            panel.errorbar(values, places, xerr=halves, linestyle="", **style)
+            panel.set_yticks(places, list(by_arm), color=MUTED)
+            panel.set_ylim(-len(arms) + 0.4, 0.6)
+        panel.set_title(name, **LABEL)
+    for panel in list(axes.flat)[len(shown) :]:
+        panel.remove()
+    return figure
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return float(text) > 0
+    except ValueError:
+        return False

@@ -1,0 +1,129 @@
+"""An experiment: arms that differ in what is named and share the rest, each run with several seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, field_validator
+
+from nextblock.config.errors import UsageError, nearest
+from nextblock.config.files import read_yaml
+from nextblock.config.run import AdaptConfig, load_config
+from nextblock.config.sections import Section, validate
+from nextblock.decoding.options import DecodingConfig
+from nextblock.tasks import Task, get_task
+
+PARENT = "parent:"
+"""In front of the name of one of the experiment's own parents, in `model.path`."""
+
+
+class Score(DecodingConfig):
+    """What a score asks for: greedy answers to the first held-out problems of a task."""
+
+    task: str = Field(default="word_problems", description="built-in task")
+    examples: int = Field(default=200, ge=1, description="held-out prompts")
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> tuple[Task, int, dict[str, Any]]:
+        """The task, the number of prompts, and the options of `generate` that are given.
+
+        Raises:
+            UsageError: an unknown task or option.
+        """
+        score = validate(cls, options)
+        given = {name: getattr(score, name) for name in options if name in DecodingConfig.model_fields}
+        return get_task(score.task), score.examples, given
+
+
+class Experiment(Section):
+    """One file of `experiments/`."""
+
+    question: str = Field(description="what the arms are to tell")
+    paper: str = Field(default="", description="what the paper says to it, and where")
+    finding: str = Field(default="", description="what came out, and what a user should choose")
+    seeds: tuple[int, ...] = Field(default=(0, 1, 2, 3, 4), min_length=1, description="of data, noise and weights")
+    base: dict[str, Any] = Field(description="the configuration that all arms share")
+    parents: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="configurations of parents that are trained first; `model.path: parent:NAME`"
+    )
+    arms: dict[str, dict[str, Any]] = Field(
+        min_length=1,
+        description="for each arm, the keys (`growth.b_max`) in which it differs; the first is compared to",
+    )
+    score: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="what each trained model is asked, as `Score` has it"
+    )
+    figures: tuple[str, ...] = Field(default=(), description="which figures are shown, in this order; default: all")
+
+    @field_validator("arms", mode="before")
+    @classmethod
+    def _empty(cls, arms: Any) -> Any:
+        """An arm that differs in nothing is written as a name alone."""
+        return {str(name): keys or {} for name, keys in arms.items()} if isinstance(arms, Mapping) else arms
+
+    def config(self, arm: str, seed: int, output: Path, parents: Path) -> AdaptConfig:
+        """The run of one arm with one seed. `parents`: the folder that holds the experiment's own parents.
+
+        Raises:
+            UsageError: an unknown arm, or a configuration that is refused; both are named.
+        """
+        if arm not in self.arms:
+            raise UsageError(f"there is no arm '{arm}'{nearest(arm, list(self.arms))}")
+        keys = {**self.arms[arm], "training.seed": seed, "output": str(output)}
+        try:
+            config = load_config(self.base, keys)
+        except UsageError as error:
+            raise UsageError(f"arm {arm}: {error}") from None
+        path = config.model.path or ""
+        if not path.startswith(PARENT):
+            return config
+        name = path.removeprefix(PARENT)
+        if name not in self.parents:
+            raise UsageError(f"arm {arm}: there is no parent '{name}'{nearest(name, [*self.parents])}")
+        return load_config(self.base, {**keys, "model.path": str(parents / name)})
+
+    def parent(self, name: str, output: Path) -> AdaptConfig:
+        """The run that trains one of the experiment's own parents."""
+        try:
+            return load_config(self.parents[name], {"output": str(output)})
+        except UsageError as error:
+            raise UsageError(f"parent {name}: {error}") from None
+
+
+def find_experiment(argument: str) -> Path:
+    """A YAML path as given, or the experiment of that name in the folder `experiments`."""
+    path = Path(argument)
+    if path.is_file():
+        return path
+    names = sorted(one.stem for one in Path("experiments").glob("*.yaml"))
+    if argument not in names:
+        cure = nearest(argument, names) if names else "; give a YAML file, or run this beside the folder experiments/"
+        raise UsageError(f"there is no experiment '{argument}'{cure}")
+    return Path("experiments") / f"{argument}.yaml"
+
+
+def load_experiment(path: Path) -> Experiment:
+    """Read an experiment and check every arm of it.
+
+    Raises:
+        UsageError: an unreadable file, an unknown key, or an arm that is refused.
+    """
+    try:
+        values = read_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot read the experiment {path}: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UsageError(f"experiment {path}: expected a mapping with question, base and arms")
+    experiment = validate(Experiment, values)
+    for arm in experiment.arms:
+        experiment.config(arm, experiment.seeds[0], Path("output"), Path("parents"))
+    for name in experiment.parents:
+        experiment.parent(name, Path("output"))
+    for name, options in experiment.score.items():
+        try:
+            Score.of(options)
+        except UsageError as error:
+            raise UsageError(f"score {name}: {error}") from None
+    return experiment

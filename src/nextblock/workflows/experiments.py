@@ -1,0 +1,237 @@
+"""Runs every arm of an experiment with every seed: what is finished is skipped, what was stopped goes on.
+
+Each run is a process of its own with one thread, so that a machine runs as many side by side as it has cores, and
+so that the figures of a run do not depend on what ran before it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from nextblock.config.errors import UsageError
+from nextblock.config.files import locked, make_folder, write_whole
+from nextblock.config.run import AdaptConfig, stage_configs
+from nextblock.decoding.lm import BlockDiffusionLM, load
+from nextblock.measure.accuracy import score_task
+from nextblock.measure.machine import environment
+from nextblock.measure.progress import Update
+from nextblock.measure.report import read_log
+from nextblock.training.run import LOG
+from nextblock.workflows.adapt import adapt
+from nextblock.workflows.experiment import Experiment, Score
+
+LAST_SHARE = 4  # the last quarter of a run: its losses are told
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an experiment is kept.
+
+    source: its YAML file.
+    runs: folder of checkpoints, logs and what the processes print; of no more use once the figures are there.
+    results: folder of one JSON file for each run.
+    """
+
+    source: Path
+    runs: Path
+    results: Path
+
+    def result(self, arm: str, seed: int) -> Path:
+        """The figures of one run."""
+        return self.results / f"{arm}-{seed}.json"
+
+    def run(self, arm: str, seed: int) -> Path:
+        """The folder of one run."""
+        return self.runs / f"{arm}-{seed}"
+
+    @property
+    def parents(self) -> Path:
+        """The folder of the experiment's own parents."""
+        return self.runs / "parents"
+
+
+def place_of(source: Path, runs: Path) -> Place:
+    """Runs in a folder of the experiment's name under `runs`; results beside the YAML file, in `results`."""
+    return Place(source, runs / source.stem, source.parent / "results" / source.stem)
+
+
+def fingerprint(experiment: Experiment, arm: str) -> str:
+    """What a run's figures depend on, but for its seed, as a short hash."""
+    said = [experiment.base, experiment.arms[arm], experiment.parents, experiment.score]
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def read_results(experiment: Experiment, place: Place) -> dict[tuple[str, int], dict[str, Any]]:
+    """The figures that are there, by arm and seed.
+
+    Raises:
+        UsageError: a file that cannot be read, or that belongs to another version of the experiment.
+    """
+    found = {}
+    for arm, seed in wanted_runs(experiment):
+        path = place.result(arm, seed)
+        if not path.is_file():
+            continue
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            same = stored["fingerprint"] == fingerprint(experiment, arm)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UsageError(f"{path} holds no figures ({type(error).__name__}); delete it and run again") from None
+        if not same:
+            raise UsageError(
+                f"{path} was made by another version of {place.source}: base, arm, parents or scores differ; "
+                "move it away and run again, or take the changes back"
+            )
+        found[arm, seed] = stored
+    return found
+
+
+def wanted_runs(experiment: Experiment) -> list[tuple[str, int]]:
+    """All runs, seed by seed, so that after each seed every arm has as many runs."""
+    return [(arm, seed) for seed in experiment.seeds for arm in experiment.arms]
+
+
+def run_experiment(
+    experiment: Experiment, place: Place, jobs: int, on_step: Update = lambda done, total, what="": None
+) -> None:
+    """Run what is missing, `jobs` runs side by side.
+
+    Args:
+        on_step: told of the optimizer steps done, those of all that is missing, and the runs at work.
+    Raises:
+        UsageError: another process runs this experiment, or a run failed; the others have ended, too.
+    """
+    make_folder(place.results)
+    with locked(place.runs):
+        make_folder(place.parents)
+        names = [name for name in experiment.parents if not (place.parents / name / "config.json").is_file()]
+        parents = [(["--parent", name], place.parents / name) for name in names]
+        done = read_results(experiment, place)
+        missing = [one for one in wanted_runs(experiment) if one not in done]
+        runs = [(["--arm", arm, "--seed", str(seed)], place.run(arm, seed)) for arm, seed in missing]
+        total = sum(_steps(experiment.parent(name, Path("output"))) for name in names)
+        total += sum(_steps(experiment.config(arm, seed, Path("o"), Path("p"))) for arm, seed in missing)
+        total += len(runs)  # for measuring, which counts as one more step
+        folders = [folder for _, folder in parents + runs]
+
+        def tell(at_work: Sequence[Path]) -> None:
+            steps = sum(_steps_done(folder) for folder in folders)
+            measured = sum(place.result(arm, seed).is_file() for arm, seed in missing)
+            on_step(min(steps + measured, total), total, ", ".join(folder.name for folder in at_work))
+
+        for part in (parents, runs):  # an arm may start from any of the parents
+            _run_processes(place, part, jobs, tell)
+
+
+def _steps(config: AdaptConfig) -> int:
+    return sum(stage.training.steps for stage in stage_configs(config))
+
+
+def _steps_done(folder: Path) -> int:
+    """Lines of steps in a run's log; a finished run has all."""
+    logs = folder.glob(f"**/{LOG}")
+    return sum(line.startswith(b'{"step"') for log in logs for line in log.read_bytes().splitlines())
+
+
+def _run_processes(place: Place, wanted: Sequence[tuple[list[str], Path]], jobs: int, tell: Any) -> None:
+    """Run each in a process of its own, at most `jobs` at a time; the first that fails ends the others."""
+    waiting, running = list(wanted), {}
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                arguments, folder = waiting.pop(0)
+                command = [sys.executable, "-m", "nextblock", "experiment", str(place.source), *arguments]
+                with folder.with_suffix(".out").open("ab") as out:
+                    process = subprocess.Popen(
+                        [*command, "--runs", str(place.runs.parent)], stdout=out, stderr=out, env=environ
+                    )
+                running[process] = folder
+            time.sleep(0.5)
+            tell(list(running.values()))
+            for process in [one for one in running if one.poll() is not None]:
+                folder = running.pop(process)
+                if process.returncode:
+                    said = folder.with_suffix(".out").read_text(encoding="utf-8", errors="replace").splitlines()
+                    reason = next((line for line in reversed(said) if line.strip()), "it said nothing")
+                    raise UsageError(f"the run {folder.name} failed ({folder.with_suffix('.out')}): {reason}")
+    finally:
+        for process in running:
+            process.terminate()  # a run that is told so saves where it is
+        for process in running:
+            process.wait()
+
+
+def run_parent(experiment: Experiment, place: Place, name: str) -> None:
+    """Train one of the experiment's own parents."""
+    adapt(experiment.parent(name, place.parents / name), resume=True)
+
+
+def run_one(experiment: Experiment, place: Place, arm: str, seed: int) -> dict[str, Any]:
+    """Train one arm with one seed, measure it, and write its figures.
+
+    Returns:
+        What was written: `figures` is name -> number.
+    """
+    folder = place.run(arm, seed)
+    config = experiment.config(arm, seed, folder, place.parents)
+    result = adapt(config, resume=True)
+    if not result.finished:
+        raise UsageError(f"the run {folder.name} was stopped at step {result.steps}; run the experiment again")
+    stored = {
+        "arm": arm,
+        "seed": seed,
+        "fingerprint": fingerprint(experiment, arm),
+        "figures": {**training_figures(folder, result.results), **score_figures(experiment, load(folder))},
+        "training": {name: result.results["training"][name] for name in ("steps", "tokens", "seconds")},
+        "environment": environment(torch.device("cpu")),
+    }
+    write_whole(place.result(arm, seed), (json.dumps(stored, indent=1) + "\n").encode())
+    return stored
+
+
+def training_figures(folder: Path, results: dict[str, Any]) -> dict[str, float]:
+    """Losses of the last quarter of the steps, how far the diffusion loss swings there, and held-out bits per byte.
+
+    The swing is the standard deviation of the difference of one step's loss and the next one's, over the mean loss:
+    a slow change of the loss does not count.
+    """
+    steps = read_log(folder / LOG)
+    found: dict[str, float] = {}
+    for name, key in (("diffusion loss", "diffusion_loss"), ("AR loss", "ar_loss")):
+        losses = np.array(
+            [one[key] for one in steps[-len(steps) // LAST_SHARE :] if one[key] is not None], dtype=float
+        )
+        if losses.size:
+            found[name] = float(losses.mean())
+        if name == "diffusion loss" and losses.size > 1:
+            found["swing of the diffusion loss"] = float(np.diff(losses).std() / losses.mean())
+    for one in results.get("bits_per_byte", ()):
+        if one["model"] == "adapted":
+            found[f"bits per byte, {one['measure']}"] = one["value"]
+    return found
+
+
+def score_figures(experiment: Experiment, lm: BlockDiffusionLM) -> dict[str, float]:
+    """Accuracy and tokens per forward of each score that the experiment names."""
+    return dict(_scores(experiment, lm))
+
+
+def _scores(experiment: Experiment, lm: BlockDiffusionLM) -> Iterator[tuple[str, float]]:
+    for name, options in experiment.score.items():
+        task, examples, given = Score.of(options)
+        score, _ = score_task(lm, task, examples=examples, **given)
+        yield f"{name}: accuracy", score.accuracy
+        yield f"{name}: tokens per forward", score.tokens_per_forward

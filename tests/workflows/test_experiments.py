@@ -1,0 +1,203 @@
+"""Experiments: every run once, whatever stopped it; error bars that are those of the textbook."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from nextblock.config.errors import UsageError
+from nextblock.config.files import LOCK, locked
+from nextblock.workflows.evidence import Estimate, differences, estimate, estimates, markdown_table, plot
+from nextblock.workflows.experiment import Experiment, find_experiment, load_experiment
+from nextblock.workflows.experiments import (
+    place_of,
+    read_results,
+    run_experiment,
+    run_one,
+    training_figures,
+    wanted_runs,
+)
+
+ROOT = Path(__file__).parents[2]
+TINY: dict[str, Any] = {
+    "question": "Does the clean half matter?",
+    "seeds": [0, 1],
+    "base": {
+        "model": {
+            "tokenizer": "bytes",
+            "scratch": {
+                "model_type": "llama", "vocab_size": 264, "hidden_size": 32, "intermediate_size": 32,
+                "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2,
+                "max_position_embeddings": 256, "eos_token_id": 256, "pad_token_id": 256, "bos_token_id": None,
+            },
+        },
+        "data": {"sources": [{"path": "task:algebra"}], "row_length": 64},
+        "growth": {"b_0": 4, "b_max": 4},
+        "training": {"steps": 4, "batch_rows": 2, "evaluate_rows": 2},
+    },
+    "arms": {"causal": None, "block": {"recipe.context": "block_causal"}},
+    "score": {"diffusion": {"mode": "diffusion", "threshold": 0.5, "examples": 2, "max_new_tokens": 4}},
+}  # fmt: skip
+
+
+def written(folder: Path, **changes: Any) -> Path:
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump({**TINY, **changes}, sort_keys=False))
+    return path
+
+
+def fake(values: dict[str, list[float]]) -> dict[tuple[str, int], dict[str, Any]]:
+    return {(arm, seed): {"figures": {"loss": v}} for arm, row in values.items() for seed, v in enumerate(row)}
+
+
+def test_every_run_is_made_once_and_gives_the_figures_of_a_run_alone(tmp_path):
+    source = written(tmp_path, seeds=[1])
+    experiment, place = load_experiment(source), place_of(source, tmp_path / "runs")
+    told: list[tuple[int, int]] = []
+    run_experiment(experiment, place, jobs=2, on_step=lambda done, total, what="": told.append((done, total)))
+    assert told[-1] == (10, 10)  # two runs of four steps, and of one measurement
+    results = read_results(experiment, place)
+    assert list(results) == wanted_runs(experiment) == [("causal", 1), ("block", 1)]
+    for one in results.values():
+        assert one["figures"]["diffusion: accuracy"] in (0, 0.5, 1)
+        assert one["figures"]["bits per byte, diffusion (bound)"] > 1
+        assert one["training"]["steps"] == 4
+    causal, block = results.values()
+    assert causal["training"]["tokens"] == block["training"]["tokens"], "arms of one seed read the same rows"
+    assert causal["figures"] != block["figures"]
+
+    alone = place_of(source, tmp_path / "alone")
+    place.result("block", 1).unlink()
+    assert run_one(experiment, alone, "block", 1)["figures"] == block["figures"]
+    before = {path: path.stat().st_mtime_ns for path in place.results.iterdir()}
+    run_experiment(experiment, place, jobs=1)  # nothing is missing
+    assert before == {path: path.stat().st_mtime_ns for path in place.results.iterdir()}
+
+
+def test_a_killed_experiment_goes_on_to_the_same_figures(tmp_path):
+    longer = {**TINY["base"], "training": {"steps": 60, "batch_rows": 2, "evaluate_rows": 0, "checkpoint_every": 5}}
+    source = written(tmp_path, base=longer, seeds=[0], arms={"causal": None}, score={})
+    experiment, place = load_experiment(source), place_of(source, tmp_path / "runs")
+    command = [sys.executable, "-m", "nextblock", "experiment", str(source), "--runs", str(tmp_path / "runs")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
+    checkpoints = place.run("causal", 0) / "checkpoints"
+    deadline = time.monotonic() + 120
+    while not (checkpoints.is_dir() and any(checkpoints.iterdir())) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not read_results(experiment, place)
+    while place.run("causal", 0).joinpath(LOCK).exists() and time.monotonic() < deadline:  # the run dies on its own
+        try:
+            with locked(place.run("causal", 0)):
+                break
+        except UsageError:
+            time.sleep(0.02)
+    resumed = run_one(experiment, place, "causal", 0)
+    undisturbed = run_one(experiment, place_of(source, tmp_path / "other"), "causal", 0)
+    assert resumed["figures"] == undisturbed["figures"]
+
+
+def test_a_run_that_fails_is_named_with_its_reason(tmp_path):
+    source = written(tmp_path, base={**TINY["base"], "data": {"sources": [{"path": "none.txt"}], "row_length": 64}})
+    place = place_of(source, tmp_path / "runs")
+    with pytest.raises(UsageError, match=r"the run causal-0 failed .*error: .*none\.txt"):
+        run_experiment(load_experiment(source), place, jobs=1)
+    assert not list(place.results.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"arms": {"a": {"growth.bmax": 4}}}, "arm a: unknown key 'growth.bmax'; did you mean 'b_max'"),
+        ({"arms": {"a": {"growth.b_max": 3}}}, "arm a: growth.b_0=4 is larger than growth.b_max=3"),
+        ({"arms": {"a": {"model.path": "parent:smal", "model.scratch": None}}}, "there is no parent 'smal'"),
+        ({"arms": {}}, "arms"),
+        ({"seeds": []}, "seeds"),
+        ({"questions": "a"}, "unknown key 'questions'; did you mean 'question'"),
+        ({"base": {"data": {"sources": []}}}, "arm causal: data.sources"),
+        ({"parents": {"p": {"data": {}}}}, "parent p: data.sources is missing"),
+        ({"score": {"a": {"mode": "diffusio"}}}, "score a: .*did you mean 'diffusion'"),
+        ({"score": {"a": {"task": "algebr"}}}, "score a: task 'algebr' does not exist"),
+        ({"score": {"a": {"mode": "ar", "tresh": 1}}}, "score a: .*tresh"),
+    ],
+)
+def test_a_bad_experiment_is_refused_in_one_line_before_anything_runs(tmp_path, changes, words):
+    with pytest.raises(UsageError, match=words) as error:
+        load_experiment(written(tmp_path, **changes))
+    assert "\n" not in str(error.value)
+
+
+def test_an_experiment_is_found_by_its_name_or_named_as_missing(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert find_experiment("table1") == Path("experiments/table1.yaml")
+    with pytest.raises(UsageError, match="there is no experiment 'tabel1'; did you mean 'table1'"):
+        find_experiment("tabel1")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="give a YAML file"):
+        find_experiment("table1")
+
+
+def test_figures_of_another_version_of_an_experiment_are_not_mixed_in(tmp_path):
+    source = written(tmp_path)
+    experiment, place = load_experiment(source), place_of(source, tmp_path / "runs")
+    place.results.mkdir(parents=True)
+    place.result("causal", 0).write_text('{"fingerprint": "0", "figures": {}}')
+    with pytest.raises(UsageError, match=r"causal-0\.json was made by another version of .*tiny\.yaml"):
+        read_results(experiment, place)
+    place.result("causal", 0).write_text("{")
+    with pytest.raises(UsageError, match="holds no figures"):
+        read_results(experiment, place)
+
+
+def test_every_shipped_experiment_is_valid():
+    files = sorted((ROOT / "experiments").glob("*.yaml"))
+    assert len(files) >= 9
+    for path in files:
+        experiment = load_experiment(path)
+        assert len(experiment.seeds) >= 5
+
+
+def test_intervals_are_those_of_the_textbook():
+    # Student's t with 4 degrees of freedom: 2.776; the sample's standard deviation is sqrt(2.5).
+    found = estimate([1, 2, 3, 4, 5])
+    assert found.mean == 3
+    assert found.half == pytest.approx(2.776 * math.sqrt(2.5 / 5), rel=1e-3)
+    assert math.isnan(estimate([1.0]).half)
+    assert Estimate(1, 0.4, 5).apart(Estimate(2, 0.5, 5))
+    assert not Estimate(1, 0.6, 5).apart(Estimate(2, 0.5, 5))
+
+
+def test_differences_are_paired_by_seed(tmp_path):
+    experiment = Experiment.model_validate({**TINY, "seeds": [0, 1, 2]})
+    results = fake({"causal": [1.0, 5.0, 9.0], "block": [2.0, 6.0, 10.0]})
+    shown = markdown_table(experiment, results).splitlines()
+    assert len(shown) == 5
+    assert shown[2].startswith("| causal | 3 | 5.00 ±")
+    assert shown[4] == "| *block less causal* | | +1.000 ± 0.000 |"
+    plot(experiment, results).savefig(tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 5000
+    assert estimates(experiment, results)["loss"]["causal"].half > 5
+    assert differences(experiment, results, "loss") == {"block": Estimate(1, 0, 3)}
+    del results["block", 1]
+    assert differences(experiment, results, "loss")["block"].seeds == 2
+
+
+def test_the_swing_of_a_loss_is_that_from_step_to_step(tmp_path):
+    def swing(losses: list[float]) -> float:
+        lines = [json.dumps({"step": i, "diffusion_loss": x, "ar_loss": None}) for i, x in enumerate(losses)]
+        (tmp_path / "log.jsonl").write_text("\n".join(lines) + "\n")
+        return training_figures(tmp_path, {})["swing of the diffusion loss"]
+
+    assert swing([9.0] * 24 + [4.0, 3.5, 3.0, 2.5, 2.0, 1.5, 1.0, 0.5]) == pytest.approx(0)
+    assert swing([9.0] * 24 + [1.0, 3.0] * 4) > 0.9

@@ -1,0 +1,64 @@
+"""Text that is scored: the same from any kind of file and in any batch, and bad input in one line."""
+
+from __future__ import annotations
+
+import json
+
+import datasets
+import pytest
+
+import nextblock as nb
+from nextblock.config.sections import Source
+from nextblock.workflows.text_likelihood import text_likelihood
+
+TEXTS = [f"Q: Leo has {n} bags with {n + 2} coins in each.\nA: {n * (n + 2)}." for n in range(3, 9)]
+
+
+@pytest.fixture(scope="module")
+def lm() -> nb.BlockDiffusionLM:
+    return nb.load("tiny-bd", device="cpu")
+
+
+def score(lm, path, field="text", **options):
+    source = Source(path=str(path), text_field=field, split="test")
+    return text_likelihood(lm, source, block_sizes=[1, 4], draws=2, row_length=80, **options)
+
+
+def figures(found):
+    return [(one.measure, one.block_size, one.bytes, one.tokens, pytest.approx(one.value)) for one in found]
+
+
+def test_jsonl_parquet_and_hub_rows_of_the_same_texts_cost_the_same_in_any_batch(lm, tmp_path, monkeypatch):
+    rows = [{"body": text} for text in TEXTS]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
+    hub = datasets.Dataset.from_list(rows).to_iterable_dataset()
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: hub)
+    done: list[tuple[int, int]] = []
+    found = score(lm, tmp_path / "a.jsonl", "body", batch_rows=1, on_documents=lambda *at: done.append(at))
+    assert done[-1] == (6, 6)
+    assert figures(score(lm, tmp_path / "a.parquet", "body", batch_rows=4)) == figures(found)
+    assert figures(score(lm, "owner/name", "body")) == figures(found)
+
+
+def test_blocks_of_one_cost_what_ar_does_and_nothing_is_drawn(lm, tmp_path):
+    (tmp_path / "a.txt").write_text("\n".join(TEXTS))
+    exact, ones, fours = score(lm, tmp_path / "a.txt")
+    assert ones.value == pytest.approx(exact.value, rel=1e-6)
+    assert ones.standard_error == 0 == exact.standard_error
+    assert fours.standard_error > 0
+    nats = exact.value * exact.bytes * 0.6931471805599453
+    assert exact.perplexity == pytest.approx(2.718281828459045 ** (nats / exact.tokens))
+
+
+def test_bad_input_ends_in_one_line(lm, tmp_path):
+    (tmp_path / "a.txt").write_text("a")
+    with pytest.raises(nb.UsageError, match="task:algebra has no end"):
+        score(lm, "task:algebra")
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n')
+    with pytest.raises(nb.UsageError, match="no field 'title'"):
+        score(lm, tmp_path / "a.jsonl", "title")
+    with pytest.raises(nb.UsageError, match="each must be at least 1"):
+        text_likelihood(lm, Source(path=str(tmp_path / "a.txt")), block_sizes=[4, 0])
+    with pytest.raises(nb.UsageError, match="has no block_diffusion settings"):
+        text_likelihood(nb.load("tiny-ar"), Source(path=str(tmp_path / "a.txt")), block_sizes=[4])
