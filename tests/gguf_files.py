@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -60,14 +62,15 @@ def write_gguf(
     *,
     kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
     architecture: str = "llama",
-    values: dict[str, str | int] | None = None,
-    more: dict[str, np.ndarray] | None = None,
+    values: Mapping[str, str | int] | None = None,
+    more: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write `model`, matrices in `kind`; of a quantized kind the model takes the rounded weights too.
 
     values: further values of the header. more: further tensors.
     """
-    config, writer = model.config, gguf.GGUFWriter(str(file), architecture)
+    config: Any = model.config
+    writer: Any = gguf.GGUFWriter(str(file), architecture)
     writer.add_name("tiny")
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -91,8 +94,8 @@ def write_gguf(
         (writer.add_string if isinstance(value, str) else writer.add_uint32)(name, value)
     for name, tensor in named_tensors(model):
         weight = tensor.detach().numpy()
+        heads = config.num_attention_heads if "attn_q" in name else config.num_key_value_heads
         if name.endswith(("attn_q.weight", "attn_k.weight")):
-            heads = config.num_attention_heads if "attn_q" in name else config.num_key_value_heads
             weight = rotary_order(weight, heads)
         if weight.ndim == 1 or kind == gguf.GGMLQuantizationType.F32:
             writer.add_tensor(name, weight)

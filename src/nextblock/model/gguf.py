@@ -130,7 +130,7 @@ def architectures() -> list[str]:
 
     kinds = set(reading.GGUF_SUPPORTED_ARCHITECTURES)
     try:  # newer releases read some by another way
-        from transformers.integrations.gguf import GGUF_CONFIG_ARCHS
+        from transformers.integrations.gguf.gguf_config_mapping import GGUF_CONFIG_ARCHS
     except ImportError:
         GGUF_CONFIG_ARCHS = ()
     return sorted(kinds.union(GGUF_CONFIG_ARCHS) - {"general", "tokenizer"})
