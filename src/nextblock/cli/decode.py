@@ -21,6 +21,7 @@ from nextblock.cli.options import (
 )
 from nextblock.config.errors import UsageError
 from nextblock.config.files import write_whole
+from nextblock.config.sections import with_gguf
 from nextblock.decoding.options import resolve_config
 
 Prompts = Annotated[
@@ -65,7 +66,7 @@ def generate(
         if prompts or live or stats:
             raise UsageError("--input does not go with prompts on the command line, --live or --stats; leave them out")
         options |= {**loading_options(given), "examples": examples, "batch_size": batch_size, "seed": seed or 0}
-        _answer_file(model, source, output, **options)
+        _answer_file(with_gguf(model, options.pop("gguf_file")), source, output, **options)
         return
     from nextblock.data.records import check_characters
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from nextblock.cli.options import (
+    GgufFile,
     MaxNewTokens,
     Model,
     Modes,
@@ -26,6 +27,7 @@ from nextblock.cli.options import (
     thresholds_of,
 )
 from nextblock.config.errors import UsageError
+from nextblock.config.sections import with_gguf
 
 TEXT = "Scoring text"
 Likelihood = Annotated[
@@ -288,6 +290,7 @@ def verify(
     ] = None,
     attention: Annotated[str, typer.Option(help="auto, sdpa, flex_attention or eager")] = "auto",
     settings: Settings = None,
+    gguf_file: GgufFile = None,
 ) -> None:
     """Run the identities that define "correct" on your own model, and print a table; exit status 1 if one fails."""
     from nextblock.measure.bench.command import wide_console
@@ -296,7 +299,9 @@ def verify(
     from nextblock.measure.progress import progress
 
     with progress("verifying") as update:
-        checks = run(model, mask_token=mask_token, attention=attention, settings=settings, on_check=update)
+        checks = run(
+            with_gguf(model, gguf_file), mask_token=mask_token, attention=attention, settings=settings, on_check=update
+        )
     wide_console().print(table(checks))
     if any(check.status == "failed" for check in checks):
         raise typer.Exit(1)

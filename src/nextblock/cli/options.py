@@ -19,7 +19,8 @@ from nextblock.decoding.options import DecodingConfig
 
 C = TypeVar("C", bound=Callable[..., Any])
 
-Model = Annotated[str, typer.Argument(help="local folder, Hub id, tiny-ar or tiny-bd")]
+Model = Annotated[str, typer.Argument(help="local folder, Hub id, .gguf file, tiny-ar or tiny-bd")]
+GgufFile = Annotated[str | None, typer.Option(help="name of a GGUF file in the folder or Hub id MODEL")]
 Settings = Annotated[
     str | None,
     typer.Option(help="block-diffusion settings in place of config.json's: nbdiff-7b, {mask_token_id: 7}, or a file"),
@@ -29,6 +30,7 @@ LOADING: dict[str, Any] = {
         str | None, typer.Option(help="folder of a draft adapter for this model, or tiny-draft")
     ],
     "settings": Settings,
+    "gguf_file": GgufFile,
     "dtype": Annotated[str | None, typer.Option(help="float32 or bfloat16; default: float32 on CPU, else as saved")],
     "compile": Annotated[
         bool | None,

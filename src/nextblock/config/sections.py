@@ -36,10 +36,16 @@ Context = Literal["context_causal", "block_causal"]
 Prediction = Literal["shifted", "aligned"]
 
 
+def with_gguf(path: str, gguf_file: str | None) -> str:
+    """A folder or Hub id and the name of a GGUF file there -> the path of that file."""
+    return path if gguf_file is None else f"{path.rstrip('/')}/{gguf_file}"
+
+
 class ModelConfig(Section):
     """The AR parent."""
 
-    path: str = Field(default="tiny-ar", description="local Hugging Face folder, Hub id, or a shipped model")
+    path: str = Field(default="tiny-ar", description="local folder, Hub id, .gguf file, or a shipped model")
+    gguf_file: str | None = Field(default=None, description="name of a GGUF file in the folder or Hub id `path`")
     revision: str | None = Field(default=None, description="Hub revision")
     scratch: dict[str, Any] | None = Field(
         default=None, description="start from random weights of this Hugging Face config instead of `path`"
@@ -68,6 +74,11 @@ class ModelConfig(Section):
         default_factory=dict,
         description="values of the Hugging Face config to replace: max_position_embeddings, rope_parameters, ...",
     )
+
+    @property
+    def source(self) -> str:
+        """What the functions that load a model take."""
+        return with_gguf(self.path, self.gguf_file)
 
 
 class Source(Section):

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from nextblock.config.errors import UsageError, nearest
-from nextblock.config.sections import BlockDiffusionSettings
+from nextblock.config.sections import BlockDiffusionSettings, with_gguf
 from nextblock.config.signatures import takes
 from nextblock.data.text import TextStream
 from nextblock.decoding.batch import Batch
@@ -249,17 +249,19 @@ def load(
     trust_remote_code: bool = False,
     compile: bool | None = None,
     settings: GivenSettings | None = None,
+    gguf_file: str | None = None,
 ) -> BlockDiffusionLM:
     """Load a checkpoint with its tokenizer and settings; a plain AR model loads too, for ar mode.
 
     Args:
-        path: shipped name, local folder or Hub id.
+        path: shipped name, local folder, Hub id, or a GGUF file (of the Hub: OWNER/NAME/FILE.gguf).
         draft_adapter: folder of a draft adapter that was trained for this model, or the shipped tiny-draft.
         dtype: None: float32 on CPU, the checkpoint's own elsewhere.
         device: None: CUDA if there is one.
         attention: "auto" (SDPA, or eager where scores are soft-capped), "sdpa" or "eager".
         compile: decode with `torch.compile` and a static cache; None: on CUDA alone. The first calls compile.
         settings: in place of those in config.json; see `model.GivenSettings`.
+        gguf_file: name of a GGUF file in the folder or Hub id `path`.
     Raises:
         UsageError: what cannot be loaded.
     """
@@ -268,6 +270,7 @@ def load(
         raise UsageError(f"attention={attention!r} cannot decode with dense masks{nearest(attention, choices)}")
     if settings is not None and draft_adapter is not None:
         raise UsageError("settings and a draft adapter do not go together: an adapter brings its own; leave one out")
+    path = with_gguf(str(path), gguf_file)
     config = read_config(path, revision, trust_remote_code)
     given, settings = settings, read_settings(config, settings)
     adapter_folder = None if draft_adapter is None else resolve_adapter(draft_adapter)

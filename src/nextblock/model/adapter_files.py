@@ -17,6 +17,7 @@ from nextblock.config.errors import UsageError, one_line
 from nextblock.config.sections import BlockDiffusionSettings, DraftAdapterConfig, validate
 from nextblock.model.correction import load_correction, save_correction
 from nextblock.model.draft_adapter import DraftAdapter
+from nextblock.model.gguf import gguf_fingerprint
 
 WEIGHTS, PEFT_CONFIG, SETTINGS = "adapter_model.safetensors", "adapter_config.json", "draft_adapter.json"
 MASK_VECTOR = "mask_vector.safetensors"
@@ -26,7 +27,13 @@ SAMPLED = 4096
 
 
 def fingerprint(folder: Path) -> str:
-    """A digest of the parent's weight files: name, shape, dtype and a sample of the bytes of every tensor."""
+    """A digest of the parent's weight files: name, shape, dtype and a sample of the bytes of every tensor.
+
+    Args:
+        folder: with safetensors files; or a GGUF file, which is another parent than its unpacked weights.
+    """
+    if folder.is_file():
+        return gguf_fingerprint(folder, SAMPLED)
     digest = hashlib.blake2b(digest_size=16)
     tensors: dict[str, Path] = {}
     for file in sorted(folder.glob("*.safetensors")):

@@ -26,6 +26,7 @@ from transformers.utils.hub import cached_file
 from nextblock.config.errors import UsageError, nearest, one_line
 from nextblock.config.files import read_yaml
 from nextblock.config.sections import BlockDiffusionSettings, validate
+from nextblock.model.gguf import find_gguf, gguf_config, unpacked, unpacking
 from nextblock.model.positions import layer_windows, text_config
 from nextblock.model.shapes import shape_values
 
@@ -55,7 +56,7 @@ def resolve(path: str | Path) -> str:
         name = str(resources.files("nextblock") / "assets" / name)
     folder = Path(name).expanduser()
     if folder.is_file():
-        raise UsageError(f"model {name} is a file; give the folder that holds config.json")
+        raise UsageError(f"model {name} is a file; give the folder that holds config.json, or a .gguf file")
     if not folder.exists():
         if name.startswith((".", "/", "~")) or name.count("/") > 1:
             raise UsageError(
@@ -63,7 +64,7 @@ def resolve(path: str | Path) -> str:
             )
         return name
     if not (folder / "config.json").is_file():
-        raise UsageError(f"model folder {name} has no config.json; give the folder of a Hugging Face model")
+        raise UsageError(f"model folder {name} has no config.json; {_cure(folder)}")
     try:
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -73,6 +74,22 @@ def resolve(path: str | Path) -> str:
     if not any(folder.glob("*.safetensors")):
         raise UsageError(f"model folder {name} has no weights (*.safetensors); weights are read from safetensors only")
     return str(folder)
+
+
+def _cure(folder: Path) -> str:
+    """What to give in place of a folder that holds no model."""
+    files = sorted(folder.glob("*.gguf"))
+    return f"name its file: {files[0]}" if files else "give the folder of a Hugging Face model"
+
+
+def located(path: str | Path, revision: str | None = None) -> tuple[str, dict[str, Any]]:
+    """Where a model is, as the first argument and the further ones that `from_pretrained` takes.
+
+    Raises:
+        UsageError: as of `resolve`, or a GGUF file that is not there or cannot be read.
+    """
+    file = find_gguf(path, revision)
+    return (resolve(path), {"revision": revision}) if file is None else (str(file.parent), {"gguf_file": file.name})
 
 
 def resolve_adapter(path: str | Path) -> Path:
@@ -88,7 +105,9 @@ def resolve_adapter(path: str | Path) -> Path:
 
 
 def weights_folder(path: str | Path, revision: str | None = None) -> Path:
-    """The local folder that holds a model's weight files; for a Hub id its place in the cache."""
+    """The local folder that holds a model's weight files, or its GGUF file; for a Hub id its place in the cache."""
+    if (file := find_gguf(path, revision)) is not None:
+        return file
     source = resolve(path)
     if Path(source).is_dir():
         return Path(source)
@@ -105,9 +124,12 @@ def read_config(
     override: Mapping[str, Any] | None = None,
 ) -> PreTrainedConfig:
     """The model's config with some values replaced, refused in one line where the architecture cannot be adapted."""
-    source = resolve(path)
+    source, where = located(path, revision)
     try:
-        config = config_as_stored(source, revision=revision, trust_remote_code=trust_remote_code)
+        if "gguf_file" in where:
+            config = gguf_config(Path(source) / where["gguf_file"])
+        else:
+            config = config_as_stored(source, trust_remote_code=trust_remote_code, **where)
     except Exception as error:  # transformers raises many kinds here; each means the same to the user
         suggestion = nearest(str(path), SHIPPED) if "/" not in str(path) else ""
         raise UsageError(f"cannot load model {path}: {one_line(error)}{suggestion}") from None
@@ -213,19 +235,23 @@ def load_model(
     config = read_config(path, revision, trust_remote_code, override)
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     wanted: Any = dtype or (torch.float32 if target.type == "cpu" else "auto")
-    options: dict[str, Any] = {}
+    source, options = located(path, revision)
+    file = Path(source) / options["gguf_file"] if "gguf_file" in options else None
+    if file is not None:
+        if quantization:
+            raise UsageError(f"quantization={quantization} does not go with {path}, a GGUF file; leave it out")
+        options |= unpacking()
     if quantization:  # where bitsandbytes is missing, transformers says so in one line
         check_quantization(quantization, target.type)
         nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-        options = {"quantization_config": nf4, "device_map": {"": target}}
+        options |= {"quantization_config": nf4, "device_map": {"": target}}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            resolve(path),
+            source,
             config=config,
             dtype=wanted,
             attn_implementation=choose_attention(config, attention, target),
             use_safetensors=True,
-            revision=revision,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # `_check_complete` names them
@@ -238,6 +264,7 @@ def load_model(
         raise UsageError(f"cannot load model {path}: {reason}") from None
     model, found = loaded
     _check_complete(found, f"cannot load model {path}: its files", config.model_type)
+    model = model if file is None else unpacked(model, file)
     head = model.get_output_embeddings()
     if getattr(head, "weight", None) is not model.get_input_embeddings().weight:
         # The files hold a head of their own, whatever config.json says: nothing may tie the two later.
@@ -292,11 +319,12 @@ def load_tokenizer(
     names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
     own = Path(path).expanduser()  # which may hold a tokenizer alone
     found = str(path) not in SHIPPED and any((own / name).is_file() for name in names)
-    source = str(own) if found else resolve(path)
-    if not found and Path(source).is_dir() and not any((Path(source) / name).is_file() for name in names):
+    source, where = (str(own), {"revision": revision}) if found else located(path, revision)
+    bare = Path(source).is_dir() and not any((Path(source) / name).is_file() for name in names)
+    if bare and "gguf_file" not in where:
         return None
     try:
-        return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, **where)
     except Exception as error:
         if not trust_remote_code and _tokenizer_code(source, revision):
             return None

@@ -20,6 +20,7 @@ from transformers import (
 from nextblock.config.errors import UsageError, nearest, one_line
 from nextblock.config.sections import ModelConfig
 from nextblock.model.decoder import Decoder
+from nextblock.model.gguf import find_gguf
 from nextblock.model.loading import (
     check_architecture,
     choose_attention,
@@ -54,7 +55,7 @@ def parent_tokenizer(config: ModelConfig) -> Any:
     """The tokenizer of a run: the parent's, or the one that `config.tokenizer` names."""
     if config.tokenizer == "bytes":
         return byte_tokenizer()
-    source = config.tokenizer or config.path
+    source = config.tokenizer or config.source
     tokenizer = load_tokenizer(source, config.revision, config.trust_remote_code)
     if tokenizer is None:
         raise UsageError(f"{no_tokenizer(source, config.revision)}; adapting reads text: set model.tokenizer")
@@ -85,7 +86,7 @@ def scratch_config(scratch: Mapping[str, Any]) -> PreTrainedConfig:
 def parent_config(model: ModelConfig) -> PreTrainedConfig:
     """The config of the parent that a run begins with, its values replaced."""
     if model.scratch is None:
-        return read_config(model.path, model.revision, model.trust_remote_code, model.override)
+        return read_config(model.source, model.revision, model.trust_remote_code, model.override)
     config = scratch_config(model.scratch)
     replace_values(config, model.override)
     return config
@@ -96,7 +97,7 @@ def load_parent(config: ModelConfig, device: torch.device | str | None = None) -
     dtype = getattr(torch, config.dtype)
     if config.scratch is None:
         model = load_model(
-            config.path,
+            config.source,
             dtype=dtype,
             attention=config.attention,
             device=device,
@@ -125,6 +126,8 @@ def model_shape(config: ModelConfig) -> PreTrainedConfig:
 
 
 def _stored_shape(config: ModelConfig) -> PreTrainedConfig:
+    if find_gguf(config.source, config.revision) is not None:
+        return read_config(config.source, config.revision)
     source = resolve(config.path)
     known = config.path in HUB_IDS
     options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}

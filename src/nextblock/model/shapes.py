@@ -35,6 +35,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-4b": _shape("qwen3", 151936, 2560, 9728, 36, 32, 8, 40960, **_QWEN3),
     "qwen3-8b": _shape("qwen3", 151936, 4096, 12288, 36, 32, 8, 40960, **_QWEN3, tie_word_embeddings=False),
     "llama-3.2-1b": _shape("llama", 128256, 2048, 8192, 16, 32, 8, 131072, head_dim=64, rms_norm_eps=1e-5),
+    "smollm2-135m": _shape("llama", 49152, 576, 1536, 30, 9, 3, 8192, rope_theta=1e5, rms_norm_eps=1e-5),
     # openPangu-Embedded-7B, parent of NBDiff-7B (its configuration's defaults): Llama with biases in attention
     "openpangu-7b": _shape("llama", 153376, 4096, 12800, 34, 32, 8, 32768, **_PANGU, tie_word_embeddings=False),
     # no model: a head that outweighs everything else
@@ -49,6 +50,7 @@ HUB_IDS = {
     "Qwen/Qwen3-8B-Base": "qwen3-8b",
     "meta-llama/Llama-3.2-1B": "llama-3.2-1b",
     "meta-llama/Llama-3.2-1B-Instruct": "llama-3.2-1b",
+    "HuggingFaceTB/SmolLM2-135M-Instruct": "smollm2-135m",
     "FreedomIntelligence/openPangu-Embedded-7B-V1.1": "openpangu-7b",
 }
 """Hub ids of these shapes."""

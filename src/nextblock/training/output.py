@@ -135,8 +135,8 @@ def write_adapters(run: Run, folder: Path) -> None:
         run.lora.save(folder / "adapter")
     elif run.decoder.adapter is not None:
         assert settings is not None
-        parent, dtype = weights_folder(model.path, model.revision), export_dtype(run) or torch.float32
-        save_adapter(folder, run.decoder.adapter, settings, model.path, parent, dtype)
+        parent, dtype = weights_folder(model.source, model.revision), export_dtype(run) or torch.float32
+        save_adapter(folder, run.decoder.adapter, settings, model.source, parent, dtype)
 
 
 def export_dtype(run: Run) -> torch.dtype | None:

@@ -67,7 +67,7 @@ def prepare(
     accelerator = make_accelerator(config)
     model = config.model
     if before is not None:
-        begin = {"path": str(before), "revision": None, "tokenizer": None, "scratch": None}
+        begin = {"path": str(before), "gguf_file": None, "revision": None, "tokenizer": None, "scratch": None}
         model = model.model_copy(update=begin)
     with errors_on_all_ranks():  # nothing in here communicates
         check_packages(config)

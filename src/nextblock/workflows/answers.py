@@ -158,8 +158,9 @@ def _identity(
     """What rows depend on; a local model by its weights, one of the Hub by its commit."""
     folder = weights_folder(model)
     values = json.dumps([record.value for record in records], sort_keys=True)
+    local = folder.is_file() or Path(resolve(model)).is_dir()
     return {
-        "model": fingerprint(folder) if Path(resolve(model)).is_dir() else f"{model} {folder.name}",
+        "model": fingerprint(folder) if local else f"{model} {folder.name}",
         "draft_adapter": draft_adapter and fingerprint(resolve_adapter(draft_adapter)),
         "dtype": str(dtype),
         "prompts": hashlib.blake2b(values.encode(), digest_size=16).hexdigest(),
