@@ -55,6 +55,7 @@ PACKAGES = (
     "decoding",
     "measure",
     "workflows",
+    "lm_eval",
     "server",
     "cli",
 )

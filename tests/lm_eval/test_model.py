@@ -83,7 +83,8 @@ def manager(tmp_path_factory: pytest.TempPathFactory) -> TaskManager:
 
 def evaluate(manager: TaskManager, tasks: list[str], model: Any, **more: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """The harness's results, and every answer to every request, by task and document."""
-    found: Any = simple_evaluate(model, tasks=tasks, task_manager=manager, bootstrap_iters=0, **more)
+    names: Any = tasks
+    found: Any = simple_evaluate(model, tasks=names, task_manager=manager, bootstrap_iters=0, **more)
     answers = {
         task: [sample["resps"] for sample in sorted(samples, key=lambda one: one["doc_id"])]
         for task, samples in found["samples"].items()

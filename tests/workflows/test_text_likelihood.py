@@ -46,6 +46,7 @@ def test_blocks_of_one_cost_what_ar_does_and_nothing_is_drawn(lm, tmp_path):
     exact, ones, fours = score(lm, tmp_path / "a.txt")
     assert ones.value == pytest.approx(exact.value, rel=1e-6)
     assert ones.standard_error == 0 == exact.standard_error
+    assert fours.standard_error is not None
     assert fours.standard_error > 0
     nats = exact.value * exact.bytes * 0.6931471805599453
     assert exact.perplexity == pytest.approx(2.718281828459045 ** (nats / exact.tokens))

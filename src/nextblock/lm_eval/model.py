@@ -43,7 +43,10 @@ Encoded = tuple[Any, list[int], list[int]]
 """The request's texts (None: part of a longer one), token ids of its context and of its continuation."""
 
 
-class NextblockLM(HFLM):
+Base: Any = HFLM  # its decorator hides its attributes from type checkers
+
+
+class NextblockLM(Base):
     """`--model nextblock`. Its arguments are those of `arguments.ModelArguments` and of `DecodingConfig`."""
 
     def __init__(self, **given: Any) -> None:

@@ -95,7 +95,8 @@ def bits_per_byte(
             raise UsageError("nothing to score: each text has at most one token, which is given; give longer ones")
         scale = math.log(2) * paid[0]
         error = None if math.isnan(variance) else math.sqrt(variance) / scale
-        return BitsPerByte(measure, size, nats / scale, *paid, math.exp(min(nats / paid[1], 700)), error)
+        perplexity = math.exp(min(nats / paid[1], 700))
+        return BitsPerByte(measure, size, nats / scale, paid[0], paid[1], perplexity, error)
 
     results = [result("AR (exact)", None, nats[0], paid, 0.0)]
     for own, total, variance in zip(bounds, nats[1:], variances, strict=True):
