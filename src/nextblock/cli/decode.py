@@ -98,7 +98,7 @@ def _answer_file(model: str, source: str, output: Path, **options: Any) -> None:
     """Answer the prompts of a file, with a bar."""
     from transformers.utils.logging import disable_progress_bar
 
-    from nextblock.measure.progress import progress
+    from nextblock.config.progress import progress
     from nextblock.workflows.answers import write_answers
 
     disable_progress_bar()

@@ -11,10 +11,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from nextblock.cli.live import TrainingBar, show_denoising
 from nextblock.config.presets import preset
+from nextblock.config.progress import progress
 from nextblock.config.run import AdaptConfig, load_config
 from nextblock.decoding.lm import BlockDiffusionLM, load
 from nextblock.measure.bench.scores import score_modes
-from nextblock.measure.progress import progress
 from nextblock.measure.report import write_report
 from nextblock.measure.report.page import decoding_table
 from nextblock.recipe import schedules

@@ -14,9 +14,9 @@ from rich.live import Live
 from rich.panel import Panel
 from rich.text import Text
 
+from nextblock.config.progress import progress
 from nextblock.data.text import TextStream
 from nextblock.decoding.events import Committed, Event, RowFinished
-from nextblock.measure.progress import progress
 from nextblock.training.run import StepMetrics
 
 MASK_CELL = "░"

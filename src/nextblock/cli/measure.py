@@ -79,9 +79,9 @@ def evaluate(
         raise UsageError(f"block_sizes={block_sizes} are those of --likelihood; for a task give --block-size")
     from rich.console import Console
 
+    from nextblock.config.progress import progress
     from nextblock.measure.bench.command import check_output
     from nextblock.measure.bench.scores import score_modes
-    from nextblock.measure.progress import progress
     from nextblock.measure.report.page import decoding_table
     from nextblock.tasks import get_task
 
@@ -117,10 +117,10 @@ def _evaluate_text(
 
     from rich.console import Console
 
+    from nextblock.config.progress import progress
     from nextblock.config.sections import Source, validate
     from nextblock.measure.bench.command import check_output
     from nextblock.measure.likelihood import likelihood_table
-    from nextblock.measure.progress import progress
     from nextblock.workflows.text_likelihood import text_likelihood
 
     try:
@@ -246,11 +246,11 @@ def tune(
     **given: Any,
 ) -> None:
     """Find the fastest settings that lose no more than you allow, draw the curve, and save the choice."""
+    from nextblock.config.progress import progress
     from nextblock.measure import tune as tuning
     from nextblock.measure.bench.command import check_output, read_prompts, wide_console, write_results
     from nextblock.measure.bench.figures import plot_tuning, tuning_table
     from nextblock.measure.bench.prompts import parse_variant
-    from nextblock.measure.progress import progress
 
     if write and given["settings"]:
         raise UsageError(
@@ -293,10 +293,10 @@ def verify(
     gguf_file: GgufFile = None,
 ) -> None:
     """Run the identities that define "correct" on your own model, and print a table; exit status 1 if one fails."""
+    from nextblock.config.progress import progress
     from nextblock.measure.bench.command import wide_console
     from nextblock.measure.identities import table
     from nextblock.measure.identities import verify as run
-    from nextblock.measure.progress import progress
 
     with progress("verifying") as update:
         checks = run(

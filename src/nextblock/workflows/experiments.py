@@ -22,11 +22,11 @@ import torch
 
 from nextblock.config.errors import UsageError
 from nextblock.config.files import locked, make_folder, write_whole
+from nextblock.config.progress import Update
 from nextblock.config.run import AdaptConfig, stage_configs
 from nextblock.decoding.lm import BlockDiffusionLM, load
 from nextblock.measure.accuracy import score_task
 from nextblock.measure.machine import environment
-from nextblock.measure.progress import Update
 from nextblock.measure.report import read_log
 from nextblock.training.run import LOG
 from nextblock.workflows.adapt import adapt

@@ -16,13 +16,13 @@ import yaml
 
 from nextblock.config.errors import UsageError
 from nextblock.config.files import make_folder, write_whole
+from nextblock.config.progress import progress
 from nextblock.config.run import AdaptConfig
 from nextblock.config.sections import ModelConfig, Source
 from nextblock.data.mixture import part_bytes
 from nextblock.data.sources import place_of, read_source
 from nextblock.data.store import MANIFEST, read_manifest
 from nextblock.data.store_writer import check_same, identity_of, merge, part_name, parts_begun, write_part
-from nextblock.measure.progress import progress
 from nextblock.model.parent import parent_tokenizer
 
 CONFIG = "nextblock.yaml"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from nextblock.config.errors import UsageError
+from nextblock.config.progress import Update
 from nextblock.config.sections import Source
 from nextblock.data.cursors import HubStream
 from nextblock.data.encode import encode_batch
@@ -14,7 +15,6 @@ from nextblock.data.sources import read_source
 from nextblock.data.stream import BATCH_BYTES, BATCH_DOCUMENTS
 from nextblock.decoding.lm import BlockDiffusionLM
 from nextblock.measure.likelihood import BitsPerByte, bits_per_byte
-from nextblock.measure.progress import Update
 from nextblock.model.loading import no_tokenizer
 
 

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from nextblock.config.errors import UsageError
+from nextblock.config.progress import counter, progress
 from nextblock.decoding.lm import BlockDiffusionLM
 from nextblock.decoding.request import end_tokens
 from nextblock.measure.bench.decoding import bench_decode, compares_compiled, count_calls
@@ -19,7 +20,6 @@ from nextblock.measure.bench.forwards import POSITIONS, random_prompts, time_for
 from nextblock.measure.bench.prompts import Options, Prompts
 from nextblock.measure.bench.prompts import read_prompts as read_prompts
 from nextblock.measure.machine import MEMORY_MEANING, environment
-from nextblock.measure.progress import counter, progress
 
 
 def wide_console() -> Console:

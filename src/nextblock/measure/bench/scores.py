@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from nextblock.config.progress import Update, counter
 from nextblock.decoding.lm import BlockDiffusionLM
 from nextblock.decoding.request import end_tokens
 from nextblock.measure.accuracy import score_task
 from nextblock.measure.bench.contest import alternate, compared, our_mode
 from nextblock.measure.bench.prompts import Options, task_prompts
-from nextblock.measure.progress import Update, counter
 from nextblock.tasks import Task
 
 TIMED, ROUNDS = 4, 4  # prompts of a round, decoded one at a time; rounds
