@@ -86,7 +86,9 @@ def _functions(held_out: bool) -> Iterator[tuple[str, str, str]]:
             continue
         lines = source.splitlines()
         for node in ast.walk(tree):
-            text = ast.get_docstring(node) if isinstance(node, ast.FunctionDef) else None
+            if not isinstance(node, ast.FunctionDef):
+                continue
+            text = ast.get_docstring(node)
             if text is None or not 40 < len(text) < 400 or node.name.startswith("_"):
                 continue
             head = textwrap.dedent("\n".join(lines[node.lineno - 1 : node.body[0].end_lineno])) + "\n"

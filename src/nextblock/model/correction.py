@@ -55,9 +55,13 @@ class Correction(nn.Module):
             choose: (number of the place, its corrected logits [B, V]) -> the tokens chosen there, int64 [B], which
                 correct the next place.
         """
+        # What needs no choice is done for all places at once: on small models each operation costs more than its work.
+        likeliest = logits.detach().topk(min(self.config.candidates, logits.shape[-1])).indices
+        following = self.following[likeliest].unbind(1)
         corrected, tokens = torch.empty_like(logits), previous.new_empty(logits.shape[:2])
-        for number, own in enumerate(logits.unbind(1)):
-            corrected[:, number] = own = self(own, previous)
+        for number, (own, places) in enumerate(zip(logits.unbind(1), likeliest.unbind(1), strict=True)):
+            bias = torch.bmm(following[number], self.previous[previous].unsqueeze(-1)).squeeze(-1)
+            corrected[:, number] = own = own.scatter_add(-1, places, bias.to(own.dtype))
             tokens[:, number] = previous = choose(number, own)
         return corrected, tokens
 

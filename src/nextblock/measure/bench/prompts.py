@@ -14,6 +14,7 @@ from nextblock.data.prompts import read_prompts as prompt_records
 from nextblock.decoding.lm import BlockDiffusionLM
 from nextblock.decoding.options import MODES, DecodingConfig, resolve_config
 from nextblock.decoding.request import make_request
+from nextblock.model.decoder import Decoder
 from nextblock.tasks import Example, Task, get_task
 
 # Every contestant decodes greedily and to the same length, or their speeds would not be comparable.
@@ -38,7 +39,8 @@ class Prompts:
 
     def encode(self, lm: BlockDiffusionLM) -> list[list[int]]:
         """Token ids of each prompt, checked against the model's context and vocabulary."""
-        rows = make_request(lm.decoder, lm.tokenizer, lm.settings, self.items, {"mode": "ar"}).rows
+        bare = Decoder(lm.model)  # a draft adapter has no part in reading
+        rows = make_request(bare, lm.tokenizer, lm.settings, self.items, {"mode": "ar"}).rows
         return [row.prompt for row in rows]
 
 
