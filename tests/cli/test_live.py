@@ -12,9 +12,9 @@ import pytest
 from rich.console import Console
 
 from nextblock.cli.live import DenoisingView, TrainingBar, show_denoising
+from nextblock.config import progress as progress_module
 from nextblock.config.progress import progress
 from nextblock.decoding.events import BlockFinished, Committed, Event, Prefilled, Rejected, RowFinished
-from nextblock.measure import progress as progress_module
 from nextblock.training.run import StepMetrics
 
 
