@@ -77,10 +77,9 @@ def evaluate(
         return
     if block_sizes is not None:
         raise UsageError(f"block_sizes={block_sizes} are those of --likelihood; for a task give --block-size")
-    from rich.console import Console
-
     from nextblock.config.progress import progress
-    from nextblock.measure.bench.command import check_output
+    from nextblock.measure.bench.command import check_output, wide_console
+    from nextblock.measure.bench.prompts import make_variants
     from nextblock.measure.bench.scores import score_modes
     from nextblock.measure.report.page import decoding_table
     from nextblock.tasks import get_task
@@ -92,14 +91,13 @@ def evaluate(
     sampling = decoding_options({"temperature": temperature, "top_p": top_p})
     check_output(output)
     lm = load_lm(model, given)
-    variants: list[dict[str, Any]] = []
-    for name in mode or (["ar", "speculative", "diffusion"] if lm.settings else ["ar"]):
-        common = {"mode": name} if name == "ar" or block_size is None else {"mode": name, "block_size": block_size}
-        variants += [{**common, "threshold": t} for t in thresholds] if name == "diffusion" else [common]
+    modes = mode or (["ar", "speculative", "diffusion"] if lm.settings else ["ar"])
+    sizes = [] if block_size is None else [block_size]
+    variants = make_variants(lm.settings, modes=modes, thresholds=thresholds, block_sizes=sizes)
     with progress("scoring") as update:
         wanted = [(model, lm, {**options, **sampling}) for options in variants]
         rows = score_modes(wanted, chosen, examples=examples, first=first, batch_size=batch_size, on_prompt=update)
-    Console().print(decoding_table({"decoding": rows}))
+    wide_console().print(decoding_table({"decoding": rows}))
     if output is not None:
         output.write_text(json.dumps(rows, indent=1), encoding="utf-8")
 

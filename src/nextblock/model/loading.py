@@ -265,13 +265,16 @@ def load_model(
     model, found = loaded
     _check_complete(found, f"cannot load model {path}: its files", config.model_type)
     model = model if file is None else unpacked(model, file)
-    head = model.get_output_embeddings()
-    if getattr(head, "weight", None) is not model.get_input_embeddings().weight:
-        # The files hold a head of their own, whatever config.json says: nothing may tie the two later.
+    _keep_own_head(model)
+    return model.eval() if quantization else cast(Any, model).to(target).eval()
+
+
+def _keep_own_head(model: PreTrainedModel) -> None:
+    """Where the files hold a head of their own, nothing ties it to the embedding later, whatever config.json says."""
+    if getattr(model.get_output_embeddings(), "weight", None) is not model.get_input_embeddings().weight:
         for part in (model.config, model.config.get_text_config()):
             if getattr(part, "tie_word_embeddings", False):
                 part.tie_word_embeddings = False
-    return model.eval() if quantization else cast(Any, model).to(target).eval()
 
 
 def _check_complete(found: Mapping[str, Any], files: str, kind: str) -> None:
