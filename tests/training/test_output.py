@@ -167,7 +167,8 @@ def test_a_run_in_the_same_folder_is_refused_while_one_goes_on_and_taken_when_it
 ):
     config = config_of(place, tmp_path / "run")
     first = start(processes, config, "nextblock.training.loop.train_step", 4)  # dies at its fifth step
-    while first.is_alive() and not (tmp_path / "run" / ".lock").exists():
+    lock = tmp_path / "run" / ".lock"
+    while first.is_alive() and not (lock.exists() and lock.read_text()):  # locked first, then signed
         time.sleep(0.001)
     os.kill(first.pid or 0, signal.SIGSTOP)
     try:
