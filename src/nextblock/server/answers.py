@@ -54,9 +54,13 @@ class Choice:
             self._events += [told for event in progress.events if (told := self._event(event)) is not None]
 
     def _logprob(self, event: Committed) -> dict[str, Any]:
-        text = self.tokenizer.decode([event.token])
         value = math.log(event.confidence) if event.confidence > 0 else LEAST
-        return {"token": text, "logprob": value, "bytes": [*text.encode("utf-8", "replace")], "top_logprobs": []}
+        top = [self._token(token, max(other, LEAST)) for token, other in event.top]
+        return self._token(event.token, value) | {"top_logprobs": top}
+
+    def _token(self, token: int, logprob: float) -> dict[str, Any]:
+        text = self.tokenizer.decode([token])
+        return {"token": text, "logprob": logprob, "bytes": [*text.encode("utf-8", "replace")]}
 
     def _event(self, event: Any) -> dict[str, Any] | None:
         if isinstance(event, RowFinished):
@@ -93,7 +97,10 @@ class Choice:
         if isinstance(self.body, ChatBody):
             return {"content": tokens, "refusal": None}
         values = {"tokens": "token", "token_logprobs": "logprob"}
-        return {name: [token[of] for token in tokens] for name, of in values.items()} | {"top_logprobs": None}
+        told: dict[str, Any] = {name: [token[of] for token in tokens] for name, of in values.items()}
+        # As OpenAI has it: a mapping for each token, which holds the chosen one in any case.
+        beside = [{t["token"]: t["logprob"] for t in (*token["top_logprobs"], token)} for token in tokens]
+        return told | {"top_logprobs": beside if self.body.top else None}
 
 
 class Answer:
