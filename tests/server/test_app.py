@@ -14,6 +14,7 @@ import torch
 import nextblock as nb
 from nextblock.config.errors import UsageError
 from nextblock.decoding.request import make_request
+from nextblock.server.answers import token_bytes
 from nextblock.server.limits import Limits
 from nextblock.server.run import listen
 from serving import served, until
@@ -143,6 +144,20 @@ def test_log_probabilities_are_those_of_the_model(lm, client, mode):
     stream = client.chat.completions.create(**chat, **call, stream=True)
     told = [token for chunk in stream for c in chunk.choices if c.logprobs for token in c.logprobs.content]
     assert told == whole
+
+
+def test_a_token_that_is_part_of_a_character_is_told_by_its_bytes(lm, client):
+    told = []
+    for character in "aé€":
+        for token in lm.tokenizer(character)["input_ids"]:
+            told += token_bytes(lm.tokenizer, token, lm.tokenizer.decode([token]))
+    assert bytes(told).decode() == "aé€"
+    pieces = {"convert_ids_to_tokens": lambda self, token: "<0xE2>"}
+    assert token_bytes(type("Pieces", (), pieces)(), 5, "\ufffd") == b"\xe2"
+    drawn = {"temperature": 2.0, "seed": 1, "max_tokens": 60, "logprobs": 20, "extra_body": {"mode": "ar"}}
+    found = client.completions.create(model="tiny-bd", prompt="é€", **drawn).choices[0].logprobs
+    assert any(name.startswith("bytes:\\x") for name in found.tokens)
+    assert all(name in line and len(line) >= 20 for name, line in zip(found.tokens, found.top_logprobs, strict=True))
 
 
 def test_events_tell_each_token_at_the_step_that_decides_it(lm, place):

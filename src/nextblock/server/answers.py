@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from nextblock.data.text import TextStream
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from nextblock.data.text import INCOMPLETE, TextStream
 from nextblock.decoding.events import Committed, Finish, Rejected, RowFinished
 from nextblock.server.batching import Progress
 from nextblock.server.bodies import Body, ChatBody
@@ -60,7 +63,7 @@ class Choice:
 
     def _token(self, token: int, logprob: float) -> dict[str, Any]:
         text = self.tokenizer.decode([token])
-        return {"token": text, "logprob": logprob, "bytes": [*text.encode("utf-8", "replace")]}
+        return {"token": text, "logprob": logprob, "bytes": [*token_bytes(self.tokenizer, token, text)]}
 
     def _event(self, event: Any) -> dict[str, Any] | None:
         if isinstance(event, RowFinished):
@@ -96,11 +99,31 @@ class Choice:
             return None
         if isinstance(self.body, ChatBody):
             return {"content": tokens, "refusal": None}
-        values = {"tokens": "token", "token_logprobs": "logprob"}
-        told: dict[str, Any] = {name: [token[of] for token in tokens] for name, of in values.items()}
         # As OpenAI has it: a mapping for each token, which holds the chosen one in any case.
-        beside = [{t["token"]: t["logprob"] for t in (*token["top_logprobs"], token)} for token in tokens]
-        return told | {"top_logprobs": beside if self.body.top else None}
+        beside = [{_name(t): t["logprob"] for t in (*token["top_logprobs"], token)} for token in tokens]
+        return {
+            "tokens": [_name(token) for token in tokens],
+            "token_logprobs": [token["logprob"] for token in tokens],
+            "top_logprobs": beside if self.body.top else None,
+        }
+
+
+def token_bytes(tokenizer: Any, token: int, text: str) -> bytes:
+    """The bytes that a token stands for; its `text` shows where they are no whole characters."""
+    if INCOMPLETE in text:
+        piece = tokenizer.convert_ids_to_tokens(token)
+        if found := re.fullmatch("<0x([0-9A-F]{2})>", piece):  # of SentencePiece
+            return bytes.fromhex(found[1])
+        of = {character: byte for byte, character in bytes_to_unicode().items()}  # byte-level BPE
+        if all(character in of for character in piece):
+            return bytes(of[character] for character in piece)
+    return text.encode("utf-8", "replace")
+
+
+def _name(token: dict[str, Any]) -> str:
+    """A token in the lists of /v1/completions, where a part of a character needs a name of its own."""
+    escaped = "".join(f"\\x{byte:02x}" for byte in token["bytes"])
+    return f"bytes:{escaped}" if INCOMPLETE in token["token"] else token["token"]
 
 
 class Answer:
