@@ -121,7 +121,12 @@ def test_batches_take_turns_a_pass_each(llama):
     each = [*MODES[:3], {"mode": "diffusion", "block_size": 4}, {"mode": "diffusion", "sampler": "entropy"}]
     jobs = [Heard(lm, prompt(5), **how, max_new_tokens=40, eos_token_id=[]) for how in each]
     for number, heard in enumerate(jobs):
-        heard.job.tell = lambda told, n=number, take=heard.job.tell: (turns.append(n), take(told))
+
+        def tell(told, n=number, take=heard.job.tell):
+            turns.append(n)
+            take(told)
+
+        heard.job.tell = tell
     with running(lm) as engine:
         engine.submit([heard.job for heard in jobs])
         for heard in jobs:
