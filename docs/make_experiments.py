@@ -20,7 +20,8 @@ HEAD = """# Experiments
 
 <!-- Made by `python docs/make_experiments.py` from experiments/; do not edit. -->
 
-The claims of the method, in miniature: parents of 2 million parameters and less, about 0.6 million tokens a run, padding included.
+The claims of the method, in miniature: parents of 2 million parameters and less, about 0.6 million tokens a run with
+the padding.
 Each experiment is one file in `experiments/`, and one command runs what is missing of it:
 
 ```sh

@@ -30,7 +30,7 @@ def _drawn(name: str, split: str) -> list[Example]:
 
 
 def test_the_tasks_are_there_under_their_names() -> None:
-    assert tuple(TASKS) == (*NAMES, "human_eval", "planted_fact", "planted_fact_2x", "planted_fact_4x")
+    assert tuple(TASKS) == (*NAMES, "human_eval", "planted_fact", *(f"planted_fact_{times}x" for times in (1, 2, 4)))
     assert all(get_task(name).name == name for name in TASKS)
 
 
