@@ -99,12 +99,9 @@ def bench_serve(
     if not seconds > 0 or any(not each > 0 for each in rate or ()):
         raise UsageError("--seconds and --rate must be above 0")
     at_least_one(max_new_tokens=max_new_tokens, clients=min(clients or [1]))
-    import torch
-
     from nextblock.config.files import write_whole
     from nextblock.config.progress import progress
     from nextblock.measure.bench.command import check_output, read_prompts, wide_console
-    from nextblock.measure.machine import environment
     from nextblock.server import load
 
     check_output(output)
@@ -116,26 +113,23 @@ def bench_serve(
     with progress("serving") as update, server as (address, _):
         told = {"modes": mode or (), "loads": loads, "seconds": seconds, "options": options}
         entries = asyncio.run(load.bench(address, asked.items, **told, key=api_key, update=update))
-    lm = load_lm(model, given) if model is not None and transformers else None
-    if lm is not None:
-        from nextblock.server.peer import transformers_batching
-
-        with (
-            transformers_batching(lm, asked.items, max_new_tokens, Limits()) as ask,
-            progress("transformers") as update,
-        ):
-            entries += asyncio.run(load.measure("transformers (ar)", ask, asked.items, loads, seconds, update))
+    if model is not None and transformers:
+        entries += _transformers(load_lm(model, given), asked.items, max_new_tokens, loads, seconds)
     wide_console().print(load.table(entries))
     if output is not None:
-        results = {
-            "model": model or url,
-            "prompts": asked.source,
-            "max_new_tokens": max_new_tokens,
-            "seconds": seconds,
-        }
-        results |= {"client": environment(torch.device("cpu")), "entries": entries}
+        results = {"model": model or url, "prompts": asked.source, **options, "seconds": seconds, "entries": entries}
         write_whole(output, (json.dumps(results, indent=1) + "\n").encode())
         print(output)
+
+
+def _transformers(lm: Any, prompts: list[Any], max_tokens: int, loads: list[Any], seconds: float) -> list[Any]:
+    """The figures of transformers' own continuous batching."""
+    from nextblock.config.progress import progress
+    from nextblock.server.load import measure
+    from nextblock.server.peer import transformers_batching
+
+    with transformers_batching(lm, prompts, max_tokens, Limits()) as ask, progress("transformers") as update:
+        return asyncio.run(measure("transformers (ar)", ask, prompts, loads, seconds, update))
 
 
 def _loading_arguments(given: Mapping[str, Any]) -> list[str]:
