@@ -33,7 +33,7 @@ from nextblock.decoding.drafts import (
     masked_block,
     with_masks,
 )
-from nextblock.decoding.events import Event
+from nextblock.decoding.events import BlockFinished, Event
 from nextblock.decoding.pace import Pacer
 
 
@@ -54,7 +54,8 @@ def speculative(batch: Batch) -> Iterator[list[Event]]:
         else:
             checked = draft.part(draft_lengths(batch, free=0)) if ahead else draft
         if not (ahead or any(lengths) or any(checked.lengths)):  # without drafts this is a step of ar mode
-            yield batch.decide(batch.forward(known, starts, [True] * len(rows)))
+            events = batch.decide(batch.forward(known, starts, [True] * len(rows)))
+            yield [*events, *(BlockFinished(row.number, len(row.answer) - 1, len(row.answer)) for row in rows)]
             order = batch.leave()
             draft = Draft(known[order, :0], [0] * len(order)) if order and draft is None else None
             continue
