@@ -180,7 +180,10 @@ def choose_drafts(batch: Batch, logits: Tensor, lengths: list[int]) -> Draft:
     head, correction, tokens = batch.head, batch.decoder.correction, None
     if correction is not None:  # each draft changes what the next is drawn from
         last = on_device([row.answer[-1] for row in rows], flat.device)
-        logits, tokens = correction.in_order(logits, last, lambda n, own: head.choose(own, uniform[n :: shape[1]]))
+        if batch.config.temperature:
+            logits, tokens = correction.in_order(logits, last, lambda n, own: head.choose(own, uniform[n :: shape[1]]))
+        else:
+            logits, tokens = correction.likeliest_in_order(logits, last)
     distribution = head.distribution(logits.flatten(0, 1))
     tokens = head.choose(flat, uniform, distribution).view(shape) if tokens is None else tokens
     draft = Draft(tokens, lengths, None if distribution is None else distribution.view_as(logits))
