@@ -26,6 +26,7 @@ from nextblock.decoding.drafts import (
     Draft,
     candidates,
     choose_drafts,
+    draft_alone,
     draft_lengths,
     free_block,
     lay_out,
@@ -46,12 +47,19 @@ def speculative(batch: Batch) -> Iterator[list[Event]]:
     pacer, auto = Pacer(batch.costs), batch.config.draft_length == "auto"
     ahead, free = batch.config.draft_ahead, free_block(batch)
     draft: Draft | None = None  # a cycle begins
+    alone = False  # whether it drafts without the free token
     while rows := batch.admit() if draft is None else batch.rows:  # rows join where a cycle begins
         known, starts = batch.known()
         checked, lengths, points = Draft(known[:, :0], [0] * len(rows)), [0] * len(rows), None
         if draft is None:
             lengths = draft_lengths(batch, free=1)
-            lengths = pacer.lengths(rows, lengths) if auto and not ahead else lengths
+            if auto and not ahead:
+                lengths, alone = pacer.lengths(rows, lengths)
+            if alone and any(lengths):
+                draft = draft_alone(batch, draft_lengths(batch, free=0))
+                batch.stats.count("denoise", len(rows))
+                draft = pacer.cut(draft, rows, alone)
+                continue
         else:
             checked = draft.part(draft_lengths(batch, free=0)) if ahead else draft
         tree = lay_out(batch, checked, known)
@@ -77,7 +85,7 @@ def speculative(batch: Batch) -> Iterator[list[Event]]:
             draft = None
         elif any(lengths):
             draft = choose_drafts(batch, of_rows(logits[:, width:], order), [lengths[index] for index in order])
-            draft = pacer.cut(draft, batch.rows) if auto and not ahead else draft
+            draft = pacer.cut(draft, batch.rows, alone) if auto and not ahead else draft
         elif points is not None:
             draft = drafted(batch, of_rows(hidden, order), [gains[index].hit for index in order], width)
         else:
