@@ -96,6 +96,7 @@ def test_what_a_sampled_row_draws_does_not_depend_on_the_machine_or_on_other_row
 def test_passes_are_measured_once_for_each_number_of_rows_and_kept_on_the_disk(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(pace, "_known", {})
+    monkeypatch.setattr(calls, "costs_of", pace.costs_of)
     measured = []
 
     def recorded(batch, costs, measure=pace.measure):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 
@@ -44,6 +44,15 @@ class Pacer:
     """Decides on the drafts of a batch. Greedy rows decide together; a sampled row as if it were alone."""
 
     costs: Costs
+    block_size: int
+    _known: dict[tuple[bool, int], tuple[list[float], float, float]] = field(default_factory=dict, repr=False)
+
+    def _passes(self, costs: Costs, rows: int) -> tuple[list[float], float, float]:
+        """`Costs.of_rows` for all lengths, looked up once: a cycle asks twice."""
+        key = costs is NOMINAL, rows
+        if key not in self._known:
+            self._known[key] = costs.of_rows(rows, self.block_size)
+        return self._known[key]
 
     def lengths(self, rows: list[Row], most: list[int]) -> tuple[list[int], bool]:
         """Drafts of the next cycle, for each row `most` behind the free token at most: before they are made.
@@ -63,7 +72,7 @@ class Pacer:
             return 0, False
         prior, first = costs.share.chance(0.0, weight=0.0), costs.first.chance(0.0, weight=0.0)
         chances = [[row.share.chance(prior)] * n for row, n in zip(rows, most, strict=True)]
-        check, draft, alone = costs.of_rows(len(rows), longest + 1)
+        check, draft, alone = self._passes(costs, len(rows))
         speed, best = best_length([*map(kept_by, chances)], check, draft)
         without = [kept_by([first, *line]) for line in chances]
         other, _ = best_length(without, check, alone, drafted=True, sure=1)
@@ -80,7 +89,7 @@ class Pacer:
         if rows[0].random is not None or draft.branches or draft.chances is None:
             return draft
         chances = [line[:n] for line, n in zip(draft.chances.tolist(), draft.lengths, strict=True)]
-        check, *passes = self.costs.of_rows(len(rows), max(draft.lengths))
+        check, *passes = self._passes(self.costs, len(rows))
         kept, sure = [*map(kept_by, chances)], 1 if alone else 2
         _, n = best_length(kept, check, passes[alone], drafted=True, sure=sure)
         if not n:  # a check would say no more

@@ -5,6 +5,9 @@ beside it denoises the block that begins with the known token (`drafts.free_bloc
 the drafts. The second pass is causal over the decided token and the drafts, and gives the AR head's own choice after
 each of them. So a cycle gains two tokens or more, and one without drafts is two steps of `autoregressive`.
 
+Where the first pass costs more by that than the free token brings, as with a draft adapter on a CPU, it is the block
+alone (`drafts.draft_alone`), and the check begins with the known token: `pace.Pacer` decides.
+
 With `draft_ahead` draft and check are one pass. Behind the tokens to be checked lie blocks for the G points of
 acceptance that are likeliest to come true; each begins with a copy of the last token that would be kept and sees what
 would then be the context. The block of the point that comes true has drafted the next cycle. Where none was right,
@@ -44,7 +47,7 @@ def speculative(batch: Batch) -> Iterator[list[Event]]:
     When sampling, rejection sampling decides. What was not kept is dropped by counting less far in the cache. So the
     answer is that of `autoregressive`, greedy, and has its distribution, sampling.
     """
-    pacer, auto = Pacer(batch.costs), batch.config.draft_length == "auto"
+    pacer, auto = Pacer(batch.costs, batch.block_size), batch.config.draft_length == "auto"
     ahead, free = batch.config.draft_ahead, free_block(batch)
     draft: Draft | None = None  # a cycle begins
     alone = False  # whether it drafts without the free token
