@@ -27,7 +27,7 @@ MODES: list[dict[str, Any]] = [
     {"mode": "ar"},
     {"mode": "diffusion", "threshold": 0.3},
     {"mode": "speculative"},
-    {"mode": "speculative", "draft_length": "auto"},
+    {"mode": "speculative", "draft_length": None},
     {"mode": "speculative", "draft_ahead": 2},
     {"mode": "speculative", "draft_paths": 3},
 ]
@@ -53,7 +53,7 @@ def pair(model, passes=None, adapter=None, **section) -> tuple[BlockDiffusionLM,
 @pytest.fixture(autouse=True)
 def _same_costs(monkeypatch):
     """How many drafts pay is then the same in each call."""
-    costs = {"check": {1: {1: 1.0, 16: 1.5}}, "draft": {1: 1.2}}
+    costs = {"check": {1: {1: 1.0, 16: 1.5}}, "draft": {1: 1.2}, "alone": {1: 1.0}}
     monkeypatch.setattr(calls, "costs_of", lambda *_: Costs(**costs))
 
 

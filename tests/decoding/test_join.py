@@ -20,7 +20,7 @@ HOW: list[dict[str, Any]] = [
     {"mode": "diffusion", "threshold": 0.3},
     {"mode": "diffusion", "threshold": None, "block_size": 4, "sub_blocks": 2},
     {"mode": "speculative"},
-    {"mode": "speculative", "draft_length": "auto"},
+    {"mode": "speculative", "draft_length": None},
     {"mode": "speculative", "draft_paths": 3},
 ]
 DRAWN: dict[str, Any] = {"temperature": 0.9, "top_p": 0.95}

@@ -11,9 +11,20 @@ from nextblock.decoding import lm as calls
 from nextblock.decoding import pace
 from nextblock.model.costs import Costs, costs_file
 
-CHEAP = {"check": {1: {1: 1.0, 8: 1.1}}, "draft": {1: 1.1}}
-DEAR = {"check": {1: {1: 1.0, 8: 99.0}}, "draft": {1: 40.0}}
+CHEAP = {"check": {1: {1: 1.0, 8: 1.1}}, "draft": {1: 1.1}, "alone": {1: 9.0}}
+DEAR = {"check": {1: {1: 1.0, 8: 99.0}}, "draft": {1: 40.0}, "alone": {1: 40.0}}
+ALONE = {"check": {1: {1: 1.0, 8: 1.1}}, "draft": {1: 9.0}, "alone": {1: 0.1}}
 AUTO = {"mode": "speculative", "draft_length": "auto", "max_new_tokens": 60, "eos_token_id": []}
+
+
+def sure_of(token):
+    """A model that says one token whatever it sees."""
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[token] = 1000 * model.model.norm.weight
+        model.model.embed_tokens.weight.fill_(1)
+    return model
 
 
 @pytest.fixture
@@ -26,15 +37,26 @@ def with_costs(monkeypatch):
 
 def test_drafts_are_as_long_as_they_can_be_where_they_are_right_and_width_is_free(with_costs):
     with_costs(CHEAP)
-    model = tiny_model("llama")
-    with torch.no_grad():
-        model.lm_head.weight.zero_()
-        model.lm_head.weight[7] = 1000 * model.model.norm.weight  # sure of itself
-        model.model.embed_tokens.weight.fill_(1)
-    lm = language_model(model)
+    lm = language_model(sure_of(7))
     found = lm.generate(prompt(3), **AUTO)
     assert found.stats.row_forwards == lm.generate(prompt(3), **{**AUTO, "draft_length": None}).stats.row_forwards
     assert found.stats.row_forwards["denoise"] == 8
+
+
+@pytest.mark.parametrize("prediction", ["shifted", "aligned"])
+@pytest.mark.parametrize("paths", [1, 3])
+def test_where_the_free_token_costs_more_than_it_brings_drafts_do_without_it(with_costs, prediction, paths):
+    """Whatever the drafts are worth: the answers are those of ar, for rows alone and together."""
+    batch = padded([prompt(n) for n in LENGTHS])
+    for model in (tiny_model("llama", std=0.25), sure_of(7)):
+        with_costs(ALONE)
+        lm = language_model(model, prediction=prediction)
+        found, ar = lm.generate(**batch, **AUTO, draft_paths=paths), lm.generate(**batch, **{**AUTO, "mode": "ar"})
+        assert found.answers == ar.answers
+        assert found.stats.row_forwards["denoise"] > len(LENGTHS)
+    # Eight tokens a cycle of two passes: seven drafts and one more; the prompt's pass brings the first.
+    assert found.stats.row_forwards["denoise"] == len(LENGTHS) * -(-59 // 8)
+    assert found.stats.kept == found.stats.drafts
 
 
 def test_where_drafting_loses_steps_are_those_of_ar_but_for_a_few_tries(with_costs):
@@ -50,7 +72,7 @@ def test_where_drafting_loses_steps_are_those_of_ar_but_for_a_few_tries(with_cos
 
 def test_a_draft_that_is_unsure_of_itself_is_not_checked_and_later_calls_know(monkeypatch):
     """A pass that drafts costs no more than another here, so only the check of it can lose."""
-    costs = Costs(check={1: {1: 1.0, 8: 9.0}}, draft={1: 1.0})
+    costs = Costs(check={1: {1: 1.0, 8: 9.0}}, draft={1: 1.0}, alone={1: 9.0})
     monkeypatch.setattr(calls, "costs_of", lambda *_: costs)
     lm = language_model(tiny_model("llama", std=0.02))  # nearly uniform
     found = lm.generate(prompt(5), **AUTO)
@@ -63,7 +85,7 @@ def test_a_draft_that_is_unsure_of_itself_is_not_checked_and_later_calls_know(mo
 def test_what_a_sampled_row_draws_does_not_depend_on_the_machine_or_on_other_rows(with_costs, paths):
     lm, batch = language_model(tiny_model("llama", std=0.1)), padded([prompt(n) for n in LENGTHS])
     how, found = {**AUTO, "temperature": 1.0, "draft_paths": paths}, []
-    for costs in (CHEAP, DEAR):
+    for costs in (CHEAP, DEAR, ALONE):
         with_costs(costs)
         found.append(lm.generate(**batch, seed=3, **how))
     assert found[0].answers == found[1].answers
@@ -74,6 +96,8 @@ def test_what_a_sampled_row_draws_does_not_depend_on_the_machine_or_on_other_row
 def test_passes_are_measured_once_for_each_number_of_rows_and_kept_on_the_disk(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(pace, "_known", {})
+    monkeypatch.setattr(calls, "costs_of", pace.costs_of)
+    monkeypatch.setattr(pace, "_busy", lambda device: False)
     measured = []
 
     def recorded(batch, costs, measure=pace.measure):
@@ -92,7 +116,7 @@ def test_passes_are_measured_once_for_each_number_of_rows_and_kept_on_the_disk(t
     assert measured == [1, 4]
     (of,) = (costs.of for costs in pace._known.values())
     costs = Costs.model_validate_json(costs_file(of).read_text())
-    assert [*costs.check] == [*costs.draft] == [1, 4]
+    assert [*costs.check] == [*costs.draft] == [*costs.alone] == [1, 4]
     for line in costs.check.values():
         assert [*line] == [1, 2, 4, 8]
         assert [*line.values()] == sorted(line.values())
@@ -106,15 +130,23 @@ def test_passes_are_measured_once_for_each_number_of_rows_and_kept_on_the_disk(t
     assert measured == [1, 4, 1]
 
 
+def test_a_busy_machine_times_nothing_and_keeps_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(pace, "_known", {})
+    monkeypatch.setattr(calls, "costs_of", pace.costs_of)
+    monkeypatch.setattr(pace, "measure", None)  # would fail
+    monkeypatch.setattr(pace.os, "getloadavg", lambda: (40.0, 0.0, 0.0), raising=False)
+    lm = language_model(tiny_model("llama"))
+    lm.generate(prompt(3), **{**AUTO, "max_new_tokens": 4})
+    assert "the machine is busy" in capsys.readouterr().err
+    assert not any(tmp_path.rglob("costs-*.json"))
+
+
 def test_the_more_rows_share_a_pass_the_fewer_drafts_and_no_answer_changes(with_costs):
     """Costs by rows and width: a few rows draft, many do not."""
-    model = tiny_model("llama")
-    with torch.no_grad():
-        model.lm_head.weight.zero_()
-        model.lm_head.weight[7] = 1000 * model.model.norm.weight  # sure of itself
-        model.model.embed_tokens.weight.fill_(1)
-    lm = language_model(model)
-    with_costs({"check": {1: {1: 1.0, 8: 1.1}, 16: {1: 2.0, 8: 20.0}}, "draft": {1: 1.1, 16: 20.0}})
+    lm = language_model(sure_of(7))
+    passes = {"draft": {1: 1.1, 16: 20.0}, "alone": {1: 9.0, 16: 90.0}}
+    with_costs({"check": {1: {1: 1.0, 8: 1.1}, 16: {1: 2.0, 8: 20.0}}, **passes})
     drafts = []
     for rows in (1, 4, 16):
         found = lm.generate(prompt(3).expand(rows, -1), **AUTO)

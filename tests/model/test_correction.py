@@ -66,6 +66,26 @@ def test_the_likeliest_candidates_gain_what_the_token_before_tells_and_others_st
     torch.testing.assert_close(head(logits, previous), by_hand(head, logits, previous))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("candidates", [1, 5, 11, 200])
+@pytest.mark.parametrize("std", [0.3, 3.0])  # weak, and so strong that tokens beside the candidates win
+def test_the_likeliest_chain_is_that_of_one_place_after_the_other(candidates, std):
+    head = wild(Correction(11, CorrectionConfig(rank=3, candidates=candidates)), std).double()
+    logits, previous = torch.randn(40, 6, 11, dtype=torch.float64), torch.randint(0, 11, (40,))
+    lines, chain, before = [], [], previous
+    for place in logits.unbind(1):
+        lines.append(by_hand(head, place, before))
+        before = lines[-1].argmax(-1)
+        chain.append(before)
+    for found in (
+        head.likeliest_in_order(logits, previous),
+        head.in_order(logits, previous, lambda number, own: own.argmax(-1)),
+    ):
+        torch.testing.assert_close(found[0], torch.stack(lines, 1))
+        assert torch.equal(found[1], torch.stack(chain, 1))
+    assert torch.equal(head.likeliest_in_order(logits[:, :0], previous)[1], chain[0].new_empty(40, 0))
+
+
 def test_an_untrained_head_changes_nothing():
     logits = torch.randn(4, 11)
     assert torch.equal(Correction(11, CONFIG)(logits, torch.arange(4)), logits)

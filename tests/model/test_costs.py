@@ -55,7 +55,8 @@ def test_no_choice_of_lengths_row_by_row_brings_more_tokens_in_its_time(drafted)
             tokens = sum(1 + 1 + line[n] for line, n in zip(kept, lengths, strict=True))
             first = draft if drafted or any(lengths) else check[1]
             speeds[lengths] = tokens / (first + check[1 + max(lengths)])
-        best = best_length(kept, check, draft, drafted)
+        speed, best = best_length(kept, check, draft, drafted)
+        assert speed == pytest.approx(max(speeds.values()))
         own = tuple(min(best, len(line) - 1) for line in kept)
         assert speeds[own] == pytest.approx(max(speeds.values()))
         chosen.add(best)
@@ -63,11 +64,16 @@ def test_no_choice_of_lengths_row_by_row_brings_more_tokens_in_its_time(drafted)
 
 
 def test_costs_between_measured_sizes_lie_between_their_costs():
-    costs = Costs(of=OF, check={1: {1: 1.0, 4: 2.5, 8: 3.5}, 8: {1: 2.0, 4: 6.0, 8: 8.0}}, draft={1: 4.0, 8: 9.0})
-    assert costs.of_rows(1, 7) == ([0.0, 1.0, 1.5, 2.0, 2.5, 2.75, 3.0, 3.25, 3.5], 4.0)
-    check, draft = costs.of_rows(8, 3)
-    assert (check[1], check[4], draft) == (2.0, 6.0, 9.0)
-    assert costs.of_rows(16, 0) == ([0.0, 4.0], 18.0)
+    costs = Costs(
+        of=OF,
+        check={1: {1: 1.0, 4: 2.5, 8: 3.5}, 8: {1: 2.0, 4: 6.0, 8: 8.0}},
+        draft={1: 4.0, 8: 9.0},
+        alone={1: 3.0, 8: 8.0},
+    )
+    assert costs.of_rows(1, 7) == ([0.0, 1.0, 1.5, 2.0, 2.5, 2.75, 3.0, 3.25, 3.5], 4.0, 3.0)
+    check, draft, alone = costs.of_rows(8, 3)
+    assert (check[1], check[4], draft, alone) == (2.0, 6.0, 9.0, 8.0)
+    assert costs.of_rows(16, 0) == ([0.0, 4.0], 18.0, 16.0)
     for rows in range(1, 8):
         few, more = costs.of_rows(rows, 7), costs.of_rows(rows + 1, 7)
         assert all(a < b for a, b in zip(few[0][1:], more[0][1:], strict=True))
@@ -103,14 +109,14 @@ def test_the_share_of_kept_drafts_is_theirs_and_older_ones_count_less():
 
 def test_costs_are_kept_for_the_same_model_on_the_same_machine(recwarn):
     assert read_costs(OF) == Costs(of=OF)
-    costs = Costs(of=OF, check={1: {1: 0.5, 8: 1.5}}, draft={1: 2.0}, share=Share(1.0, 9.0))
+    costs = Costs(of=OF, check={1: {1: 0.5, 8: 1.5}}, draft={1: 2.0}, alone={1: 1.5}, share=Share(1.0, 9.0))
     write_costs(costs)
     assert read_costs(OF) == costs.model_copy(update={"share": Costs().share})
     assert not recwarn.list
 
 
 def test_costs_of_another_machine_are_not_taken():
-    write_costs(Costs(of={**OF, "machine": "another"}, check={1: {1: 0.5}}, draft={1: 2.0}))
+    write_costs(Costs(of={**OF, "machine": "another"}, check={1: {1: 0.5}}, draft={1: 2.0}, alone={1: 2.0}))
     with pytest.warns(UserWarning, match=r"are of another machine \(another\); they are measured again"):
         assert read_costs(OF) == Costs(of=OF)
 
@@ -123,10 +129,11 @@ def test_costs_of_another_machine_are_not_taken():
         "[]",
         "\xff",
         {"check": {"1": {"1": 0.5}}},
-        {"check": {"1": {"8": 0.5}}, "draft": {"1": 1.0}},
-        {"check": {"1": {"1": -1.0}}, "draft": {"1": 1.0}},
-        {"check": {"1": {"1": "fast"}}, "draft": {"1": 1.0}},
-        {"check": {"0": {"1": 1.0}}, "draft": {"0": 1.0}},
+        {"check": {"1": {"1": 0.5}}, "draft": {"1": 1.0}},
+        {"check": {"1": {"8": 0.5}}, "draft": {"1": 1.0}, "alone": {"1": 1.0}},
+        {"check": {"1": {"1": -1.0}}, "draft": {"1": 1.0}, "alone": {"1": 1.0}},
+        {"check": {"1": {"1": "fast"}}, "draft": {"1": 1.0}, "alone": {"1": 1.0}},
+        {"check": {"0": {"1": 1.0}}, "draft": {"0": 1.0}, "alone": {"0": 1.0}},
     ],
     ids=str,
 )

@@ -81,11 +81,11 @@ class Tree:
 def draft_lengths(batch: Batch, free: int) -> list[int]:
     """Tokens to draft for each row behind its known token and `free` more, which will be there when they are checked.
 
-    A block that begins with the known token has b - 2 drafts behind the free one.
+    A block that begins with the known token has room for b - 1 tokens behind it.
     """
     lengths = []
     for row in batch.rows:
-        length, wanted = max(0, batch.block_size - 2), row.draft_length
+        length, wanted = max(0, batch.block_size - 1 - free), row.draft_length
         if wanted == "auto" and batch.config.draft_ahead:  # else `pace.Pacer` decides
             chance = row.share.chance(prior=0.8)
             length = min(length, int(1.5 * chance / (1 - chance)) + 2)
@@ -110,10 +110,13 @@ def free_block(batch: Batch) -> Groups:
     return Groups(position, torch.cat([block[:, :1], before], dim=1), group, noised=True, kept=True)
 
 
-def masked_block(batch: Batch, known: Tensor) -> Tensor:
-    """The tokens of `free_block`: the known one twice, and mask tokens behind it, int64 [B, 1 + b]."""
-    tokens = known.new_full((len(known), 1 + batch.block_size), batch.mask_token_id)
-    tokens[:, :2] = known
+def masked_block(batch: Batch, known: Tensor, free: int = 1) -> Tensor:
+    """The tokens of `free_block`: the known one twice, and mask tokens behind it, int64 [B, 1 + b].
+
+    With `free` = 0 the block alone, int64 [B, b].
+    """
+    tokens = known.new_full((len(known), free + batch.block_size), batch.mask_token_id)
+    tokens[:, : free + 1] = known
     return tokens
 
 
@@ -150,6 +153,19 @@ def likeliest_points(draft: Draft, count: int) -> Tensor:
     return torch.where(number[: ranked.shape[1]] <= length, ranked, ranked[:, :1])
 
 
+def draft_alone(batch: Batch, lengths: list[int]) -> Draft:
+    """A draft by a pass over the block alone, the first of its tokens included: b - 1 at most; nothing is gained yet.
+
+    What the pass writes to the cache is overwritten by the check, which begins with the known token.
+    """
+    known, starts = batch.known()
+    hidden = batch.forward(masked_block(batch, known, free=0), starts, [False] * len(starts))
+    first = 0 if batch.shifted else 1
+    places = hidden[:, first : first + max(lengths)]
+    logits = batch.head.logits(places.flatten(0, 1)).unflatten(0, places.shape[:2])
+    return choose_drafts(batch, logits, lengths)
+
+
 def candidates(batch: Batch, hidden: Tensor, first: list[int], longest: int) -> Tensor:
     """The hidden states [B, k, D] that propose drafts, of blocks whose first index in `hidden` [B, _, D] is `first`.
 
@@ -176,9 +192,12 @@ def choose_drafts(batch: Batch, logits: Tensor, lengths: list[int]) -> Draft:
     head, correction, tokens = batch.head, batch.decoder.correction, None
     if correction is not None:  # each draft changes what the next is drawn from
         last = on_device([row.answer[-1] for row in rows], flat.device)
-        logits, tokens = correction.in_order(
-            logits, last, lambda n, own: head.choose(own, uniform[n :: shape[1]], rows)
-        )
+        if any(row.sampling.temperature for row in rows):
+            logits, tokens = correction.in_order(
+                logits, last, lambda n, own: head.choose(own, uniform[n :: shape[1]], rows)
+            )
+        else:
+            logits, tokens = correction.likeliest_in_order(logits, last)
     distribution = head.distribution(logits.flatten(0, 1), of_places)
     tokens = head.choose(flat, uniform, of_places, distribution).view(shape) if tokens is None else tokens
     draft = Draft(tokens, lengths, None if distribution is None else distribution.view_as(logits))

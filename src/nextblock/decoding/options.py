@@ -49,8 +49,8 @@ class DecodingConfig(Section):
     )
     top_k: int | None = Field(default=None, ge=1, description="only the k likeliest tokens")
     draft_length: int | Literal["auto"] | None = Field(
-        default=None,
-        description="speculative: tokens that a check may refuse; auto: as long as it pays here; default: the block",
+        default="auto",
+        description="speculative: tokens that a check may refuse; auto: as long as it pays here; none: the block",
     )
     draft_ahead: int = Field(
         default=0,

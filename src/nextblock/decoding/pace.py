@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
+import os
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 
 import torch
 from rich.console import Console
-from torch import Tensor
 
-from nextblock.attention.groups import Groups
 from nextblock.config.sections import BlockDiffusionSettings
 from nextblock.decoding.batch import Batch
 from nextblock.decoding.compiled import StaticPasses, rounded_rows
-from nextblock.decoding.drafts import Draft, candidates, free_block, masked_block
+from nextblock.decoding.drafts import Draft, candidates, choose_drafts, draft_alone, free_block, masked_block
 from nextblock.decoding.events import Stats
 from nextblock.decoding.options import DecodingConfig
 from nextblock.decoding.rows import Row
@@ -32,8 +33,8 @@ from nextblock.model.costs import (
 )
 from nextblock.model.decoder import Decoder
 
-REPEATS, CONTEXT, SAID = 3, 64, 2.0
-"""Passes of each width after one that warms up; tokens in front of them; seconds from which on that is announced."""
+LEAST, MOST, ENOUGH, CONTEXT = 3, 30, 0.6, 64
+"""Passes of each kind after one that warms up: few, and more for so many seconds; tokens in front of them."""
 
 _known: dict[str, Costs] = {}
 """Of this process, by the whole fingerprint."""
@@ -48,28 +49,52 @@ class Pacer:
     """
 
     costs: Costs
+    block_size: int
+    _known: dict[tuple[bool, int], tuple[list[float], float, float]] = field(default_factory=dict, repr=False)
 
-    def lengths(self, rows: list[Row], most: list[int]) -> list[int]:
-        """Drafts of the next cycle, for each row `most` at most: before they are made."""
-        lengths, paced = list(most), list(most)
+    def lengths(self, rows: list[Row], most: list[int]) -> tuple[list[int], bool]:
+        """Drafts of the next cycle, for each row `most` behind the free token at most: before they are made.
+
+        Returns:
+            The lengths, and whether to draft without the free token: then one more of each row.
+        """
+        lengths, paced, alone = list(most), list(most), False
         for index, (row, n) in enumerate(zip(rows, most, strict=True)):
             if row.draft_length != "auto" or not _by_load(row):
                 paced[index] = 0
-                lengths[index] = self._best(NOMINAL, [row], [n], row.pause) if n and row.draft_length == "auto" else n
+                own = n and row.draft_length == "auto"
+                lengths[index] = self._best(NOMINAL, [row], [n], row.pause)[0] if own else n
         # Where others draft anyway, the pass is as wide as it gets.
         if any(paced) and not any(n for n, own in zip(lengths, paced, strict=True) if not own):
-            best = self._best(self.costs, rows, paced, self.costs.pause)
+            best, alone = self._best(self.costs, rows, paced, self.costs.pause)
             for index, (row, n) in enumerate(zip(rows, paced, strict=True)):
                 lengths[index] = 0 if not best else n if row.random is None else min(n, best)  # `cut` is for greedy
-        return lengths
+        return lengths, alone
 
-    def _best(self, costs: Costs, rows: list[Row], most: list[int], pause: Pause) -> int:
-        longest, prior = max(most), costs.share.chance(0.0, weight=0.0)
-        kept = [kept_by([row.share.chance(prior)] * n) for row, n in zip(rows, most, strict=True)]
-        check, draft = costs.of_rows(len(rows), longest)
-        return pause.decide(best_length(kept, check, draft), longest, first_pause(check, draft))
+    def _passes(self, costs: Costs, rows: int) -> tuple[list[float], float, float]:
+        """`Costs.of_rows` for all lengths, looked up once: a cycle asks twice."""
+        key = costs is NOMINAL, rows
+        if key not in self._known:
+            self._known[key] = costs.of_rows(rows, self.block_size)
+        return self._known[key]
 
-    def cut(self, draft: Draft, rows: list[Row]) -> Draft:
+    def _best(self, costs: Costs, rows: list[Row], most: list[int], pause: Pause) -> tuple[int, bool]:
+        longest = max(most)
+        if longest < 1:
+            return 0, False
+        prior, first = costs.share.chance(0.0, weight=0.0), costs.first.chance(0.0, weight=0.0)
+        chances = [[row.share.chance(prior)] * n for row, n in zip(rows, most, strict=True)]
+        check, draft, alone = self._passes(costs, len(rows))
+        speed, best = best_length([*map(kept_by, chances)], check, draft)
+        without = [kept_by([first, *line]) for line in chances]
+        other, _ = best_length(without, check, alone, drafted=True, sure=1)
+        greedy = all(row.random is None and row.draft_length == "auto" for row in rows)
+        if greedy and other > speed:
+            pause.decide(longest, longest, 1)
+            return longest, True
+        return pause.decide(best, longest, first_pause(check, draft)), False
+
+    def cut(self, draft: Draft, rows: list[Row], alone: bool) -> Draft:
         """As much of a draft of greedy rows as is worth checking, by its own probabilities.
 
         What was drawn is never cut: later proposals may depend on the draws before them, and the length would too.
@@ -79,7 +104,9 @@ class Pacer:
         if any(fixed) or draft.branches or draft.chances is None:
             return draft
         chances = [line[:n] for line, n in zip(draft.chances.tolist(), draft.lengths, strict=True)]
-        n = best_length([*map(kept_by, chances)], *self.costs.of_rows(len(rows), max(draft.lengths)), drafted=True)
+        check, *passes = self._passes(self.costs, len(rows))
+        kept, sure = [*map(kept_by, chances)], 1 if alone else 2
+        _, n = best_length(kept, check, passes[alone], drafted=True, sure=sure)
         if not n:  # a check would say no more
             for row, line in zip(rows, chances, strict=True):
                 self._take_in(row, *(line[0], 1.0) if line else (0.0, 0.0))
@@ -95,6 +122,7 @@ class Pacer:
             row.share.learn(kept, tried)
             if self.costs is not NOMINAL:
                 self.costs.share.learn(kept, tried)
+                self.costs.first.learn(min(kept, 1), 1)
 
 
 def _by_load(row: Row) -> bool:
@@ -108,16 +136,22 @@ def costs_of(
     rows: int,
     passes: StaticPasses | None = None,
 ) -> Costs:
-    """What passes over so many rows cost, where that decides: known here, kept on the disk, or measured now."""
+    """What passes over so many rows cost, where that decides: known here, kept on the disk, or measured now.
+
+    On a busy machine nominal costs, which are not kept.
+    """
     if config.mode != "speculative" or config.draft_length != "auto" or config.draft_ahead or config.temperature:
         return NOMINAL
     kind = (a := decoder.adapter) and (a.config.rank, *a.names, a.layers[0].merged is not None)
     of = fingerprint(decoder.model, config.block_size, decoder.attention, kind, passes is not None)
     costs = _known[str(of)] = _known.get(str(of)) or read_costs(of)
     missing = sorted({1, rounded_rows(rows)} - costs.check.keys())
+    if missing and _busy(decoder.device):
+        Console(stderr=True).print("the machine is busy, so passes are not timed: drafts go by nominal costs")
+        return NOMINAL
     context = min(CONTEXT, (decoder.max_positions or 2**62) - 2 * (config.block_size or 1) - 1)
     for size in missing:
-        prompts = [Row(number, [0] * max(1, context), CONTEXT) for number in range(size)]
+        prompts = [Row(number, [0] * max(1, context), CONTEXT, answer=[0]) for number in range(size)]
         batch = Batch(decoder, settings, config, prompts, Stats(), passes=passes)
         measure(batch, costs)
         batch.close()
@@ -126,29 +160,44 @@ def costs_of(
     return costs
 
 
-def measure(batch: Batch, costs: Costs) -> None:
-    """Time the passes of a batch whose rows have no answer yet: the least of a few times each, in turns."""
-    batch.prefill()
-    rows, start, block = len(batch.rows), len(batch.rows[0].prompt), batch.block_size
-    tokens, free = torch.zeros(rows, 1, dtype=torch.int64, device=batch.device), free_block(batch)
+def _busy(device: torch.device) -> bool:
+    """Whether other work would spoil the times: of narrow and wide passes not alike."""
+    return device.type == "cpu" and hasattr(os, "getloadavg") and os.getloadavg()[0] > (os.cpu_count() or 1) + 0.5
 
-    def seconds(tokens: Tensor, groups: Groups | None = None) -> float:
-        began = time.perf_counter()
-        hidden = batch.forward(tokens, [start] * rows, [True] * rows, groups)
-        if groups is not None:
-            hidden = torch.cat([hidden[:, :1], candidates(batch, hidden, [1] * rows, max(0, block - 2))], dim=1)
+
+def measure(batch: Batch, costs: Costs) -> None:
+    """Time the passes of a batch whose rows have one token of an answer: the least of some times each, in turns."""
+    batch.prefill()
+    rows, block = len(batch.rows), batch.block_size
+    (known, starts), free = batch.known(), free_block(batch)
+
+    def check(width: int) -> None:
+        hidden = batch.forward(known.expand(-1, width), starts, [True] * rows)
         batch.head.logits(hidden.flatten(0, 1)).argmax(-1).tolist()
-        return time.perf_counter() - began
+
+    def draft() -> None:
+        lengths = [max(0, block - 2)] * rows
+        hidden = batch.forward(masked_block(batch, known), starts, [True] * rows, free)
+        hidden = torch.cat([hidden[:, :1], candidates(batch, hidden, [1] * rows, lengths[0])], dim=1)
+        logits = batch.head.logits(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])
+        logits[:, 0].argmax(-1).tolist()
+        choose_drafts(batch, logits[:, 1:], lengths)
 
     widths = [width for width in (1, 2, 4, 8, 16, 32, 64, 128) if width < block] + [block]
-    check, draft = dict.fromkeys(widths, math.inf), math.inf
-    for number in range(1 + REPEATS):
-        began = time.perf_counter()
-        for width in widths:
-            check[width] = min(check[width], seconds(tokens.expand(-1, width)))
-        draft = min(draft, seconds(masked_block(batch, tokens), free))
-        if not number and (left := REPEATS * (time.perf_counter() - began)) > SAID:
-            Console(stderr=True).print(f"passes are timed, once for this model and machine: up to {left:.0f} s")
+    kinds: list[Callable[[], object]] = [partial(check, width) for width in widths]
+    kinds += [draft, partial(draft_alone, batch, [max(0, block - 1)] * rows)]
+    least, number = [math.inf] * len(kinds), 0
+    began = time.perf_counter()
+    while number <= LEAST or (number <= MOST and time.perf_counter() - began < ENOUGH):
+        for index, kind in enumerate(kinds):
+            before = time.perf_counter()
+            kind()
+            least[index] = min(least[index], time.perf_counter() - before)
+        if not number:
+            left = max(min(ENOUGH, MOST * (time.perf_counter() - began)), LEAST * (time.perf_counter() - began))
+            Console(stderr=True).print(f"passes are timed, once for this model and machine: about {left:.1f} s")
+        number += 1
+    line = dict(zip(widths, least, strict=False))
     for wider, width in pairwise(reversed(widths)):  # no pass costs more than a wider one
-        check[width] = min(check[width], check[wider])
-    costs.check[rows], costs.draft[rows] = check, draft
+        line[width] = min(line[width], line[wider])
+    costs.check[rows], (costs.draft[rows], costs.alone[rows]) = line, least[-2:]

@@ -5,6 +5,9 @@ beside it denoises the block that begins with the known token (`drafts.free_bloc
 the drafts. The second pass is causal over the decided token and the drafts, and gives the AR head's own choice after
 each of them. So a cycle gains two tokens or more, and one without drafts is two steps of `autoregressive`.
 
+Where the first pass costs more by that than the free token brings, as with a draft adapter on a CPU, it is the block
+alone (`drafts.draft_alone`), and the check begins with the known token: `pace.Pacer` decides.
+
 With `draft_ahead` draft and check are one pass. Behind the tokens to be checked lie blocks for the G points of
 acceptance that are likeliest to come true; each begins with a copy of the last token that would be kept and sees what
 would then be the context. The block of the point that comes true has drafted the next cycle. Where none was right,
@@ -26,6 +29,7 @@ from nextblock.decoding.drafts import (
     Draft,
     candidates,
     choose_drafts,
+    draft_alone,
     draft_lengths,
     free_block,
     lay_out,
@@ -43,14 +47,21 @@ def speculative(batch: Batch) -> Iterator[list[Event]]:
     When sampling, rejection sampling decides. What was not kept is dropped by counting less far in the cache. So the
     answer is that of `autoregressive`, greedy, and has its distribution, sampling.
     """
-    pacer, ahead, free = Pacer(batch.costs), batch.config.draft_ahead, free_block(batch)
+    pacer, ahead, free = Pacer(batch.costs, batch.block_size), batch.config.draft_ahead, free_block(batch)
     draft: Draft | None = None  # a cycle begins
+    alone = False  # whether it drafts without the free token
     while rows := batch.admit() if draft is None else batch.rows:  # rows join where a cycle begins
         known, starts = batch.known()
         checked, lengths, points = Draft(known[:, :0], [0] * len(rows)), [0] * len(rows), None
         if draft is None:
             lengths = draft_lengths(batch, free=1)
-            lengths = lengths if ahead else pacer.lengths(rows, lengths)
+            if not ahead:
+                lengths, alone = pacer.lengths(rows, lengths)
+            if alone and any(lengths):
+                draft = draft_alone(batch, draft_lengths(batch, free=0))
+                batch.stats.count("denoise", len(rows))
+                draft = pacer.cut(draft, rows, alone)
+                continue
         else:
             checked = draft.part(draft_lengths(batch, free=0)) if ahead else draft
         if not (ahead or any(lengths) or any(checked.lengths)):  # without drafts this is a step of ar mode
@@ -82,7 +93,7 @@ def speculative(batch: Batch) -> Iterator[list[Event]]:
             draft = None
         elif any(lengths):
             draft = choose_drafts(batch, of_rows(logits[:, width:], order), [lengths[index] for index in order])
-            draft = draft if ahead else pacer.cut(draft, batch.rows)
+            draft = draft if ahead else pacer.cut(draft, batch.rows, alone)
         elif points is not None:
             draft = drafted(batch, of_rows(hidden, order), [gains[index].hit for index in order], width)
         else:

@@ -400,7 +400,8 @@ def _greedy(subject: _Subject, mode: Mode, prompts: list[Tensor]) -> list[list[i
         raise _Skip(f"in {str(subject.model.dtype).removeprefix('torch.')} rounding decides near ties; use float32")
     tokens, real = (pad_sequence(rows, batch_first=True) for rows in (prompts, [torch.ones_like(p) for p in prompts]))
     new = 2 * subject.settings.block_size + 2
-    out = subject.lm.generate(tokens, attention_mask=real, mode=mode, max_new_tokens=new, eos_token_id=())
+    how = {"attention_mask": real, "draft_length": None, "eos_token_id": ()}  # drafts whether they pay or not
+    out = subject.lm.generate(tokens, mode=mode, max_new_tokens=new, **how)
     return out.answers
 
 

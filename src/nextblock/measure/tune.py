@@ -202,7 +202,7 @@ def neighbours(options: Options) -> list[Options]:
     size = options["block_size"]
     changes: list[Options] = []
     if options["mode"] == "speculative":
-        changes = [{"draft_length": n} for n in ("auto", size // 2, 3 * size // 4) if n]
+        changes = [{"draft_length": n} for n in (None, size // 2, 3 * size // 4) if n != 0]
         if ahead := options["draft_ahead"]:
             changes += [{"draft_ahead": n} for n in (ahead // 2, 2 * ahead) if n]
         elif (paths := options["draft_paths"]) > 1:

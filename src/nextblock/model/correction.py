@@ -65,6 +65,29 @@ class Correction(nn.Module):
             tokens[:, number] = previous = choose(number, own)
         return corrected, tokens
 
+    def likeliest_in_order(self, logits: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
+        """As `in_order` where the likeliest token is chosen at each place; how many operations does not grow with k.
+
+        What each candidate of a place makes of each candidate of the next is computed for all places at once. The
+        choice is then a walk through a table of indices, on the host.
+        """
+        count, width = min(self.config.candidates, logits.shape[-1]), min(self.config.candidates + 1, logits.shape[-1])
+        # One more than are corrected: it is the choice where the others fall below it.
+        value, token = logits.topk(width)
+        after = self.following[token]
+        after[:, :, count:] = 0
+        before = torch.cat([previous[:, None, None].expand(-1, -1, width), token[:, :-1]], dim=1)
+        scores = value.unsqueeze(2) + (self.previous[before] @ after.mT).to(value.dtype)  # by both candidates
+        walks = []
+        for line in scores.argmax(-1).tolist():
+            walk = [0]
+            for step in line:
+                walk.append(step[walk[-1]])
+            walks.append(walk)
+        walk = torch.tensor(walks).to(logits.device).unsqueeze(-1)
+        own = scores.gather(2, walk[:, :-1].unsqueeze(-1).expand(-1, -1, 1, width)).squeeze(2)
+        return logits.scatter(-1, token, own), token.gather(2, walk[:, 1:]).squeeze(-1)
+
 
 def save_correction(
     folder: Path,

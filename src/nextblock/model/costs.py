@@ -70,33 +70,41 @@ class Costs(BaseModel):
     """Seconds of the passes of speculative decoding; what lies between measured sizes is interpolated.
 
     of: the model and the machine, from `fingerprint`.
-    check: rows -> width -> a causal pass. draft: rows -> the pass that drafts.
-    share, pause: what was kept lately, and when drafting is tried again, in all greedy calls of this process.
+    check: rows -> width -> a causal pass. draft: rows -> the pass that drafts, with the free token.
+    alone: rows -> the pass that drafts without it.
+    share, first, pause: what was kept lately, of all drafts and of the first ones that were checked, and when drafting
+        is tried again, in all greedy calls of this process.
     """
 
     of: dict[str, str] = Field(default_factory=dict)
     check: dict[Count, dict[Count, Seconds]] = Field(default_factory=dict)
     draft: dict[Count, Seconds] = Field(default_factory=dict)
+    alone: dict[Count, Seconds] = Field(default_factory=dict)
     share: Share = Field(default_factory=lambda: Share(1.6, 2.0, memory=0.97), exclude=True)
+    first: Share = Field(default_factory=lambda: Share(1.9, 2.0, memory=0.97), exclude=True)
     pause: Pause = Field(default_factory=Pause, exclude=True)
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
-        if self.check.keys() != self.draft.keys() or any(1 not in line for line in self.check.values()):
+        if not self.check.keys() == self.draft.keys() == self.alone.keys() or any(
+            1 not in line for line in self.check.values()
+        ):
             raise ValueError("some passes are missing")
         return self
 
-    def of_rows(self, rows: int, longest: int) -> tuple[list[float], float]:
-        """For so many rows: causal passes over 0 ... 1 + `longest` tokens (0: for nothing), and the draft's pass."""
+    def of_rows(self, rows: int, longest: int) -> tuple[list[float], float, float]:
+        """For so many rows: causal passes over 0 ... 1 + `longest` tokens (0: for nothing), `draft` and `alone`."""
         widths = range(1, longest + 2)
         here = {
             width: _between({number: _between(line, width) for number, line in self.check.items()}, rows)
             for width in widths
         }
-        return [0.0, *here.values()], _between(self.draft, rows)
+        return [0.0, *here.values()], _between(self.draft, rows), _between(self.alone, rows)
 
 
-NOMINAL = Costs(check={1: {1: 1.0, 16: 2.0}, 32: {1: 3.0, 16: 33.0}}, draft={1: 2.0, 32: 33.0})
+NOMINAL = Costs(
+    check={1: {1: 1.0, 16: 2.0}, 32: {1: 3.0, 16: 33.0}}, draft={1: 2.0, 32: 33.0}, alone={1: 2.0, 32: 33.0}
+)
 """In steps of AR for one row, 16 more tokens of any row as dear as one: for what must not depend on the machine."""
 
 
@@ -121,8 +129,10 @@ def kept_by(chances: Sequence[float]) -> list[float]:
     return kept
 
 
-def best_length(kept: Sequence[Sequence[float]], check: Sequence[float], draft: float, drafted: bool = False) -> int:
-    """The number n of drafts for which a cycle brings the most tokens in its time; 0: none.
+def best_length(
+    kept: Sequence[Sequence[float]], check: Sequence[float], draft: float, drafted: bool = False, sure: int = 2
+) -> tuple[float, int]:
+    """The most tokens that a cycle brings in its time, and the number n of drafts for which it does; 0: none.
 
     All rows share the two passes of a cycle, so each may have as many drafts as any, up to the end of its list.
 
@@ -130,13 +140,15 @@ def best_length(kept: Sequence[Sequence[float]], check: Sequence[float], draft: 
         kept: of each row, from `kept_by`.
         check: cost of a causal pass over 0, 1, ... tokens; draft: that of the pass that drafts.
         drafted: the draft is made already. Else n = 0 stands for two plain passes.
+        sure: tokens that a cycle brings whatever is kept: 2 with the free token, else 1.
     """
 
     def speed(n: int) -> float:
-        tokens = sum(2 + line[min(n, len(line) - 1)] for line in kept)
+        tokens = sum(sure + line[min(n, len(line) - 1)] for line in kept)
         return tokens / (check[1 + n] + (draft if n or drafted else check[1]))
 
-    return max(range(max(map(len, kept))), key=speed)
+    best = max(range(max(map(len, kept))), key=speed)
+    return speed(best), best
 
 
 def fingerprint(model: nn.Module, *more: Any) -> dict[str, str]:
