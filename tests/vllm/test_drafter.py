@@ -84,7 +84,7 @@ def test_sampled_tokens_have_the_ar_distribution(llm):
     """At temperature 2: the distance to AR is no larger than that of AR to itself, drawn again."""
 
     def draw(mode: str) -> Counter:
-        drawn = answers(llm, PROMPTS[:1] * 1200, mode=mode, temperature=2.0, top_k=4, max_tokens=4)
+        drawn = answers(llm, PROMPTS[:1] * 800, mode=mode, temperature=2.0, top_k=4, max_tokens=4)
         return Counter((place, token) for answer in drawn for place, token in enumerate(answer) if place)
 
     def distance(one: Counter, other: Counter) -> float:

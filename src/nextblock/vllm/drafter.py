@@ -74,6 +74,8 @@ class Drafter:
         def decided(logits: Tensor | None, metadata: Any) -> Any:
             if logits is not None:
                 self.keep_decided(logits, metadata)
+            if metadata is not None and not any(metadata.num_draft_tokens):
+                metadata = None  # a check without any draft, which on CPUs fails under top-k alone, is plain sampling
             return sample(logits, metadata)
 
         runner._sample = decided
