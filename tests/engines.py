@@ -18,12 +18,12 @@ PROMPTS = [get_task("word_problems").example("test", number).prompt for number i
 @contextmanager
 def engine(model: str, **options: Any) -> Iterator[Any]:
     """A `vllm.LLM` that drafts, in this process; gone behind the `with` block."""
-    from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.distributed import cleanup_dist_env_and_memory  # pyright: ignore
 
-    import vllm
+    from vllm import LLM  # pyright: ignore
 
     defaults = {"dtype": "float32", "enforce_eager": True, "max_num_seqs": 16, "disable_log_stats": False, "seed": 0}
-    llm = vllm.LLM(model=resolve(model), speculative_config=dict(SPECULATIVE), **defaults | options)
+    llm = LLM(model=resolve(model), speculative_config=dict(SPECULATIVE), **defaults | options)
     yield llm
     llm.llm_engine.engine_core.shutdown()
     del llm
@@ -35,7 +35,7 @@ def answers(
     llm: Any, prompts: list[Any], alone: bool = False, mode: str | None = None, **params: Any
 ) -> list[list[int]]:
     """Token ids of each answer; `alone`: one prompt after the other."""
-    from vllm import SamplingParams
+    from vllm import SamplingParams  # pyright: ignore
 
     extra = params.pop("extra_args", {}) | ({} if mode is None else {"mode": mode})
     sampling = SamplingParams(**{"temperature": 0, "max_tokens": LIMIT, "extra_args": extra} | params)

@@ -19,7 +19,7 @@ from nextblock.vllm.drafter import expand
 
 def config_of(model: str = "tiny-bd", **options: Any) -> Any:
     """An engine's configuration, as vLLM makes it before any weight is loaded."""
-    from vllm.engine.arg_utils import EngineArgs
+    from vllm.engine.arg_utils import EngineArgs  # pyright: ignore
 
     defaults = {"dtype": "float32", "enforce_eager": True, "max_model_len": 512, "speculative_config": SPECULATIVE}
     return EngineArgs(model=resolve(model), **defaults | options).create_engine_config()
@@ -111,6 +111,20 @@ def test_what_else_would_run_inside_a_draft_pass(name):
     refused(lambda: check_engine(config), "does not go with nextblock's drafts")
 
 
+def test_ranks_with_experts_that_would_wait_for_each_other(monkeypatch):
+    config = config_of()
+    config.parallel_config.data_parallel_size = 2
+    check_engine(config)
+    monkeypatch.setattr(type(config.model_config), "is_moe", True)
+    refused(lambda: check_engine(config), "data_parallel_size=2", "one engine for each")
+
+
+def test_a_plug_in_that_vllm_is_told_not_to_load(monkeypatch):
+    config = config_of()
+    monkeypatch.setenv("VLLM_PLUGINS", "another")
+    refused(lambda: check_engine(config), "VLLM_PLUGINS=another", "add nextblock")
+
+
 def test_an_unknown_version_of_vllm(monkeypatch):
     monkeypatch.setattr("vllm.__version__", "0.33.1")
     refused(config_of, "vLLM 0.33.1", "install `vllm>=0.32,<0.33`")
@@ -128,7 +142,7 @@ def test_an_unknown_version_of_vllm(monkeypatch):
     ids=str,
 )
 def test_wrong_options_of_a_request(extra, words):
-    from vllm import SamplingParams
+    from vllm import SamplingParams  # pyright: ignore
 
     refused(lambda: check_request(config_of(), SamplingParams(extra_args=extra)), *words)
 
@@ -149,9 +163,9 @@ def test_wrong_options_of_a_request(extra, words):
     ],
 )
 def test_what_diffusion_mode_cannot_do(name, value):
-    from vllm.sampling_params import StructuredOutputsParams
+    from vllm.sampling_params import StructuredOutputsParams  # pyright: ignore
 
-    from vllm import SamplingParams
+    from vllm import SamplingParams  # pyright: ignore
 
     given = {name: StructuredOutputsParams(**value) if name == "structured_outputs" else value}
     config = config_of()
@@ -162,8 +176,8 @@ def test_what_diffusion_mode_cannot_do(name, value):
 
 def test_vllm_still_drops_what_its_expand_kernel_computes_and_ours_does_not():
     """Where this fails vLLM has mended its kernel: `mend_expand_kernel` can go."""
-    from vllm.platforms import current_platform
-    from vllm.utils.cpu_triton_utils import _expand_kernel_impl
+    from vllm.platforms import current_platform  # pyright: ignore
+    from vllm.utils.cpu_triton_utils import _expand_kernel_impl  # pyright: ignore
 
     current_platform.import_kernels()
     value, ends = torch.tensor([0.0, 2.0]), torch.tensor([2, 5], dtype=torch.int32)

@@ -50,7 +50,7 @@ def test_diffusion_decides_what_nextblock_decides(llm, ours, options):
 
 
 def test_rows_of_different_modes_share_a_batch(llm, ours):
-    from vllm import SamplingParams
+    from vllm import SamplingParams  # pyright: ignore
 
     modes = [("ar", "speculative", "diffusion")[number % 3] for number in range(12)]
     sampling = [SamplingParams(temperature=0, max_tokens=LIMIT, extra_args={"mode": mode}) for mode in modes]
@@ -97,5 +97,5 @@ def test_sampled_tokens_have_the_ar_distribution(llm):
 
 
 def test_seeded_diffusion_draws_the_same_again(llm):
-    drawn = [answers(llm, PROMPTS[:4], mode="diffusion", temperature=1.0, seed=seed) for seed in (5, 5, 6)]
+    drawn = [answers(llm, PROMPTS[:4], mode="diffusion", temperature=5.0, seed=seed) for seed in (5, 5, 6)]
     assert drawn[0] == drawn[1] != drawn[2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -58,8 +59,8 @@ def settings_of(config: Any) -> BlockDiffusionSettings | None:
     return read_settings(config.model_config.hf_config) if adapter is None else adapter.settings
 
 
-def check_version() -> None:
-    """UsageError for a vLLM whose inner names this plug-in does not know."""
+def check_vllm() -> None:
+    """UsageError for a vLLM whose inner names this plug-in does not know, or that was told not to load it."""
     from vllm import __version__ as version  # pyright: ignore[reportMissingImports]
 
     if not version.startswith(VERSIONS):
@@ -67,6 +68,8 @@ def check_version() -> None:
             f"vLLM {version} is not known to this nextblock, which works with {VERSIONS}x; install "
             "`vllm>=0.32,<0.33`, or leave nextblock out of speculative_config"
         )
+    if (plugins := os.environ.get("VLLM_PLUGINS")) is not None and "nextblock" not in plugins.split(","):
+        raise UsageError(f"VLLM_PLUGINS={plugins} leaves out nextblock, which checks requests; add nextblock to it")
 
 
 def check_engine(config: Any) -> None:
@@ -77,7 +80,7 @@ def check_engine(config: Any) -> None:
     Raises:
         UsageError: what does not go, and what to do.
     """
-    check_version()
+    check_vllm()
     adapter, model, settings = draft_adapter(config), config.model_config, settings_of(config)
     if settings is None:
         raise UsageError(
@@ -114,6 +117,11 @@ def _check_parallel(config: Any, adapter: StoredAdapter | None) -> None:
     for name, why in sizes.items():
         if (size := getattr(parallel, name)) > 1:
             raise UsageError(f"{name}={size} does not go with nextblock's drafts: {why}")
+    if parallel.data_parallel_size > 1 and config.model_config.is_moe:
+        raise UsageError(
+            f"data_parallel_size={parallel.data_parallel_size} does not go with nextblock's drafts of a model with "
+            "experts, whose ranks would wait for each other's passes; start one engine for each"
+        )
     if config.lora_config is not None:
         raise UsageError("enable_lora does not go with nextblock's drafts; merge the LoRA adapter into the model")
     if config.kv_transfer_config is not None:

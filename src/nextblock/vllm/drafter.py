@@ -157,7 +157,7 @@ class Drafter:
                 if params.temperature:
                     random = torch.Generator()
                     random.seed() if params.seed is None else random.manual_seed(params.seed)
-                ends = frozenset() if params.ignore_eos else frozenset(params.all_stop_token_ids)
+                ends = frozenset((params.stop_token_ids or ()) if params.ignore_eos else params.all_stop_token_ids)
                 found = Request(validate(DecodingConfig, {**options.model_dump(), **drawn}), ends, random)
             self._requests[name] = found
         return found

@@ -66,9 +66,15 @@ def _checked_engine(old: Any) -> Any:
 def _checked_request(old: Any) -> Any:
     def validate(processor: Any, params: Any, *args: Any, **options: Any) -> Any:
         if asked(processor.vllm_config) and hasattr(params, "extra_args"):
+            from vllm.exceptions import VLLMValidationError  # pyright: ignore[reportMissingImports]
+
+            from nextblock.config.errors import UsageError
             from nextblock.vllm.checks import check_request
 
-            check_request(processor.vllm_config, params)
+            try:
+                check_request(processor.vllm_config, params)
+            except UsageError as error:  # vLLM makes status 400 of its own kind alone
+                raise VLLMValidationError(str(error)) from None
         return old(processor, params, *args, **options)
 
     return validate
