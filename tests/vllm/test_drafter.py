@@ -97,5 +97,5 @@ def test_sampled_tokens_have_the_ar_distribution(llm):
 
 
 def test_seeded_diffusion_draws_the_same_again(llm):
-    drawn = [answers(llm, PROMPTS[:4], mode="diffusion", temperature=5.0, seed=seed) for seed in (5, 5, 6)]
+    drawn = [answers(llm, PROMPTS[:8], mode="diffusion", temperature=2.0, seed=seed) for seed in (5, 5, 6)]
     assert drawn[0] == drawn[1] != drawn[2]

@@ -17,6 +17,15 @@ from engines import LIMIT, PROMPTS, SPECULATIVE
 from nextblock.model.loading import resolve
 
 
+def test_a_refused_engine_is_one_line_and_status_2():
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", resolve("tiny-ar")]
+    command += ["--dtype", "float32", "--speculative-config", json.dumps(SPECULATIVE)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert ended.returncode == 2
+    assert "Traceback" not in ended.stderr
+    assert "has no block-diffusion settings in its config.json" in ended.stderr.splitlines()[-1]
+
+
 @pytest.fixture(scope="module")
 def client(tmp_path_factory) -> Iterator[openai.OpenAI]:
     with socket.socket() as free:

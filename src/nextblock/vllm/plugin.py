@@ -6,6 +6,7 @@ Each change passes on to what was there, unless the engine names our speculator.
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -52,15 +53,28 @@ def _checked_engine(old: Any) -> Any:
     def create(*args: Any, **options: Any) -> Any:
         config = old(*args, **options)
         if asked(config):
+            from nextblock.config.errors import UsageError
             from nextblock.vllm.checks import check_engine
 
-            check_engine(config)
+            try:
+                check_engine(config)
+            except UsageError as error:
+                if not _is_command():
+                    raise
+                print(error, file=sys.stderr)
+                raise SystemExit(2) from None
             from vllm.v1.engine.input_processor import InputProcessor  # pyright: ignore[reportMissingImports]
 
             around(InputProcessor, "_validate_params", _checked_request)
         return config
 
     return create
+
+
+def _is_command() -> bool:
+    """Whether this process is a command of vLLM (`vllm serve`, `python -m vllm.entrypoints...`), no user's program."""
+    of_module = getattr(sys.modules.get("__main__"), "__package__", None) or ""
+    return of_module.split(".")[0] == "vllm" or os.path.basename(sys.argv[0]) == "vllm"
 
 
 def _checked_request(old: Any) -> Any:
