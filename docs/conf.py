@@ -57,6 +57,7 @@ PACKAGES = (
     "workflows",
     "lm_eval",
     "server",
+    "vllm",
     "cli",
 )
 PUBLIC = "# nextblock\n\nThe names that `import nextblock as nb` gives. Everything else may change between versions.\n"

@@ -295,6 +295,9 @@ def load(
     folder = weights_folder(path, revision)
     if adapter_folder is not None:
         adapter, settings = load_adapter(adapter_folder, model, folder)
-    elif settings is not None and (head := load_correction(folder, model, settings, fingerprint(folder))) is not None:
-        model.correction = head
+    elif settings is not None:
+        decoder = Decoder(model)
+        head = load_correction(folder, decoder.device, decoder.vocabulary, settings, fingerprint(folder))
+        if head is not None:
+            model.correction = head
     return BlockDiffusionLM(model, tokenizer, settings, adapter, compile, refusal)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from nextblock.config.errors import UsageError, one_line
@@ -84,13 +86,39 @@ def save_adapter(
     (folder / SETTINGS).write_text(json.dumps(own, indent=2), encoding="utf-8")
 
 
-def load_adapter(
-    folder: Path, model: PreTrainedModel, parent_folder: Path
-) -> tuple[DraftAdapter, BlockDiffusionSettings]:
-    """Attach a saved adapter to its parent.
+@dataclass(frozen=True)
+class StoredAdapter:
+    """What a draft adapter's folder holds.
+
+    parent: the name of the model it belongs to. digest: `fingerprint` of that model's weights.
+    weights: name of an adapted layer -> A [r, in] and B [out, r].
+    mask_vector: [D], what embeds the mask token.
+    """
+
+    folder: Path
+    parent: str
+    digest: str
+    settings: BlockDiffusionSettings
+    config: DraftAdapterConfig
+    weights: dict[str, tuple[Tensor, Tensor]]
+    mask_vector: Tensor
+
+    def check_parent(self, weights: Path) -> str:
+        """UsageError unless a folder (or GGUF file) holds the adapter's own parent; else its fingerprint."""
+        found = fingerprint(weights)
+        if self.digest != found:
+            raise UsageError(
+                f"draft adapter {self.folder} belongs to {self.parent} (weights {self.digest[:8]}), not to this model "
+                f"(weights {found[:8]}); load it with its own parent"
+            )
+        return found
+
+
+def read_adapter(folder: Path) -> StoredAdapter:
+    """Read a saved adapter.
 
     Raises:
-        UsageError: no whole adapter there, or one of another parent.
+        UsageError: no whole adapter there.
     """
     try:
         own: dict[str, Any] = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
@@ -103,30 +131,40 @@ def load_adapter(
             target_modules=tuple(peft_config["target_modules"]),
         )
         stored = load_file(folder / WEIGHTS)
-        weights = {name: [stored[key] for key in _keys(name)] for name in config.target_modules}
+        first_second = {name: _keys(name) for name in config.target_modules}
+        weights = {name: (stored[first], stored[second]) for name, (first, second) in first_second.items()}
         mask_vector = load_file(folder / MASK_VECTOR)["mask_vector"]
     except Exception as error:  # of whatever kind a file raises that is missing, cut or of another program
         reason = f"{type(error).__name__}: {one_line(error)}"
         raise UsageError(f"{folder} holds no draft adapter ({reason}); make one with `nextblock adapt`") from None
-    found = fingerprint(parent_folder)
-    if digest != found:
-        raise UsageError(
-            f"draft adapter {folder} belongs to {parent} (weights {digest[:8]}), not to this model "
-            f"(weights {found[:8]}); load it with its own parent"
-        )
-    adapter = DraftAdapter(model, config)
+    settings = validate(BlockDiffusionSettings, section)
+    return StoredAdapter(folder, parent, digest, settings, config, weights, mask_vector)
+
+
+def load_adapter(
+    folder: Path, model: PreTrainedModel, parent_folder: Path
+) -> tuple[DraftAdapter, BlockDiffusionSettings]:
+    """Attach a saved adapter to its parent.
+
+    Raises:
+        UsageError: no whole adapter there, or one of another parent.
+    """
+    stored = read_adapter(folder)
+    found = stored.check_parent(parent_folder)
+    adapter = DraftAdapter(model, stored.config)
     with torch.no_grad():
         for name, first, second in zip(adapter.names, adapter.lora_A, adapter.lora_B, strict=True):
-            first.copy_(weights[name][0])
-            second.copy_(weights[name][1])
-        adapter.mask_vector.copy_(mask_vector)
-    settings = validate(BlockDiffusionSettings, section)
-    adapter.correction = load_correction(folder, model, settings, found)
+            first.copy_(stored.weights[name][0])
+            second.copy_(stored.weights[name][1])
+        adapter.mask_vector.copy_(stored.mask_vector)
+    adapter.correction = load_correction(
+        folder, adapter.mask_vector.device, adapter.mask_token_id, stored.settings, found
+    )
     adapter.requires_grad_(False).eval()
     if adapter.mask_vector.device.type == "cpu":
         adapter.merge_copies()
-    adapter.settings = settings
-    return adapter, settings
+    adapter.settings = stored.settings
+    return adapter, stored.settings
 
 
 def _keys(name: str) -> tuple[str, str]:

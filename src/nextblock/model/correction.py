@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -111,11 +111,12 @@ def save_correction(
 
 
 def load_correction(
-    folder: Path, model: PreTrainedModel, settings: BlockDiffusionSettings, digest: str
+    folder: Path, device: torch.device, vocabulary: int, settings: BlockDiffusionSettings, digest: str
 ) -> Correction | None:
     """The head in the folder of an adapter or of a model with these settings; None where there is none.
 
     Args:
+        vocabulary: rows of the model's input embedding.
         digest: fingerprint of the model that the head must belong to.
     Raises:
         UsageError: a head that is not whole, or of another model or block size.
@@ -124,12 +125,11 @@ def load_correction(
     if not own.is_dir():
         return None
     cure = f"delete {own}, or bring the one that was trained with it"
-    embedding = cast(nn.Embedding, model.get_input_embeddings())
     try:
         described: dict[str, Any] = json.loads((own / DESCRIPTION).read_text(encoding="utf-8"))
         belongs = described["fingerprint"], described["block_size"]
         config = CorrectionConfig(rank=described["rank"], candidates=described["candidates"])
-        head = Correction(embedding.num_embeddings, config, embedding.weight.device)
+        head = Correction(vocabulary, config, device)
         if belongs == (digest, settings.block_size):
             head.load_state_dict(load_file(own / WEIGHTS))
             return head.requires_grad_(False).eval()
