@@ -194,10 +194,9 @@ def test_accelerate_launch_with_fsdp_is_that_run_on_two_cpu_processes_too(place,
     assert_same_run(tmp_path / "run", alone(2))
 
 
-@pytest.mark.parametrize("kind", ["full", "sharded"])
 @pytest.mark.parametrize("fsdp", [False, True])
-def test_a_checkpoint_of_two_processes_resumes_on_one_and_back(place, processes, alone, tmp_path, kind, fsdp):
-    options = {"data__shards": 2, "training__checkpoint": kind, "training__fsdp": fsdp}
+def test_a_checkpoint_of_two_processes_resumes_on_one_and_back(place, processes, alone, tmp_path, fsdp):
+    options = {"data__shards": 2, "training__fsdp": fsdp}
     config = config_of(place, tmp_path / "run", **options)
     on_two(processes, tmp_path, config, stop_after=5)  # the last checkpoint is that of step 4
     assert len(losses(tmp_path / "run")) == 5

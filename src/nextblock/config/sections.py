@@ -191,9 +191,6 @@ class TrainingConfig(Section):
     checkpoint_every: int = Field(default=200, ge=1, description="steps between resumable checkpoints")
     keep_last: int = Field(default=2, ge=1, description="checkpoints kept")
     keep_every: int | None = Field(default=None, ge=1, description="of so many checkpoints, one is kept for good")
-    checkpoint: Literal["full", "sharded"] = Field(
-        default="full", description="full: gathered and written by one process; sharded: each writes its part"
-    )
     fsdp: bool = Field(
         default=False, description="several processes: share out weights, gradients and optimizer (FSDP2)"
     )
@@ -293,6 +290,8 @@ def _in_words(section: type[Section], found: Any) -> str:
     location, holder = _place(section, found["loc"])
     where = ".".join(map(str, location))
     name = next((part for part in reversed(location) if isinstance(part, str)), "")
+    if kind == "extra_forbidden" and where.endswith("training.checkpoint"):
+        return f"{where} is no option any more: each process writes its part of a checkpoint; leave it out"
     if kind == "extra_forbidden":
         return f"unknown key '{where}'{nearest(name, list(holder.model_fields))}"
     if kind == "missing":

@@ -31,13 +31,17 @@ def is_main() -> bool:
     return process_state().is_main_process
 
 
-def gather(value: T) -> list[T]:
-    """Every rank's value (anything that pickles), in the order of ranks, on every rank."""
+def gather(value: T, group: Any = None) -> list[T]:
+    """Every rank's value (anything that pickles), in the order of ranks, on every rank.
+
+    Args:
+        group: a process group of all ranks for what goes on beside the training; None: the training's own.
+    """
     count = process_state().num_processes
     if count == 1:
         return [value]
     found: list[Any] = [None] * count
-    torch.distributed.all_gather_object(found, value)
+    torch.distributed.all_gather_object(found, value, group=group)
     return found
 
 
@@ -51,16 +55,16 @@ def end_process_group() -> None:
 
 
 @contextmanager
-def errors_on_all_ranks() -> Iterator[None]:
+def errors_on_all_ranks(group: Any = None) -> Iterator[None]:
     """Rank-synchronised errors: a UsageError that one rank raises in the block is raised on all at its end.
 
-    What communicates inside must fail on every rank or on none.
+    What communicates inside must fail on every rank or on none. `group`: as of `gather`.
     """
     said = None
     try:
         yield
     except UsageError as error:
         said = str(error)
-    first = next((line for line in gather(said) if line is not None), None)
+    first = next((line for line in gather(said, group) if line is not None), None)
     if first is not None:
         raise UsageError(first)

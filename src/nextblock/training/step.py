@@ -157,6 +157,7 @@ def next_rows(run: Run) -> tuple[Rows, int]:
             raise
         if run.checkpoint != checkpoint_folder(Path(run.config.output), run.step):
             save(run)
+        run.writer.finish()
         raise UsageError(f"{error}; {run.checkpoint} holds the steps until here") from None
     run.feed.next()
     return rows, sum(gather(int((rows.offset >= 0).sum())))
