@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException, FileSystemWriter, load, save
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
@@ -280,25 +279,6 @@ def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimi
     moments = get_optimizer_state_dict(model, optimizer)
     load({"optimizer": moments}, checkpoint_id=folder, no_dist=True)
     set_optimizer_state_dict(model, optimizer, optim_state_dict=moments)
-
-
-def whole_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and saved buffers on the CPU of rank 0, tied ones once; all ranks call it together."""
-    once = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
-    own = model.state_dict()
-    found = gathered({name: value for name, value in own.items() if name in once})
-    return {name: value.contiguous() for name, value in found.items() if value is not None}
-
-
-def gathered(values: Any) -> Any:
-    """Nested dicts and lists with every tensor whole and on the CPU; None for each, but on rank 0. All together."""
-
-    def whole(tensor: Tensor) -> Tensor | None:
-        # A copy: what the collective returns is a promise of a tensor, without storage that could be written.
-        tensor = tensor.full_tensor().clone() if isinstance(tensor, DTensor) else tensor
-        return tensor.detach().cpu() if is_main() else None
-
-    return recursively_apply(whole, values)
 
 
 def _digest(file: Path) -> str:
