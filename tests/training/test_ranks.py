@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +225,57 @@ def test_sigterm_to_one_rank_stops_both_after_the_same_step_with_a_checkpoint(pl
     (saved,) = list_checkpoints(tmp_path / "run")
     assert 0 < int(saved.name.removeprefix("step-")) < 12
     on_one(processes, config)
+    assert_same_run(tmp_path / "run", alone(2))
+
+
+def failing_rank(rank: int, how: str, each: list[list[str]]) -> None:
+    """`cli_rank`, but rank 1 does not write its part of the second checkpoint."""
+    import nextblock.training.checkpoint as module
+
+    real, saves = module.save, []
+
+    def save(*args: Any, **options: Any) -> None:
+        saves.append(1)
+        if rank == 1 and len(saves) == 2 and how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(*args, **options)
+        if rank == 1 and len(saves) == 2 and how == "slow":
+            time.sleep(6)
+        if rank == 1 and len(saves) == 2 and how == "full":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    module.save = save
+    if how == "slow":
+        module.TIMEOUT = timedelta(seconds=3)
+    cli_rank(rank, each)
+
+
+FAILURES = {
+    "full": "step-00000004: No space left on device; free space and resume with --resume auto",
+    "slow": "step-00000004: a rank did not write its part within 0:00:03; see to its storage and resume with",
+}
+
+
+@pytest.mark.parametrize("how", [*FAILURES, "killed"])
+def test_a_part_that_is_not_written_stops_both_processes_and_the_checkpoint_before_is_left(
+    place, processes, alone, tmp_path, how
+):
+    config = tmp_path / "run.yaml"
+    options = {"data__shards": 2, "training__checkpoint_every": 2}
+    run = config_of(place, tmp_path / "run", **options)
+    config.write_text(json.dumps(run.model_dump(mode="json")))
+    ranks = launch(processes, tmp_path, failing_rank, how, [["adapt", str(config)]] * 2)
+    statuses = finish(ranks)
+    if how == "killed":
+        assert statuses[0] != 0
+        assert statuses[1] == -signal.SIGKILL
+    else:
+        assert statuses == [2, 2]
+        said = "".join((tmp_path / f"stderr-{rank}").read_text() for rank in range(2))
+        assert said.count("error: ") == 1
+        assert FAILURES[how] in " ".join(said.split())
+    assert [folder.name for folder in list_checkpoints(tmp_path / "run")] == ["step-00000002"]
+    on_two(processes, tmp_path, run)
     assert_same_run(tmp_path / "run", alone(2))
 
 
