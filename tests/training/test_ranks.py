@@ -21,15 +21,17 @@ from safetensors.torch import load_file
 
 from nextblock.config.run import AdaptConfig, load_config
 from nextblock.training.checkpoint import list_checkpoints
-from runs import config_of, start
+from runs import config_of, start, weights
 
 pytestmark = pytest.mark.slow
 LOOSE: dict[str, Any] = {"rtol": 2e-3, "atol": 2e-4}  # Adam enlarges rounding errors of small gradients
 
 
-def as_rank(rank: int, port: int, told: str, body: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+def as_rank(
+    rank: int, count: int, port: int, told: str, body: Callable[..., None], arguments: tuple[Any, ...]
+) -> None:
     """What torchrun sets, then `body`; standard error goes to a file."""
-    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in places.items()}, MASTER_ADDR="127.0.0.1")
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
@@ -37,14 +39,14 @@ def as_rank(rank: int, port: int, told: str, body: Callable[..., None], argument
     body(rank, *arguments)
 
 
-def launch(processes: Any, folder: Path, body: Callable[..., None], *arguments: Any) -> list[Any]:
-    """Start `body(rank, *arguments)` on two ranks."""
+def launch(processes: Any, folder: Path, body: Callable[..., None], *arguments: Any, count: int = 2) -> list[Any]:
+    """Start `body(rank, *arguments)` on `count` ranks."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     ranks = []
-    for rank in range(2):
-        options = (rank, port, str(folder / f"stderr-{rank}"), body, arguments)
+    for rank in range(count):
+        options = (rank, count, port, str(folder / f"stderr-{rank}"), body, arguments)
         ranks.append(processes.Process(target=as_rank, args=options))
         ranks[-1].start()
     return ranks
@@ -132,11 +134,28 @@ def alone(place, processes, tmp_path_factory) -> Callable[[int], Path]:
         (2, {"training__micro_batch_rows": 1}),
         (2, {"training__fsdp": True}),
         (2, {"training__fsdp": True, "training__micro_batch_rows": 1, "training__gradient_checkpointing": True}),
+        (2, {"training__fsdp": True, "training__micro_batch_rows": 1, "machine__hold_gradients": True}),
     ],
 )
 def test_two_processes_give_the_losses_and_weights_of_one(place, processes, alone, tmp_path, shards, overrides):
     on_two(processes, tmp_path, config_of(place, tmp_path / "run", data__shards=shards, **overrides))
     assert_same_run(tmp_path / "run", alone(shards))
+
+
+def test_copies_of_a_model_in_shards_give_the_losses_and_weights_of_one_process(place, processes, tmp_path):
+    """Two copies in two shards each; the checkpoint has each shard once, and one process goes on from it."""
+    options = {"data__shards": 2, "training__batch_rows": 8, "training__micro_batch_rows": 1}
+    alone = config_of(place, tmp_path / "alone", **options)
+    on_one(processes, alone)
+    hybrid = config_of(place, tmp_path / "run", training__fsdp=True, machine__shard_over=2, **options)
+    values = hybrid.model_dump(mode="json")
+    assert finish(launch(processes, tmp_path, adapt_rank, values, 9, count=4)) == [0] * 4
+    assert len(losses(tmp_path / "run")) == 9
+    saved = list_checkpoints(tmp_path / "run")[-1]
+    parts = [sum(file.stat().st_size for file in saved.glob(f"__{rank}_*")) for rank in range(4)]
+    assert max(parts) < 2 * min(parts)
+    on_one(processes, load_config(values, {"training.fsdp": False, "machine.shard_over": None}))
+    assert_same_run(tmp_path / "run", tmp_path / "alone")
 
 
 def unshared_rank(rank: int, values: dict[str, Any]) -> None:
@@ -250,6 +269,30 @@ def failing_rank(rank: int, how: str, each: list[list[str]]) -> None:
     cli_rank(rank, each)
 
 
+def test_torchrun_starts_a_run_again_one_of_whose_processes_is_killed(place, processes, tmp_path):
+    """Elastic restarts: the weights are those of a run that lost nothing."""
+    options = {"data__shards": 2, "training__steps": 40, "training__checkpoint_every": 3}
+    on_two(processes, tmp_path, config_of(place, tmp_path / "undisturbed", **options))
+    output, config = tmp_path / "run", tmp_path / "run.yaml"
+    config.write_text(json.dumps(config_of(place, output, **options).model_dump(mode="json")))
+    launcher = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "1", "--monitor-interval", "0.1"]
+    adapt = ["-m", "nextblock", "adapt", str(config), "--resume", "auto"]
+    run = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *launcher, *adapt])
+    try:
+        while not list_checkpoints(output):
+            assert run.poll() is None
+            time.sleep(0.002)
+        ranks = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+        os.kill(int(ranks[1]), signal.SIGKILL)
+        reached = len(losses(output))
+        assert run.wait(300) == 0
+    finally:
+        run.kill()
+    assert 3 <= reached < 40
+    assert len(losses(output)) == 40
+    assert weights(output) == weights(tmp_path / "undisturbed")
+
+
 FAILURES = {
     "full": "step-00000004: No space left on device; free space and resume with --resume auto",
     "slow": "step-00000004: a rank did not write its part within 0:00:03; see to its storage and resume with",
@@ -302,6 +345,13 @@ def test_what_stops_one_of_two_processes_stops_both_with_one_line(place, process
     assert "no preset 'absent'" in refusal(processes, tmp_path, given, ["absent.yaml"])
     assert "training.batch_rows=3 does not divide over 2 processes; use 2" in refusal(
         processes, tmp_path, *[[*given, "--training.batch_rows", "3"]] * 2
+    )
+    over = [*given, "--training.fsdp", "true", "--machine.shard_over", "3"]
+    assert "machine.shard_over=3 does not divide 2 processes; use a divisor" in refusal(
+        processes, tmp_path, over, over
+    )
+    assert "machine.shard_over and machine.hold_gradients are of FSDP2; set training.fsdp=true" in refusal(
+        processes, tmp_path, *[[*given, "--machine.hold_gradients", "true"]] * 2
     )
     assert not (tmp_path / "run").exists()
 

@@ -237,10 +237,21 @@ class LoraConfig(DraftAdapterConfig):
 
 
 class MachineConfig(Section):
-    """What the run is meant for, as `nextblock plan` takes it; the run itself takes what it is started on."""
+    """What the run is meant for, as `nextblock plan` takes it (`gpu`, `gpus`), and how FSDP2 uses it."""
 
     gpu: str = Field(default="h100", description="h200, h100, a100-80g, rtx4090, ... ; cpu: none")
     gpus: int = Field(default=1, ge=1, description="how many of them, on all machines")
+    shard_over: int | None = Field(
+        default=None,
+        ge=2,
+        description="FSDP2: neighbouring processes over which one copy of the model is shared out, such as those of a "
+        "machine (hybrid sharding); default: all",
+    )
+    hold_gradients: bool = Field(
+        default=False,
+        description="FSDP2: hold the gradient whole on each process, and share it out once a step instead of after "
+        "every micro-batch",
+    )
 
 
 class BlockDiffusionSettings(Section):

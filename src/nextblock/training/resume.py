@@ -38,6 +38,8 @@ MAY_CHANGE_ON_RESUME = (
     "model.attention",
     "machine.gpu",
     "machine.gpus",
+    "machine.shard_over",
+    "machine.hold_gradients",
 )
 
 
