@@ -22,8 +22,9 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from torch.distributed.checkpoint import save
+
 from torch.distributed.checkpoint.state_dict import get_state_dict
+from torch.distributed.checkpoint.state_dict_saver import save
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from nextblock.config.files import to_yaml
@@ -132,7 +133,7 @@ def run_file(folder: Path, name: str, steps: int) -> tuple[Path, Path]:
     return path, folder / name
 
 
-def kill_in_save(launcher: subprocess.Popen[bytes], output: Path, moments: random.Random, dead: set[int]) -> int:
+def kill_in_save(launcher: subprocess.Popen[Any], output: Path, moments: random.Random, dead: set[int]) -> int:
     """Kill a rank while a checkpoint is half written, some checkpoints on; the step of the last whole one then.
 
     Args:

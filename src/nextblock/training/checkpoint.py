@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -17,9 +18,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint import CheckpointException, FileSystemWriter, load, save
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, get_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
 from nextblock.config.errors import UsageError, one_line
@@ -41,12 +44,7 @@ class CheckpointWriter:
     """
 
     def __init__(self) -> None:
-        cuda = torch.cuda.is_available()
-        self._stager = DefaultStager(
-            StagingOptions(
-                use_pinned_memory=cuda, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=cuda
-            )
-        )
+        self._room: dict[str, Tensor] = {}
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
         self._group: Any = None  # of its own: the thread must not speak between two words of the training
@@ -79,8 +77,8 @@ class CheckpointWriter:
         self.finish()
         if self._group is None and process_state().num_processes > 1:
             self._group = torch.distributed.new_group(timeout=TIMEOUT, backend="gloo")
-        weights, moments = get_state_dict(model, optimizer)
-        staged = self._stager.stage(own_part({"model": weights, "optimizer": moments}, {}))
+        values = {"model": weights_of(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+        staged = on_host(own_part(values, {}), self._room)
         folder, text = checkpoint_folder(output, step), json.dumps({"step": step, **state})
         self._pending = self._thread.submit(self._write, folder, staged, text, keep, keep_every)
         return folder
@@ -104,7 +102,7 @@ class CheckpointWriter:
     def close(self) -> None:
         """Let the thread end what it writes, whatever comes of it. Ranks need not call it together."""
         self._thread.shutdown()
-        self._stager.close()
+        self._room.clear()
 
     def _write(self, folder: Path, staged: dict[str, Any], state: str, keep: int, keep_every: int | None) -> None:
         partial, group, main = folder.with_name(f"{PARTIAL}{folder.name}"), self._group, is_main()
@@ -167,6 +165,36 @@ def own_part(values: Mapping[str, Any], held: dict[int, list[int]]) -> dict[str,
             if least == place:
                 own[name] = value
     return own
+
+
+@torch.no_grad()
+def on_host(values: Mapping[str, Any], room: dict[str, Tensor]) -> dict[str, Any]:
+    """A copy of nested mappings, with tensors and this rank's shards in host memory.
+
+    The stager of torch.distributed.checkpoint copies the device mesh with each shard, which takes longer than these.
+
+    Args:
+        room: memory of the copy before, which is used again; filled where it is empty.
+    """
+
+    def copied(value: Any, place: str) -> Any:
+        if isinstance(value, Mapping):
+            return {name: copied(below, f"{place}.{name}") for name, below in value.items()}
+        if not isinstance(value, Tensor):
+            return copy.deepcopy(value)
+        local = value.to_local() if isinstance(value, DTensor) else value
+        if place not in room or (room[place].shape, room[place].dtype) != (
+            local.shape,
+            local.dtype,
+        ):  # another stage's
+            room[place] = torch.empty(local.shape, dtype=local.dtype, pin_memory=local.is_cuda)
+        room[place].copy_(local, non_blocking=True)
+        return DTensor(room[place], value._spec, requires_grad=False) if isinstance(value, DTensor) else room[place]
+
+    host = copied(values, "")
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return host
 
 
 def _replica(tensor: Tensor) -> tuple[int, int]:
@@ -271,7 +299,13 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
 
 def load_weights(folder: Path, model: nn.Module) -> None:
     """Read a checkpoint's weights in place, of shards this rank's part. Ranks need not call it together."""
-    load({"model": model.state_dict()}, checkpoint_id=folder, no_dist=True)
+    load({"model": weights_of(model)}, checkpoint_id=folder, no_dist=True)
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and saved buffers by name, tied ones once; not copied."""
+    once = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    return {name: value for name, value in model.state_dict().items() if name in once}
 
 
 def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

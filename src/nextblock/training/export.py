@@ -20,6 +20,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from nextblock.config.sections import BlockDiffusionSettings
 from nextblock.data.encode import span_ends
+from nextblock.training.checkpoint import weights_of
 from nextblock.training.ranks import errors_on_all_ranks, is_main
 
 CUSTOM_GENERATE_SOURCE = '''"""Block-diffusion decoding of this checkpoint, where the nextblock package is installed.
@@ -84,8 +85,7 @@ def write_parts(
         writing: makes the context of each write, which turns errors of the disk into UsageError.
         file_bytes: size of a file, unless one tensor is larger.
     """
-    once = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}  # of tied weights the first
-    own = {name: value for name, value in model.state_dict().items() if name in once}
+    own = weights_of(model)
     plan = split_torch_state_dict_into_shards(
         {name: torch.empty(value.shape, dtype=_stored(value, dtype), device="meta") for name, value in own.items()},
         filename_pattern="model{suffix}.safetensors",

@@ -122,5 +122,5 @@ def make_accelerator(config: AdaptConfig) -> Accelerator:
         copies = accelerator.num_processes // over
         mesh = ParallelismConfig(dp_replicate_size=copies, dp_shard_size=over)
         accelerator.state.parallelism_config = mesh
-        accelerator.state.device_mesh = mesh.get_device_mesh(accelerator.device.type)
+        vars(accelerator.state)["device_mesh"] = mesh.get_device_mesh(accelerator.device.type)  # annotated as None
     return accelerator

@@ -22,8 +22,30 @@ def process_state() -> PartialState:
             "the launcher has set ACCELERATE_USE_DEEPSPEED=true, which a run of nextblock does not follow; start "
             "without DeepSpeed, and set training.fsdp=true: FSDP2 shares out weights, gradients and optimizer"
         )
+    meet_after_restart()
     # accelerate takes CPU processes for unrelated ones unless it is told.
     return PartialState(cpu=int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available())
+
+
+def meet_after_restart() -> None:
+    """Where torchrun has started all processes of one machine again: let them meet under keys of their own.
+
+    It keeps its store (torch 2.13), in which the addresses of ended processes would be taken for those of new ones.
+    """
+    said = os.environ
+    start, count = said.get("TORCHELASTIC_RESTART_COUNT", "0"), said.get("WORLD_SIZE", "1")
+    one_machine = said.get("LOCAL_WORLD_SIZE") == count != "1"  # on several, the starts are not counted alike
+    if start == "0" or not one_machine or said.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    if torch.distributed.is_initialized() or (torch.accelerator.is_available() and not torch.cuda.is_available()):
+        return
+    store = torch.distributed.TCPStore(said["MASTER_ADDR"], int(said["MASTER_PORT"]), is_master=False)
+    torch.distributed.init_process_group(
+        "nccl" if torch.cuda.is_available() else "gloo",
+        store=torch.distributed.PrefixStore(f"start-{start}", store),
+        rank=int(said["RANK"]),
+        world_size=int(count),
+    )
 
 
 def is_main() -> bool:
