@@ -22,7 +22,6 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.checkpoint.state_dict_saver import save
 from transformers import AutoModelForCausalLM, LlamaConfig

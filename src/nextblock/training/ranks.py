@@ -39,10 +39,11 @@ def meet_after_restart() -> None:
         return
     if torch.distributed.is_initialized() or (torch.accelerator.is_available() and not torch.cuda.is_available()):
         return
-    store = torch.distributed.TCPStore(said["MASTER_ADDR"], int(said["MASTER_PORT"]), is_master=False)
-    torch.distributed.init_process_group(
+    distributed: Any = torch.distributed
+    store = distributed.TCPStore(said["MASTER_ADDR"], int(said["MASTER_PORT"]), is_master=False)
+    distributed.init_process_group(
         "nccl" if torch.cuda.is_available() else "gloo",
-        store=torch.distributed.PrefixStore(f"start-{start}", store),
+        store=distributed.PrefixStore(f"start-{start}", store),
         rank=int(said["RANK"]),
         world_size=int(count),
     )
