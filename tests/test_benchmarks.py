@@ -144,3 +144,10 @@ def test_the_real_model_script_trains_for_its_minutes_and_compares_with_generate
         assert [one["name"] for one in speeds][:2] == ["transformers", "speculative"]
         assert all(one["equal_to_ar"] == 1 for one in speeds)
     assert "| prose | speculative |" in capsys.readouterr().out
+
+
+def test_checkpoints_that_hold_the_step_and_that_do_not_are_both_whole(tmp_path):
+    found = script("checkpoints").saves(tmp_path, layers=1, width=64, vocabulary=97, rounds=2)
+    assert found["whole"]
+    assert found["held"] > 0
+    assert found["waiting"] > 0

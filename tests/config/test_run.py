@@ -256,3 +256,9 @@ def test_every_option_says_what_it_is():
     ]
     allowed = {"format", "weight_decay", "beta_1", "beta_2", "seed", "warmup_steps"}
     assert {name.split(".")[1] for name in silent} <= allowed
+
+
+def test_an_option_that_chose_the_form_of_checkpoints_is_named_as_gone():
+    values = {"data": {"sources": [{"path": "task:arithmetic"}]}, "training": {"checkpoint": "sharded"}}
+    with pytest.raises(UsageError, match=r"training.checkpoint is no option any more: .*; leave it out"):
+        load_config(values)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from threading import Event
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,11 +24,11 @@ from nextblock.model.loading import load_model, load_tokenizer
 from nextblock.model.parent import byte_tokenizer
 from nextblock.training import checkpoint
 from nextblock.training.checkpoint import (
+    CheckpointWriter,
     list_checkpoints,
     load_checkpoint,
     newest_whole_checkpoint,
     remove_partial,
-    save_checkpoint,
 )
 from nextblock.training.export import export
 
@@ -79,13 +81,24 @@ def values_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [value for state in optimizer.state_dict()["state"].values() for value in state.values()]
 
 
+def save(output: Path, step: int, *what: Any, **options: Any) -> Path:
+    """Write one checkpoint and wait for it."""
+    writer = CheckpointWriter()
+    try:
+        folder = writer.save(output, step, *what, **options)
+        writer.finish()
+        return folder
+    finally:
+        writer.close()
+
+
 def write(output: Path, step: int, keep: int = 10, state: dict[str, Any] | None = None) -> Path:
-    return save_checkpoint(output, step, *trained(step), state or {}, keep)
+    return save(output, step, *trained(step), state or {}, keep)
 
 
 def test_weights_optimizer_and_state_come_back_bit_for_bit(tmp_path):
     model, optimizer = trained(0)
-    folder = save_checkpoint(tmp_path, 7, model, optimizer, {"stream": {"taken": 3}}, keep=2)
+    folder = save(tmp_path, 7, model, optimizer, {"stream": {"taken": 3}}, keep=2)
     other, other_optimizer = trained(1)
     state = load_checkpoint(folder, other, other_optimizer)
     assert state == {"step": 7, "stream": {"taken": 3}}
@@ -104,26 +117,71 @@ def test_the_last_n_checkpoints_are_kept(tmp_path):
 
 def test_those_of_every_mth_step_are_kept_for_good(tmp_path):
     for step in range(2, 22, 2):
-        save_checkpoint(tmp_path, step, *trained(step), {}, keep=2, keep_every=6)
+        save(tmp_path, step, *trained(step), {}, keep=2, keep_every=6)
     assert [int(folder.name[5:]) for folder in list_checkpoints(tmp_path)] == [6, 12, 18, 20]
 
 
-def test_a_sharded_checkpoint_comes_back_bit_for_bit_and_its_damage_is_named(tmp_path):
+def test_a_fresh_optimizer_takes_the_state_of_one_that_has_made_steps(tmp_path):
     model, optimizer = trained(0)
-    write(tmp_path, 5)
-    folder = save_checkpoint(tmp_path, 7, model, optimizer, {"stream": {"taken": 3}}, keep=2, sharded=True)
+    folder = save(tmp_path, 7, model, optimizer, {}, keep=2)
+    other = trained(1)[0]
+    fresh = torch.optim.AdamW(other.parameters(), lr=0.5)
+    load_checkpoint(folder, other, fresh)
+    for a, b in zip(values_of(optimizer), values_of(fresh), strict=True):
+        assert torch.equal(a, b)
+    assert fresh.param_groups[0]["lr"] == 0.1
+
+
+def test_the_training_goes_on_while_a_checkpoint_of_before_is_written(tmp_path, monkeypatch):
+    """What is written is the state at the call, whatever happens to the model meanwhile; the next save waits."""
+    model, optimizer = trained(0)
+    wanted, goes_on, real = {n: v.clone() for n, v in model.state_dict().items()}, Event(), checkpoint.save
+
+    def slowly(*args: Any, **options: Any) -> Any:
+        assert goes_on.wait(60)
+        return real(*args, **options)
+
+    monkeypatch.setattr(checkpoint, "save", slowly)
+    writer = CheckpointWriter()
+    folder = writer.save(tmp_path, 7, model, optimizer, {}, keep=2)
+    with torch.no_grad():
+        for value in (*model.parameters(), *values_of(optimizer)):
+            value.zero_()
+    assert not folder.exists()
+    goes_on.set()
+    again = writer.save(tmp_path, 8, model, optimizer, {}, keep=2)
+    assert newest_whole_checkpoint(tmp_path)[0] in (folder, again)
+    writer.finish()
+    writer.close()
     other, other_optimizer = trained(1)
-    assert load_checkpoint(folder, other, other_optimizer) == {"step": 7, "stream": {"taken": 3}}
-    for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True):
-        assert torch.equal(a, b)
-    for a, b in zip(values_of(optimizer), values_of(other_optimizer), strict=True):
-        assert torch.equal(a, b)
-    (part,) = folder.glob("*.distcp")
-    part.write_bytes(part.read_bytes()[:-1])
+    load_checkpoint(folder, other, other_optimizer)
+    for name, value in other.state_dict().items():
+        assert torch.equal(value, wanted[name])
+    assert all(value.any() for value in values_of(other_optimizer))
+    load_checkpoint(again, other, other_optimizer)
+    assert not any(value.any() for value in other.state_dict().values())
+
+
+def test_tensors_that_ranks_hold_alike_are_each_written_by_one_of_them_in_parts_of_like_size(monkeypatch):
+    values = {"model": {str(n): torch.zeros(n % 7 + 1, 5) for n in range(40)}, "optimizer": {"step": 3}}
+    parts = []
+    for rank in range(3):
+        monkeypatch.setattr(
+            checkpoint, "process_state", lambda rank=rank: SimpleNamespace(process_index=rank, num_processes=3)
+        )
+        parts.append(checkpoint.own_part(values, {}))
+    assert sorted(name for part in parts for name in part["model"]) == sorted(values["model"])
+    sizes = [sum(value.numel() for value in part["model"].values()) for part in parts]
+    assert max(sizes) - min(sizes) <= 35
+    assert all(part["optimizer"] == {"step": 3} for part in parts)
+
+
+def test_a_checkpoint_of_the_form_before_this_one_is_called_that(tmp_path):
+    before, newest = write(tmp_path, 5), write(tmp_path, 10)
+    (newest / "manifest.json").write_text('{"model.safetensors": "1:a", "optimizer.pt": "1:b", "state.json": "1:c"}')
     found, said = newest_whole_checkpoint(tmp_path)
-    assert found is not None
-    assert found.name == "step-00000005"
-    assert part.name in said[0]
+    assert found == before
+    assert "is of an earlier version of nextblock, which alone can go on from it" in said[0]
 
 
 def test_a_step_written_again_replaces_the_old_one(tmp_path):
@@ -133,7 +191,8 @@ def test_a_step_written_again_replaces_the_old_one(tmp_path):
     assert list_checkpoints(tmp_path) == [folder]
 
 
-FILES = ["model.safetensors", "optimizer.pt", "state.json", "manifest.json"]
+PART = "__0_0.distcp"
+FILES = [PART, ".metadata", "state.json", "manifest.json"]
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -161,14 +220,14 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(tmp_pat
 def test_without_a_whole_checkpoint_there_is_none(tmp_path):
     assert newest_whole_checkpoint(tmp_path) == (None, [])
     folder = write(tmp_path, 5)
-    (folder / "optimizer.pt").unlink()
-    assert newest_whole_checkpoint(tmp_path) == (None, [f"checkpoint {folder} is damaged (optimizer.pt is missing)"])
+    (folder / PART).unlink()
+    assert newest_whole_checkpoint(tmp_path) == (None, [f"checkpoint {folder} is damaged ({PART} is missing)"])
 
 
 def test_each_damaged_checkpoint_is_told_with_the_one_that_is_gone_on_from(tmp_path):
     whole, *others = (write(tmp_path, step) for step in (5, 10, 15))
     for folder in others:
-        (folder / "optimizer.pt").unlink()
+        (folder / PART).unlink()
     found, said = newest_whole_checkpoint(tmp_path)
     assert found == whole
     assert [line.endswith("; going on from step-00000005") for line in said] == [True, True]
@@ -191,9 +250,9 @@ def test_folders_of_the_user_among_the_checkpoints_are_left_alone(tmp_path):
     (folder.parent / "step-00000099").write_text("a file")
     assert list_checkpoints(tmp_path) == [folder]
     for step in (4, 6):
-        save_checkpoint(tmp_path, step, *trained(step), {}, keep=1, keep_every=6)
+        save(tmp_path, step, *trained(step), {}, keep=1, keep_every=6)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000006"]
-    assert all((copy / "model.safetensors").is_file() for copy in own)
+    assert all((copy / PART).is_file() for copy in own)
 
 
 def test_checkpoints_stand_in_the_order_of_their_steps(tmp_path):
@@ -204,12 +263,12 @@ def test_checkpoints_stand_in_the_order_of_their_steps(tmp_path):
 
 def test_a_damaged_later_checkpoint_does_not_push_out_the_whole_ones(tmp_path):
     write(tmp_path, 5)
-    (write(tmp_path, 10) / "optimizer.pt").unlink()
+    (write(tmp_path, 10) / PART).unlink()
     whole = write(tmp_path, 6, keep=1)  # the run went back to step 5 and on
     assert newest_whole_checkpoint(tmp_path) == (whole, [])
 
 
-@pytest.mark.parametrize("stage", ["save_file", "torch.save", "_digest", "_flush", "os.replace"])
+@pytest.mark.parametrize("stage", ["save", "write_whole", "_digest", "_flush", "os.replace"])
 def test_a_save_that_stops_half_way_leaves_the_earlier_checkpoint_the_newest(tmp_path, monkeypatch, stage):
     before = write(tmp_path, 5)
 
@@ -234,7 +293,7 @@ def test_a_disk_that_is_full_stops_with_one_line_and_leaves_the_last_good_checkp
         "weights but no optimizer": (300 * 2**10, "most likely because the disk is full; free space and resume"),
     }[room]
     with largest_file(limit), pytest.raises(UsageError, match=f"cannot write checkpoint .*{said}") as stopped:
-        save_checkpoint(tmp_path, 10, model, optimizer, {}, keep=1)
+        save(tmp_path, 10, model, optimizer, {}, keep=1)
     assert "\n" not in str(stopped.value)
     assert newest_whole_checkpoint(tmp_path) == (before, [])
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [before.name]

@@ -11,13 +11,13 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from families import MASK_ID, head_rows, tiny_model
 from layouts import make_rows
 from nextblock.config.sections import BlockDiffusionSettings
 from nextblock.model.loading import load_tokenizer, read_config, read_settings
-from nextblock.training.export import export
+from nextblock.training.export import export, write_parts
 from nextblock.training.loop import train
 from runs import config_of
 
@@ -38,6 +38,16 @@ def test_a_run_leaves_a_folder_that_is_an_ordinary_model_with_its_settings(place
 def test_the_exported_dtype_is_the_one_asked_for(place, tmp_path):
     train(config_of(place, tmp_path, training__steps=9, model__export_dtype="bfloat16"))
     assert {value.dtype for value in load_file(tmp_path / "model.safetensors").values()} == {torch.bfloat16}
+
+
+SMALL = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 
 
 def write_parent(place: Path, folder: Path, **generation: Any) -> str:
@@ -83,6 +93,35 @@ def test_an_export_in_bfloat16_holds_rounded_weights_and_leaves_the_model_as_it_
     assert plain.dtype == torch.bfloat16
     for name, value in plain.state_dict().items():
         assert torch.equal(value, before[name].bfloat16()), name
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "gpt2"])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_an_export_in_files_holds_what_an_export_in_one_holds(family, tied, dtype, tmp_path):
+    if family == "qwen3_moe":  # experts lie in one tensor in memory, and in one each in the files
+        shape = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8, "head_dim": 8}
+        config = AutoConfig.for_model(family, **SMALL, **shape, tie_word_embeddings=tied)
+        model: Any = AutoModelForCausalLM.from_config(config)
+    else:
+        model = tiny_model(family, tie_word_embeddings=tied)
+    export(tmp_path / "one", model, None, None, dtype)
+    export(tmp_path / "files", model, None, None, dtype, weights=False)
+    write_parts(tmp_path / "files", model, dtype, file_bytes=20_000)
+    wanted = load_file(tmp_path / "one" / "model.safetensors")
+    files = sorted((tmp_path / "files").glob("*.safetensors"))
+    assert len(files) > 1
+    assert all("-of-" in file.name for file in files)
+    found = {name: value for file in files for name, value in load_file(file).items()}
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    index = json.loads((tmp_path / "files" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == wanted.keys()
+    assert (tmp_path / "files" / "config.json").read_text() == (tmp_path / "one" / "config.json").read_text()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "files", dtype="auto")
+    tokens = make_rows([[[20]]], 20).tokens
+    if dtype is None:
+        assert torch.equal(again.eval()(tokens).logits, model.eval()(tokens).logits)
 
 
 def test_tied_weights_are_exported_once_in_any_dtype(tmp_path):

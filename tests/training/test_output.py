@@ -156,7 +156,8 @@ def test_a_first_checkpoint_that_the_disk_does_not_take_leaves_the_log(place, tm
     config = config_of(place, tmp_path / "run", training__checkpoint_every=6)
     with largest_file(8000), pytest.raises(UsageError, match="cannot write checkpoint"):
         train(config)
-    assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 6
+    # Steps that were done while it was written are in the log too; then the run has stopped.
+    assert 6 <= len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) < 12
     assert newest_whole_checkpoint(tmp_path / "run") == (None, [])
     train(config, resume=True)
     assert weights(tmp_path / "run") == undisturbed[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +21,17 @@ from safetensors.torch import load_file
 
 from nextblock.config.run import AdaptConfig, load_config
 from nextblock.training.checkpoint import list_checkpoints
-from runs import config_of, start
+from runs import config_of, start, weights
 
 pytestmark = pytest.mark.slow
 LOOSE: dict[str, Any] = {"rtol": 2e-3, "atol": 2e-4}  # Adam enlarges rounding errors of small gradients
 
 
-def as_rank(rank: int, port: int, told: str, body: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+def as_rank(
+    rank: int, count: int, port: int, told: str, body: Callable[..., None], arguments: tuple[Any, ...]
+) -> None:
     """What torchrun sets, then `body`; standard error goes to a file."""
-    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in places.items()}, MASTER_ADDR="127.0.0.1")
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
@@ -35,14 +39,14 @@ def as_rank(rank: int, port: int, told: str, body: Callable[..., None], argument
     body(rank, *arguments)
 
 
-def launch(processes: Any, folder: Path, body: Callable[..., None], *arguments: Any) -> list[Any]:
-    """Start `body(rank, *arguments)` on two ranks."""
+def launch(processes: Any, folder: Path, body: Callable[..., None], *arguments: Any, count: int = 2) -> list[Any]:
+    """Start `body(rank, *arguments)` on `count` ranks."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     ranks = []
-    for rank in range(2):
-        options = (rank, port, str(folder / f"stderr-{rank}"), body, arguments)
+    for rank in range(count):
+        options = (rank, count, port, str(folder / f"stderr-{rank}"), body, arguments)
         ranks.append(processes.Process(target=as_rank, args=options))
         ranks[-1].start()
     return ranks
@@ -130,11 +134,28 @@ def alone(place, processes, tmp_path_factory) -> Callable[[int], Path]:
         (2, {"training__micro_batch_rows": 1}),
         (2, {"training__fsdp": True}),
         (2, {"training__fsdp": True, "training__micro_batch_rows": 1, "training__gradient_checkpointing": True}),
+        (2, {"training__fsdp": True, "training__micro_batch_rows": 1, "machine__hold_gradients": True}),
     ],
 )
 def test_two_processes_give_the_losses_and_weights_of_one(place, processes, alone, tmp_path, shards, overrides):
     on_two(processes, tmp_path, config_of(place, tmp_path / "run", data__shards=shards, **overrides))
     assert_same_run(tmp_path / "run", alone(shards))
+
+
+def test_copies_of_a_model_in_shards_give_the_losses_and_weights_of_one_process(place, processes, tmp_path):
+    """Two copies in two shards each; the checkpoint has each shard once, and one process goes on from it."""
+    options = {"data__shards": 2, "training__batch_rows": 8, "training__micro_batch_rows": 1}
+    alone = config_of(place, tmp_path / "alone", **options)
+    on_one(processes, alone)
+    hybrid = config_of(place, tmp_path / "run", training__fsdp=True, machine__shard_over=2, **options)
+    values = hybrid.model_dump(mode="json")
+    assert finish(launch(processes, tmp_path, adapt_rank, values, 9, count=4)) == [0] * 4
+    assert len(losses(tmp_path / "run")) == 9
+    saved = list_checkpoints(tmp_path / "run")[-1]
+    parts = [sum(file.stat().st_size for file in saved.glob(f"__{rank}_*")) for rank in range(4)]
+    assert max(parts) < 2 * min(parts)
+    on_one(processes, load_config(values, {"training.fsdp": False, "machine.shard_over": None}))
+    assert_same_run(tmp_path / "run", tmp_path / "alone")
 
 
 def unshared_rank(rank: int, values: dict[str, Any]) -> None:
@@ -194,12 +215,11 @@ def test_accelerate_launch_with_fsdp_is_that_run_on_two_cpu_processes_too(place,
     assert_same_run(tmp_path / "run", alone(2))
 
 
-@pytest.mark.parametrize("kind", ["full", "sharded"])
 @pytest.mark.parametrize("fsdp", [False, True])
-def test_a_checkpoint_of_two_processes_resumes_on_one_and_back(place, processes, alone, tmp_path, kind, fsdp):
-    options = {"data__shards": 2, "training__checkpoint": kind, "training__fsdp": fsdp}
+def test_a_checkpoint_of_two_processes_resumes_on_one_and_back(place, processes, alone, tmp_path, fsdp):
+    options = {"data__shards": 2, "training__fsdp": fsdp}
     config = config_of(place, tmp_path / "run", **options)
-    on_two(processes, tmp_path, config, stop_after=5)  # the last checkpoint is that of step 4
+    on_two(processes, tmp_path, config, stop_after=5)  # the last checkpoint is that of step 4, or of 2
     assert len(losses(tmp_path / "run")) == 5
     ranks = launch(processes, tmp_path, adapt_rank, config.model_dump(mode="json"), 8)
     assert finish(ranks) == [0, 0]
@@ -227,6 +247,81 @@ def test_sigterm_to_one_rank_stops_both_after_the_same_step_with_a_checkpoint(pl
     assert_same_run(tmp_path / "run", alone(2))
 
 
+def failing_rank(rank: int, how: str, each: list[list[str]]) -> None:
+    """`cli_rank`, but rank 1 does not write its part of the second checkpoint."""
+    import nextblock.training.checkpoint as module
+
+    real, saves = module.save, []
+
+    def save(*args: Any, **options: Any) -> None:
+        saves.append(1)
+        if rank == 1 and len(saves) == 2 and how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(*args, **options)
+        if rank == 1 and len(saves) == 2 and how == "slow":
+            time.sleep(6)
+        if rank == 1 and len(saves) == 2 and how == "full":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    module.save = save
+    if how == "slow":
+        module.TIMEOUT = timedelta(seconds=3)
+    cli_rank(rank, each)
+
+
+def test_torchrun_starts_a_run_again_one_of_whose_processes_is_killed(place, processes, tmp_path):
+    """Elastic restarts: the weights are those of a run that lost nothing."""
+    options = {"data__shards": 2, "training__steps": 40, "training__checkpoint_every": 3}
+    on_two(processes, tmp_path, config_of(place, tmp_path / "undisturbed", **options))
+    output, config = tmp_path / "run", tmp_path / "run.yaml"
+    config.write_text(json.dumps(config_of(place, output, **options).model_dump(mode="json")))
+    launcher = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "1", "--monitor-interval", "0.1"]
+    adapt = ["-m", "nextblock", "adapt", str(config), "--resume", "auto"]
+    run = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *launcher, *adapt])
+    try:
+        while not list_checkpoints(output):
+            assert run.poll() is None
+            time.sleep(0.002)
+        ranks = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+        os.kill(int(ranks[1]), signal.SIGKILL)
+        reached = len(losses(output))
+        assert run.wait(300) == 0
+    finally:
+        run.kill()
+    assert 3 <= reached < 40
+    assert len(losses(output)) == 40
+    assert weights(output) == weights(tmp_path / "undisturbed")
+
+
+FAILURES = {
+    "full": "step-00000004: No space left on device; free space and resume with --resume auto",
+    "slow": "step-00000004: a rank did not write its part within 0:00:03; see to its storage and resume with",
+}
+
+
+@pytest.mark.parametrize("how", [*FAILURES, "killed"])
+def test_a_part_that_is_not_written_stops_both_processes_and_the_checkpoint_before_is_left(
+    place, processes, alone, tmp_path, how
+):
+    config = tmp_path / "run.yaml"
+    options = {"data__shards": 2, "training__checkpoint_every": 2}
+    run = config_of(place, tmp_path / "run", **options)
+    config.write_text(json.dumps(run.model_dump(mode="json")))
+    ranks = launch(processes, tmp_path, failing_rank, how, [["adapt", str(config)]] * 2)
+    statuses = finish(ranks)
+    if how == "killed":
+        assert statuses[0] != 0
+        assert statuses[1] == -signal.SIGKILL
+    else:
+        assert statuses == [2, 2]
+        said = "".join((tmp_path / f"stderr-{rank}").read_text() for rank in range(2))
+        assert said.count("error: ") == 1
+        assert FAILURES[how] in " ".join(said.split())
+    assert [folder.name for folder in list_checkpoints(tmp_path / "run")] == ["step-00000002"]
+    on_two(processes, tmp_path, run)
+    assert_same_run(tmp_path / "run", alone(2))
+
+
 def refusal(processes: Any, folder: Path, first: list[str], second: list[str]) -> str:
     """What two ranks with these command lines say, both ending with status 2."""
     ranks = launch(processes, folder, cli_rank, [["adapt", *first], ["adapt", *second]])
@@ -251,13 +346,20 @@ def test_what_stops_one_of_two_processes_stops_both_with_one_line(place, process
     assert "training.batch_rows=3 does not divide over 2 processes; use 2" in refusal(
         processes, tmp_path, *[[*given, "--training.batch_rows", "3"]] * 2
     )
+    over = [*given, "--training.fsdp", "true", "--machine.shard_over", "3"]
+    assert "machine.shard_over=3 does not divide 2 processes; use a divisor" in refusal(
+        processes, tmp_path, over, over
+    )
+    assert "machine.shard_over and machine.hold_gradients are of FSDP2; set training.fsdp=true" in refusal(
+        processes, tmp_path, *[[*given, "--machine.hold_gradients", "true"]] * 2
+    )
     assert not (tmp_path / "run").exists()
 
 
 def test_a_finished_stage_that_is_changed_ends_both_processes_with_one_line(place, processes, tmp_path):
     stages = [{"name": "a", "training": {"steps": 9}}, {"name": "b", "training": {"steps": 5}}]
     run = config_of(place, tmp_path / "run", stages=stages)
-    on_two(processes, tmp_path, run, stop_after=11)  # stage b has a checkpoint of its second step
+    on_two(processes, tmp_path, run, stop_after=13)  # stage b has a checkpoint of its second step, if not its fourth
     config = tmp_path / "run.yaml"
     config.write_text(json.dumps(run.model_dump(mode="json")))
     changed = [str(config), "--stages.0.optimizer.lr", "0.5", "--resume", "auto"]

@@ -17,6 +17,9 @@ from nextblock.training.log import trim_log
 from nextblock.training.loop import train
 from runs import config_of, signal_at, start, stopped_run, weights
 
+PART = "__0_0.distcp"
+"""What the one process of a run writes of a checkpoint."""
+
 
 @pytest.mark.slow
 def test_a_run_killed_at_random_moments_ends_with_the_weights_of_one_that_was_not(
@@ -47,12 +50,12 @@ def test_a_run_killed_at_random_moments_ends_with_the_weights_of_one_that_was_no
 @pytest.mark.parametrize(
     ("function", "after"),
     [
-        ("nextblock.training.checkpoint.save_file", 1),
-        ("torch.save", 2),
-        ("nextblock.training.checkpoint._flush", 6),  # between two files of the second save
-        ("os.replace", 3),
+        ("nextblock.training.checkpoint.save", 1),
+        ("torch.save", 100),  # in the middle of the part of the third save
+        ("nextblock.training.checkpoint.write_whole", 3),  # the manifest of the second save
+        ("nextblock.training.checkpoint._flush", 3),  # as that has got its name
         ("nextblock.training.output.export", 0),
-        ("shutil.rmtree", 4),  # before the oldest checkpoint goes; the first is of a temporary folder
+        ("shutil.rmtree", 0),  # before the oldest checkpoint goes
     ],
 )
 def test_a_run_killed_within_a_save_ends_with_the_weights_of_one_that_was_not(
@@ -78,13 +81,13 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_run_goes_on_from_the_one_b
 ):
     config = stopped_run(place, tmp_path, 7)
     before, newest = list_checkpoints(tmp_path)
-    content = bytearray((newest / "model.safetensors").read_bytes())
+    content = bytearray((newest / PART).read_bytes())
     content[-1] ^= 1
-    (newest / "model.safetensors").write_bytes(content)
+    (newest / PART).write_bytes(content)
     done: list[int] = []
     train(config, resume=True, on_step=lambda metrics: done.append(metrics.step))
     said = capsys.readouterr().out
-    assert f"checkpoint {newest} is damaged (model.safetensors has changed); going on from {before.name}" in said
+    assert f"checkpoint {newest} is damaged ({PART} has changed); going on from {before.name}" in said
     assert done == list(range(int(before.name.removeprefix("step-")), 12))
     assert weights(tmp_path) == undisturbed[0]
 
@@ -96,11 +99,11 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_again_over_its_mod
     saved = list_checkpoints(tmp_path)
     assert len(saved) == 2
     for folder in saved:
-        (folder / "optimizer.pt").unlink()
+        (folder / PART).unlink()
     with pytest.raises(UsageError) as refused:
         train(config, resume=True)
     said = str(refused.value)
-    assert all(f"checkpoint {folder} is damaged (optimizer.pt is missing)" in said for folder in saved)
+    assert all(f"checkpoint {folder} is damaged ({PART} is missing)" in said for folder in saved)
     assert said.endswith("delete what is damaged to start over, or choose another --output")
     assert "going" not in said
     assert (weights(tmp_path), (tmp_path / "log.jsonl").read_bytes()) == (before, log)

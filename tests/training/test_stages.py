@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 
 from nextblock.config.errors import UsageError
@@ -218,25 +217,25 @@ def test_a_resume_in_a_later_stage_reads_the_checkpoint_of_that_stage_alone_and_
 
     config = staged(place, tmp_path / "run")
     train(config, on_step=lambda metrics: signal_at(metrics, 13))  # the second of stage 2
-    real, digested, loaded = module._digest, [], []
+    real, read, digested, loaded = module._digest, module.load, [], []
 
     def digest(file: Path) -> str:
         digested.append(file)
         return real(file)
 
-    def load(path: Any, **options: Any) -> Any:
-        loaded.append(Path(path))
-        return safe_open(path, **options)
+    def load(state: Any, checkpoint_id: Path, **options: Any) -> None:
+        loaded.append((*state, checkpoint_id))
+        read(state, checkpoint_id=checkpoint_id, **options)
 
     monkeypatch.setattr(module, "_digest", digest)
-    monkeypatch.setattr(module, "safe_open", load)
+    monkeypatch.setattr(module, "load", load)
     monkeypatch.setattr("nextblock.training.loop.train_step", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         train(config, resume=True)
     (folder,) = {file.parent for file in digested}
     assert folder.parent.parent.name == "stage-2-long"
     assert len(digested) == len(set(digested)) == 3
-    assert loaded == [folder / "model.safetensors"]
+    assert loaded == [("model", folder), ("optimizer", folder)]
 
 
 def test_a_finished_stage_that_is_changed_is_named_on_resume(place, tmp_path):

@@ -195,9 +195,6 @@ class TrainingConfig(Section):
     checkpoint_every: int = Field(default=200, ge=1, description="steps between resumable checkpoints")
     keep_last: int = Field(default=2, ge=1, description="checkpoints kept")
     keep_every: int | None = Field(default=None, ge=1, description="of so many checkpoints, one is kept for good")
-    checkpoint: Literal["full", "sharded"] = Field(
-        default="full", description="full: gathered and written by one process; sharded: each writes its part"
-    )
     fsdp: bool = Field(
         default=False, description="several processes: share out weights, gradients and optimizer (FSDP2)"
     )
@@ -244,10 +241,21 @@ class LoraConfig(DraftAdapterConfig):
 
 
 class MachineConfig(Section):
-    """What the run is meant for, as `nextblock plan` takes it; the run itself takes what it is started on."""
+    """What the run is meant for, as `nextblock plan` takes it (`gpu`, `gpus`), and how FSDP2 uses it."""
 
     gpu: str = Field(default="h100", description="h200, h100, a100-80g, rtx4090, ... ; cpu: none")
     gpus: int = Field(default=1, ge=1, description="how many of them, on all machines")
+    shard_over: int | None = Field(
+        default=None,
+        ge=2,
+        description="FSDP2: neighbouring processes over which one copy of the model is shared out, such as those of a "
+        "machine (hybrid sharding); default: all",
+    )
+    hold_gradients: bool = Field(
+        default=False,
+        description="FSDP2: hold the gradient whole on each process, and share it out once a step instead of after "
+        "every micro-batch",
+    )
 
 
 class BlockDiffusionSettings(Section):
@@ -297,6 +305,8 @@ def _in_words(section: type[Section], found: Any) -> str:
     location, holder = _place(section, found["loc"])
     where = ".".join(map(str, location))
     name = next((part for part in reversed(location) if isinstance(part, str)), "")
+    if kind == "extra_forbidden" and where.endswith("training.checkpoint"):
+        return f"{where} is no option any more: each process writes its part of a checkpoint; leave it out"
     if kind == "extra_forbidden":
         return f"unknown key '{where}'{nearest(name, list(holder.model_fields))}"
     if kind == "missing":

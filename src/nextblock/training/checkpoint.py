@@ -1,100 +1,212 @@
-"""Resumable training checkpoints: whole or absent, of one process or in shards."""
+"""Resumable training checkpoints: written in parts by all ranks behind the training, whole or absent."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import recursively_apply
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.tensor import DTensor
 
-from nextblock.config.errors import UsageError
-from nextblock.config.files import PARTIAL, unwritten
-from nextblock.training.ranks import errors_on_all_ranks, is_main
+from nextblock.config.errors import UsageError, one_line
+from nextblock.config.files import PARTIAL, unwritten, write_whole
+from nextblock.training.ranks import errors_on_all_ranks, gather, is_main, process_state
 
-MANIFEST, STATE, WEIGHTS, OPTIMIZER = "manifest.json", "state.json", "model.safetensors", "optimizer.pt"
-PARTS = ({STATE, WEIGHTS, OPTIMIZER}, {STATE, ".metadata"})
-"""What every full checkpoint and every sharded one consists of."""
+MANIFEST, STATE, METADATA = "manifest.json", "state.json", ".metadata"
+"""Files beside the ranks' parts: digests of all others, what is no tensor, and where each tensor lies."""
 CHECKPOINTS = "checkpoints"
+TIMEOUT = timedelta(hours=2)
+"""Longest time for which a rank that has written its part waits for the others."""
+warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")  # as one process is
 
 
-def remove_partial(output: Path) -> None:
-    """Remove checkpoints that a killed run left half written."""
-    for folder in (output / CHECKPOINTS).glob(f"{PARTIAL}*"):
-        shutil.rmtree(folder, ignore_errors=True)
+class CheckpointWriter:
+    """Writes checkpoints of a run, one at a time, in a thread; the training waits for the copy to host memory alone.
 
-
-def save_checkpoint(
-    output: Path,
-    step: int,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    state: Mapping[str, Any],
-    keep: int,
-    *,
-    keep_every: int | None = None,
-    sharded: bool = False,
-) -> Path:
-    """Write weights, optimizer and state after `step` steps, complete or not at all; all ranks call it together.
-
-    Everything goes into a temporary folder with a manifest of sizes and digests, is flushed to disk, and
-    appears under its name by one rename.
-
-    Args:
-        state: JSON-serialisable; rank 0's counts.
-        keep: how many of the newest to keep.
-        keep_every: keep those whose step is a multiple of this as well.
-        sharded: each rank writes its part (torch.distributed.checkpoint), in a folder that all must see;
-            else rank 0 gathers and writes everything.
-    Raises:
-        UsageError: the disk is full or cannot be written; earlier checkpoints are left as they are.
+    That memory, as large as this rank's part, is kept for the next one. All ranks call a method together.
     """
-    folder = checkpoint_folder(output, step)
-    partial = folder.with_name(f"{PARTIAL}{folder.name}")
-    main = is_main()
-    whole = None if sharded else (whole_weights(model), gathered(optimizer.state_dict()))
-    try:
-        with errors_on_all_ranks(), _named_failure(folder):
+
+    def __init__(self) -> None:
+        self._room: dict[str, Tensor] = {}
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future[None] | None = None
+        self._group: Any = None  # of its own: the thread must not speak between two words of the training
+
+    def save(
+        self,
+        output: Path,
+        step: int,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        state: Mapping[str, Any],
+        keep: int,
+        *,
+        keep_every: int | None = None,
+    ) -> Path:
+        """Begin to write weights, optimizer and state after `step` steps; first wait for the checkpoint before.
+
+        Everything goes into a temporary folder, which all ranks must see. Each rank writes and hashes its part, rank 0
+        adds the manifest of sizes and digests, and the folder appears under its name by one rename.
+
+        Args:
+            state: JSON-serialisable; rank 0's counts.
+            keep: how many of the newest to keep.
+            keep_every: keep those whose step is a multiple of this as well.
+        Returns:
+            The folder, which is there when `finish` returns.
+        Raises:
+            UsageError: the checkpoint before could not be written.
+        """
+        self.finish()
+        if self._group is None and process_state().num_processes > 1:
+            self._group = torch.distributed.new_group(timeout=TIMEOUT, backend="gloo")
+        values = {"model": weights_of(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+        staged = on_host(own_part(values, {}), self._room)
+        folder, text = checkpoint_folder(output, step), json.dumps({"step": step, **state})
+        self._pending = self._thread.submit(self._write, folder, staged, text, keep, keep_every)
+        return folder
+
+    @property
+    def failed(self) -> bool:
+        """Whether the next `finish` is known to raise. Ranks may learn that at different times."""
+        return self._pending is not None and self._pending.done() and self._pending.exception() is not None
+
+    def finish(self) -> None:
+        """Wait until the checkpoint begun last is written.
+
+        Raises:
+            UsageError: it could not be; earlier ones are left as they are.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            with errors_on_all_ranks():
+                pending.result()
+
+    def close(self) -> None:
+        """Let the thread end what it writes, whatever comes of it. Ranks need not call it together."""
+        self._thread.shutdown()
+        self._room.clear()
+
+    def _write(self, folder: Path, staged: dict[str, Any], state: str, keep: int, keep_every: int | None) -> None:
+        partial, group, main = folder.with_name(f"{PARTIAL}{folder.name}"), self._group, is_main()
+        if main:
+            shutil.rmtree(partial, ignore_errors=True)  # of a save that was broken off; no rank writes before rank 0
+        try:
+            with _named_failure(folder):  # what breaks between the ranks, and below what breaks in one of them
+                with errors_on_all_ranks(group), _named_failure(folder):
+                    save(staged, storage_writer=FileSystemWriter(partial), process_group=group, no_dist=group is None)
+                    if main:
+                        write_whole(partial / STATE, state.encode())
+                    own = {file.name: _digest(file) for file in sorted(partial.iterdir()) if _is_own(file)}
+                parts = gather(own, group)
+                with errors_on_all_ranks(group), _named_failure(folder):
+                    if main:
+                        _commit(partial, folder, {name: digest for part in parts for name, digest in part.items()})
+        except UsageError:
             if main:
                 shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir(parents=True)
-        with errors_on_all_ranks(), _named_failure(folder):
-            if sharded:
-                save_shards(partial, model, optimizer)
-            elif main and whole is not None:
-                save_file(whole[0], partial / WEIGHTS)
-                torch.save(whole[1], partial / OPTIMIZER)
-        with errors_on_all_ranks(), _named_failure(folder):
-            if main:
-                (partial / STATE).write_text(json.dumps({"step": step, **state}), encoding="utf-8")
-                digests = {file.name: _digest(file) for file in sorted(partial.iterdir())}
-                (partial / MANIFEST).write_text(json.dumps(digests), encoding="utf-8")
-                for file in partial.iterdir():
-                    _flush(file)
-                if folder.exists():  # the same step written again after a resume
-                    shutil.rmtree(folder)
-                os.replace(partial, folder)
-                _flush(folder.parent)
-    except UsageError:
+            raise
         if main:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
-    if main:
-        for old in _superseded(list_checkpoints(output), folder, keep, keep_every):
-            shutil.rmtree(old, ignore_errors=True)
-    return folder
+            for old in _superseded(list_checkpoints(folder.parent.parent), folder, keep, keep_every):
+                shutil.rmtree(old, ignore_errors=True)
+
+
+def _commit(partial: Path, folder: Path, digests: dict[str, str]) -> None:
+    """Make what all ranks have written a checkpoint."""
+    write_whole(partial / MANIFEST, json.dumps(digests).encode())
+    _flush(partial)
+    if folder.exists():  # damaged, as the run has not gone on from it
+        shutil.rmtree(folder)
+    os.replace(partial, folder)
+    _flush(folder.parent)
+
+
+def _is_own(file: Path) -> bool:
+    """Whether this rank has written a file of a checkpoint."""
+    part = re.match(r"__(\d+)_", file.name)
+    return process_state().process_index == (int(part[1]) if part else 0)
+
+
+def own_part(values: Mapping[str, Any], held: dict[int, list[int]]) -> dict[str, Any]:
+    """What this rank writes of nested mappings: tensors that n ranks hold alike are shared out among them by size.
+
+    Args:
+        held: n -> elements that each of the n has so far; empty for the outermost mapping.
+    """
+    own: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            if part := own_part(value, held):
+                own[name] = part
+        elif not isinstance(value, Tensor):
+            own[name] = value
+        else:
+            place, copies = _replica(value)
+            sizes = held.setdefault(copies, [0] * copies)
+            least = sizes.index(min(sizes))
+            sizes[least] += value.numel()
+            if least == place:
+                own[name] = value
+    return own
+
+
+@torch.no_grad()
+def on_host(values: Mapping[str, Any], room: dict[str, Tensor]) -> dict[str, Any]:
+    """A copy of nested mappings, with tensors and this rank's shards in host memory.
+
+    The stager of torch.distributed.checkpoint copies the device mesh with each shard, which takes longer than these.
+
+    Args:
+        room: memory of the copy before, which is used again; filled where it is empty.
+    """
+
+    def copied(value: Any, place: str) -> Any:
+        if isinstance(value, Mapping):
+            return {name: copied(below, f"{place}.{name}") for name, below in value.items()}
+        if not isinstance(value, Tensor):
+            return copy.deepcopy(value)
+        local = value.to_local() if isinstance(value, DTensor) else value
+        if place not in room or (room[place].shape, room[place].dtype) != (
+            local.shape,
+            local.dtype,
+        ):  # another stage's
+            room[place] = torch.empty(local.shape, dtype=local.dtype, pin_memory=local.is_cuda)
+        room[place].copy_(local, non_blocking=True)
+        return DTensor(room[place], value._spec, requires_grad=False) if isinstance(value, DTensor) else room[place]
+
+    host = copied(values, "")
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return host
+
+
+def _replica(tensor: Tensor) -> tuple[int, int]:
+    """Which of how many copies of a tensor, or of its shard, this rank holds."""
+    if not isinstance(tensor, DTensor):
+        return process_state().process_index, process_state().num_processes
+    place, copies = 0, 1
+    for dim, placement in enumerate(tensor.placements):
+        if placement.is_replicate():
+            size = tensor.device_mesh.size(dim)
+            place, copies = place * size + tensor.device_mesh.get_local_rank(dim), copies * size
+    return place, copies
 
 
 @contextmanager
@@ -103,9 +215,11 @@ def _named_failure(folder: Path) -> Iterator[None]:
     try:
         yield
     # A full disk is an OSError for Python, and something else for each library that writes.
-    except (OSError, SafetensorError, RuntimeError, CheckpointException) as error:
+    except (OSError, RuntimeError, CheckpointException) as error:
         inner = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
-        reason, cure = unwritten(inner) or (str(inner).strip().splitlines()[0], "free space")
+        reason, cure = unwritten(inner) or (one_line(inner), "free space")
+        if re.search("timed out|timeout", reason, re.IGNORECASE):
+            reason, cure = f"a rank did not write its part within {TIMEOUT}", "see to its storage"
         raise UsageError(f"cannot write checkpoint {folder}: {reason}; {cure} and resume with --resume auto") from None
 
 
@@ -135,15 +249,45 @@ def list_checkpoints(output: Path) -> list[Path]:
     return sorted((f for f in found if re.fullmatch(r"step-[0-9]+", f.name) and f.is_dir()), key=_step)
 
 
+def remove_partial(output: Path) -> None:
+    """Remove checkpoints that a killed run left half written."""
+    for folder in (output / CHECKPOINTS).glob(f"{PARTIAL}*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def newest_whole_checkpoint(output: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint whose every file has its recorded digest, and a line on each damaged one passed over."""
-    damaged = []
-    for folder in reversed(list_checkpoints(output)):
+    """The newest checkpoint whose every file has its recorded digest, and a line on each one passed over.
+
+    All ranks call it together; each reads its share of the files.
+    """
+    passed = []
+    for folder in reversed(gather(list_checkpoints(output) if is_main() else [])[0]):
         fault = _fault(folder)
         if fault is None:
-            return folder, [f"{line}; going on from {folder.name}" for line in damaged]
-        damaged.append(f"checkpoint {folder} is damaged ({fault})")
-    return None, damaged
+            return folder, [f"{line}; going on from {folder.name}" for line in passed]
+        passed.append(f"checkpoint {folder} {fault}")
+    return None, passed
+
+
+def _fault(folder: Path) -> str | None:
+    """What is wrong with a checkpoint; None for a whole one. All ranks call it together."""
+    fault, recorded = None, {}
+    try:
+        recorded = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        fault = f"is damaged (no readable {MANIFEST})"
+    else:
+        if isinstance(recorded, dict) and "optimizer.pt" in recorded:
+            fault = "is of an earlier version of nextblock, which alone can go on from it"
+        elif not isinstance(recorded, dict) or not {STATE, METADATA} <= recorded.keys():
+            fault = f"is damaged ({MANIFEST} does not list its files)"
+    state = process_state()
+    for name in [] if fault else sorted(recorded)[state.process_index :: state.num_processes]:
+        if not (folder / name).is_file():
+            fault = f"is damaged ({name} is missing)"
+        elif _digest(folder / name) != recorded[name]:
+            fault = f"is damaged ({name} has changed)"
+    return next((said for said in gather(fault) if said), None)
 
 
 def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -154,70 +298,21 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
 
 
 def load_weights(folder: Path, model: nn.Module) -> None:
-    """Read a checkpoint's weights in place. Ranks need not call it together."""
-    own = model.state_dict()
-    if not (folder / WEIGHTS).exists():
-        from torch.distributed.checkpoint.state_dict_loader import load
+    """Read a checkpoint's weights in place, of shards this rank's part. Ranks need not call it together."""
+    load({"model": weights_of(model)}, checkpoint_id=folder, no_dist=True)
 
-        load({"model": own}, checkpoint_id=folder, no_dist=True)
-        return
-    with safe_open(str(folder / WEIGHTS), framework="pt") as file, torch.no_grad():
-        for name in list(file.keys()):
-            own[name].copy_(_placed(file.get_tensor(name), own[name]))
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and saved buffers by name, tied ones once; not copied."""
+    once = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    return {name: value for name, value in model.state_dict().items() if name in once}
 
 
 def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Read a checkpoint's optimizer state in place; of sharded checkpoints, all ranks together."""
-    if not (folder / OPTIMIZER).exists():
-        from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
-        from torch.distributed.checkpoint.state_dict_loader import load
-
-        moments = get_optimizer_state_dict(model, optimizer)
-        load({"optimizer": moments}, checkpoint_id=folder)
-        set_optimizer_state_dict(model, optimizer, optim_state_dict=moments)
-        return
-    saved = torch.load(folder / OPTIMIZER, weights_only=True, map_location="cpu", mmap=True)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for number, values in saved["state"].items():
-        for name, value in values.items():
-            if isinstance(value, Tensor) and value.shape == parameters[number].shape:
-                values[name] = _placed(value, parameters[number])
-    optimizer.load_state_dict(saved)
-
-
-def whole_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and saved buffers on the CPU of rank 0, tied ones once; all ranks call it together."""
-    once = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
-    own = model.state_dict()
-    found = gathered({name: value for name, value in own.items() if name in once})
-    return {name: value.contiguous() for name, value in found.items() if value is not None}
-
-
-def gathered(values: Any) -> Any:
-    """Nested dicts and lists with every tensor whole and on the CPU; None for each, but on rank 0. All together."""
-
-    def whole(tensor: Tensor) -> Tensor | None:
-        # A copy: what the collective returns is a promise of a tensor, without storage that could be written.
-        tensor = tensor.full_tensor().clone() if isinstance(tensor, DTensor) else tensor
-        return tensor.detach().cpu() if is_main() else None
-
-    return recursively_apply(whole, values)
-
-
-def _placed(value: Tensor, like: Tensor) -> Tensor:
-    """This rank's part of a whole tensor, where `like` is sharded; else the tensor."""
-    if not isinstance(like, DTensor):
-        return value
-    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
-
-
-def save_shards(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Write this rank's part of weights and optimizer."""
-    from torch.distributed.checkpoint.state_dict import get_state_dict
-    from torch.distributed.checkpoint.state_dict_saver import save
-
-    weights, moments = get_state_dict(model, optimizer)
-    save({"model": weights, "optimizer": moments}, checkpoint_id=folder)
+    """Read a checkpoint's optimizer state in place; all ranks together."""
+    moments = get_optimizer_state_dict(model, optimizer)
+    load({"optimizer": moments}, checkpoint_id=folder, no_dist=True)
+    set_optimizer_state_dict(model, optimizer, optim_state_dict=moments)
 
 
 def _digest(file: Path) -> str:
@@ -234,19 +329,3 @@ def _flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _fault(folder: Path) -> str | None:
-    """What is wrong with a checkpoint; None for a whole one."""
-    try:
-        recorded = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return f"no readable {MANIFEST}"
-    if not isinstance(recorded, dict) or not any(parts <= recorded.keys() for parts in PARTS):
-        return f"{MANIFEST} does not list its files"
-    for name, digest in recorded.items():
-        if not (folder / name).is_file():
-            return f"{name} is missing"
-        if _digest(folder / name) != digest:
-            return f"{name} has changed"
-    return None

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from nextblock.config.sections import BlockDiffusionSettings
 from nextblock.data.encode import span_ends
+from nextblock.training.checkpoint import weights_of
+from nextblock.training.ranks import errors_on_all_ranks, is_main
 
 CUSTOM_GENERATE_SOURCE = '''"""Block-diffusion decoding of this checkpoint, where the nextblock package is installed.
 
@@ -36,7 +44,8 @@ def export(
     tokenizer: Any,
     settings: BlockDiffusionSettings | None,
     dtype: torch.dtype | None = None,
-    weights: Mapping[str, Tensor] | None = None,
+    *,
+    weights: bool = True,
 ) -> None:
     """Write an ordinary Hugging Face folder of the parent's architecture, with the block_diffusion section.
 
@@ -44,22 +53,65 @@ def export(
         settings: None for a model that stays autoregressive.
         folder: made if missing; files of an earlier export are replaced.
         dtype: of the weights on disk; None: the model's.
-        weights: to write in place of the model's own, which may be spread over ranks.
+        weights: False: leave them to `write_parts`.
     """
     export_settings(folder, model, tokenizer, settings)
+    own = model.state_dict() if weights else {}
     if dtype is None or dtype == model.dtype:
-        model.save_pretrained(folder, state_dict=None if weights is None else dict(weights))
+        model.save_pretrained(folder, state_dict=own)
         return
     cast: dict[tuple[int, torch.Size], torch.Tensor] = {}  # by address: tied weights stay one tensor
     state = {}
-    for name, value in (weights or model.state_dict()).items():
-        rounded = value.to(dtype) if value.is_floating_point() else value
-        state[name] = cast.setdefault((value.data_ptr(), value.shape), rounded)
+    for name, value in own.items():
+        state[name] = cast.setdefault((value.data_ptr(), value.shape), value.to(_stored(value, dtype)))
     model.save_pretrained(folder, state_dict=state)
     # transformers has written the dtype of the model in memory into config.json.
-    own, model.config.dtype = model.config.dtype, dtype
+    before, model.config.dtype = model.config.dtype, dtype
     model.config.save_pretrained(folder)
-    model.config.dtype = own
+    model.config.dtype = before
+
+
+def write_parts(
+    folder: Path,
+    model: PreTrainedModel,
+    dtype: torch.dtype | None,
+    writing: Callable[[], AbstractContextManager[None]] = nullcontext,
+    file_bytes: int = 4 * 10**9,
+) -> None:
+    """Write weights that are spread over ranks, as `export` would, file by file. All ranks call it together.
+
+    Args:
+        folder: of rank 0, which writes and holds no more than one file's weights in its memory.
+        writing: makes the context of each write, which turns errors of the disk into UsageError.
+        file_bytes: size of a file, unless one tensor is larger.
+    """
+    own = weights_of(model)
+    plan = split_torch_state_dict_into_shards(
+        {name: torch.empty(value.shape, dtype=_stored(value, dtype), device="meta") for name, value in own.items()},
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=file_bytes,
+    )
+    places: dict[str, str] = {}
+    for file, names in plan.filename_to_tensors.items():
+        part: dict[str, Tensor] = {}
+        for name in names:
+            value = own[name]
+            value = value.full_tensor() if isinstance(value, DTensor) else value
+            if is_main():
+                part[name] = value.detach().to("cpu", _stored(value, dtype), copy=True)
+        with errors_on_all_ranks(), writing():
+            if is_main():
+                part = revert_weight_conversion(model, part)
+                save_file({name: value.contiguous() for name, value in part.items()}, folder / file, {"format": "pt"})
+                places |= dict.fromkeys(part, file)
+    if is_main() and plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": places}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def _stored(value: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype in which a tensor is stored where weights are stored in `dtype`; None: as they are."""
+    return dtype if dtype is not None and value.is_floating_point() else value.dtype
 
 
 def export_settings(

@@ -11,6 +11,7 @@ from accelerate.utils import (
     DistributedType,
     FullyShardedDataParallelPlugin,
     GradientAccumulationPlugin,
+    ParallelismConfig,
     ProjectConfiguration,
 )
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -56,7 +57,12 @@ def check_launcher(config: AdaptConfig) -> None:
 
 
 def check_sharding(config: AdaptConfig) -> None:
-    """UsageError for what FSDP2 does not share out."""
+    """UsageError for what FSDP2 does not share out, or not over so many processes."""
+    over, ranks = config.machine.shard_over, process_state().num_processes
+    if over is not None and ranks % over:
+        raise UsageError(
+            f"machine.shard_over={over} does not divide {ranks} processes; use a divisor, or leave it out"
+        )
     if config.lora is not None or config.draft_adapter is not None:
         raise UsageError("FSDP has no use for lora or a draft adapter, whose weights are small; start without it")
     if config.optimizer.name == "adamw_8bit":
@@ -83,7 +89,12 @@ def make_accelerator(config: AdaptConfig) -> Accelerator:
     plugin = None
     if process_state().num_processes == 1:
         os.environ.pop("ACCELERATE_USE_FSDP", None)  # nothing to share out
-    elif config.training.fsdp or fsdp_of_launcher():
+    elif not (config.training.fsdp or fsdp_of_launcher()):
+        if config.machine.shard_over is not None or config.machine.hold_gradients:
+            raise UsageError(
+                "machine.shard_over and machine.hold_gradients are of FSDP2; set training.fsdp=true, or leave them out"
+            )
+    else:
         check_sharding(config)
         policy = None
         if config.training.mixed_precision == "bf16":
@@ -107,4 +118,9 @@ def make_accelerator(config: AdaptConfig) -> Accelerator:
         # accelerate leaves CPU processes to DDP, but FSDP2 runs there as well.
         process_state().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = plugin
+    if plugin is not None and (over := config.machine.shard_over) is not None:
+        copies = accelerator.num_processes // over
+        mesh = ParallelismConfig(dp_replicate_size=copies, dp_shard_size=over)
+        accelerator.state.parallelism_config = mesh
+        vars(accelerator.state)["device_mesh"] = mesh.get_device_mesh(accelerator.device.type)  # annotated as None
     return accelerator

@@ -12,7 +12,7 @@ from typing import Any
 
 from nextblock.config.errors import UsageError
 from nextblock.config.run import AdaptConfig, stage_configs
-from nextblock.training.checkpoint import remove_partial
+from nextblock.training.checkpoint import CheckpointWriter, remove_partial
 from nextblock.training.log import run_log
 from nextblock.training.output import check_output, check_space, export_run, rehearse_export, run_folder, write_config
 from nextblock.training.ranks import errors_on_all_ranks, gather, is_main
@@ -56,22 +56,25 @@ def train(
         catching = stop_on_sigterm() if received is None else nullcontext(received)
         signals = until_the_end.enter_context(catching)
         until_the_end.enter_context(run_folder(Path(config.output), stages))
+        writer = until_the_end.enter_context(closing(CheckpointWriter()))
         first, checkpoint = checkpoint_to_resume(stages) if resume else (0, None)
         for number in range(first, len(stages)):
-            run = begin_stage(config, stages, number, run, checkpoint if number == first else None)
+            run = begin_stage(config, stages, number, run, checkpoint if number == first else None, writer)
             write = write or until_the_end.enter_context(open_log(config, run))
             with closing(run.feed):
-                began, stop = time.perf_counter() - run.seconds, any_signal(signals)
+                began, stop = time.perf_counter() - run.seconds, on_any_rank(bool(signals))
                 while run.step < run.config.training.steps and not stop:
                     metrics = train_step(run, run.step)
                     run.step += 1
-                    stop = any_signal(signals)
+                    stop = on_any_rank(bool(signals) or writer.failed)
                     report(run, metrics, write, on_step, evaluate)
                     run.seconds = time.perf_counter() - began
                     if stop or run.is_checkpoint_due:
                         save(run)
                         run.seconds = time.perf_counter() - began
-            if any_signal(signals):
+                writer.finish()
+                run.seconds = time.perf_counter() - began
+            if on_any_rank(bool(signals)):
                 return run
             run.finished = number == len(stages) - 1
             export_run(run, Path((config if run.finished else stages[number]).output))
@@ -79,13 +82,18 @@ def train(
     return run
 
 
-def any_signal(signals: list[int]) -> bool:
-    """Whether a signal came to any rank: all stop after the same step. All ranks call it together."""
-    return any(gather(bool(signals)))
+def on_any_rank(found: bool) -> bool:
+    """Whether any rank has found what all must act on after the same step. All ranks call it together."""
+    return any(gather(found))
 
 
 def begin_stage(
-    config: AdaptConfig, stages: list[AdaptConfig], number: int, last: Run | None, checkpoint: Path | None
+    config: AdaptConfig,
+    stages: list[AdaptConfig],
+    number: int,
+    last: Run | None,
+    checkpoint: Path | None,
+    writer: CheckpointWriter,
 ) -> Run:
     """A stage that is ready for its next step, with its folder and resolved configuration.
 
@@ -97,7 +105,8 @@ def begin_stage(
     ended = None if last is None else last.checkpoint
     before = Path(stages[number - 1].output) if number else None
     run = prepare(stages[number], before, ended, masks=any(stage.masks for stage in stages))
-    run.output, run.first_step = Path(config.output), sum(stage.training.steps for stage in stages[:number])
+    run.writer, run.output = writer, Path(config.output)
+    run.first_step = sum(stage.training.steps for stage in stages[:number])
     if config.stages:
         run.stage, run.stage_number = config.stages[number].name, number + 1
     if last is not None and ended is not None:

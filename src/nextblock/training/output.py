@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -22,8 +22,8 @@ from nextblock.model.loading import weights_folder
 from nextblock.model.lora import LoraAdapter
 from nextblock.model.mask_token import choose_mask_token
 from nextblock.model.parent import load_parent, parent_tokenizer
-from nextblock.training.checkpoint import list_checkpoints, whole_weights
-from nextblock.training.export import export, export_settings
+from nextblock.training.checkpoint import list_checkpoints
+from nextblock.training.export import export, export_settings, write_parts
 from nextblock.training.log import TRACKERS
 from nextblock.training.ranks import errors_on_all_ranks, is_main
 from nextblock.training.run import LOG, RESOLVED_CONFIG, Run
@@ -87,24 +87,29 @@ def export_run(run: Run, output: Path) -> None:
     Raises:
         UsageError: it cannot be written; what was in the folder stays as it was.
     """
-    weights = whole_weights(run.decoder.model) if run.is_sharded else None
-    with errors_on_all_ranks(), writing(output), whole_folder(output) if is_main() else nullcontext() as folder:
-        if folder is None:
-            return
-        write_adapters(run, folder)
-        if run.decoder.adapter is None:
-            model, dtype = run.decoder.model if run.lora is None else merged_model(run, run.lora), export_dtype(run)
-            with without_correction(model) as head:
-                export(folder, model, run.tokenizer, run.settings, dtype, weights)
-            if head is not None and run.settings is not None:
-                save_correction(
-                    folder,
-                    head,
-                    run.settings,
-                    run.config.model.path,
-                    fingerprint(folder),
-                    dtype or head.previous.dtype,
-                )
+    folder = output  # of rank 0 it becomes a folder that takes the place of what was there when all is written
+    with ExitStack() as until_written:
+        with errors_on_all_ranks(), writing(output):
+            if is_main():
+                folder = until_written.enter_context(whole_folder(output))
+                write_result(run, folder)
+        if run.is_sharded:
+            write_parts(folder, run.decoder.model, export_dtype(run), lambda: writing(output))
+        with errors_on_all_ranks(), writing(output):
+            until_written.close()
+
+
+def write_result(run: Run, folder: Path) -> None:
+    """Write what the run ends with, but for weights that are spread over ranks."""
+    write_adapters(run, folder)
+    if run.decoder.adapter is not None:
+        return
+    model, dtype = run.decoder.model if run.lora is None else merged_model(run, run.lora), export_dtype(run)
+    with without_correction(model) as head:
+        export(folder, model, run.tokenizer, run.settings, dtype, weights=not run.is_sharded)
+    if head is not None and run.settings is not None:
+        dtype = dtype or head.previous.dtype
+        save_correction(folder, head, run.settings, run.config.model.path, fingerprint(folder), dtype)
 
 
 def rehearse_export(run: Run) -> None:

@@ -17,7 +17,6 @@ from nextblock.training.checkpoint import (
     load_checkpoint,
     load_optimizer,
     newest_whole_checkpoint,
-    save_checkpoint,
 )
 from nextblock.training.ranks import errors_on_all_ranks, gather, is_main
 from nextblock.training.run import RESOLVED_CONFIG, Run
@@ -27,7 +26,7 @@ MAY_CHANGE_ON_RESUME = (
     "training.checkpoint_every",
     "training.keep_last",
     "training.keep_every",
-    "training.checkpoint",
+    "training.checkpoint",  # of older versions
     "training.fsdp",
     "training.evaluate_rows",
     "training.evaluate_every",
@@ -39,35 +38,37 @@ MAY_CHANGE_ON_RESUME = (
     "model.attention",
     "machine.gpu",
     "machine.gpus",
+    "machine.shard_over",
+    "machine.hold_gradients",
 )
 
 
 def checkpoint_to_resume(stages: list[AdaptConfig]) -> tuple[int, Path | None]:
     """The number of the last stage with a checkpoint, and its newest whole one. Without any, 0 and None.
 
-    All ranks call it together; rank 0 looks and names damaged checkpoints.
+    All ranks call it together; rank 0 names damaged checkpoints.
 
     Raises:
         UsageError: of that stage, no checkpoint is whole: to start over must be asked for. Or a stage that is done
             was run under another configuration than it has now.
     """
     first, newest = 0, None
+    for number in reversed(range(len(stages))):
+        newest, passed = newest_whole_checkpoint(Path(stages[number].output))
+        if newest is not None:
+            first = number
+            for line in passed if is_main() else []:
+                print(line)
+            break
+        if passed:
+            raise UsageError(
+                f"{'; '.join(passed)}; no other is left: delete what is damaged to start over, or choose another "
+                "--output"
+            )
     with errors_on_all_ranks():  # or the other ranks would wait for ever
-        for number in reversed(range(len(stages) if is_main() else 0)):
-            newest, damaged = newest_whole_checkpoint(Path(stages[number].output))
-            if newest is not None:
-                first = number
-                for line in damaged:
-                    print(line)
-                break
-            if damaged:
-                raise UsageError(
-                    f"{'; '.join(damaged)}; no other is left: delete what is damaged to start over, or choose another "
-                    "--output"
-                )
-        for stage in stages[:first]:
+        for stage in stages[:first] if is_main() else []:
             check_finished_stage(stage)
-    return gather((first, newest))[0]
+    return first, newest
 
 
 def carry_over(run: Run, folder: Path, *, fresh: bool, data: DataConfig) -> None:
@@ -82,14 +83,14 @@ def carry_over(run: Run, folder: Path, *, fresh: bool, data: DataConfig) -> None
 
 
 def save(run: Run) -> None:
-    """Save a resumable checkpoint at the run's step."""
+    """Begin to save a resumable checkpoint at the run's step; `run.writer.finish` waits for it."""
     state = {
         "stream": merged(gather(run.feed.state())),
         "config": run.config.model_dump(mode="json"),
         "seconds": run.seconds,
     }
     options = run.config.training
-    run.checkpoint = save_checkpoint(
+    run.checkpoint = run.writer.save(
         Path(run.config.output),
         run.step,
         run.trained,
@@ -97,7 +98,6 @@ def save(run: Run) -> None:
         state,
         options.keep_last,
         keep_every=options.keep_every and options.keep_every * options.checkpoint_every,
-        sharded=options.checkpoint == "sharded",
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from nextblock.data.rows import Rows
 from nextblock.model.decoder import Decoder
 from nextblock.model.lora import LoraAdapter
 from nextblock.recipe.corruption import TwoView, corrupt
+from nextblock.training.checkpoint import CheckpointWriter
 from nextblock.training.flops import Products, kind_of_training, peak_flops, updates
 from nextblock.training.log import LossProfile
 
@@ -82,9 +83,10 @@ class Run:
     first_step: int = 0  # steps of the stages before this one
     stage: str | None = None
     stage_number: int | None = None
-    checkpoint: Path | None = None  # the last one that was written or gone on from
+    checkpoint: Path | None = None  # the last one that was begun, or gone on from
     seconds: float = 0.0  # of training until now, with checkpoints, evaluations and what was done before a resume
     finished: bool = False
+    writer: CheckpointWriter = field(default_factory=CheckpointWriter)
 
     @cached_property
     def span_ends(self) -> list[int]:

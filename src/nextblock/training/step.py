@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +63,7 @@ def accumulate(run: Run, step: int, now: Scheduled, rows: Rows, global_tokens: i
         view = run.noised(rows.slice(start, stop), now.block_size, run.first_step + step)
         flops += run.flops(view, score_ar)
         view = view.to(accelerator.device)
-        # Ranks add up gradients with the last micro-batch alone. But for FSDP2: to wait would be to hold all of the
-        # gradient, unshared, on each rank.
-        with nullcontext() if stop == len(rows) or run.is_sharded else accelerator.no_sync(run.loss):
+        with adding_up(run, last=stop == len(rows)):
             sums = run.loss(view, rule, score_ar, soft=recipe.taught, profile=run.profile is not None)
             total = sums.total(now.ar_weight, recipe.views, recipe.soft_weight, recipe.accept_weight)
             # Data parallelism averages gradients over ranks; the loss is a sum over them.
@@ -79,6 +77,20 @@ def accumulate(run: Run, step: int, now: Scheduled, rows: Rows, global_tokens: i
     over_ranks: Any = accelerator.reduce(torch.cat([own, counts]).float().to(accelerator.device))
     diffusion, ar, soft, lost, diffusion_tokens, ar_tokens = over_ranks.cpu().double()
     return LossSums(diffusion, ar, diffusion_tokens, ar_tokens, soft, lost=lost), flops
+
+
+def adding_up(run: Run, last: bool) -> AbstractContextManager[None]:
+    """The context of a micro-batch: ranks add up gradients with the last one of a step alone.
+
+    But for FSDP2: to wait would be to hold all of the gradient, unshared, on each rank, unless the run says so. Copies
+    of a shard can always wait.
+    """
+    if not run.is_sharded:
+        return nullcontext() if last else run.accelerator.no_sync(run.loss)
+    shards: Any = run.loss
+    shards.set_requires_gradient_sync(last or not run.config.machine.hold_gradients)
+    shards.set_requires_all_reduce(last)
+    return nullcontext()
 
 
 def update(run: Run, step: int, learning_rate: float, loss: float, rows: Rows) -> float:
@@ -157,6 +169,7 @@ def next_rows(run: Run) -> tuple[Rows, int]:
             raise
         if run.checkpoint != checkpoint_folder(Path(run.config.output), run.step):
             save(run)
+        run.writer.finish()
         raise UsageError(f"{error}; {run.checkpoint} holds the steps until here") from None
     run.feed.next()
     return rows, sum(gather(int((rows.offset >= 0).sum())))
