@@ -60,6 +60,8 @@ def train(
         for number in range(first, len(stages)):
             run = begin_stage(config, stages, number, run, checkpoint if number == first else None)
             write = write or until_the_end.enter_context(open_log(config, run))
+            if run.changes:
+                write({"kind": "resume", "step": run.first_step + run.step, "changes": run.changes})
             with closing(run.feed):
                 began, stop = time.perf_counter() - run.seconds, any_signal(signals)
                 while run.step < run.config.training.steps and not stop:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,7 @@ class Run:
     stage_number: int | None = None
     checkpoint: Path | None = None  # the last one that was written or gone on from
     seconds: float = 0.0  # of training until now, with checkpoints, evaluations and what was done before a resume
+    changes: list[str] = field(default_factory=list)  # of the configuration, since the checkpoint gone on from
     finished: bool = False
 
     @cached_property
