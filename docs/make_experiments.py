@@ -8,19 +8,20 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from nextblock.workflows.evidence import Results, markdown_table, plot
+from nextblock.workflows.evidence import Results, filled, markdown_table, plot
 from nextblock.workflows.experiment import Experiment, load_experiment
 from nextblock.workflows.experiments import place_of, read_results
 
 ROOT = Path(__file__).parents[1]
 ORDER = (
-    "table1", "table2", "figure3", "table5", "growth", "ar_weight", "first_token", "noise", "budget",
+    "table1", "table2", "figure3", "table5", "growth", "ar_weight", "first_token", "noise", "budget", "length",
 )  # fmt: skip
 HEAD = """# Experiments
 
 <!-- Made by `python docs/make_experiments.py` from experiments/; do not edit. -->
 
-The claims of the method, in miniature: parents of 2 million parameters and less, about 1.2 million tokens a run.
+The claims of the method, in miniature: parents of 2 million parameters and less, about 0.6 million tokens a run with
+the padding.
 Each experiment is one file in `experiments/`, and one command runs what is missing of it:
 
 ```sh
@@ -33,11 +34,23 @@ Each run's figures are in `experiments/results/NAME/ARM-SEED.json`. A small mode
 one on many: read these as a check of the direction, not of the size, of an effect.
 """
 NOTHING = "No runs yet.\n"
+FINDINGS = "## Findings\n\nMeans with 95 % intervals; the sections below have the rest.\n"
 
 
 def page() -> str:
     """The whole page as Markdown."""
-    return "\n".join([HEAD, *(section(name, *read(name)) for name in ORDER)])
+    found = {name: read(name) for name in ORDER}
+    return "\n".join([HEAD, findings(found), *(section(name, *one) for name, one in found.items())])
+
+
+def findings(found: dict[str, tuple[Experiment, Results]]) -> str:
+    """What a busy reader needs: a sentence with its numbers for each experiment that has run."""
+    said = {
+        name: filled(experiment.headline, experiment, results)
+        for name, (experiment, results) in found.items()
+        if results and experiment.headline
+    }
+    return "\n".join([FINDINGS, *(f"- [{name}](#{name}): {text}" for name, text in said.items())]) + "\n"
 
 
 def read(name: str) -> tuple[Experiment, Results]:
@@ -57,7 +70,7 @@ def section(name: str, experiment: Experiment, results: Results) -> str:
         return "\n".join([*parts, NOTHING])
     parts += [markdown_table(experiment, results) + "\n", f"![{name}](experiments/{name}.svg)\n"]
     if experiment.finding:
-        parts.append(f"{experiment.finding}\n")
+        parts.append(f"{filled(experiment.finding, experiment, results)}\n")
     return "\n".join(parts)
 
 

@@ -108,6 +108,39 @@ def test_with_shifted_prediction_the_slot_before_a_masked_one_predicts_it_and_no
 
 
 @settings(max_examples=60, deadline=None)
+@given(random_documents, st.sampled_from([1, 2, 3, 8]), st.sampled_from([1, 2]))
+def test_first_tokens_from_the_noised_half_are_predicted_by_the_last_slot_of_the_noised_block_before(
+    documents, block_size, views
+):
+    rows = packed(documents)
+    recipe = RecipeConfig(fill_last_block=False, first_token="noised", views=views)
+    slots = noised_slots(view_of(rows, block_size, recipe), 0)
+    assert len(slots) == views * int((rows.offset >= 0).sum())  # every block of every view is there
+    for before, slot in zip([None, *slots], slots, strict=False):
+        token, offset = clean_token(rows, 0, slot["document"], slot["position"])
+        if slot["token"] != MASK_ID:
+            assert before is None or before["target"] == UNSCORED
+            continue
+        assert offset > 0  # the first token of a span is never masked
+        assert before is not None
+        assert (before["view"], before["document"]) == (slot["view"], slot["document"])
+        assert before["position"] == slot["position"] - 1
+        assert before["target"] == token
+    assert slots == [] or slots[-1]["target"] == UNSCORED
+
+
+def test_first_tokens_from_the_noised_half_are_masked_as_often_as_others():
+    rows = make_rows([[[32]]], 32)
+    recipe = RecipeConfig(fill_last_block=False, first_token="noised")
+    counts = torch.zeros(4)
+    for step in range(400):
+        view = view_of(rows, 4, recipe, step=step)
+        counts += (view.tokens[0, 4:32] == MASK_ID).view(7, 4).sum(0)
+    assert counts.min() / counts.max() > 0.9
+    assert counts.sum() / (400 * 28) == pytest.approx(0.5, abs=0.03)
+
+
+@settings(max_examples=60, deadline=None)
 @given(random_documents, st.sampled_from([1, 2, 4, 32]))
 def test_with_aligned_prediction_a_masked_slot_predicts_itself_and_no_other_slot_is_scored(documents, block_size):
     rows = packed(documents)

@@ -29,9 +29,9 @@ def _drawn(name: str, split: str) -> list[Example]:
     return [task.example(split, index) for index in range(SAMPLE)]
 
 
-def test_the_three_tasks_are_there_under_their_names() -> None:
-    assert tuple(TASKS) == (*NAMES, "human_eval")
-    assert all(get_task(name).name == name for name in NAMES)
+def test_the_tasks_are_there_under_their_names() -> None:
+    assert tuple(TASKS) == (*NAMES, "human_eval", "planted_fact", *(f"planted_fact_{times}x" for times in (1, 2, 4)))
+    assert all(get_task(name).name == name for name in TASKS)
 
 
 def test_unknown_task_names_the_nearest() -> None:

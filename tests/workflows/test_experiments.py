@@ -17,7 +17,7 @@ import yaml
 
 from nextblock.config.errors import UsageError
 from nextblock.config.files import LOCK, locked
-from nextblock.workflows.evidence import Estimate, differences, estimate, estimates, markdown_table, plot
+from nextblock.workflows.evidence import Estimate, differences, estimate, estimates, filled, markdown_table, plot
 from nextblock.workflows.experiment import Experiment, find_experiment, load_experiment
 from nextblock.workflows.experiments import (
     place_of,
@@ -201,3 +201,12 @@ def test_the_swing_of_a_loss_is_that_from_step_to_step(tmp_path):
 
     assert swing([9.0] * 24 + [4.0, 3.5, 3.0, 2.5, 2.0, 1.5, 1.0, 0.5]) == pytest.approx(0)
     assert swing([9.0] * 24 + [1.0, 3.0] * 4) > 0.9
+
+
+def test_numbers_in_a_sentence_are_those_of_the_runs():
+    experiment = Experiment.model_validate({**TINY, "figures": ["other"]})
+    results = fake({"causal": [1.0, 5.0, 9.0], "block": [2.0, 6.0, 10.0]})
+    known = filled("blocks lose {loss|block}, {as} {loss|causal}", experiment, results)
+    assert known == f"blocks lose {estimate([2, 6, 10])}, {{as}} {estimate([1, 5, 9])}"
+    with pytest.raises(UsageError, match=r"no number for \{loss\|nobody\}"):
+        filled("{loss|nobody}", experiment, results)

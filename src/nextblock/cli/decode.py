@@ -54,6 +54,10 @@ def generate(
     output: Output = None,
     examples: Annotated[int | None, typer.Option(help="with --input: the first so many prompts")] = None,
     batch_size: Annotated[int, typer.Option(help="with --input: prompts decoded together")] = 8,
+    ray: Annotated[
+        int | None,
+        typer.Option(help="with --input: so many copies of the model on a Ray cluster (RAY_ADDRESS, or this machine)"),
+    ] = None,
     **given: Any,
 ) -> None:
     """Answer prompts, in ar, diffusion or speculative mode; with --input and --output, as training data."""
@@ -66,6 +70,7 @@ def generate(
         if prompts or live or stats:
             raise UsageError("--input does not go with prompts on the command line, --live or --stats; leave them out")
         options |= {**loading_options(given), "examples": examples, "batch_size": batch_size, "seed": seed or 0}
+        options["ray"] = ray
         _answer_file(with_gguf(model, options.pop("gguf_file")), source, output, **options)
         return
     from nextblock.data.records import check_characters

@@ -176,6 +176,14 @@ def _recipe(run: AdaptConfig) -> Iterator[str]:
     accept_weight = f"recipe.accept_weight={recipe.accept_weight:g}"
     if recipe.complementary and recipe.views % 2:
         yield f"recipe.views={recipe.views} is odd, but recipe.complementary needs pairs; use {recipe.views + 1}"
+    if recipe.first_token == "noised":
+        if recipe.prediction == "aligned":
+            yield "recipe.first_token=noised is for shifted prediction: aligned positions predict first tokens anyway"
+        if recipe.offset_decay is not None or recipe.taught or run.draft_adapter is not None:
+            yield (
+                "recipe.first_token=noised goes with none of recipe.offset_decay, soft_weight, accept_weight and "
+                "draft_adapter, for a draft never has a first token; set recipe.first_token=clean"
+            )
     if recipe.accept_weight and recipe.prediction == "aligned":  # then no draft is made behind a mask at offset 0
         yield f"{accept_weight} needs recipe.prediction=shifted; set that, or recipe.accept_weight=0"
     if recipe.context == "block_causal":

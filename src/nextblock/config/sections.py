@@ -123,6 +123,10 @@ class RecipeConfig(Section):
 
     context: Context = Field(default="context_causal", description="clean half: causal, or whole own block")
     prediction: Prediction = Field(default="shifted", description="position i-1 predicts token i, or i predicts i")
+    first_token: Literal["clean", "noised"] = Field(
+        default="clean",
+        description="a block's first token is learned from the AR loss alone, or also from the noised block before it",
+    )
     ar_weight: float = Field(default=0.5, ge=0, description="lambda, weight of the AR loss (Eq. 2)")
     ar_weight_final: float | None = Field(
         default=None, ge=0, description="anneal lambda to this value while blocks grow; default: constant"

@@ -148,6 +148,8 @@ def corrupt(
 
     The noised half holds only blocks in which something was masked. With shifted prediction a block's
     first token is never masked, so that at b = 1 the noised half is empty and the pass is plain AR training.
+    `recipe.first_token: noised` is the other rule, for comparison: then it is masked like the others where a block of
+    its span stands before it, and predicted by the last slot of that block in the noised half.
 
     The last block of a span that ended with an end token is filled up to b slots with that token
     (`recipe.fill_last_block`): decoding always meets whole blocks, and cut ones would tell the model
@@ -313,11 +315,13 @@ def noised_half(
         present, grid = block_grid(rows, row, offset, block_size, ends if recipe.fill_last_block else ())
         maskable = present.copy()
         if recipe.prediction == "shifted":
-            maskable[:, :1] = False
+            # Behind a block of the same span the last slot of that block can predict it.
+            starts = offset[(offset >= 0) & (offset % block_size == 0)]
+            maskable[:, 0] = (starts > 0) & (recipe.first_token == "noised")
         most = np.maximum(maskable.sum(axis=1), 1)
         for masked in draw(generator, maskable):
-            # A block in which nothing was masked carries no loss.
-            keep = present & masked.any(axis=1, keepdims=True)
+            # A block in which nothing was masked carries no loss, unless it predicts the first token behind it.
+            keep = present & (masked.any(axis=1, keepdims=True) | (recipe.first_token == "noised"))
             noise = (masked.sum(axis=1) * NOISE_LEVELS - 1) // most  # ceil(share * NOISE_LEVELS) - 1
             slots = {
                 **grid,

@@ -44,7 +44,7 @@ class Task:
     """An exactly scored task.
 
     Attributes:
-        name: `word_problems`, `algebra`, `functions` or `human_eval`.
+        name: `word_problems`, `algebra`, `functions`, `human_eval` or `planted_fact`.
         example: (split, index) -> Example; pure, random access, any index >= 0 (below `count`).
         grade: (generated completion up to the end token, example) -> right or wrong.
         count: test problems; None: no end.

@@ -10,6 +10,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from nextblock.model.loading import (
     resolve_adapter,
     weights_folder,
 )
+from nextblock.workflows.cluster import absolute, answered_on_cluster
 
 
 def write_answers(
@@ -49,6 +51,7 @@ def write_answers(
     batch_size: int = 8,
     seed: int = 0,
     stop: Sequence[str] = (),
+    ray: int | None = None,
     on_batch: Callable[[int, int], None] | None = None,
     **options: Any,
 ) -> int:
@@ -65,6 +68,7 @@ def write_answers(
         batch_size: prompts decoded together; no row depends on it.
         seed: of the random draws; row n draws with `seed + n`.
         stop: strings that end an answer.
+        ray: copies of the model on a Ray cluster (`workflows.cluster`); None: one, in this process.
         on_batch: called with rows done and rows in all, first with those that were there.
         options: of `decoding.options.DecodingConfig`.
     Returns:
@@ -73,7 +77,7 @@ def write_answers(
         UsageError: bad input, or an output that was begun with other prompts or settings; nothing is written then.
     """
     output = Path(output).expanduser()
-    _check_places(output, source, batch_size)
+    _check_places(output, source, batch_size, ray)
     records = read_prompts(source, examples)
     section = read_settings(read_config(model), settings)
     if section is None and draft_adapter is None:
@@ -83,13 +87,17 @@ def write_answers(
     (done, size), begun = _whole_rows(output), _check_settings(output, identity)
     if done >= len(records):
         return 0
-    lm = load(model, draft_adapter=draft_adapter, settings=settings, dtype=dtype, compile=compile)
+    given = {"path": model, "draft_adapter": draft_adapter, "settings": settings, "dtype": dtype, "compile": compile}
+    lm = load(**given)
     options["stop"] = stop
     _check_prompts(lm, records[done:], {**options, "seed": seed + len(records)})
     try:
         if not begun:
             write_whole(_settings_of(output), (json.dumps(identity, indent=2) + "\n").encode())
         batches = _answered(lm, records, done, batch_size, seed, options)
+        if ray is not None:
+            del lm
+            batches = _answered_on_cluster(given, records, done, batch_size, seed, options, ray)
         for number in _append(output, size, batches):
             if on_batch:
                 on_batch(number, len(records))
@@ -115,13 +123,44 @@ def _answered(
 ) -> Iterator[tuple[int, str]]:
     """Rows done so far and the lines of the last ones; first of all those that were there, and no lines."""
     yield done, ""
-    # Batches begin where those of an undisturbed run do, so that rounding cannot tell the two apart.
-    for start in range(done - done % batch_size, len(records), batch_size):
-        batch = records[start : start + batch_size]
-        seeds = [seed + start + i for i in range(len(batch))]
-        out = lm.generate([record.item for record in batch], **options, seed=seeds)
-        rows = [_row(*answer) for answer in zip(batch, out.texts, out.finish, strict=True)]
+    for start, batch in _batches(records, done, batch_size):
+        yield start + len(batch), "".join(_answer(lm, start, batch, seed, options)[max(0, done - start) :])
+
+
+def _answered_on_cluster(
+    given: dict[str, Any],
+    records: Sequence[Record],
+    done: int,
+    batch_size: int,
+    seed: int,
+    options: dict[str, Any],
+    copies: int,
+) -> Iterator[tuple[int, str]]:
+    """The same, by copies of the model on a cluster."""
+    given = {**given, **{name: absolute(given[name]) for name in ("path", "draft_adapter")}}
+    batches = _batches(records, done, batch_size)
+    answer = partial(_answer, seed=seed, options=options)
+    yield done, ""
+    outputs = answered_on_cluster(load, given, answer, batches, copies)
+    for (start, batch), rows in zip(batches, outputs, strict=True):
         yield start + len(batch), "".join(rows[max(0, done - start) :])
+
+
+def _batches(records: Sequence[Record], done: int, size: int) -> list[tuple[int, Sequence[Record]]]:
+    """What is left, with the number of each batch's first record.
+
+    Batches begin where those of an undisturbed run do, so that rounding cannot tell the two apart.
+    """
+    return [(start, records[start : start + size]) for start in range(done - done % size, len(records), size)]
+
+
+def _answer(
+    lm: BlockDiffusionLM, start: int, batch: Sequence[Record], seed: int, options: dict[str, Any]
+) -> list[str]:
+    """The lines of a batch."""
+    seeds = [seed + start + i for i in range(len(batch))]
+    out = lm.generate([record.item for record in batch], **options, seed=seeds)
+    return [_row(*answer) for answer in zip(batch, out.texts, out.finish, strict=True)]
 
 
 def _append(output: Path, size: int, batches: Iterable[tuple[int, str]]) -> Iterator[int]:
@@ -134,7 +173,7 @@ def _append(output: Path, size: int, batches: Iterable[tuple[int, str]]) -> Iter
             yield number
 
 
-def _check_places(output: Path, source: str, batch_size: int) -> None:
+def _check_places(output: Path, source: str, batch_size: int, ray: int | None) -> None:
     if output.suffix != ".jsonl":
         raise UsageError(f"output {output} must end in .jsonl, by which `adapt` knows its format")
     if not output.parent.is_dir():
@@ -145,6 +184,8 @@ def _check_places(output: Path, source: str, batch_size: int) -> None:
         raise UsageError(f"output {output} is the input itself; choose another file")
     if batch_size < 1:
         raise UsageError(f"batch_size={batch_size} must be at least 1")
+    if ray is not None and ray < 1:
+        raise UsageError(f"ray={ray} copies of the model answer nothing; give 1 or more")
 
 
 def _identity(

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
+import textwrap
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
+from nextblock.config.errors import UsageError
 from nextblock.measure.style import BLUE, LABEL, MUTED, ORANGE, canvas
 from nextblock.measure.words import DASH
 from nextblock.workflows.experiment import Experiment
 
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 """0.975 quantiles of Student's t with 1, 2, ... degrees of freedom."""
+
+TITLE_WIDTH = 32  # characters of a line
 
 Results = Mapping[tuple[str, int], Mapping[str, Any]]  # of `read_results`
 
@@ -73,6 +78,23 @@ def differences(experiment: Experiment, results: Results, name: str) -> dict[str
     return found
 
 
+def filled(text: str, experiment: Experiment, results: Results) -> str:
+    """A text with the mean and interval of a figure in place of each `{figure|arm}`.
+
+    Raises:
+        UsageError: no such figure or arm has a number.
+    """
+    shown = estimates(experiment.model_copy(update={"figures": ()}), results)
+
+    def number(match: re.Match[str]) -> str:
+        name, arm = match.groups()
+        if arm not in shown.get(name, {}):
+            raise UsageError(f"there is no number for {match.group()}; name a figure and an arm that has run")
+        return str(shown[name][arm])
+
+    return re.sub(r"\{([^|{}]+)\|([^{}]+)\}", number, text)
+
+
 def markdown_table(experiment: Experiment, results: Results) -> str:
     """A row for each arm, a column for each figure: mean ± half of the 95 % interval, and below it the paired
     difference from the first arm."""
@@ -96,7 +118,7 @@ def plot(experiment: Experiment, results: Results) -> Figure:
     shown = estimates(experiment, results)
     arms = list(experiment.arms)
     numeric = all(_is_number(arm) for arm in arms)
-    columns = min(3, len(shown))
+    columns = 2 if len(shown) == 4 else min(3, len(shown))
     rows = math.ceil(len(shown) / columns)
     height = 2.4 if numeric else 0.9 + 0.32 * len(arms)
     figure, axes = canvas(rows, columns, (3.4 * columns, height * rows), layout="constrained")
@@ -117,7 +139,7 @@ def plot(experiment: Experiment, results: Results) -> Figure:
             panel.errorbar(values, places, xerr=halves, linestyle="", **style)
             panel.set_yticks(places, list(by_arm), color=MUTED)
             panel.set_ylim(-len(arms) + 0.4, 0.6)
-        panel.set_title(name, **LABEL)
+        panel.set_title(textwrap.fill(name, TITLE_WIDTH), **LABEL)
     for panel in list(axes.flat)[len(shown) :]:
         panel.remove()
     return figure

@@ -42,7 +42,8 @@ class Experiment(Section):
 
     question: str = Field(description="what the arms are to tell")
     paper: str = Field(default="", description="what the paper says to it, and where")
-    finding: str = Field(default="", description="what came out, and what a user should choose")
+    headline: str = Field(default="", description="what came out in a sentence; {figure|arm} stands for a number")
+    finding: str = Field(default="", description="more of it, and what a user should choose; numbers likewise")
     seeds: tuple[int, ...] = Field(default=(0, 1, 2, 3, 4), min_length=1, description="of data, noise and weights")
     base: dict[str, Any] = Field(description="the configuration that all arms share")
     parents: dict[str, dict[str, Any]] = Field(

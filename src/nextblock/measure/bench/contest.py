@@ -123,7 +123,7 @@ def compared(rounds: Sequence[Round], reference: Sequence[Round]) -> dict[str, f
 
 
 def our_mode(lm: BlockDiffusionLM, options: Options, max_new_tokens: int, ends: Sequence[int]) -> Contestant:
-    """One of this package's modes, greedy. `ends`: end tokens, none if empty."""
+    """One of this package's modes, greedy unless `options` say else. `ends`: end tokens, none if empty."""
     device = lm.decoder.device
     shared: Any = {"temperature": 0.0, "max_new_tokens": max_new_tokens, "eos_token_id": list(ends)}
 
@@ -131,7 +131,7 @@ def our_mode(lm: BlockDiffusionLM, options: Options, max_new_tokens: int, ends: 
         tokens, mask = left_padded(prompts, device)
         synchronize(device)
         began = time.perf_counter()
-        stream = lm.stream(tokens, attention_mask=mask, **{**options, **shared})
+        stream = lm.stream(tokens, attention_mask=mask, **{**shared, **options})
         for _ in stream:
             pass
         synchronize(device)
@@ -165,20 +165,22 @@ def transformers_generate(
     ends: Sequence[int],
     static_length: int | None = None,
     assisted: tuple[str, Options] | None = None,
+    temperature: float = 0.0,
 ) -> Contestant:
-    """transformers' own `generate` on the bare model, greedy: with its default cache, or compiled with a static one.
+    """transformers' own `generate` on the bare model: with its default cache, or compiled with a static one.
 
     Args:
         ends: end tokens, none if empty.
         static_length: slots of the static cache, made once and reset for each batch, so that shapes stay the
             same and nothing is compiled twice; all batches must then have one size. None: the default dynamic cache.
         assisted: (name, arguments of `generate`) of an assisted decoding, such as prompt lookup; batch 1 only.
+        temperature: 0 is greedy.
     """
     model: Any = lm.model
     device = lm.decoder.device
     name, extra = assisted or ("", {})
     name = f"transformers, {name}" if assisted else "transformers"
-    plain = _greedy(max_new_tokens, ends)
+    plain = _plain(max_new_tokens, ends, temperature)
     cache = None
     if static_length is not None:
         name = "transformers, static cache, compiled"
@@ -211,10 +213,11 @@ def transformers_generate(
     return Contestant(name, {}, run)
 
 
-def _greedy(max_new_tokens: int, ends: Sequence[int]) -> Any:
+def _plain(max_new_tokens: int, ends: Sequence[int], temperature: float) -> Any:
     """A generation config that asks for nothing else."""
     options: Any = {"eos_token_id": list(ends) or None, "pad_token_id": ends[0] if ends else 0}
-    return GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, use_cache=True, **options)
+    options |= {"temperature": temperature, "top_k": 0} if temperature else {}
+    return GenerationConfig(do_sample=temperature > 0, max_new_tokens=max_new_tokens, use_cache=True, **options)
 
 
 def _cut(answer: list[int], ends: Sequence[int]) -> list[int]:
