@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import multiprocessing
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -203,8 +204,6 @@ def test_a_step_with_ligers_kernel_is_the_cpus(tied, monkeypatch):
 
 def run_on(device: str, values: Mapping[str, Any], sharded: bool = False) -> None:
     """Body of a training process; `sharded`: FSDP2 in a group of one process, over NCCL on a GPU, else over gloo."""
-    if device == "cpu":
-        os.environ |= {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
     torch.set_num_threads(1)
     if sharded:
         one = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
@@ -228,10 +227,15 @@ def run_on(device: str, values: Mapping[str, Any], sharded: bool = False) -> Non
     assert all(p.dtype == torch.float32 for p in run.trained.parameters())
 
 
-def losses(processes: Any, config: Any, device: str, **how: Any) -> torch.Tensor:
-    """The loss of each step of a run in a process of its own."""
-    process = processes.Process(target=run_on, args=(device, config.model_dump(mode="json")), kwargs=how)
-    process.start()
+def losses(config: Any, device: str, **how: Any) -> torch.Tensor:
+    """The loss of each step of a run in a process of its own, which has not been forked: CUDA forbids that."""
+    values = config.model_dump(mode="json")
+    process = multiprocessing.get_context("spawn").Process(target=run_on, args=(device, values), kwargs=how)
+    hidden = {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"} if device == "cpu" else {}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in hidden.items():
+            patch.setenv(name, value)  # before the process looks for devices
+        process.start()
     process.join()
     assert process.exitcode == 0
     lines = (Path(config.output) / "log.jsonl").read_text(encoding="utf-8").splitlines()
@@ -249,9 +253,9 @@ def wide_place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def cpu_losses(processes: Any, wide_place: Path, tmp_path_factory: pytest.TempPathFactory) -> torch.Tensor:
+def cpu_losses(wide_place: Path, tmp_path_factory: pytest.TempPathFactory) -> torch.Tensor:
     """Of the run that all others are compared with: float32, one process, on the CPU."""
-    return losses(processes, config_of(wide_place, tmp_path_factory.mktemp("cpu") / "run"), "cpu")
+    return losses(config_of(wide_place, tmp_path_factory.mktemp("cpu") / "run"), "cpu")
 
 
 RUNS: dict[str, tuple[dict[str, Any], dict[str, Any], float]] = {  # options, how to start, largest relative difference
@@ -269,25 +273,25 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, Any], float]] = {  # options, ho
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("what", RUNS)
-def test_a_run_has_the_losses_of_the_cpus(processes, wide_place, cpu_losses, tmp_path, what):
+def test_a_run_has_the_losses_of_the_cpus(wide_place, cpu_losses, tmp_path, what):
     options, how, most = RUNS[what]
     if "8-bit" in what:
         pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
-    found = losses(processes, config_of(wide_place, tmp_path, **options), "cuda", **how)
+    found = losses(config_of(wide_place, tmp_path, **options), "cuda", **how)
     assert ((found - cpu_losses) / cpu_losses).abs().max() < most, (found, cpu_losses)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["bf16 over float32 weights", "FSDP2"])
-def test_the_body_of_a_run_on_a_gpu_runs_on_a_cpu(processes, wide_place, cpu_losses, tmp_path, what):
+def test_the_body_of_a_run_on_a_gpu_runs_on_a_cpu(wide_place, cpu_losses, tmp_path, what):
     options, how, most = RUNS[what]
-    found = losses(processes, config_of(wide_place, tmp_path, **options), "cpu", **how)
+    found = losses(config_of(wide_place, tmp_path, **options), "cpu", **how)
     assert ((found - cpu_losses) / cpu_losses).abs().max() < most, (found, cpu_losses)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["draft_adapter", "lora"])
-def test_training_beside_a_parent_in_4_bits_is_near_that_beside_the_whole_one(processes, wide_place, tmp_path, kind):
+def test_training_beside_a_parent_in_4_bits_is_near_that_beside_the_whole_one(wide_place, tmp_path, kind):
     pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
     if kind == "lora":
         pytest.importorskip("peft", reason="needs peft")
@@ -295,7 +299,7 @@ def test_training_beside_a_parent_in_4_bits_is_near_that_beside_the_whole_one(pr
     found = []
     for quantization in (None, "4bit"):
         config = config_of(wide_place, tmp_path / str(quantization), **options, model__quantization=quantization)
-        found.append(losses(processes, config, "cuda"))
+        found.append(losses(config, "cuda"))
     assert ((found[1] - found[0]) / found[0]).abs().max() < 0.15, found
 
 
