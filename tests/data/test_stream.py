@@ -145,7 +145,7 @@ def test_sources_added_and_weighted_anew_count_from_the_next_chunk_on(tmp_path: 
     new = ({"path": a, "weight": 2}, {"path": b, "weight": 3})
     old, wanted = stream(a), stream(a)
     if taken:
-        old.next(taken), wanted.next(taken)
+        assert same(old.next(taken), wanted.next(taken))
     state = json.loads(json.dumps(old.state()))
     left = []
     while wanted.state()["taken"]:  # to the border of the chunk

@@ -181,8 +181,8 @@ def differences(was: Any, now: Any, key: str = "") -> Iterator[Difference]:
     if isinstance(was, Mapping) and isinstance(now, Mapping):
         pairs = ((name, was.get(name), now.get(name)) for name in sorted(was.keys() | now.keys()) if name != "output")
     elif isinstance(was, list) and isinstance(now, list) and any(isinstance(value, dict) for value in (*was, *now)):
-        pairs = ((number, *pair) for number, pair in enumerate(zip_longest(was, now)))
+        pairs = ((number, one, other) for number, (one, other) in enumerate(zip_longest(was, now)))
     elif was != now:
         yield Difference(key, was, now)
-    for name, *values in pairs:
-        yield from differences(*values, f"{key}.{name}" if key else str(name))
+    for name, one, other in pairs:
+        yield from differences(one, other, f"{key}.{name}" if key else str(name))
