@@ -152,3 +152,27 @@ def test_rows_on_both_sides_of_longrope_keep_their_own_context():
         Batch(lm.decoder, lm.settings, request.config, request.rows, Stats()).context for request in (short, long)
     ]
     assert contexts[0] != contexts[1]
+
+
+MIXED: list[dict[str, Any]] = [
+    {},
+    {"temperature": 0.7, "seed": 1},
+    {"temperature": 1.3, "top_k": 5, "seed": 2},
+    {"temperature": 1.0, "top_p": 0.8, "seed": 3, "draft_length": "auto"},
+    {"draft_length": "auto"},
+    {"temperature": 2.0, "top_k": 9, "top_p": 0.9, "seed": 4, "draft_length": 2},
+]
+
+
+@pytest.mark.parametrize("how", [HOW[n] for n in (0, 1, 3)], ids=str)
+@pytest.mark.parametrize("arrivals", [[0] * 6, [4, 0, 2, 7, 1, 3]], ids=["together", "late"])
+def test_rows_of_unlike_sampling_and_draft_length_share_a_batch_and_get_what_each_gets_alone(llama, how, arrivals):
+    lm, alone, rows, config = language_model(llama), [], [], None
+    for number, (length, own) in enumerate(zip((*LENGTHS, 23, 3), MIXED, strict=True)):
+        options: dict[str, Any] = {**how, **own, "max_new_tokens": 12 + number}
+        alone.append(lm.generate(prompt(length), **options).answers[0])
+        request = make_request(lm.decoder, None, lm.settings, prompt(length), options)
+        config, rows = request.config, [*rows, *request.rows]
+        rows[-1].number = number
+    drive(lm, config, list(zip(arrivals, rows, strict=True)))
+    assert [row.answer for row in rows] == alone

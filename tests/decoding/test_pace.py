@@ -104,3 +104,22 @@ def test_passes_are_measured_once_for_each_number_of_rows_and_kept_on_the_disk(t
     assert measured == [1, 4, 1]
     lm.generate(prompt(3), temperature=1.0, **short)  # needs none
     assert measured == [1, 4, 1]
+
+
+def test_the_more_rows_share_a_pass_the_fewer_drafts_and_no_answer_changes(with_costs):
+    """Costs by rows and width: a few rows draft, many do not."""
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[7] = 1000 * model.model.norm.weight  # sure of itself
+        model.model.embed_tokens.weight.fill_(1)
+    lm = language_model(model)
+    with_costs({"check": {1: {1: 1.0, 8: 1.1}, 16: {1: 2.0, 8: 20.0}}, "draft": {1: 1.1, 16: 20.0}})
+    drafts = []
+    for rows in (1, 4, 16):
+        found = lm.generate(prompt(3).expand(rows, -1), **AUTO)
+        assert found.answers == lm.generate(prompt(3).expand(rows, -1), **{**AUTO, "mode": "ar"}).answers
+        drafts.append(found.stats.drafts / rows)
+    assert drafts[0] > 0
+    assert drafts == sorted(drafts, reverse=True)
+    assert drafts[2] == 0

@@ -51,6 +51,14 @@ def test_of_a_nucleus_however_small_the_likeliest_token_is_left():
     assert filter_logits(torch.tensor([[1.0, 9.0]]), 1.0, None, 1e-46).softmax(-1).tolist() == [[0.0, 1.0]]
 
 
+def test_a_line_with_its_own_options_is_filtered_as_it_is_alone():
+    logits = 3 * torch.randn(6, 50)
+    each = [(1.0, None, None), (0.5, 3, None), (1.0, None, 0.6), (1e-40, 99, 0.9), (2.0, 1, 1.0), (1.0, 50, 1e-46)]
+    found = filter_logits(logits, *zip(*each, strict=True)).softmax(-1)
+    for line, own, options in zip(logits, found, each, strict=True):
+        assert own.tolist() == filter_logits(line[None], *options)[0].softmax(-1).tolist()
+
+
 def test_a_draw_inverts_the_cumulative_distribution_and_skips_what_has_no_weight():
     weights = torch.tensor([[0.0, 1.0, 0.0, 3.0, 0.0]])
     for uniform, token in ((0.0, 1), (0.2499, 1), (0.25, 3), (0.9999999, 3), (1.0, 3)):

@@ -9,9 +9,12 @@ import socket
 import httpx
 import openai
 import pytest
+import torch
 
 import nextblock as nb
 from nextblock.config.errors import UsageError
+from nextblock.decoding.request import make_request
+from nextblock.server.answers import token_bytes
 from nextblock.server.limits import Limits
 from nextblock.server.run import listen
 from serving import served, until
@@ -108,29 +111,53 @@ def test_a_stop_string_cuts_the_answer(client):
 
 @pytest.mark.parametrize("mode", ["ar", "speculative"])
 def test_log_probabilities_are_those_of_the_model(lm, client, mode):
-    import torch
+    def expected(ids, answer):
+        with torch.no_grad():
+            logits = lm.model(torch.tensor([[*ids, *answer]])).logits[0, len(ids) - 1 : -1].float()
+        logits[:, lm.settings.mask_token_id] = -torch.inf
+        return logits.log_softmax(-1)
 
-    found = client.completions.create(
-        model="tiny-bd", prompt=PROMPT, max_tokens=12, logprobs=0, extra_body={"mode": mode}
-    )
-    told = found.choices[0].logprobs
-    assert "".join(told.tokens) == found.choices[0].text
-    ids = lm.tokenizer(PROMPT)["input_ids"]
+    call = {"model": "tiny-bd", "max_tokens": 12, "extra_body": {"mode": mode}}
+    told = client.completions.create(prompt=PROMPT, logprobs=0, **call).choices[0]
+    assert "".join(told.logprobs.tokens) == told.text
+    assert told.logprobs.top_logprobs is None
     answer = lm.generate(PROMPT, mode=mode, max_new_tokens=12).answers[0]
-    with torch.no_grad():
-        logits = lm.model(torch.tensor([ids + answer])).logits[0].float()
-    logits[:, lm.settings.mask_token_id] = -torch.inf
-    expected = [logits[len(ids) - 1 + n].log_softmax(-1)[token].item() for n, token in enumerate(answer)]
-    assert told.token_logprobs == pytest.approx(expected, abs=1e-3)
-    chat = client.chat.completions.create(
-        model="tiny-bd", messages=[{"role": "user", "content": "3 + 4"}], max_tokens=5, logprobs=True,
-        stream=True, extra_body={"mode": mode},
-    )  # fmt: skip
-    tokens = [
-        token for chunk in chat for choice in chunk.choices if choice.logprobs for token in choice.logprobs.content
-    ]
-    assert len(tokens) == 5
-    assert all(token.logprob <= 0 for token in tokens)
+    values = expected(lm.tokenizer(PROMPT)["input_ids"], answer)
+    chosen = [float(line[token]) for line, token in zip(values, answer, strict=True)]
+    assert told.logprobs.token_logprobs == pytest.approx(chosen, abs=1e-3)
+    told = client.completions.create(prompt=PROMPT, logprobs=2, **call).choices[0].logprobs
+    for line, token, found in zip(values, answer, told.top_logprobs, strict=True):
+        likeliest = {lm.tokenizer.decode([n]): float(line[n]) for n in [*line.topk(2).indices.tolist(), token]}
+        assert found == pytest.approx(likeliest, abs=1e-3)
+
+    messages = [{"role": "user", "content": "3 + 4"}]
+    chat = {"messages": messages, "logprobs": True, "top_logprobs": 3, "temperature": 1.5, "seed": 1}
+    whole = client.chat.completions.create(**chat, **call).choices[0].logprobs.content
+    answer = lm.generate(messages, mode=mode, max_new_tokens=12, temperature=1.5, seed=1).answers[0]
+    ids = make_request(lm.decoder, lm.tokenizer, lm.settings, messages, {}).rows[0].prompt
+    for line, token, found in zip(expected(ids, answer), answer, whole, strict=True):
+        assert found.logprob == pytest.approx(float(line[token]), abs=1e-3)
+        assert [other.token for other in found.top_logprobs] == [
+            lm.tokenizer.decode([n]) for n in line.topk(3).indices.tolist()
+        ]
+        assert [other.logprob for other in found.top_logprobs] == pytest.approx(line.topk(3).values.tolist(), abs=1e-3)
+    stream = client.chat.completions.create(**chat, **call, stream=True)
+    told = [token for chunk in stream for c in chunk.choices if c.logprobs for token in c.logprobs.content]
+    assert told == whole
+
+
+def test_a_token_that_is_part_of_a_character_is_told_by_its_bytes(lm, client):
+    told = []
+    for character in "aé€":
+        for token in lm.tokenizer(character)["input_ids"]:
+            told += token_bytes(lm.tokenizer, token, lm.tokenizer.decode([token]))
+    assert bytes(told).decode() == "aé€"
+    pieces = {"convert_ids_to_tokens": lambda self, token: "<0xE2>"}
+    assert token_bytes(type("Pieces", (), pieces)(), 5, "\ufffd") == b"\xe2"
+    drawn = {"temperature": 2.0, "seed": 1, "max_tokens": 60, "logprobs": 20, "extra_body": {"mode": "ar"}}
+    found = client.completions.create(model="tiny-bd", prompt="é€", **drawn).choices[0].logprobs
+    assert any(name.startswith("bytes:\\x") for name in found.tokens)
+    assert all(name in line and len(line) >= 20 for name, line in zip(found.tokens, found.top_logprobs, strict=True))
 
 
 def test_events_tell_each_token_at_the_step_that_decides_it(lm, place):
@@ -218,7 +245,9 @@ CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
         (TEXT, {"prompt": "a", "block_size": 0}, 400, "block_size=0"),
         (TEXT, {"prompt": "a", "sub_blocks": 3}, 400, "does not divide"),
         (TEXT, {"prompt": "a", "temprature": 1}, 400, "did you mean 'temperature'"),
-        (TEXT, {"prompt": "a", "logprobs": 5, "mode": "ar"}, 400, "chosen token"),
+        (TEXT, {"prompt": "a", "logprobs": 21, "mode": "ar"}, 400, "logprobs=21 must lie in [0, 20]"),
+        (TEXT, {"prompt": "a", "logprobs": -1, "mode": "ar"}, 400, "logprobs=-1"),
+        (CHAT, {"messages": [{"role": "user", "content": "a"}], "top_logprobs": 2}, 400, "logprobs=true"),
         (TEXT, {"prompt": "a", "logprobs": 0, "mode": "diffusion"}, 400, "diffusion mode"),
         (TEXT, {"prompt": "a", "frequency_penalty": 0.5}, 400, "leave frequency_penalty out"),
         (TEXT, {"prompt": "a", "stream_options": {"include_usage": True}}, 400, "stream=true"),

@@ -88,6 +88,75 @@ def test_requests_of_all_modes_at_once_get_what_each_gets_alone(llama):
         assert engine.stats.new_tokens == sum(map(len, alone))
 
 
+@pytest.mark.parametrize("how", MODES[:3], ids=str)
+def test_requests_that_differ_in_sampling_limits_and_stops_share_every_pass(llama, how):
+    lm, sizes = language_model(llama), []
+    each: list[dict[str, Any]] = [
+        {},
+        {"temperature": 0.7, "seed": 1},
+        {"temperature": 1.3, "top_k": 5, "seed": 2},
+        {"temperature": 1.0, "top_p": 0.8, "seed": 3},
+        {"max_new_tokens": 9},
+        {"eos_token_id": [5]},
+    ]
+    each = [{**how, "max_new_tokens": 25, "eos_token_id": [], **own} for own in each]
+    alone = [lm.generate(prompt(5 + n), **options).answers[0] for n, options in enumerate(each)]
+    jobs = [Heard(lm, prompt(5 + n), **options) for n, options in enumerate(each)]
+    jobs[1].job.row.top = 3
+    hook = llama.model.register_forward_pre_hook(
+        lambda _, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    with running(lm) as engine:
+        engine.submit([heard.job for heard in jobs])
+        assert all(heard.wait().error is None for heard in jobs)
+    hook.remove()
+    assert [heard.tokens for heard in jobs] == alone
+    assert sizes[:3] == [len(jobs)] * 3
+    assert len(sizes) == max(heard.job.row.passes for heard in jobs)
+
+
+def test_batches_take_turns_a_pass_each(llama):
+    """Requests of unlike modes, and of unlike shapes of passes: none waits for another's end."""
+    lm, turns = language_model(llama), []
+    each = [*MODES[:3], {"mode": "diffusion", "block_size": 4}, {"mode": "diffusion", "sampler": "entropy"}]
+    jobs = [Heard(lm, prompt(5), **how, max_new_tokens=40, eos_token_id=[]) for how in each]
+    for number, heard in enumerate(jobs):
+
+        def tell(told, n=number, take=heard.job.tell):
+            turns.append(n)
+            take(told)
+
+        heard.job.tell = tell
+    with running(lm) as engine:
+        engine.submit([heard.job for heard in jobs])
+        for heard in jobs:
+            heard.wait()
+    all_begun = max(turns.index(number) for number in range(len(jobs))) + 1
+    one_done = min(len(turns) - 1 - turns[::-1].index(number) for number in range(len(jobs)))
+    together = turns[all_begun:one_done]
+    assert len(together) > 10 * len(jobs)
+    for low in range(len(together) - len(jobs) + 1):
+        assert len({*together[low : low + len(jobs)]}) == len(jobs)
+
+
+def test_drafting_stops_where_many_rows_make_it_dear_and_changes_no_answer(llama):
+    """By nominal costs, where 16 tokens more in a pass cost as much as the pass of one."""
+    lm = language_model(llama)
+    options: dict[str, Any] = {"max_new_tokens": 30, "eos_token_id": []}
+    alone = lm.generate(prompt(6), mode="ar", **options).answers[0]
+    counts = {}
+    for rows in (1, 16):
+        jobs = [Heard(lm, prompt(6), mode="speculative", draft_length="auto", **options) for _ in range(rows)]
+        with running(lm) as engine:
+            engine.submit([heard.job for heard in jobs])
+            assert all(heard.wait().error is None for heard in jobs)
+            counts[rows] = engine.stats
+        assert all(heard.tokens == alone for heard in jobs)
+    assert counts[1].drafts > 0
+    assert counts[16].drafts == counts[16].row_forwards.get("denoise", 0) == 0
+    assert counts[16].forwards == 30
+
+
 def test_forwards_are_counted_for_each_row_as_they_are_alone(llama):
     lm = language_model(llama)
     for how in MODES[:3]:
@@ -101,12 +170,21 @@ def test_forwards_are_counted_for_each_row_as_they_are_alone(llama):
 def test_a_long_prompt_is_read_in_parts_between_the_steps_of_others(llama):
     lm = language_model(llama)
     short, long = (Heard(lm, prompt(n), mode="ar", max_new_tokens=m) for n, m in ((5, 60), (200, 5)))
+    passes = []
+    hook = llama.model.register_forward_pre_hook(
+        lambda _, args, kwargs: passes.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
     with running(lm, read_tokens=16) as engine:
         engine.submit([short.job])
         assert short.begun.wait(30)
         engine.submit([long.job])
         for heard in (short, long):
             heard.wait()
+    hook.remove()
+    assert max(passes) <= 16
+    first = passes.index(16)
+    assert passes[first : first + 24 : 2] == [16] * 12  # 192 tokens, and a token of the other row behind each part
+    assert passes[first + 1 : first + 24 : 2] == [1] * 12
     assert long.tokens == lm.generate(prompt(200), mode="ar", max_new_tokens=5).answers[0]
     assert long.job.row.passes == 13 + 4
     assert short.tokens == lm.generate(prompt(5), mode="ar", max_new_tokens=60).answers[0]

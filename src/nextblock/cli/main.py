@@ -49,6 +49,7 @@ for command in (
 app.command()(experiment.experiment)
 app.add_typer(bench, name="bench")
 bench.command("decode")(measure.bench_decode)
+bench.command("serve")(serve.bench_serve)
 
 
 def main() -> None:

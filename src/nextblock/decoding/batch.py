@@ -57,7 +57,7 @@ class Batch:
         self.block_size = config.block_size or (1 if settings is None else settings.block_size)
         self.rows = list(rows)
         self.stats, self.costs = stats, costs
-        self.head = Head(decoder, settings, config, rows, processor, confidence)
+        self.head = Head(decoder, settings, rows, processor, confidence)
         scratch = 1 if config.mode == "ar" else self.block_size * (config.draft_paths + config.draft_ahead)
         capacity = max(len(row.prompt) + row.limit for row in rows) + scratch
         self.cache = SlotCache(len(rows), capacity) if passes is None else passes.cache(len(rows), capacity, scratch)
@@ -121,10 +121,14 @@ class Batch:
         hidden = self.prefill(start)
         events: list[Event] = [Prefilled(row.number, len(row.prompt)) for row in self.rows]
         if self.shifted or self.config.mode != "diffusion":
-            for row, token, confidence in zip(self.rows, *self.head.next_tokens(hidden, self.rows), strict=True):
-                events += row.extend([token], [confidence])
+            events += self.head.next_tokens(hidden, self.rows)
         self.leave()
         return events
+
+    def decide(self, hidden: Tensor) -> list[Event]:
+        """Let the AR head decide the next token of each row, by a pass over the last ones: [B, 1, D]."""
+        self.stats.count("decode", len(self.rows))
+        return [*self.head.next_tokens(hidden[:, 0], self.rows)]
 
     def known(self) -> tuple[Tensor, list[int]]:
         """The last token of each answer, int64 [B, 1], which is not in the cache yet, and its position."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nextblock.decoding.batch import Batch
 from nextblock.decoding.drafts import Draft, Tree
-from nextblock.decoding.events import BlockFinished, Event, Rejected
+from nextblock.decoding.events import BlockFinished, Event, Rejected, Top
 from nextblock.decoding.rows import Row
 from nextblock.decoding.sampling import draw, on_device, residual, without
 
@@ -48,6 +48,7 @@ class Gain:
     path: int
     tokens: list[int]
     confidence: list[float]
+    tops: list[Top]
     rejected: list[tuple[int, int]]
     hit: int
 
@@ -60,7 +61,8 @@ def verify(batch: Batch, logits: Tensor, draft: Draft, tree: Tree, points: Tenso
         points: int64 [B, G], numbers of kept drafts that the next draft was made for; `Gain.hit` is of these.
     """
     flat = batch.head.processed(logits.flatten(0, 1), _prefixes(batch.rows, draft, tree))
-    target, logits = batch.head.distribution(flat), flat.view_as(logits)
+    of_places = [row for row in batch.rows for _ in range(logits.shape[1])]
+    target, logits = batch.head.distribution(flat, of_places), flat.view_as(logits)
     if target is None:
         verdict = check_greedy(logits, draft, tree)
     else:
@@ -137,7 +139,7 @@ def check_sampled(rows: list[Row], target: Tensor, draft: Draft, tree: Tree) -> 
 def _uniform(rows: list[Row], draft: Draft, device: torch.device) -> Tensor:
     """The numbers that a check may use, float64 [B, _]: for the trunk, for a branch, for the last token."""
     counts = [length * (1 if draft.branches is None else 2) + 1 for length in draft.lengths]
-    longest = max(counts)
+    longest = max(*counts, draft.tokens.shape[1] + 1)
     strips = [row.peek(n) + [0.0] * (longest - n) for row, n in zip(rows, counts, strict=True)]
     return on_device(strips, device, torch.float64)
 
@@ -203,10 +205,12 @@ def _gains(
     parts = [*columns.values(), verdict.tokens, draft.tokens]
     if draft.branches is not None:
         parts.append(draft.branches.token)
-    confidence = [[math.nan] * (width + 1)] * len(batch.rows)
+    confidence, tops = [[math.nan] * (width + 1)] * len(batch.rows), list[Top]()
     if batch.head.tells_confidence:
         at = torch.arange(len(logits), device=logits.device)[:, None]
-        told = batch.head.confidence(logits[at, _of_path(tree.slots, verdict.path)], verdict.tokens)
+        logits = logits[at, _of_path(tree.slots, verdict.path)]
+        told = batch.head.confidence(logits, verdict.tokens)
+        tops = batch.head.tops(logits.flatten(0, 1), [row for row in batch.rows for _ in range(width + 1)])
         numbers = torch.cat([told.double(), *parts], dim=1).tolist()
         confidence = [line[: width + 1] for line in numbers]
         numbers = [[int(number) for number in line[width + 1 :]] for line in numbers]
@@ -221,7 +225,9 @@ def _gains(
         if draft.branches is not None:
             drafted += zip(draft.branches.depth[index], tokens[2 * width + 1 :], strict=False)
         rejected = [(n, token) for n, token in drafted if n >= kept or token != gained[n]]
-        found.append(Gain(kept, of.get("path", 0), gained, confidence[index][: kept + 1], rejected, of.get("hit", -1)))
+        own = tops[index * (width + 1) :][: kept + 1]
+        of_gained = confidence[index][: kept + 1]
+        found.append(Gain(kept, of.get("path", 0), gained, of_gained, own, rejected, of.get("hit", -1)))
     return found
 
 
@@ -229,7 +235,7 @@ def append(batch: Batch, found: list[Gain]) -> Iterator[Event]:
     """Append what was gained to the answers."""
     for row, gain in zip(batch.rows, found, strict=True):
         first = len(row.answer)
-        yield from row.extend(gain.tokens, gain.confidence)
+        yield from row.extend(gain.tokens, gain.confidence, gain.tops)
         for number, token in gain.rejected:
             yield Rejected(row.number, first + number, token, row.passes)
         yield BlockFinished(row.number, first, len(row.answer), gain.path)

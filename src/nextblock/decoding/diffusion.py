@@ -95,7 +95,8 @@ def _propose(batch: Batch, hidden: Tensor, masked: list[list[int]]) -> list[Prop
         return [([], [], [])] * len(sources)
     logits = batch.head.logits(hidden.flatten(0, 1)[on_device(flat, batch.device)])
     uniform = [u for row, positions in zip(batch.rows, sources, strict=True) for u in row.draw(len(positions))]
-    token = batch.head.choose(logits, uniform)
+    of_places = [row for row, positions in zip(batch.rows, sources, strict=True) for _ in positions]
+    token = batch.head.choose(logits, uniform, of_places)
     probability = probability_of(logits, token)
     score = scores(logits, probability, batch.config.sampler)
     numbers = torch.stack([token.double(), probability.double(), score.double()]).tolist()  # one copy to the host

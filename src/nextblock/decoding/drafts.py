@@ -83,9 +83,9 @@ def draft_lengths(batch: Batch, free: int) -> list[int]:
 
     A block that begins with the known token has b - 2 drafts behind the free one.
     """
-    wanted, lengths = batch.config.draft_length, []
+    lengths = []
     for row in batch.rows:
-        length = max(0, batch.block_size - 2)
+        length, wanted = max(0, batch.block_size - 2), row.draft_length
         if wanted == "auto" and batch.config.draft_ahead:  # else `pace.Pacer` decides
             chance = row.share.chance(prior=0.8)
             length = min(length, int(1.5 * chance / (1 - chance)) + 2)
@@ -170,21 +170,19 @@ def choose_drafts(batch: Batch, logits: Tensor, lengths: list[int]) -> Draft:
     prefixes = ((row, row.answer) for row in rows for _ in range(shape[1]))
     flat = batch.head.processed(logits.flatten(0, 1), prefixes)
     # A row draws for its own drafts only, so that it draws the same numbers alone.
-    uniform = [
-        u
-        for row, length in zip(rows, lengths, strict=True)
-        if row.random is not None
-        for u in row.draw(length) + [0.0] * (shape[1] - length)
-    ]
+    uniform = [u for row, n in zip(rows, lengths, strict=True) for u in row.draw(n) + [0.0] * (shape[1] - n)]
+    of_places = [row for row in rows for _ in range(shape[1])]
     plain = logits = flat.view_as(logits)
     head, correction, tokens = batch.head, batch.decoder.correction, None
     if correction is not None:  # each draft changes what the next is drawn from
         last = on_device([row.answer[-1] for row in rows], flat.device)
-        logits, tokens = correction.in_order(logits, last, lambda n, own: head.choose(own, uniform[n :: shape[1]]))
-    distribution = head.distribution(logits.flatten(0, 1))
-    tokens = head.choose(flat, uniform, distribution).view(shape) if tokens is None else tokens
+        logits, tokens = correction.in_order(
+            logits, last, lambda n, own: head.choose(own, uniform[n :: shape[1]], rows)
+        )
+    distribution = head.distribution(logits.flatten(0, 1), of_places)
+    tokens = head.choose(flat, uniform, of_places, distribution).view(shape) if tokens is None else tokens
     draft = Draft(tokens, lengths, None if distribution is None else distribution.view_as(logits))
-    if batch.config.draft_ahead or batch.config.draft_length == "auto":
+    if batch.config.draft_ahead or any(row.draft_length == "auto" for row in rows):
         draft.chances = probability_of(logits, logits.argmax(-1))
     if batch.config.draft_paths > 1:
         draft.branches = branch(batch, logits if distribution is None else plain, draft, correction is not None)

@@ -16,7 +16,7 @@ from nextblock.decoding.speculative import speculative
 def decode(batch: Batch) -> Iterator[list[Event]]:
     """Decode all rows of a batch that has begun, in the mode that `batch.config` names; then each holds its answer.
 
-    Yields the events of each step: of a pass, or in speculative mode of a draft and its check.
+    Yields the events of each pass.
     """
     modes = {"ar": autoregressive, "diffusion": diffusion, "speculative": speculative}
     return modes[batch.config.mode](batch)
@@ -25,10 +25,7 @@ def decode(batch: Batch) -> Iterator[list[Event]]:
 def autoregressive(batch: Batch) -> Iterator[list[Event]]:
     """One causal pass per token."""
     while rows := batch.admit():
-        hidden = batch.forward(*batch.known(), [True] * len(rows))
-        batch.stats.count("decode", len(rows))
-        told = zip(rows, *batch.head.next_tokens(hidden[:, 0], rows), strict=True)
-        yield [event for row, token, confidence in told for event in row.extend([token], [confidence])]
+        yield batch.decide(batch.forward(*batch.known(), [True] * len(rows)))
         batch.leave()
 
 

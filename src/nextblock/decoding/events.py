@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Kind = Literal["prefill", "decode", "denoise", "check", "commit"]
+Top = tuple[tuple[int, float], ...]
 Finish = Literal["end_token", "stop_string", "length", "criteria", "cancelled"]
 
 
@@ -24,6 +25,8 @@ class Committed:
     offset: its index in the answer; in diffusion mode tokens of a block come in any order.
     confidence: the probability that the model gave it at this pass, before temperature, top-k and top-p.
     step: forward passes that the row has taken part in, this one included.
+    top: in ar and speculative mode, as many as the row asks for of the likeliest tokens there, with the logarithms of
+        their probabilities, of which the same holds.
     """
 
     row: int
@@ -31,6 +34,7 @@ class Committed:
     token: int
     confidence: float
     step: int
+    top: Top = ()
 
 
 @dataclass(frozen=True, slots=True)

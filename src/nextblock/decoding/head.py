@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from nextblock.config.sections import BlockDiffusionSettings
-from nextblock.decoding.options import DecodingConfig
+from nextblock.decoding.events import Event, Top
 from nextblock.decoding.rows import Row
 from nextblock.decoding.sampling import draw, filter_logits, on_device, probability_of
 from nextblock.model.decoder import Decoder
@@ -29,14 +29,12 @@ class Head:
         self,
         decoder: Decoder,
         settings: BlockDiffusionSettings | None,
-        config: DecodingConfig,
         rows: Sequence[Row],
         processor: Processor | None = None,
         tells_confidence: bool = True,
     ) -> None:
         self.decoder, self.device = decoder, decoder.device
         self.mask_token_id = None if settings is None else settings.mask_token_id
-        self.config = config
         self.rows = tuple(rows)
         self.processor = processor
         self.tells_confidence = tells_confidence
@@ -85,26 +83,51 @@ class Head:
             logits[place] = processor(torch.tensor(lines, device=self.device), scores)[number].to(logits.dtype)
         return self._without_mask(logits)
 
-    def distribution(self, logits: Tensor) -> Tensor | None:
-        """What is drawn from: probabilities [N, V] after temperature, top-k and top-p; None when greedy."""
-        config = self.config
-        if not config.temperature:
-            return None
-        return filter_logits(logits, config.temperature, config.top_k, config.top_p).softmax(-1)
+    def distribution(self, logits: Tensor, rows: Sequence[Row]) -> Tensor | None:
+        """What is drawn from: probabilities [N, V] after temperature, top-k and top-p; None when all are greedy.
 
-    def choose(self, logits: Tensor, uniform: list[float], distribution: Tensor | None = None) -> Tensor:
+        A greedy row among others has all of it at its likeliest token, so that a draw, and a draft's check by
+        rejection sampling, do what greedy decoding does.
+
+        Args:
+            rows: that of each of the N places.
+        """
+        kinds = {row.sampling for row in rows}
+        if not any(kind.temperature for kind in kinds):
+            return None
+        if len(kinds) == 1:
+            return filter_logits(logits, *kinds.pop()).softmax(-1)
+        temperature, top_k, top_p = zip(*(row.sampling for row in rows), strict=True)
+        found = filter_logits(logits, [t or 1.0 for t in temperature], top_k, top_p).softmax(-1)
+        if all(temperature):
+            return found
+        certain = torch.zeros_like(found).scatter_(1, logits.argmax(-1, keepdim=True), 1)
+        return torch.where(on_device(temperature, self.device)[:, None] > 0, found, certain)
+
+    def choose(
+        self, logits: Tensor, uniform: list[float], rows: Sequence[Row] = (), distribution: Tensor | None = None
+    ) -> Tensor:
         """Pick a token at each place, greedily (the likeliest, the lowest id of equals) or by a draw: int64 [N].
 
         Args:
             logits: [N, V], unfiltered.
-            uniform: N numbers in [0, 1); none when greedy.
+            uniform: N numbers in [0, 1); not read when all are greedy.
+            rows: that of each of the N places; none: all are greedy.
             distribution: that of `logits`, if it is known already.
         """
-        if not self.config.temperature:
+        distribution = self.distribution(logits, rows) if distribution is None else distribution
+        if distribution is None:
             return logits.argmax(-1)
-        distribution = self.distribution(logits) if distribution is None else distribution
-        assert distribution is not None
         return draw(distribution, on_device(uniform, self.device, torch.float64))
+
+    def tops(self, logits: Tensor, rows: Sequence[Row]) -> list[Top]:
+        """For each place of unfiltered logits [N, V] the likeliest tokens, as many as its row asks for."""
+        most = max((row.top for row in rows), default=0)
+        if not most:
+            return [()] * len(logits)
+        found = logits.log_softmax(-1).topk(most)
+        told = zip(rows, found.indices.tolist(), found.values.tolist(), strict=True)
+        return [tuple(zip(tokens, values, strict=True))[: row.top] for row, tokens, values in told]
 
     def confidence(self, logits: Tensor, token: Tensor) -> Tensor:
         """The model's probabilities of tokens int64 [...] by unfiltered logits [..., V], before temperature, top-k and
@@ -114,11 +137,13 @@ class Head:
             return probability_of(logits, token)
         return torch.full(token.shape, torch.nan, device=token.device)
 
-    def next_tokens(self, hidden: Tensor, rows: Sequence[Row]) -> tuple[list[int], list[float]]:
-        """The next token of each row and its confidence, on the host in one copy; `hidden` [B, D]."""
+    def next_tokens(self, hidden: Tensor, rows: Sequence[Row]) -> Iterator[Event]:
+        """Decide the next token of each row by `hidden` [B, D]; token and confidence come to the host in one copy."""
         logits = self.processed(self.logits(hidden), [(row, row.answer) for row in rows])
-        token = self.choose(logits, [u for row in rows for u in row.draw(1)])
-        if not self.tells_confidence:
-            return token.tolist(), [math.nan] * len(token)
-        tokens, confidence = torch.stack([token.double(), self.confidence(logits, token).double()]).tolist()
-        return [int(number) for number in tokens], confidence
+        token = self.choose(logits, [u for row in rows for u in row.draw(1)], rows)
+        if self.tells_confidence:
+            tokens, confidence = torch.stack([token.double(), self.confidence(logits, token).double()]).tolist()
+        else:
+            tokens, confidence = token.tolist(), [math.nan] * len(token)
+        for row, token, sure, top in zip(rows, tokens, confidence, self.tops(logits, rows), strict=True):
+            yield from row.extend([int(token)], [sure], [top])

@@ -41,17 +41,27 @@ _known: dict[str, Costs] = {}
 
 @dataclass
 class Pacer:
-    """Decides on the drafts of a batch. Greedy rows decide together; a sampled row as if it were alone."""
+    """Decides on the drafts of rows whose `draft_length` is "auto".
+
+    Greedy and `free` rows decide together, by what passes over all rows cost; another sampled row as if it were alone
+    on a nominal machine.
+    """
 
     costs: Costs
 
     def lengths(self, rows: list[Row], most: list[int]) -> list[int]:
         """Drafts of the next cycle, for each row `most` at most: before they are made."""
-        if max(most) < 1:
-            return most
-        if rows[0].random is not None:
-            return [self._best(NOMINAL, [row], [n], row.pause) for row, n in zip(rows, most, strict=True)]
-        return most if self._best(self.costs, rows, most, self.costs.pause) else [0] * len(most)
+        lengths, paced = list(most), list(most)
+        for index, (row, n) in enumerate(zip(rows, most, strict=True)):
+            if row.draft_length != "auto" or not _by_load(row):
+                paced[index] = 0
+                lengths[index] = self._best(NOMINAL, [row], [n], row.pause) if n and row.draft_length == "auto" else n
+        # Where others draft anyway, the pass is as wide as it gets.
+        if any(paced) and not any(n for n, own in zip(lengths, paced, strict=True) if not own):
+            best = self._best(self.costs, rows, paced, self.costs.pause)
+            for index, (row, n) in enumerate(zip(rows, paced, strict=True)):
+                lengths[index] = 0 if not best else n if row.random is None else min(n, best)  # `cut` is for greedy
+        return lengths
 
     def _best(self, costs: Costs, rows: list[Row], most: list[int], pause: Pause) -> int:
         longest, prior = max(most), costs.share.chance(0.0, weight=0.0)
@@ -63,8 +73,10 @@ class Pacer:
         """As much of a draft of greedy rows as is worth checking, by its own probabilities.
 
         What was drawn is never cut: later proposals may depend on the draws before them, and the length would too.
+        Beside such drafts nothing is cut, as the check is as wide as its widest row.
         """
-        if rows[0].random is not None or draft.branches or draft.chances is None:
+        fixed = [n for row, n in zip(rows, draft.lengths, strict=True) if row.random or row.draft_length != "auto"]
+        if any(fixed) or draft.branches or draft.chances is None:
             return draft
         chances = [line[:n] for line, n in zip(draft.chances.tolist(), draft.lengths, strict=True)]
         n = best_length([*map(kept_by, chances)], *self.costs.of_rows(len(rows), max(draft.lengths)), drafted=True)
@@ -83,6 +95,10 @@ class Pacer:
             row.share.learn(kept, tried)
             if self.costs is not NOMINAL:
                 self.costs.share.learn(kept, tried)
+
+
+def _by_load(row: Row) -> bool:
+    return row.random is None or row.free
 
 
 def costs_of(

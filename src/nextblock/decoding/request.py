@@ -18,7 +18,7 @@ from nextblock.data.text import TextStream
 from nextblock.decoding.events import Finish
 from nextblock.decoding.options import DecodingConfig, resolve_config
 from nextblock.decoding.rows import Row
-from nextblock.decoding.sampling import generator
+from nextblock.decoding.sampling import Sampling, generator
 from nextblock.model.decoder import Decoder
 from nextblock.model.loading import no_tokenizer
 
@@ -105,6 +105,8 @@ def make_request(
             end_tokens=frozenset(ends[i]),
             stop=_stopper(tokenizer, stops[i]) if stops[i] else None,
             random=generator(seeds[i]) if config.temperature > 0 else None,
+            sampling=Sampling(config.temperature, config.top_k, config.top_p),
+            draft_length=config.draft_length,
             padding=padding,
         )
         for i, (padding, ids) in enumerate(encoded)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
-from nextblock.decoding.events import Committed, Event, Finish, RowFinished
-from nextblock.decoding.sampling import uniforms
+from nextblock.decoding.events import Committed, Event, Finish, RowFinished, Top
+from nextblock.decoding.sampling import GREEDY, Sampling, uniforms
 from nextblock.model.costs import Pause, Share
 
 
@@ -21,7 +22,9 @@ class Row:
     limit: most tokens in the answer.
     end_tokens: ids that end the answer.
     stop: called with the answer after each token; a reason ends it there.
-    random: stream of uniform numbers, None when greedy.
+    random: stream of uniform numbers, None when greedy. sampling: how it draws.
+    draft_length: as in `DecodingConfig`. free: what it draws may depend on other rows and on the machine.
+    top: likeliest tokens that `Committed` tells of.
     padding: ids in front of the prompt that logits processors expect to see (left-padded input).
     share: speculative mode: what was kept lately of its drafts. pause: when sampling, from drafting.
     """
@@ -32,6 +35,10 @@ class Row:
     end_tokens: frozenset[int] = frozenset()
     stop: Callable[[list[int]], Finish | None] | None = None
     random: torch.Generator | None = None
+    sampling: Sampling = GREEDY
+    draft_length: int | Literal["auto"] | None = None
+    free: bool = False
+    top: int = 0
     padding: list[int] = field(default_factory=list)
     answer: list[int] = field(default_factory=list)
     passes: int = 0
@@ -51,12 +58,12 @@ class Row:
             self.finish = "length"
         return self.finish is not None
 
-    def extend(self, tokens: list[int], confidence: list[float]) -> Iterator[Event]:
+    def extend(self, tokens: list[int], confidence: list[float], tops: Sequence[Top] = ()) -> Iterator[Event]:
         """Append decided tokens until the answer ends."""
-        for token, sure in zip(tokens, confidence, strict=True):
+        for token, sure, top in zip(tokens, confidence, tops or [()] * len(tokens), strict=True):
             offset = len(self.answer)
             done = self.push(token)
-            yield Committed(self.number, offset, token, sure, self.passes)
+            yield Committed(self.number, offset, token, sure, self.passes, top)
             if done:
                 yield self.finished()
                 return
@@ -67,9 +74,9 @@ class Row:
         return RowFinished(self.number, len(self.answer), self.finish)
 
     def peek(self, count: int) -> list[float]:
-        """The next `count` uniform numbers of this row, which are still to come; none when greedy."""
+        """The next `count` uniform numbers of this row, which are still to come; zeros when greedy."""
         if self.random is None:
-            return []
+            return [0.0] * count
         if (missing := count - len(self._numbers)) > 0:
             self._numbers += uniforms(self.random, missing)
         return self._numbers[:count]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,21 +18,49 @@ TINY = 1e-30
 """Temperatures and top-p go no lower: below lie the limits of float32."""
 
 
-def filter_logits(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
+class Sampling(NamedTuple):
+    """How a row draws; temperature 0: it does not, it takes the likeliest token."""
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+
+GREEDY = Sampling()
+
+
+def filter_logits(
+    logits: Tensor,
+    temperature: float | Sequence[float],
+    top_k: int | Sequence[int | None] | None,
+    top_p: float | Sequence[float | None] | None,
+) -> Tensor:
     """Logits of the distribution that is drawn from: float32 [N, V], -inf where it is zero.
 
-    Temperature goes first, then top-k, then top-p, as in transformers. `logits` stays as it is.
+    Temperature goes first, then top-k, then top-p, as in transformers. `logits` stays as it is. Each option is one
+    value, or one for each of the N: a line gets the same in both ways.
     """
-    if temperature != 1:
-        scale = min(max(temperature, TINY), 1 / TINY)  # beyond lie 0 / 0 and inf / inf
-        logits = (logits - logits.amax(dim=-1, keepdim=True)) / scale  # or a small one would overflow
-    if top_k is not None and top_k < logits.shape[-1]:
-        kth = logits.topk(top_k, dim=-1).values[:, -1:]
+    size, each = logits.shape[-1], [[v] if v is None or isinstance(v, int | float) else v for v in (top_k, top_p)]
+    scales = [temperature] if isinstance(temperature, int | float) else temperature
+    counts, sums = [min(k or size, size) for k in each[0]], [1.0 if p is None else max(p, TINY) for p in each[1]]
+
+    def column(values: Sequence[float], dtype: torch.dtype = logits.dtype) -> Tensor:
+        return on_device(values, logits.device, dtype)[:, None]
+
+    if any(scale != 1 for scale in scales):
+        bounded = [min(max(scale, TINY), 1 / TINY) for scale in scales]  # beyond lie 0 / 0 and inf / inf
+        logits = (logits - logits.amax(dim=-1, keepdim=True)) / column(bounded)  # or a small one would overflow
+    if min(counts) < size:
+        widest = max(int(k) for k in counts if k < size)
+        places = column([min(k, widest) - 1 for k in counts], torch.int64).expand(len(logits), 1)
+        kth = logits.topk(widest, dim=-1).values.gather(1, places)
+        kth = kth + column([0.0 if k < size else -math.inf for k in counts])
         logits = logits.masked_fill(logits < kth, -math.inf)
-    if top_p is not None and top_p < 1:
+    if min(sums) < 1:
         ranked, order = logits.sort(dim=-1, descending=True, stable=True)
         before = ranked.softmax(-1).cumsum(-1) - ranked.softmax(-1)
-        dropped = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, order, before >= max(top_p, TINY))
+        most = column([p if p < 1 else math.inf for p in sums])
+        dropped = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, order, before >= most)
         logits = logits.masked_fill(dropped, -math.inf)
     return logits
 

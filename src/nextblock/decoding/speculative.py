@@ -33,7 +33,7 @@ from nextblock.decoding.drafts import (
     masked_block,
     with_masks,
 )
-from nextblock.decoding.events import Event
+from nextblock.decoding.events import BlockFinished, Event
 from nextblock.decoding.pace import Pacer
 
 
@@ -43,17 +43,22 @@ def speculative(batch: Batch) -> Iterator[list[Event]]:
     When sampling, rejection sampling decides. What was not kept is dropped by counting less far in the cache. So the
     answer is that of `autoregressive`, greedy, and has its distribution, sampling.
     """
-    pacer, auto = Pacer(batch.costs), batch.config.draft_length == "auto"
-    ahead, free = batch.config.draft_ahead, free_block(batch)
+    pacer, ahead, free = Pacer(batch.costs), batch.config.draft_ahead, free_block(batch)
     draft: Draft | None = None  # a cycle begins
     while rows := batch.admit() if draft is None else batch.rows:  # rows join where a cycle begins
         known, starts = batch.known()
         checked, lengths, points = Draft(known[:, :0], [0] * len(rows)), [0] * len(rows), None
         if draft is None:
             lengths = draft_lengths(batch, free=1)
-            lengths = pacer.lengths(rows, lengths) if auto and not ahead else lengths
+            lengths = lengths if ahead else pacer.lengths(rows, lengths)
         else:
             checked = draft.part(draft_lengths(batch, free=0)) if ahead else draft
+        if not (ahead or any(lengths) or any(checked.lengths)):  # without drafts this is a step of ar mode
+            events = batch.decide(batch.forward(known, starts, [True] * len(rows)))
+            yield [*events, *(BlockFinished(row.number, len(row.answer) - 1, len(row.answer)) for row in rows)]
+            order = batch.leave()
+            draft = Draft(known[order, :0], [0] * len(order)) if order and draft is None else None
+            continue
         tree = lay_out(batch, checked, known)
         width = tree.tokens.shape[1]
         tokens, groups = tree.tokens, tree.groups
@@ -77,7 +82,7 @@ def speculative(batch: Batch) -> Iterator[list[Event]]:
             draft = None
         elif any(lengths):
             draft = choose_drafts(batch, of_rows(logits[:, width:], order), [lengths[index] for index in order])
-            draft = pacer.cut(draft, batch.rows) if auto and not ahead else draft
+            draft = draft if ahead else pacer.cut(draft, batch.rows)
         elif points is not None:
             draft = drafted(batch, of_rows(hidden, order), [gains[index].hit for index in order], width)
         else:

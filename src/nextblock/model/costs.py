@@ -96,8 +96,8 @@ class Costs(BaseModel):
         return [0.0, *here.values()], _between(self.draft, rows)
 
 
-NOMINAL = Costs(check={1: {1: 1.0, 16: 2.0}}, draft={1: 2.0})
-"""In steps of AR: for what must not depend on the machine."""
+NOMINAL = Costs(check={1: {1: 1.0, 16: 2.0}, 32: {1: 3.0, 16: 33.0}}, draft={1: 2.0, 32: 33.0})
+"""In steps of AR for one row, 16 more tokens of any row as dear as one: for what must not depend on the machine."""
 
 
 def _between(points: dict[int, float], at: int) -> float:

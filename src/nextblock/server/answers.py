@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from nextblock.data.text import TextStream
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from nextblock.data.text import INCOMPLETE, TextStream
 from nextblock.decoding.events import Committed, Finish, Rejected, RowFinished
 from nextblock.server.batching import Progress
 from nextblock.server.bodies import Body, ChatBody
@@ -54,9 +57,13 @@ class Choice:
             self._events += [told for event in progress.events if (told := self._event(event)) is not None]
 
     def _logprob(self, event: Committed) -> dict[str, Any]:
-        text = self.tokenizer.decode([event.token])
         value = math.log(event.confidence) if event.confidence > 0 else LEAST
-        return {"token": text, "logprob": value, "bytes": [*text.encode("utf-8", "replace")], "top_logprobs": []}
+        top = [self._token(token, max(other, LEAST)) for token, other in event.top]
+        return self._token(event.token, value) | {"top_logprobs": top}
+
+    def _token(self, token: int, logprob: float) -> dict[str, Any]:
+        text = self.tokenizer.decode([token])
+        return {"token": text, "logprob": logprob, "bytes": [*token_bytes(self.tokenizer, token, text)]}
 
     def _event(self, event: Any) -> dict[str, Any] | None:
         if isinstance(event, RowFinished):
@@ -92,8 +99,31 @@ class Choice:
             return None
         if isinstance(self.body, ChatBody):
             return {"content": tokens, "refusal": None}
-        values = {"tokens": "token", "token_logprobs": "logprob"}
-        return {name: [token[of] for token in tokens] for name, of in values.items()} | {"top_logprobs": None}
+        # As OpenAI has it: a mapping for each token, which holds the chosen one in any case.
+        beside = [{_name(t): t["logprob"] for t in (*token["top_logprobs"], token)} for token in tokens]
+        return {
+            "tokens": [_name(token) for token in tokens],
+            "token_logprobs": [token["logprob"] for token in tokens],
+            "top_logprobs": beside if self.body.top else None,
+        }
+
+
+def token_bytes(tokenizer: Any, token: int, text: str) -> bytes:
+    """The bytes that a token stands for; its `text` shows where they are no whole characters."""
+    if INCOMPLETE in text:
+        piece = tokenizer.convert_ids_to_tokens(token)
+        if found := re.fullmatch("<0x([0-9A-F]{2})>", piece):  # of SentencePiece
+            return bytes.fromhex(found[1])
+        of = {character: byte for byte, character in bytes_to_unicode().items()}  # byte-level BPE
+        if all(character in of for character in piece):
+            return bytes(of[character] for character in piece)
+    return text.encode("utf-8", "replace")
+
+
+def _name(token: dict[str, Any]) -> str:
+    """A token in the lists of /v1/completions, where a part of a character needs a name of its own."""
+    escaped = "".join(f"\\x{byte:02x}" for byte in token["bytes"])
+    return f"bytes:{escaped}" if INCOMPLETE in token["token"] else token["token"]
 
 
 class Answer:

@@ -23,6 +23,7 @@ from nextblock.config.errors import UsageError
 from nextblock.decoding.lm import BlockDiffusionLM
 from nextblock.decoding.request import Request as Rows
 from nextblock.decoding.request import make_request
+from nextblock.model.costs import Costs
 from nextblock.server.answers import Answer, Choice, as_json
 from nextblock.server.batching import Engine, Job, Progress
 from nextblock.server.bodies import Body, ChatBody, TextBody, read_body
@@ -61,6 +62,7 @@ class Server:
     """One model, its engine and its endpoints. `app` is the ASGI application.
 
     name: what clients call the model. options: of `generate`, where a client gives none. key: API key; None: none.
+    costs: as for `Engine`.
     """
 
     def __init__(
@@ -71,11 +73,12 @@ class Server:
         options: dict[str, Any] | None = None,
         limits: Limits | None = None,
         key: str | None = None,
+        costs: Costs | None = None,
     ) -> None:
         self.lm, self.name, self.key = lm, name, key
         self.limits = limits or Limits()
         self.options = ({} if lm.settings else {"mode": "ar"}) | (options or {})
-        self.engine = Engine(lm, self.limits.max_rows)
+        self.engine = Engine(lm, self.limits.max_rows, self.limits.pass_tokens, costs)
         self.metrics = Metrics(self.engine)
         self.started = int(time.time())
         # A tokenizer is not used by two threads at once; and a long prompt must not hold the event loop.
@@ -271,7 +274,10 @@ class Server:
         if most is not None and longest > most:
             raise UsageError(f"the prompt has {longest} tokens, more than the {most} of this server; send less")
         for row in rows.rows:
-            row.limit = min(row.limit, self.limits.max_tokens)
+            row.limit, row.top = min(row.limit, self.limits.max_tokens), body.top
+            row.free = body.seed is None
+            if row.draft_length is None and not rows.config.draft_ahead and (row.free or row.random is None):
+                row.draft_length = "auto"  # with a seed, what is drawn depends on the drafts: as `generate` makes them
         return rows
 
     async def _write(

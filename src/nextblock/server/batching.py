@@ -1,7 +1,8 @@
 """Continuous batching: one thread owns the model, and requests come and go between its passes.
 
-Requests with the same decoding options are rows of one batch, which new ones join and finished ones leave. Batches
-take turns, a step each, so that no request waits for another's end; between two turns at most one pass reads prompts.
+Requests of one mode and one shape of pass are rows of one batch, which new ones join and finished ones leave; how they
+draw, where they stop and what they tell is each row's own. Batches take turns, a pass each, so that no request waits
+for another's end; between two turns at most one pass reads prompts, of a bounded number of tokens.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from nextblock.decoding.events import Event, Finish, RowFinished, Stats
 from nextblock.decoding.lm import BlockDiffusionLM
 from nextblock.decoding.options import DecodingConfig
 from nextblock.decoding.rows import Row
+from nextblock.model.costs import NOMINAL, Costs
 
-READ_TOKENS = 2048
-"""Most tokens of a pass that reads prompts; a longer prompt is read in parts."""
+OWN = {"max_new_tokens": 1, "temperature": 0.0, "top_k": None, "top_p": None, "draft_length": None}
+"""Options that each row of a batch has for itself, and what stands for them all."""
 log = logging.getLogger(__name__)
 
 
@@ -77,11 +79,16 @@ class _Work:
 class Engine:
     """Decodes what is submitted, from any thread, until it is closed.
 
+    max_rows, read_tokens: as `Limits.max_rows` and `Limits.pass_tokens`.
+    costs: of passes, by which drafts of automatic length go; None: nominal ones.
     stats: passes and tokens of all rows so far. alive: false after an error that the thread did not survive.
     """
 
-    def __init__(self, lm: BlockDiffusionLM, max_rows: int = 32, read_tokens: int = READ_TOKENS) -> None:
+    def __init__(
+        self, lm: BlockDiffusionLM, max_rows: int = 32, read_tokens: int = 512, costs: Costs | None = None
+    ) -> None:
         self.lm, self.max_rows, self.read_tokens = lm, max_rows, read_tokens
+        self.costs = costs or NOMINAL.model_copy(deep=True)  # which learns how many drafts are kept
         self.stats, self.alive = Stats(), True
         self._numbers = itertools.count()
         self._changed = threading.Condition()
@@ -113,10 +120,11 @@ class Engine:
             self._changed.notify()
 
     def _key(self, job: Job) -> Hashable:
-        """Equal for rows that may share a batch: the limit of an answer is each row's own."""
-        own = job if job.config.draft_ahead else None  # its next drafts are made in the check's pass: none can join
-        context = self.lm.decoder.context(len(job.row.prompt))
-        return job.config.model_copy(update={"max_new_tokens": 1}), context, own
+        """Equal for rows that may share a batch."""
+        config = job.config
+        own = job if config.draft_ahead else None  # its next drafts are made in the check's pass: none can join
+        branches = config.draft_paths > 1 and job.row.random is not None  # drawn branches, or likeliest ones
+        return config.model_copy(update=OWN), self.lm.decoder.context(len(job.row.prompt)), branches, own
 
     def close(self) -> None:
         """Give up what is left, and end the thread."""
@@ -149,7 +157,7 @@ class Engine:
             self._running.clear()
 
     def _round(self) -> None:
-        """At most one pass that reads prompts, then a step of each batch."""
+        """At most one pass that reads prompts, then a pass of each batch."""
         self._admit()
         if self._reading:
             self._attempt(self._reading[0], self._read)
@@ -175,7 +183,7 @@ class Engine:
         lm = self.lm
         for group in gathered:
             rows = [job.row for job in group]
-            batch = Batch(lm.decoder, lm.settings, group[0].config, rows, self.stats)
+            batch = Batch(lm.decoder, lm.settings, group[0].config, rows, self.stats, costs=self.costs)
             self._reading.append(_Work(batch, {job.row.number: job for job in group}, group[0].key))
 
     def _attempt(self, work: _Work, action: Callable[[_Work], None]) -> None:

@@ -93,6 +93,11 @@ class Body(DecodingConfig):
         raise NotImplementedError
 
     @property
+    def top(self) -> int:
+        """How many of the likeliest tokens are to be told beside it."""
+        raise NotImplementedError
+
+    @property
     def prompts(self) -> Any:
         """As `make_request` takes it: each answered `n` times."""
         raise NotImplementedError
@@ -111,12 +116,15 @@ class ChatBody(Body):
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
 
     @model_validator(mode="after")
-    def _chosen_alone(self) -> Self:
-        if self.top_logprobs:
-            raise UsageError(
-                f"top_logprobs={self.top_logprobs}: only that of the chosen token is told; use 0, or leave it out"
-            )
+    def _asked_for(self) -> Self:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise UsageError(f"top_logprobs={self.top_logprobs} goes with logprobs=true alone; leave it out")
         return self
+
+    @property
+    def top(self) -> int:
+        """As above."""
+        return self.top_logprobs or 0
 
     @property
     def wants_logprobs(self) -> bool:
@@ -135,12 +143,10 @@ class TextBody(Body):
     kind = "text_completion"
 
     prompt: Any
-    logprobs: int | None = Field(default=None, ge=0)
+    logprobs: int | None = Field(default=None, ge=0, le=20)
 
     @model_validator(mode="after")
     def _readable(self) -> Self:
-        if self.logprobs:
-            raise UsageError(f"logprobs={self.logprobs}: only that of the chosen token is told; use 0")
         parts = self.prompt if isinstance(self.prompt, list) else [self.prompt]
         if not parts or len({_kind(part) for part in parts}) != 1 or _kind(parts[0]) is None:
             raise UsageError("prompt must be a text, a list of texts, a list of token ids, or a list of such lists")
@@ -150,6 +156,11 @@ class TextBody(Body):
     def wants_logprobs(self) -> bool:
         """As above."""
         return self.logprobs is not None
+
+    @property
+    def top(self) -> int:
+        """As above."""
+        return self.logprobs or 0
 
     @property
     def prompts(self) -> Any:

@@ -10,7 +10,11 @@ from typing import Any
 import uvicorn
 
 from nextblock.config.errors import UsageError
+from nextblock.config.sections import validate
 from nextblock.decoding.lm import BlockDiffusionLM
+from nextblock.decoding.options import DecodingConfig
+from nextblock.decoding.pace import costs_of
+from nextblock.model.costs import Costs
 from nextblock.server.app import Server
 from nextblock.server.limits import Limits
 
@@ -51,7 +55,7 @@ def run(
     if lm.refusal:
         raise UsageError(lm.refusal)
     limits = limits or Limits()
-    server = Server(lm, name, options=options, limits=limits, key=key)
+    server = Server(lm, name, options=options, limits=limits, key=key, costs=_costs(lm, options or {}, limits))
     if lm.settings is None:
         said = "it has no block-diffusion settings, so it decodes token by token (ar mode)"
         print(f"warning: {name}: {said}", file=sys.stderr)
@@ -67,6 +71,15 @@ def run(
     host, port = listener.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     _Uvicorn(config, f"serving {name} at {address}  (page: /, endpoint: /v1; Ctrl-C stops)").run(sockets=[listener])
+
+
+def _costs(lm: BlockDiffusionLM, options: dict[str, Any], limits: Limits) -> Costs | None:
+    """What passes cost here, alone and under load, if drafts go by that; before the server listens."""
+    if lm.settings is None or options.get("draft_length") not in (None, "auto"):
+        return None
+    drafting = {"mode": "speculative", "draft_length": "auto", "block_size": lm.settings.block_size}
+    config = validate(DecodingConfig, drafting)
+    return [costs_of(lm.decoder, lm.settings, config, min(rows, limits.max_rows)) for rows in (8, 2**62)][-1]
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -98,4 +98,4 @@ def check_output(output: Path | None) -> None:
     if output is not None and not output.absolute().parent.is_dir():
         raise UsageError(f"--output {output}: the folder {output.parent} does not exist; make it, or name another")
     if output is not None and (output.suffix != ".json" or output.is_dir()):
-        raise UsageError(f"--output {output} is not the name of a .json file; the plot is written beside it as .png")
+        raise UsageError(f"--output {output} is not the name of a .json file; end it in .json")
