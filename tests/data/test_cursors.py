@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -60,16 +61,71 @@ class Flaky:
             yield row
 
 
-def test_a_stream_that_fails_is_tried_again_and_loses_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "data").mkdir()
-    rows = texts(12)
+def streamed(tmp_path: Path, count: int, **options: Any) -> tuple[HubStream, list[Any]]:
+    """A stream of `count` rows, and the rows."""
+    (tmp_path / "data").mkdir(exist_ok=True)
+    rows = texts(count)
     jsonl(tmp_path / "data" / "train.jsonl", rows)
+    return HubStream(Source(path=str(tmp_path / "data"), format="hub"), **options), rows
+
+
+def flaky(stream: HubStream, failures: dict[int, int]) -> HubStream:
+    stream._stream = Flaky(stream._stream, failures)  # pyright: ignore[reportAttributeAccessIssue]
+    return stream
+
+
+def test_a_stream_that_fails_is_tried_again_and_loses_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     waited: list[float] = []
     monkeypatch.setattr(cursors, "sleep", waited.append)
-    stream = HubStream(Source(path=str(tmp_path / "data"), format="hub"))
-    stream._stream = Flaky(stream._stream, {0: 1, 5: 3, 9: 99})  # pyright: ignore[reportAttributeAccessIssue]
+    stream, rows = streamed(tmp_path, 12)
+    flaky(stream, {0: 1, 5: 3, 9: 99})
     assert [stream.take().value for _ in range(9)] == rows[:9]
     assert waited == [1, 1, 4, 15]
     with pytest.raises(UsageError, match="stopped: no route to host"):
         stream.take()
     assert waited[4:] == list(cursors.RETRY_SECONDS)
+
+
+def test_a_shuffled_stream_that_fails_gives_the_rows_of_one_that_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cursors, "sleep", lambda seconds: None)
+    monkeypatch.setattr(cursors, "SHUFFLED_ROWS", 5)
+    steady, rows = streamed(tmp_path, 12, seed=[3, 0])
+    failing = flaky(streamed(tmp_path, 12, seed=[3, 0])[0], {0: 1, 7: 2, 11: 4})
+    wanted = [steady.take() for _ in range(30)]
+    assert [failing.take() for _ in range(30)] == wanted
+    given = [record.value for record in wanted]
+    key = str
+    for epoch in (0, 12):
+        for group in (slice(0, 5), slice(5, 10), slice(10, 12)):
+            assert sorted(given[epoch:][group], key=key) == sorted(rows[group], key=key)
+    assert given[:12] != rows
+    assert given[12:24] != given[:12]
+
+
+def test_memory_of_a_shuffled_stream_is_bounded_by_rows_and_by_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cursors, "SHUFFLED_BYTES", 1000)
+    stream, _ = streamed(tmp_path, 200, seed=[0, 0])
+    for _ in range(400):
+        stream.take()
+        assert sum(record.bytes for record in stream._group[:-1]) < 1000 + 300
+
+
+@pytest.mark.parametrize("group", [1, 5, 12, 100])
+def test_a_shuffled_stream_resumes_at_the_next_row_wherever_it_was_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group: int
+) -> None:
+    monkeypatch.setattr(cursors, "SHUFFLED_ROWS", group)
+    stream, _ = streamed(tmp_path, 12, seed=[0, 1])
+    states, records = [], []
+    for _ in range(30):
+        states.append(json.loads(json.dumps(stream.state())))
+        records.append((stream.take(), stream.epoch))
+    for at in (0, 1, 4, 5, 6, 11, 12, 13, 17, 24, 25):
+        again, _ = streamed(tmp_path, 12, seed=[0, 1])
+        again.take()
+        again.load_state(states[at])
+        assert [(again.take(), again.epoch) for _ in range(30 - at)] == records[at:], at

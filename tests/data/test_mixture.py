@@ -40,6 +40,6 @@ def test_nothing_held_out_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_position_of_other_sources_is_refused() -> None:
-    state = stream("task:algebra").state()
+    state = stream("task:algebra", "task:word_problems").state()
     with pytest.raises(UsageError, match=r"data\.sources"):
-        stream("task:algebra", "task:word_problems").load_state(state)
+        stream("task:algebra").load_state(state)

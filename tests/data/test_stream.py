@@ -133,3 +133,45 @@ def test_special_tokens_in_contents_are_counted_with_the_first_place(tmp_path: P
     assert again.state() == stream.state()
     assert all((again.next(40).tokens == stream.next(40).tokens).all() for _ in range(3))
     assert again.state()["lost"] == stream.state()["lost"]
+
+
+@pytest.mark.parametrize("taken", [0, 1, 70, 200])
+def test_sources_added_and_weighted_anew_count_from_the_next_chunk_on(tmp_path: Path, taken: int) -> None:
+    """Rows of the chunk in work stay; what follows is what the new mixture makes from the chunk's end on."""
+    a, b = (
+        jsonl(tmp_path / f"{name}.jsonl", [{"text": f"{name} {n} " + "x" * (n % 50)} for n in range(300)])
+        for name in ("a", "b")
+    )
+    new = ({"path": a, "weight": 2}, {"path": b, "weight": 3})
+    old, wanted = stream(a), stream(a)
+    if taken:
+        assert same(old.next(taken), wanted.next(taken))
+    state = json.loads(json.dumps(old.state()))
+    left = []
+    while wanted.state()["taken"]:  # to the border of the chunk
+        left.append(wanted.next(1))
+    border = wanted.state()
+    bent = stream(*new)
+    bent.load_state(state)
+    before = [bent.next(1) for _ in left]
+    assert all(same(one, other) for one, other in zip(left, before, strict=True))
+    assert not any("b" in text.split()[0] for row in before for text in documents_of(row))
+    fresh = stream(*new)
+    fresh.load_state({**border, "weights": [2, 3]})
+    after = bent.next(300)
+    assert same(after, fresh.next(300))
+    assert 0.4 < sum(text.startswith("b") for text in documents_of(after)) / len(documents_of(after)) < 0.8
+    assert set(after.number.tolist()) == set(range(taken + len(left), taken + len(left) + 300))
+
+
+def test_a_stop_in_the_chunk_in_which_sources_were_added_resumes_to_the_same_rows(tmp_path: Path) -> None:
+    a, b = (jsonl(tmp_path / f"{name}.jsonl", [{"text": f"{name} {n}"} for n in range(90)]) for name in ("a", "b"))
+    old = stream(a)
+    old.next(5)
+    bent = stream(a, b)
+    bent.load_state(old.state())
+    bent.next(3)
+    state = json.loads(json.dumps(bent.state()))
+    again = stream(a, b)
+    again.load_state(state)
+    assert same(again.next(500), bent.next(500))

@@ -36,11 +36,14 @@ from nextblock.model.draft_adapter import DraftAdapter
 from nextblock.model.parent import load_parent, model_shape, scratch_config
 from nextblock.model.shapes import shape_values
 from nextblock.recipe.corruption import UNSCORED, corrupt
+from nextblock.training.checkpoint import list_checkpoints
 from nextblock.training.devices import DEVICES, GIB
 from nextblock.training.flops import Products, kind_of_training
 from nextblock.training.launcher import check_sharding
+from nextblock.training.loop import train
 from nextblock.training.setup import prepare
 from nextblock.training.step import train_step
+from runs import config_of as short_run
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
@@ -586,3 +589,19 @@ def test_the_command_prints_the_plan_as_json():
     assert found["fits"]
     assert found["largest_row"] == 2048
     assert found["device_hours"] == pytest.approx(found["seconds"] / 3600)
+
+
+def test_a_checkpoint_takes_the_planned_bytes_and_a_store_the_ids_of_all_steps(place, tmp_path):
+    config = short_run(place, tmp_path / "run", training__steps=9)
+    found = plan(config, device="cpu", bandwidth=0.5)
+    train(config)
+    folder = list_checkpoints(tmp_path / "run")[-1]
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    assert size == pytest.approx(found.checkpoint_bytes, rel=0.3)  # headers and the state beside
+    assert found.checkpoint_seconds == found.checkpoint_bytes / 0.5e9
+    assert found.store_bytes == 9 * 4 * 32 * 2
+    assert found.feed_tokens_per_second is None
+    on_gpus = plan(load_config(config.model_dump(mode="json")), device="h100", devices=2)
+    assert on_gpus.feed_tokens_per_second == pytest.approx((on_gpus.tokens_per_second or 0) / 2)
+    with pytest.raises(UsageError, match="bandwidth=0 is GB/s; use a number above 0"):
+        plan(config, bandwidth=0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import random
+import shutil
 import signal
 from typing import Any
 
@@ -12,6 +13,8 @@ import pytest
 from accelerate.utils import is_bnb_available
 
 from nextblock.config.errors import UsageError
+from nextblock.data import cursors, stream
+from nextblock.data.cursors import HubStream
 from nextblock.training.checkpoint import list_checkpoints
 from nextblock.training.log import trim_log
 from nextblock.training.loop import train
@@ -209,6 +212,35 @@ def test_a_source_that_has_grown_since_is_not_read_in_another_order(place, tmp_p
     source.write_text(source.read_text() + '{"text": "one more"}\n')
     with pytest.raises(UsageError, match=r"own.jsonl had \d+ documents and has \d+, so its order would be another"):
         train(config_of(place, tmp_path / "run", **options), resume=True)
+
+
+def test_a_lasting_network_error_leaves_a_checkpoint_and_the_run_goes_on_to_the_same_weights(
+    place, tmp_path, monkeypatch
+):
+    (tmp_path / "data").mkdir()
+    shutil.copy(place / "sums.jsonl", tmp_path / "data" / "train.jsonl")
+    options: dict[str, Any] = {"data__sources": [{"path": str(tmp_path / "data"), "format": "hub"}]}
+    options |= {"training__steps": 20, "training__batch_rows": 16, "training__checkpoint_every": 1000}
+    monkeypatch.setattr(cursors, "SHUFFLED_ROWS", 40)
+    monkeypatch.setattr(stream, "MOST_ROWS", 64)  # of a chunk: else the first holds all that the run needs
+    train(config_of(place, tmp_path / "whole", **options))
+    real, done, waited = HubStream._fill, [], []
+
+    def cut_off(self: HubStream, group: list[Any]) -> None:
+        if len(done) > 2:
+            raise ConnectionError("no route to host")
+        real(self, group)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HubStream, "_fill", cut_off)
+        patch.setattr(cursors, "sleep", waited.append)
+        with pytest.raises(UsageError, match=r"stopped: no route to host; .*step-\d+ holds the steps until here"):
+            train(config_of(place, tmp_path / "cut", **options), on_step=done.append)
+    assert waited[: len(cursors.RETRY_SECONDS)] == list(cursors.RETRY_SECONDS)
+    (saved,) = list_checkpoints(tmp_path / "cut")
+    assert 0 < int(saved.name.removeprefix("step-")) < 20
+    train(config_of(place, tmp_path / "cut", **options), resume=True)
+    assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
 
 
 @pytest.mark.skipif(not is_bnb_available(), reason="needs bitsandbytes")

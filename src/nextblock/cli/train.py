@@ -132,6 +132,7 @@ def plan(
         typer.Option(help="ddp: copies; fsdp2: sharded weights, gradients and optimizer; default: as training.fsdp"),
     ] = None,
     mfu: Annotated[float, typer.Option(help="share of the GPU's peak that useful FLOPs reach, for the time")] = 0.4,
+    bandwidth: Annotated[float, typer.Option(help="GB/s of the storage that checkpoints go to")] = 1.0,
     json_: Annotated[bool, typer.Option("--json", help="print JSON instead of the table")] = False,
 ) -> None:
     """Say what a run takes before it starts: parameters, memory by kind, the longest row, FLOPs, days, GPU-hours.
@@ -145,7 +146,7 @@ def plan(
     from nextblock.measure.plan.table import plan_table
 
     checked = load_config(find_config(config), parse_overrides(context.args))
-    found = plan_run(checked, device=gpu, devices=gpus, parallel=parallel, mfu=mfu)
+    found = plan_run(checked, device=gpu, devices=gpus, parallel=parallel, mfu=mfu, bandwidth=bandwidth)
     if json_:
         print(json.dumps(found.as_dict(), indent=1))
     else:

@@ -192,6 +192,10 @@ class TrainingConfig(Section):
         default=None, ge=1, description="rows in one forward pass; default: all of a rank's"
     )
     seed: int = Field(default=0, ge=0, lt=2**63)
+    skip_rows: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        default=(),
+        description="numbers of rows to leave out, as a run that stops at a loss that is not finite names them",
+    )
     checkpoint_every: int = Field(default=200, ge=1, description="steps between resumable checkpoints")
     keep_last: int = Field(default=2, ge=1, description="checkpoints kept")
     keep_every: int | None = Field(default=None, ge=1, description="of so many checkpoints, one is kept for good")

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from time import sleep
 from typing import Any
 
+import numpy as np
+
 from nextblock.config.errors import UsageError, one_line
 from nextblock.config.sections import Source
 from nextblock.data.records import Record, Records, to_record, without_nulls
@@ -86,23 +88,30 @@ class Cursor:
 
 
 RETRY_SECONDS = (1, 4, 15, 60, 120)
-"""Before each further attempt at a row of a streamed data set: networks come back."""
+"""Before each further attempt to read on in a streamed data set: networks come back."""
+SHUFFLED_ROWS, SHUFFLED_BYTES = 1000, 2**25
+"""A streamed data set is shuffled in groups of rows that end at either."""
 
 
 class HubStream:
-    """Reads a `datasets` id (`owner/name` or `owner/name:configuration`) as a stream, in its own order.
+    """Reads a `datasets` id (`owner/name` or `owner/name:configuration`) as a stream, for ever.
 
-    Shard (s, S) takes whole files where S divides their number, else every S-th row.
+    Shard (s, S) takes whole files where S divides their number, else every S-th row. Rows come in groups of
+    neighbours, each shuffled by (seed, epoch, its first row): a group is made again from its beginning, so a resume is
+    exact and the rows themselves need not be saved. (The buffer of `datasets` is lost with its rows.)
+
+    Args:
+        seed: None: in the order of the stream, each row read when it is asked for.
     """
 
     # As those of `Records`.
     count, split_by_hash, digest = None, True, ""
 
-    def __init__(self, source: Source, shard: tuple[int, int] = (0, 1)) -> None:
+    def __init__(self, source: Source, shard: tuple[int, int] = (0, 1), seed: Sequence[int] | None = None) -> None:
         from datasets import IterableDataset, load_dataset
         from datasets.distributed import split_dataset_by_node
 
-        self._source, self._shard = source, shard
+        self._source, self._shard, self._seed = source, shard, seed
         name, _, configuration = os.path.expanduser(source.path).partition(":")
         try:
             stream = load_dataset(name, configuration or None, split=source.split, streaming=True)
@@ -111,43 +120,74 @@ class HubStream:
         assert isinstance(stream, IterableDataset)
         stream = stream if source.examples is None else stream.take(source.examples)
         self._stream = split_dataset_by_node(stream, *shard) if shard[1] > 1 else stream
-        self._first = self._place = self._stream.state_dict()
+        self._first = self._place = self._stream.state_dict()  # of the data set, and of the group
         self._rows: Iterator[Any] | None = None
-        self.epoch = self.index = self._failed = 0  # attempts at the next row
+        self._group: list[Record] = []
+        self.epoch = self.index = self._taken = 0  # `index`: of the group's first row
 
     def take(self) -> Record:
-        """The next record. UsageError if it cannot be read, also after all RETRY_SECONDS."""
-        for _ in range(2):
-            if self._rows is None:
-                self._rows = iter(self._stream)
+        """The next record. UsageError if it cannot be read, also after all RETRY_SECONDS; it can be tried again."""
+        if self._group and self._taken == len(self._group):
+            self.index, self._taken, self._group = self.index + len(self._group), 0, []
+            self._place = self._stream.state_dict()
+        if not self._group:
+            self._group = self._read_group()
+        self._taken += 1
+        return self._group[self._taken - 1]
+
+    def _read_group(self) -> list[Record]:
+        """The rows of a group, shuffled; at the end of the data set the first group of the next epoch."""
+        failed, furthest, began = 0, 0, self.epoch
+        while True:
+            group: list[Record] = []
             try:
-                row = next(self._rows)
-            except StopIteration:
-                self._stream.load_state_dict(self._first)
-                self._rows, self._place, self.epoch, self.index = None, self._first, self.epoch + 1, 0
-                continue
+                self._fill(group)
+            except UsageError:  # of a row, not of the network
+                self._go_to(self._place)
+                raise
             except Exception as error:
-                if self._failed == len(RETRY_SECONDS):
+                self._go_to(self._place)
+                if len(group) > furthest:
+                    failed, furthest = 0, len(group)
+                if failed == len(RETRY_SECONDS):
                     raise UsageError(f"data source {self._source.path} stopped: {one_line(error)}") from None
-                sleep(RETRY_SECONDS[self._failed])
-                self._failed += 1
-                self._stream.load_state_dict(self._place)
-                self._rows = None
-                return self.take()
-            self.index, self._failed, self._place = self.index + 1, 0, self._stream.state_dict()
-            return to_record(
-                without_nulls(row), self._source, f"{self._source.path} {self._source.split} row {self.index - 1}"
-            )
-        s, count = self._shard
-        part = "" if count == 1 else f" in shard {s + 1} of {count}; lower data.shards"
-        raise UsageError(f"data source {self._source.path} is empty{part or '; give at least one document'}")
+                sleep(RETRY_SECONDS[failed])
+                failed += 1
+                continue
+            if group:
+                if self._seed is not None:
+                    order = np.random.default_rng([*self._seed, self.epoch, self.index]).permutation(len(group))
+                    group = [group[k] for k in order]
+                return group
+            if self.index == 0 and self.epoch > began:
+                s, count = self._shard
+                part = "" if count == 1 else f" in shard {s + 1} of {count}; lower data.shards"
+                raise UsageError(f"data source {self._source.path} is empty{part or '; give at least one document'}")
+            self._place, self.epoch, self.index = self._first, self.epoch + 1, 0
+            self._go_to(self._place)
+
+    def _fill(self, group: list[Record]) -> None:
+        """Read the next rows, until the group is full or the data set ends."""
+        if self._rows is None:
+            self._rows = iter(self._stream)
+        size, most = 0, 1 if self._seed is None else SHUFFLED_ROWS
+        while len(group) < most and size < SHUFFLED_BYTES and (row := next(self._rows, None)) is not None:
+            where = f"{self._source.path} {self._source.split} row {self.index + len(group)}"
+            group.append(to_record(without_nulls(row), self._source, where))
+            size += group[-1].bytes
+
+    def _go_to(self, place: dict[str, Any]) -> None:
+        self._stream.load_state_dict(place)
+        self._rows = None
 
     def state(self) -> dict[str, Any]:
         """Where the next record is."""
-        return {"epoch": self.epoch, "index": self.index, "stream": self._place}
+        return {"epoch": self.epoch, "index": self.index, "taken": self._taken, "stream": self._place}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go to a place that `state` gave."""
-        self.epoch, self.index, self._rows = state["epoch"], state["index"], None
-        self._place = state["stream"]
-        self._stream.load_state_dict(self._place)
+        self.epoch, self.index, self._place = state["epoch"], state["index"], state["stream"]
+        self._go_to(self._place)
+        self._group, self._taken = [], 0
+        if state["taken"]:
+            self._group, self._taken = self._read_group(), state["taken"]

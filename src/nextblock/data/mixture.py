@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from nextblock.data.records import Record, Records
 from nextblock.data.sources import read_source
 
 USUAL_BYTES = 1000  # of a document of a source that has not been read yet
-ORDER = 2  # counts the rules by which documents have been ordered
+ORDER, ORDER_WITH_STREAMS = 2, 3  # count the rules by which documents have been ordered
 
 
 class NoDocument(UsageError):
@@ -49,24 +49,33 @@ class Mixture:
 
     Args:
         shard: (s, S): of every source the documents s, s + S, s + 2S, ..., all epochs laid end to end.
-        beside: the mixture of another shard; its files need not be opened and checked again.
+        beside: another mixture of these sources; its files need not be opened and checked again.
+        weights: those that the first sources had when they were all; default: as the configuration says.
     Raises:
         UsageError: as `read_source`.
     """
 
     def __init__(
-        self, config: DataConfig, seed: int, held_out: bool, shard: tuple[int, int], beside: Mixture | None = None
+        self,
+        config: DataConfig,
+        seed: int,
+        held_out: bool,
+        shard: tuple[int, int],
+        beside: Mixture | None = None,
+        weights: Sequence[float] | None = None,
     ) -> None:
         self._share, self._held_out, self._shard = config.held_out, held_out, shard
         self.seed = [seed] if shard == (0, 1) else [seed, *shard]
         self._parts: list[_Part] = []
-        for k, source in enumerate(config.sources):
+        self.weights = [source.weight for source in config.sources] if weights is None else list(weights)
+        for k, (source, weight) in enumerate(zip(config.sources, self.weights, strict=False)):
             opened = None if beside is None else beside._parts[k].opened
             if not isinstance(opened, Records):
-                opened = read_source(source, held_out, part_bytes(config.row_length), shard)
+                opened = read_source(source, held_out, part_bytes(config.row_length), shard, seed=[seed, k])
             cursor = Cursor(opened, [seed, k], shard) if isinstance(opened, Records) else opened
-            self._parts.append(_Part(source.path, source.weight, opened, cursor))
+            self._parts.append(_Part(source.path, weight, opened, cursor))
         self.digests = [part.opened.digest for part in self._parts]
+        self._begin = [part.cursor.state() for part in self._parts]
 
     def check(self, tokenizer: Any) -> None:
         """UsageError if a token store was made with another tokenizer."""
@@ -110,10 +119,15 @@ class Mixture:
         point = np.random.default_rng([*self.seed, sum(part.drawn for part in self._parts)]).random() * borders[-1]
         return self._parts[int(np.searchsorted(borders[:-1], point, side="right"))]
 
+    def _order(self, sources: int) -> int:
+        """The rules by which the first sources are ordered."""
+        streamed = any(isinstance(part.opened, HubStream) for part in self._parts[:sources])
+        return ORDER_WITH_STREAMS if streamed else ORDER
+
     def state(self) -> dict[str, Any]:
         """Where the next document is: JSON-serialisable."""
         return {
-            "order": ORDER,
+            "order": self._order(len(self._parts)),
             "drawn": [part.drawn for part in self._parts],
             "bytes": [part.bytes for part in self._parts],
             "counts": [part.opened.count for part in self._parts],
@@ -121,30 +135,32 @@ class Mixture:
         }
 
     def load_state(self, state: Mapping[str, Any], digests: list[str]) -> None:
-        """Go to a place that `state` gave, of files with these digests. UsageError if it is one of other sources."""
-        if state.get("order") != ORDER:
+        """Go to a place that `state` gave, of files with these digests. UsageError if it is one of other sources.
+
+        It may be one of the first sources alone: the others have been added since, and are read from their beginning.
+        """
+        if state.get("order") != self._order(len(state["sources"])):
             raise UsageError(
                 "the saved data position is of another version of nextblock, which read documents in another order; "
                 "resume with that version, or start in a new --output"
             )
-        if len(state["sources"]) != len(self._parts):
+        if len(state["sources"]) > len(self._parts):
             raise UsageError(
                 f"the saved data position has {len(state['sources'])} sources, data.sources has "
                 f"{len(self._parts)}; resume with the configuration of the run"
             )
-        for part, count, digest in zip(self._parts, state["counts"], digests, strict=True):
+        for part, count, digest in zip(self._parts, state["counts"], digests, strict=False):
             if count != part.opened.count:
                 raise UsageError(
                     f"data source {part.path} had {count} documents and has {part.opened.count}, so its order would "
-                    "be another; put it back, or start in a new --output"
+                    "be another; put it back, and add what is new as a source of its own, or start in a new --output"
                 )
             if digest != part.opened.digest:
                 raise UsageError(
                     f"data source {part.path} holds other text than when the run was stopped; put it back, or start "
                     "in a new --output"
                 )
-        for part, place, drawn, size in zip(
-            self._parts, state["sources"], state["drawn"], state["bytes"], strict=True
-        ):
+        known = zip(state["sources"], state["drawn"], state["bytes"], strict=True)
+        for part, begin in zip(self._parts, self._begin, strict=True):
+            place, part.drawn, part.bytes = next(known, (begin, 0, 0))
             part.cursor.load_state(place)
-            part.drawn, part.bytes = drawn, size

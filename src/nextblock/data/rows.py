@@ -6,7 +6,7 @@ Letters: B rows in a batch, L tokens in a row, n tokens in a document.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -54,6 +54,12 @@ class Rows:
     def take(self, rows: Tensor) -> Rows:
         """The rows of these indices, copied."""
         return Rows(*(getattr(self, field.name)[rows] for field in fields(self)))
+
+    def without(self, numbers: Sequence[int]) -> Rows:
+        """The same, where rows of these numbers hold nothing but padding: nothing of them is scored."""
+        gone = torch.isin(self.number, torch.tensor(numbers, dtype=torch.int64))[:, None]
+        blank = {"tokens": 0, "document": -1, "position": 0, "offset": -1}
+        return replace(self, **{name: getattr(self, name).masked_fill(gone, value) for name, value in blank.items()})
 
     @staticmethod
     def cat(parts: Sequence[Rows]) -> Rows:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +25,7 @@ def read_source(
     part_bytes: int = 2**20,
     shard: tuple[int, int] = (0, 1),
     check: bool = True,
+    seed: Sequence[int] | None = None,
 ) -> Records | HubStream:
     """Open a source and check it: local data up to CHECKED_BYTES and CHECKED_DOCUMENTS is read through.
 
@@ -33,13 +35,14 @@ def read_source(
         part_bytes: longer text files are read in parts of about this size.
         shard: (s, S): the part of a streamed data set to read; other sources are shared out by `Cursor`.
         check: False: read nothing through, since all is read soon.
+        seed: of the order in which a streamed data set is read; None: its own. `Cursor` shuffles other sources.
     Raises:
         UsageError: missing path, nothing there, a file that is not UTF-8 (byte named), a broken line or
             a missing field (file and line named), an unknown task, an unreadable data set.
     """
     place = place_of(source)
     if place == "hub":
-        return HubStream(source, shard)
+        return HubStream(source, shard, seed)
     if place == "task":
         task, split = get_task(source.path.removeprefix("task:")), "test" if held_out else source.split
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -119,8 +120,10 @@ class RowStream:
             shard: (s, S): shard s of S.
             beside: another shard of the same data; its files need not be opened and checked again.
         """
-        self._mixture = Mixture(config, seed, held_out, shard, None if beside is None else beside._mixture)
+        self._open = partial(Mixture, config, seed, held_out, shard)
+        self._mixture = self._open(None if beside is None else beside._mixture)
         self._mixture.check(tokenizer)
+        self._tokenizer, self._weights = tokenizer, self._mixture.weights  # of the sources, in the chunk in work
         self._documents = Documents(self._mixture, tokenizer, config.row_length)
         self._length = config.row_length
         self._pad: Any = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -145,7 +148,7 @@ class RowStream:
             parts.append(part)
             if self._taken == len(self._chunk):
                 self._first, self._taken, self._chunk = self._first + self._taken, 0, None
-                self._start = self._documents.peek().place
+                self._start, self._weights = self._documents.peek().place, self._mixture.weights
         return Rows.cat(parts)
 
     def state(self) -> dict[str, Any]:
@@ -154,14 +157,31 @@ class RowStream:
         `lost` counts what NOTHING names, up to the end of the chunk.
         """
         place = {"start": self._start, "first": self._first, "taken": self._taken, "lost": self._lost}
-        return {**place, "digests": self._mixture.digests}
+        return {**place, "digests": self._mixture.digests, "weights": self._weights}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state` was taken. UsageError if it belongs to other sources."""
-        # Positions saved by older versions have no digests.
-        self._documents.load_state(state["start"], state.get("digests", self._mixture.digests))
+        """Go on where `state` was taken. UsageError if it belongs to other sources.
+
+        Sources that were added or weighted anew since then count from the next chunk on: the one in work is made again
+        of the documents that it was made of.
+        """
         self._start, self._lost, self._chunk = state["start"], state["lost"], None
         self._first, self._taken = state["first"], state["taken"]
+        # Positions saved by older versions have neither digests nor weights.
+        digests = state.get("digests", self._mixture.digests)
+        before = state.get("weights", self._mixture.weights)
+        self._weights = before if self._taken else self._mixture.weights
+        if self._weights == self._mixture.weights:
+            self._documents.load_state(self._start, digests)
+            return
+        own, self._documents = (
+            self._documents,
+            Documents(self._open(self._mixture, before), self._tokenizer, self._length),
+        )
+        self._documents.load_state(self._start, digests)
+        self._chunk = self._make_chunk()
+        own.load_state(self._documents.peek().place, digests)
+        self._documents = own
 
     def _make_chunk(self) -> Rows:
         """Pack the next documents: into about CHUNK_ROWS rows, or twice as many for as long as that fills them better.

@@ -61,6 +61,8 @@ def train(
         for number in range(first, len(stages)):
             run = begin_stage(config, stages, number, run, checkpoint if number == first else None, writer)
             write = write or until_the_end.enter_context(open_log(config, run))
+            if run.changes:
+                write({"kind": "resume", "step": run.first_step + run.step, "changes": run.changes})
             with closing(run.feed):
                 began, stop = time.perf_counter() - run.seconds, on_any_rank(bool(signals))
                 while run.step < run.config.training.steps and not stop:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from nextblock.config.files import read_yaml
 from nextblock.config.run import AdaptConfig
 from nextblock.config.sections import DataConfig
 from nextblock.data.feed import merged
+from nextblock.training.changes import check_differences
 from nextblock.training.checkpoint import (
     STATE,
     load_checkpoint,
@@ -20,27 +20,6 @@ from nextblock.training.checkpoint import (
 )
 from nextblock.training.ranks import errors_on_all_ranks, gather, is_main
 from nextblock.training.run import RESOLVED_CONFIG, Run
-
-MAY_CHANGE_ON_RESUME = (
-    "training.micro_batch_rows",
-    "training.checkpoint_every",
-    "training.keep_last",
-    "training.keep_every",
-    "training.checkpoint",  # of older versions
-    "training.fsdp",
-    "training.evaluate_rows",
-    "training.evaluate_every",
-    "training.profile_every",
-    "training.trackers",
-    "training.compile",
-    "training.gradient_checkpointing",
-    "model.export_dtype",
-    "model.attention",
-    "machine.gpu",
-    "machine.gpus",
-    "machine.shard_over",
-    "machine.hold_gradients",
-)
 
 
 def checkpoint_to_resume(stages: list[AdaptConfig]) -> tuple[int, Path | None]:
@@ -88,6 +67,7 @@ def save(run: Run) -> None:
         "stream": merged(gather(run.feed.state())),
         "config": run.config.model_dump(mode="json"),
         "seconds": run.seconds,
+        "processes": run.accelerator.num_processes,
     }
     options = run.config.training
     run.checkpoint = run.writer.save(
@@ -102,31 +82,22 @@ def save(run: Run) -> None:
 
 
 def restore(run: Run, folder: Path) -> None:
-    """Go on from a checkpoint.
+    """Go on from a checkpoint. What has changed since is left in `run.changes`.
 
     Raises:
         UsageError: it was made under a configuration that would break the run.
     """
     saved = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    for change in check_differences(saved["config"], run.config, f"cannot resume from {folder}"):
+    row, failure = saved["stream"]["row"], f"cannot resume from {folder}"
+    run.changes = check_differences(saved["config"], run.config, failure, step=saved["step"], row=row)
+    ranks = run.accelerator.num_processes
+    if (before := saved.get("processes", ranks)) != ranks:
+        run.changes.append(f"processes was {before}, is {ranks}")
+    for change in run.changes:
         run.accelerator.print(f"resuming: {change}")
     state = load_checkpoint(folder, run.trained, run.optimizer)
     run.feed.load_state(state["stream"])
     run.step, run.seconds, run.checkpoint = state["step"], state.get("seconds", 0.0), folder
-
-
-def check_differences(saved: Mapping[str, Any], config: AdaptConfig, failure: str) -> list[str]:
-    """In words, what differs from the configuration that a run was started with and may differ.
-
-    Raises:
-        UsageError: what may not.
-    """
-    before, now = dotted_keys(saved), dotted_keys(config.model_dump(mode="json"))
-    differing = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k) and k != "output"]
-    named = {k: f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in differing}
-    if breaking := [named[k] for k in differing if k not in MAY_CHANGE_ON_RESUME]:
-        raise UsageError(f"{failure}: {'; '.join(breaking)}; set them back, or start in a new --output")
-    return list(named.values())
 
 
 def check_finished_stage(stage: AdaptConfig) -> None:
@@ -134,7 +105,7 @@ def check_finished_stage(stage: AdaptConfig) -> None:
     resolved = Path(stage.output) / RESOLVED_CONFIG
     saved = read_yaml(resolved.read_text(encoding="utf-8")) if resolved.is_file() else None
     if saved:
-        check_differences(saved, stage, f"cannot resume: {stage.output} is finished")
+        check_differences(saved, stage, f"cannot resume: {stage.output} is finished", step=0, row=0, done=True)
 
 
 def dotted_keys(values: Any, prefix: str = "") -> dict[str, Any]:

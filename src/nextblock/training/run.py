@@ -85,6 +85,7 @@ class Run:
     stage_number: int | None = None
     checkpoint: Path | None = None  # the last one that was begun, or gone on from
     seconds: float = 0.0  # of training until now, with checkpoints, evaluations and what was done before a resume
+    changes: list[str] = field(default_factory=list)  # of the configuration, since the checkpoint gone on from
     finished: bool = False
     writer: CheckpointWriter = field(default_factory=CheckpointWriter)
 

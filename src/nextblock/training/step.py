@@ -40,7 +40,7 @@ def train_step(run: Run, step: int) -> StepMetrics:
 
     sums, flops = accumulate(run, step, now, rows, global_tokens)
     loss = float(sums.total(now.ar_weight, recipe.views, recipe.soft_weight, recipe.accept_weight)) / global_tokens
-    norm = update(run, step, now.learning_rate, loss, rows)
+    norm = update(run, step, now, loss, rows)
     return metrics(run, step, now, sums, loss, norm, global_tokens, time.perf_counter() - began, flops)
 
 
@@ -93,25 +93,46 @@ def adding_up(run: Run, last: bool) -> AbstractContextManager[None]:
     return nullcontext()
 
 
-def update(run: Run, step: int, learning_rate: float, loss: float, rows: Rows) -> float:
+def update(run: Run, step: int, now: Scheduled, loss: float, rows: Rows) -> float:
     """The optimizer's step on clipped gradients; their norm before that.
 
     Raises:
         TrainingStopped: loss or gradient is not finite; nothing was updated.
     """
     for group in run.optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = now.learning_rate
     clipped: Any = run.accelerator.clip_grad_norm_(run.trained.parameters(), run.config.optimizer.grad_clip)
     norm = float(clipped.full_tensor() if isinstance(clipped, DTensor) else clipped)
     if not (math.isfinite(loss) and math.isfinite(norm)):
-        numbers = sorted(number for numbers in gather(rows.number.tolist()) for number in numbers)
+        found = rows_at_fault(run, step, now, rows)
+        skip = sorted({*run.config.training.skip_rows, *found})
         raise TrainingStopped(
-            f"step {run.first_step + step}: loss {loss} and gradient norm {norm} are not finite (rows {numbers}); "
-            "nothing was saved: lower optimizer.lr, or look at these rows"
+            f"step {run.first_step + step}: loss {loss} and gradient norm {norm} are not finite (rows {found}); "
+            "nothing was updated or saved: lower optimizer.lr, or leave these rows out, with "
+            f"training.skip_rows={skip}, and go on with --resume auto"
         )
     run.optimizer.step()
     run.optimizer.zero_grad()
     return norm
+
+
+def rows_at_fault(run: Run, step: int, now: Scheduled, rows: Rows) -> list[int]:
+    """The numbers of the rows of all ranks whose own loss is not finite; of all rows where each loss is finite.
+
+    Args:
+        rows: this rank's. All ranks have as many, and run the model as often.
+    """
+    recipe, finite = run.config.recipe, []
+    rule = block_diffusion_rule(recipe.context, now.target_share)
+    for k in range(len(rows)):
+        view = run.noised(rows.slice(k, k + 1), now.block_size, run.first_step + step).to(run.accelerator.device)
+        with torch.no_grad():
+            sums = run.loss(view, rule, now.ar_weight > 0, soft=recipe.taught)
+        total = sums.total(now.ar_weight, recipe.views, recipe.soft_weight, recipe.accept_weight)
+        finite.append(math.isfinite(float(total)))
+    parts = gather(list(zip(rows.number.tolist(), finite, strict=True)))
+    every = sorted(row for part in parts for row in part)
+    return [number for number, is_finite in every if not is_finite] or [number for number, _ in every]
 
 
 def metrics(
@@ -162,7 +183,7 @@ def next_rows(run: Run) -> tuple[Rows, int]:
     """
     try:
         with errors_on_all_ranks():
-            rows = run.feed.peek()
+            rows = run.feed.peek().without(run.config.training.skip_rows)
             check_tokens(rows, run.decoder.vocabulary, run.mask_token_id)
     except UsageError as error:
         if run.step == 0:
@@ -172,4 +193,4 @@ def next_rows(run: Run) -> tuple[Rows, int]:
         run.writer.finish()
         raise UsageError(f"{error}; {run.checkpoint} holds the steps until here") from None
     run.feed.next()
-    return rows, sum(gather(int((rows.offset >= 0).sum())))
+    return rows, max(1, sum(gather(int((rows.offset >= 0).sum()))))  # 0 where all rows are skipped

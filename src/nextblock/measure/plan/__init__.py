@@ -39,12 +39,14 @@ class Machine(TypedDict, total=False):
     parallel: with more than one device: "ddp" copies everything, "fsdp2" shards weights, gradients and optimizer;
         as `training.fsdp` says.
     mfu: share of the device's peak that useful FLOPs reach; 0.4.
+    bandwidth: of the storage that checkpoints go to, in GB/s, over all machines; 1.
     """
 
     device: str | None
     devices: int | None
     parallel: str | None
     mfu: float
+    bandwidth: float
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,9 @@ class Plan:
     peak_bytes: of a step or of the final evaluation, whichever takes more.
     largest_row: longest row that fits, up to the model's positions; None where memory is not known.
     run_flops: useful FLOPs of the whole run. seconds, device_hours: of the whole run.
+    checkpoint_bytes, checkpoint_seconds: trained weights and optimizer states, and their time to the storage.
+    store_bytes: token ids of all steps, in a token store that is read once; spans and documents take more.
+    feed_tokens_per_second: what each process must be given, where the device's speed is known.
     """
 
     model: str
@@ -84,6 +89,10 @@ class Plan:
     step_seconds: float | None
     seconds: float | None
     device_hours: float | None
+    checkpoint_bytes: int
+    checkpoint_seconds: float
+    store_bytes: int
+    feed_tokens_per_second: float | None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -171,7 +180,7 @@ def plan(config: AdaptConfig, **machine: Unpack[Machine]) -> Plan:
     """
     if config.stages:
         raise ValueError("this run has stages, which plan_stages plans")
-    device, devices, parallel, mfu = check_machine(config, machine)
+    device, devices, parallel, mfu, bandwidth = check_machine(config, machine)
     shape = model_shape(config.model)
     check_run(config, shape, device, devices)
     sharding = devices if parallel == "fsdp2" else 1
@@ -184,6 +193,9 @@ def plan(config: AdaptConfig, **machine: Unpack[Machine]) -> Plan:
     flops, all_flops = step_flops(config, shape, counts, size), run_flops(config, shape, counts)
     tflops, batch_tokens = DEVICES[device].tflops, config.training.batch_rows * config.data.row_length
     speed = None if tflops is None else tflops * 1e12 * mfu * devices
+    # Trained weights are float32 (`run._weights`), and each has two states.
+    checkpoint = counts.trained * (4 + 2 * (1 if config.optimizer.name == "adamw_8bit" else 4))
+    ids = 2 if getattr(shape, "vocab_size", 2**32) <= 2**16 else 4
     return Plan(
         model=config.model.path if config.model.scratch is None else "random weights",
         trained=kind_of_training(config),
@@ -211,6 +223,10 @@ def plan(config: AdaptConfig, **machine: Unpack[Machine]) -> Plan:
         step_seconds=speed and flops.useful / speed,
         seconds=speed and all_flops / speed,
         device_hours=speed and all_flops / speed * devices / 3600,
+        checkpoint_bytes=checkpoint,
+        checkpoint_seconds=checkpoint / (bandwidth * 1e9),
+        store_bytes=ids * batch_tokens * config.training.steps,
+        feed_tokens_per_second=speed and batch_tokens / (flops.useful / speed) / devices,
     )
 
 
@@ -261,8 +277,8 @@ def check_run(config: AdaptConfig, shape: PreTrainedConfig, device: str, devices
     check_quantization(config.model.quantization, kind)
 
 
-def check_machine(config: AdaptConfig, machine: Machine) -> tuple[str, int, str, float]:
-    """Device, their number, the way of sharing and MFU, as given or as the configuration has them; all checked."""
+def check_machine(config: AdaptConfig, machine: Machine) -> tuple[str, int, str, float, float]:
+    """Device, number, way of sharing, MFU and bandwidth, as given or as the configuration has them; all checked."""
     device, devices = machine.get("device") or config.machine.gpu, machine.get("devices")
     devices = config.machine.gpus if devices is None else devices
     parallel = machine.get("parallel") or ("fsdp2" if config.training.fsdp else "ddp")
@@ -274,7 +290,9 @@ def check_machine(config: AdaptConfig, machine: Machine) -> tuple[str, int, str,
         raise UsageError(f"gpus={devices} must be at least 1")
     if not 0 < mfu <= 1:
         raise UsageError(f"mfu={mfu} is a share of the peak; use more than 0 and at most 1")
-    return device, devices, parallel, mfu
+    if not 0 < (bandwidth := machine.get("bandwidth", 1.0)) < float("inf"):
+        raise UsageError(f"bandwidth={bandwidth} is GB/s; use a number above 0")
+    return device, devices, parallel, mfu, bandwidth
 
 
 def largest_row(

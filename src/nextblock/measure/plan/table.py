@@ -57,12 +57,15 @@ def plan_table(found: Plan | StagedPlan) -> Table:
             row(f"FLOPs a step, {label}", lambda one, part=part: f"{getattr(one.flops, part):.3g}")
     row("useful FLOPs a step", lambda one: f"{one.flops.useful:.3g}", "clean half, noised half and head")
     row("useful FLOPs", lambda one: f"{one.run_flops:.3g}", "all steps", f"{found.run_flops:.3g}", style="bold")
+    row("a checkpoint", lambda one: memory(one.checkpoint_bytes), f"{first.checkpoint_seconds:.1f} s to the storage")
+    row("tokens of all steps, stored", lambda one: memory(one.store_bytes), "nextblock prepare")
     if found.seconds is None or found.device_hours is None:
         return table
     table.add_section()
     where = f"{first.devices} x {first.device}" + (f", {first.parallel}" if first.parallel else "")
     table.caption = f"{first.model} on {where} at {first.mfu:.0%} MFU, assumed"
     row("tokens per second", lambda one: number(one.tokens_per_second, 0))
+    row("of which each process is fed", lambda one: number(one.feed_tokens_per_second, 0))
     row("seconds a step", lambda one: number(one.step_seconds))
     row("days", lambda one: number((one.seconds or 0) / 86400), "with block growth", number(found.seconds / 86400))
     row("GPU-hours", lambda one: number(one.device_hours, 1), total=number(found.device_hours, 1), style="bold")

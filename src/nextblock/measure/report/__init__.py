@@ -72,9 +72,9 @@ def write_report(results: Mapping[str, Any], folder: Path | str) -> Path:
     """
     folder = Path(folder)
     path = folder / results["log"] if results.get("log") else None
-    log, profiles = (read_log(path, kind) if path else [] for kind in (None, "profile"))
+    records = [read_log(path, kind) if path else [] for kind in (None, "profile", "resume")]
     results = finite(results)
-    page = render(results, log, profiles)
+    page = render(results, *records)
     folder.mkdir(parents=True, exist_ok=True)
     stored = json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     for name, text in ((RESULTS, stored), (REPORT, page)):
@@ -87,7 +87,8 @@ def read_log(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
 
     Args:
         path: the file.
-        kind: "profile" (`training.log.LossProfile`) or "evaluation" (`evaluate_midway`); None: the steps.
+        kind: "profile" (`training.log.LossProfile`), "evaluation" (`evaluate_midway`) or "resume" (what was changed
+            then); None: the steps.
     Raises:
         UsageError: a line is not JSON; the last one may be unfinished, as a killed run leaves it.
     """

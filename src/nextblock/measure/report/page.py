@@ -26,12 +26,18 @@ FIGURES = {  # what each figure shows, for those who cannot see it
 }
 
 
-def render(results: Mapping[str, Any], log: Sequence[Entry] = (), profiles: Sequence[Entry] = ()) -> str:
-    """The whole report as one HTML page; `log` and `profiles` are the records of a run's log."""
+def render(
+    results: Mapping[str, Any],
+    log: Sequence[Entry] = (),
+    profiles: Sequence[Entry] = (),
+    resumes: Sequence[Entry] = (),
+) -> str:
+    """The whole report as one HTML page; `log`, `profiles` and `resumes` are the records of a run's log."""
     decoding, training = results.get("decoding") or [], results.get("training") or {}
     facts = {"created": results["created"]} if results.get("created") else {}
     for part in ("settings", "environment"):
         facts |= {spaced(key): value for key, value in (results.get(part) or {}).items()}
+    facts |= {f"from step {e['step']} on": "; ".join(e["changes"]) for e in resumes}
     page = Environment(
         loader=PackageLoader("nextblock.measure.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
