@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 import nextblock as nb
 from families import EOS_ID, tiny_model
@@ -280,3 +281,8 @@ def test_a_head_alone_is_trained_beside_a_model_that_stays_as_it_is(tmp_path):
     for mode in ("ar", "diffusion", "speculative"):
         both = [model.generate(prompt, mode=mode, max_new_tokens=48) for model in (lm, plain)]
         assert both[0].answers == both[1].answers, mode
+    own: Any = AutoModelForCausalLM.from_pretrained(result.output)  # transformers' own way in
+    ids = torch.tensor([lm.tokenizer(prompt).input_ids])
+    out = own.generate(ids, custom_generate=nb.block_diffusion, mode="speculative", max_new_tokens=48, do_sample=False)
+    assert torch.equal(own.correction.following, lm.decoder.correction.following)
+    assert out[0, ids.shape[1] :].tolist() == both[0].answers[0]

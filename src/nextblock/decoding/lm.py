@@ -30,8 +30,7 @@ from nextblock.decoding.head import Processor
 from nextblock.decoding.pace import costs_of
 from nextblock.decoding.request import CallOptions, Prompts, Request, make_request
 from nextblock.decoding.rows import Row
-from nextblock.model.adapter_files import fingerprint, load_adapter
-from nextblock.model.correction import load_correction
+from nextblock.model.adapter_files import load_adapter, take_correction
 from nextblock.model.decoder import Decoder
 from nextblock.model.draft_adapter import DraftAdapter
 from nextblock.model.loading import (
@@ -281,23 +280,25 @@ def load(
     refusal = why_no_blocks(model)
     tokenizer, adapter = load_tokenizer(path, revision, trust_remote_code), None
     if settings is not None:
-        name = "block_diffusion.mask_token_id of the checkpoint" if given is None else "settings.mask_token_id"
-        check_mask_token(settings.mask_token_id, Decoder(model).vocabulary, name)
-        read_as = getattr(tokenizer, "mask_token_id", None)
-        if given is not None:
-            model.config.block_diffusion = settings.model_dump()  # where `model.generate` and `save_pretrained` look
-        elif read_as not in (None, settings.mask_token_id):
-            warnings.warn(
-                f"{path}: the tokenizer reads its mask token as id {read_as}, the model was trained with "
-                f"{settings.mask_token_id}; text that holds either may be read wrongly",
-                stacklevel=2,
-            )
+        _check_mask(path, model, tokenizer, settings, given=given is not None)
     folder = weights_folder(path, revision)
     if adapter_folder is not None:
         adapter, settings = load_adapter(adapter_folder, model, folder)
     elif settings is not None:
-        decoder = Decoder(model)
-        head = load_correction(folder, decoder.device, decoder.vocabulary, settings, fingerprint(folder))
-        if head is not None:
-            model.correction = head
+        take_correction(model, folder, settings)
     return BlockDiffusionLM(model, tokenizer, settings, adapter, compile, refusal)
+
+
+def _check_mask(path: str, model: Any, tokenizer: Any, settings: BlockDiffusionSettings, given: bool) -> None:
+    """Refuse a mask token that the model has not, and warn where the tokenizer has another."""
+    name = "settings.mask_token_id" if given else "block_diffusion.mask_token_id of the checkpoint"
+    check_mask_token(settings.mask_token_id, Decoder(model).vocabulary, name)
+    read_as = getattr(tokenizer, "mask_token_id", None)
+    if given:
+        model.config.block_diffusion = settings.model_dump()  # where `model.generate` and `save_pretrained` look
+    elif read_as not in (None, settings.mask_token_id):
+        warnings.warn(
+            f"{path}: the tokenizer reads its mask token as id {read_as}, the model was trained with "
+            f"{settings.mask_token_id}; text that holds either may be read wrongly",
+            stacklevel=3,
+        )

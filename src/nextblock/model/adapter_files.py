@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 
 from nextblock.config.errors import UsageError, one_line
 from nextblock.config.sections import BlockDiffusionSettings, DraftAdapterConfig, validate
-from nextblock.model.correction import load_correction, save_correction
+from nextblock.model.correction import has_correction, load_correction, save_correction
+from nextblock.model.decoder import Decoder
 from nextblock.model.draft_adapter import DraftAdapter
 from nextblock.model.gguf import gguf_fingerprint
 
@@ -170,3 +171,11 @@ def load_adapter(
 def _keys(name: str) -> tuple[str, str]:
     """What peft calls A and B of a layer."""
     return f"{PEFT_PREFIX}{name}.lora_A.weight", f"{PEFT_PREFIX}{name}.lora_B.weight"
+
+
+def take_correction(model: Any, folder: Path, settings: BlockDiffusionSettings) -> None:
+    """Put the correction head of a full model's folder on the model, if there is one; UsageError for a foreign one."""
+    if not has_correction(folder) or hasattr(model, "correction"):
+        return
+    decoder = Decoder(model)
+    model.correction = load_correction(folder, decoder.device, decoder.vocabulary, settings, fingerprint(folder))

@@ -110,6 +110,11 @@ def save_correction(
     (own / DESCRIPTION).write_text(json.dumps(described, indent=2), encoding="utf-8")
 
 
+def has_correction(folder: Path) -> bool:
+    """Whether the folder of an adapter or of a model holds a head."""
+    return (folder / FOLDER).is_dir()
+
+
 def load_correction(
     folder: Path, device: torch.device, vocabulary: int, settings: BlockDiffusionSettings, digest: str
 ) -> Correction | None:

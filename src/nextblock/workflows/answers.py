@@ -11,6 +11,7 @@ import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import chain, starmap
 from pathlib import Path
 from typing import Any
 
@@ -88,16 +89,10 @@ def write_answers(
     if done >= len(records):
         return 0
     given = {"path": model, "draft_adapter": draft_adapter, "settings": settings, "dtype": dtype, "compile": compile}
-    lm = load(**given)
-    options["stop"] = stop
-    _check_prompts(lm, records[done:], {**options, "seed": seed + len(records)})
+    batches = _answered(given, records, done, batch_size, seed, {**options, "stop": stop}, ray)
     try:
         if not begun:
             write_whole(_settings_of(output), (json.dumps(identity, indent=2) + "\n").encode())
-        batches = _answered(lm, records, done, batch_size, seed, options)
-        if ray is not None:
-            del lm
-            batches = _answered_on_cluster(given, records, done, batch_size, seed, options, ray)
         for number in _append(output, size, batches):
             if on_batch:
                 on_batch(number, len(records))
@@ -119,31 +114,30 @@ def _check_prompts(lm: BlockDiffusionLM, records: Sequence[Record], options: dic
 
 
 def _answered(
-    lm: BlockDiffusionLM, records: Sequence[Record], done: int, batch_size: int, seed: int, options: dict[str, Any]
-) -> Iterator[tuple[int, str]]:
-    """Rows done so far and the lines of the last ones; first of all those that were there, and no lines."""
-    yield done, ""
-    for start, batch in _batches(records, done, batch_size):
-        yield start + len(batch), "".join(_answer(lm, start, batch, seed, options)[max(0, done - start) :])
-
-
-def _answered_on_cluster(
     given: dict[str, Any],
     records: Sequence[Record],
     done: int,
     batch_size: int,
     seed: int,
     options: dict[str, Any],
-    copies: int,
+    copies: int | None,
 ) -> Iterator[tuple[int, str]]:
-    """The same, by copies of the model on a cluster."""
-    given = {**given, **{name: absolute(given[name]) for name in ("path", "draft_adapter")}}
-    batches = _batches(records, done, batch_size)
-    answer = partial(_answer, seed=seed, options=options)
-    yield done, ""
-    outputs = answered_on_cluster(load, given, answer, batches, copies)
-    for (start, batch), rows in zip(batches, outputs, strict=True):
-        yield start + len(batch), "".join(rows[max(0, done - start) :])
+    """Rows done so far and the lines of the last ones; first of all those that were there, and no lines.
+
+    The model is loaded and all prompts are checked at once, before the first is asked for.
+    """
+    lm = load(**given)
+    _check_prompts(lm, records[done:], {**options, "seed": seed + len(records)})
+    batches, answer = _batches(records, done, batch_size), partial(_answer, seed=seed, options=options)
+    if copies is None:
+        outputs = starmap(partial(answer, lm), batches)
+    else:
+        del lm  # the copies need its room
+        given = {**given, **{name: absolute(given[name]) for name in ("path", "draft_adapter")}}
+        outputs = answered_on_cluster(load, given, answer, batches, copies)
+    told = zip(batches, outputs, strict=True)
+    lines = ((start + len(batch), "".join(rows[max(0, done - start) :])) for (start, batch), rows in told)
+    return chain([(done, "")], lines)
 
 
 def _batches(records: Sequence[Record], done: int, size: int) -> list[tuple[int, Sequence[Record]]]:

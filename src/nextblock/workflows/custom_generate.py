@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -26,6 +27,7 @@ from nextblock.decoding.lm import BlockDiffusionLM, Stream, why_no_blocks
 from nextblock.decoding.options import DecodingConfig, resolve_config
 from nextblock.decoding.request import make_request
 from nextblock.decoding.rows import Row
+from nextblock.model.adapter_files import take_correction
 from nextblock.model.draft_adapter import attached_adapter
 from nextblock.model.loading import read_settings
 
@@ -100,6 +102,8 @@ def block_diffusion(
     options = {name: model_kwargs.pop(name) for name in _OPTIONS if name in model_kwargs}
     adapter = attached_adapter(model)
     settings = read_settings(model.config) if adapter is None else adapter.settings
+    if adapter is None and settings is not None and model.name_or_path:
+        take_correction(model, Path(model.name_or_path), settings)
     lm = BlockDiffusionLM(model, None, settings, adapter, refusal=why_no_blocks(model))
     _check_generation_config(generation_config)
     foreign = _foreign(list(logits_processor or ()), lm, generation_config)
