@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
@@ -597,7 +598,8 @@ def test_a_checkpoint_takes_the_planned_bytes_and_a_store_the_ids_of_all_steps(p
     train(config)
     folder = list_checkpoints(tmp_path / "run")[-1]
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    assert size == pytest.approx(found.checkpoint_bytes, rel=0.3)  # headers and the state beside
+    tensors = 4 * len(load_file(tmp_path / "run" / "model.safetensors"))  # weights, two moments, steps
+    assert 0 < size - found.checkpoint_bytes < 2500 * tensors  # headers and the state beside
     assert found.checkpoint_seconds == found.checkpoint_bytes / 0.5e9
     assert found.store_bytes == 9 * 4 * 32 * 2
     assert found.feed_tokens_per_second is None

@@ -86,10 +86,7 @@ def draft_lengths(batch: Batch, free: int) -> list[int]:
     lengths = []
     for row in batch.rows:
         length, wanted = max(0, batch.block_size - 1 - free), row.draft_length
-        if wanted == "auto" and batch.config.draft_ahead:  # else `pace.Pacer` decides
-            chance = row.share.chance(prior=0.8)
-            length = min(length, int(1.5 * chance / (1 - chance)) + 2)
-        elif isinstance(wanted, int):
+        if isinstance(wanted, int):  # else the block, of which `pace.Pacer` takes as much as pays
             length = min(length, wanted)
         if row.random is None:  # drafts past the limit cannot matter; sampling keeps to the same draws
             length = min(length, row.limit - len(row.answer) - 1 - free)

@@ -65,12 +65,14 @@ class GatedLinear(nn.Module):
 
     lora_A: Tensor
     lora_B: Tensor
+    owner: DraftAdapter
+    closed: nn.Module
 
     def __init__(self, base: nn.Module, lora_A: nn.Parameter, lora_B: nn.Parameter, owner: DraftAdapter) -> None:
         super().__init__()
         self.base = base
         # The owner holds the parameters; listing them here too would save and count them twice.
-        self.__dict__.update(lora_A=lora_A, lora_B=lora_B, owner=owner)
+        self.__dict__.update(lora_A=lora_A, lora_B=lora_B, owner=owner, closed=base)
         self.merged: Tensor | None = None
 
     @property
@@ -78,9 +80,15 @@ class GatedLinear(nn.Module):
         """The frozen layer's own, which some models read beside calling the layer."""
         return cast(Tensor, self.base.weight)
 
+    def __call__(self, x: Tensor) -> Tensor:
+        """Where the gate is closed the frozen layer at once: of a small model's step every detour is a part."""
+        if _running.gate is False and not self.owner.always:
+            return self.closed(x)
+        return super().__call__(x)
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]; x is [B, T, in], or [B * T, in], where the gate is a tensor."""
-        owner = cast(DraftAdapter, self.owner)
+        owner = self.owner
         gate, opens_at = owner.always or _running.gate, _running.opens_at
         if gate is False:
             return self.base(x)
