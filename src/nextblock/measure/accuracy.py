@@ -50,7 +50,8 @@ def score_task(
 ) -> tuple[TaskScore, list[str]]:
     """Accuracy and tokens per forward of one mode on one task; `bench.scores` adds speeds.
 
-    Greedy unless `options` say else; sampled answers draw from `first` as the seed, whatever the batch size.
+    Greedy unless `options` say else; sampled answers draw from `first` as the seed, whatever the batch size. Whole
+    blocks are drafted unless `options` say else, so that passes depend neither on the batch nor on the machine.
 
     Args:
         examples: held-out prompts, decoded in batches of `batch_size`.
@@ -67,6 +68,9 @@ def score_task(
         raise UsageError("this model folder has no tokenizer; scoring a task reads and writes text")
     cases = [task.example(split, index) for index in range(first, first + examples)]
     options = {"max_new_tokens": task.max_new_tokens, **options}
+    config = with_stored(lm.settings, options)
+    if config.mode == "speculative" and config.draft_length == "auto":
+        options = {"draft_length": None, **options}
     answers: list[str] = []
     forwards = new_tokens = 0.0
     for start in range(0, examples, batch_size):
@@ -82,7 +86,6 @@ def score_task(
         told = list(zip(answers, reference, right, cases, strict=True))
         before = [known if answer == other else task.grade(other, case) for answer, other, known, case in told]
         equal, p_value = sum(answer == other for answer, other, *_ in told) / examples, mcnemar(before, right)
-    config = with_stored(lm.settings, options)
     size = 1 if config.mode == "ar" or lm.settings is None else config.block_size or lm.settings.block_size
     return TaskScore(
         task=task.name,
