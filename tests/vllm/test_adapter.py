@@ -21,7 +21,8 @@ def adapted():
 
 def test_the_answers_are_the_parents_own(llm, adapted):
     wanted = nb.load("tiny-ar").generate(PROMPTS, mode="ar", max_new_tokens=LIMIT).answers
-    checks = adapted.generate(PROMPTS, mode="speculative", max_new_tokens=LIMIT).stats.row_forwards["check"]
+    blocks = adapted.generate(PROMPTS, mode="speculative", draft_length=None, max_new_tokens=LIMIT)
+    checks = blocks.stats.row_forwards["check"]
     for alone in (False, True):
         before = counted(llm, "spec_decode_num_drafts")
         assert answers(llm, PROMPTS, alone) == wanted

@@ -20,7 +20,8 @@ def llm():
 
 def test_greedy_speculation_gives_the_ar_answers_with_as_many_checks_as_nextblock(llm, ours):
     wanted = ours.generate(PROMPTS, mode="ar", max_new_tokens=LIMIT).answers
-    checks = ours.generate(PROMPTS, mode="speculative", max_new_tokens=LIMIT).stats.row_forwards["check"]
+    blocks = ours.generate(PROMPTS, mode="speculative", draft_length=None, max_new_tokens=LIMIT)
+    checks = blocks.stats.row_forwards["check"]
     for alone in (False, True):
         before = counted(llm, "spec_decode_num_drafts")
         assert answers(llm, PROMPTS, alone) == wanted

@@ -157,7 +157,7 @@ def fingerprint(model: nn.Module, *more: Any) -> dict[str, str]:
     device = next(model.parameters()).device
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else _processors()
     return {
-        "model": hashlib.sha256(repr((tensors, more)).encode()).hexdigest()[:16],
+        "model": hashlib.sha256(repr((tensors, more, torch.get_num_threads())).encode()).hexdigest()[:16],
         "machine": f"{machine}, {torch.get_num_threads()} threads, torch {torch.__version__}",
     }
 
