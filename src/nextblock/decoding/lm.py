@@ -281,6 +281,8 @@ def load(
     tokenizer, adapter = load_tokenizer(path, revision, trust_remote_code), None
     if settings is not None:
         _check_mask(path, model, tokenizer, settings, given=given is not None)
+        if given is not None:
+            model.config.block_diffusion = settings.model_dump()  # where `model.generate` and `save_pretrained` look
     folder = weights_folder(path, revision)
     if adapter_folder is not None:
         adapter, settings = load_adapter(adapter_folder, model, folder)
@@ -294,9 +296,7 @@ def _check_mask(path: str, model: Any, tokenizer: Any, settings: BlockDiffusionS
     name = "settings.mask_token_id" if given else "block_diffusion.mask_token_id of the checkpoint"
     check_mask_token(settings.mask_token_id, Decoder(model).vocabulary, name)
     read_as = getattr(tokenizer, "mask_token_id", None)
-    if given:
-        model.config.block_diffusion = settings.model_dump()  # where `model.generate` and `save_pretrained` look
-    elif read_as not in (None, settings.mask_token_id):
+    if not given and read_as not in (None, settings.mask_token_id):
         warnings.warn(
             f"{path}: the tokenizer reads its mask token as id {read_as}, the model was trained with "
             f"{settings.mask_token_id}; text that holds either may be read wrongly",

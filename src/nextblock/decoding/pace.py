@@ -38,6 +38,8 @@ LEAST, MOST, ENOUGH, CONTEXT = 3, 30, 0.6, 64
 
 _known: dict[str, Costs] = {}
 """Of this process, by the whole fingerprint."""
+_untimed: dict[str, Costs] = {}
+"""Nominal ones, where the machine was too busy to measure: said once, and they learn how many drafts are kept."""
 
 
 @dataclass
@@ -50,7 +52,7 @@ class Pacer:
 
     costs: Costs
     block_size: int
-    _known: dict[tuple[bool, int], tuple[list[float], float, float]] = field(default_factory=dict, repr=False)
+    _looked_up: dict[tuple[bool, int], tuple[list[float], float, float]] = field(default_factory=dict, repr=False)
 
     def lengths(self, rows: list[Row], most: list[int]) -> tuple[list[int], bool]:
         """Drafts of the next cycle, for each row `most` behind the free token at most: before they are made.
@@ -74,9 +76,9 @@ class Pacer:
     def _passes(self, costs: Costs, rows: int) -> tuple[list[float], float, float]:
         """`Costs.of_rows` for all lengths, looked up once: a cycle asks twice."""
         key = costs is NOMINAL, rows
-        if key not in self._known:
-            self._known[key] = costs.of_rows(rows, self.block_size)
-        return self._known[key]
+        if key not in self._looked_up:
+            self._looked_up[key] = costs.of_rows(rows, self.block_size)
+        return self._looked_up[key]
 
     def _best(self, costs: Costs, rows: list[Row], most: list[int], pause: Pause) -> tuple[int, bool]:
         longest = max(most)
@@ -147,8 +149,9 @@ def costs_of(
     costs = _known[str(of)] = _known.get(str(of)) or read_costs(of)
     missing = sorted({1, rounded_rows(rows)} - costs.check.keys())
     if missing and _busy(decoder.device):
-        Console(stderr=True).print("the machine is busy, so passes are not timed: drafts go by nominal costs")
-        return NOMINAL
+        if str(of) not in _untimed:
+            Console(stderr=True).print("the machine is busy, so passes are not timed: drafts go by nominal costs")
+        return _untimed.setdefault(str(of), NOMINAL.model_copy(deep=True))
     context = min(CONTEXT, (decoder.max_positions or 2**62) - 2 * (config.block_size or 1) - 1)
     for size in missing:
         prompts = [Row(number, [0] * max(1, context), CONTEXT, answer=[0]) for number in range(size)]

@@ -71,7 +71,8 @@ class GatedLinear(nn.Module):
     def __init__(self, base: nn.Module, lora_A: nn.Parameter, lora_B: nn.Parameter, owner: DraftAdapter) -> None:
         super().__init__()
         self.base = base
-        # The owner holds the parameters; listing them here too would save and count them twice.
+        # The owner holds the parameters; listing them here too would save and count them twice. `closed` is `base`
+        # without the look-up among modules, for the passes of the parent.
         self.__dict__.update(lora_A=lora_A, lora_B=lora_B, owner=owner, closed=base)
         self.merged: Tensor | None = None
 
@@ -87,11 +88,9 @@ class GatedLinear(nn.Module):
         return super().__call__(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in] -> [..., out]; x is [B, T, in], or [B * T, in], where the gate is a tensor."""
+        """Where the gate is open: [..., in] -> [..., out]; x is [B, T, in], or [B * T, in], if it is a tensor."""
         owner = self.owner
         gate, opens_at = owner.always or _running.gate, _running.opens_at
-        if gate is False:
-            return self.base(x)
         if isinstance(gate, Tensor) and gate.numel() * x.shape[-1] != x.numel():
             return self.base(x)  # what it sees are other tokens than the pass's: routed or cached ones
         if self.merged is not None and opens_at is not None and (x.ndim == 3 or opens_at == 0):

@@ -275,9 +275,7 @@ class Server:
             raise UsageError(f"the prompt has {longest} tokens, more than the {most} of this server; send less")
         for row in rows.rows:
             row.limit, row.top = min(row.limit, self.limits.max_tokens), body.top
-            row.free = body.seed is None
-            if row.draft_length is None and not rows.config.draft_ahead and (row.free or row.random is None):
-                row.draft_length = "auto"  # with a seed, what is drawn depends on the drafts: as `generate` makes them
+            row.free = body.seed is None  # with a seed, what is drawn depends on the drafts: as `generate` makes them
         return rows
 
     async def _write(

@@ -75,7 +75,7 @@ def run(
 
 def _costs(lm: BlockDiffusionLM, options: dict[str, Any], limits: Limits) -> Costs | None:
     """What passes cost here, alone and under load, if drafts go by that; before the server listens."""
-    if lm.settings is None or options.get("draft_length") not in (None, "auto"):
+    if lm.settings is None or options.get("draft_length", "auto") != "auto":
         return None
     drafting = {"mode": "speculative", "draft_length": "auto", "block_size": lm.settings.block_size}
     config = validate(DecodingConfig, drafting)
