@@ -8,7 +8,7 @@ from typing import Any
 
 from nextblock.config.errors import UsageError
 from nextblock.decoding.lm import BlockDiffusionLM
-from nextblock.decoding.options import with_stored
+from nextblock.decoding.options import DecodingConfig, with_stored
 from nextblock.measure.statistics import mcnemar, wilson
 from nextblock.tasks import Task
 
@@ -34,6 +34,11 @@ class TaskScore:
     tokens_per_forward: float
     equal_to_ar: float | None
     p_value: float | None
+
+
+def _whole_blocks(config: DecodingConfig) -> dict[str, Any]:
+    """The option by which no pass depends on the machine, where it has a say."""
+    return {"draft_length": None} if config.mode == "speculative" and config.draft_length == "auto" else {}
 
 
 def score_task(
@@ -69,10 +74,8 @@ def score_task(
     cases = [task.example(split, index) for index in range(first, first + examples)]
     options = {"max_new_tokens": task.max_new_tokens, **options}
     config = with_stored(lm.settings, options)
-    if config.mode == "speculative" and config.draft_length == "auto":
-        options = {"draft_length": None, **options}
-    answers: list[str] = []
-    forwards = new_tokens = 0.0
+    options = {**_whole_blocks(config), **options}
+    answers, forwards, new_tokens = list[str](), 0, 0
     for start in range(0, examples, batch_size):
         prompts = [case.prompt for case in cases[start : start + batch_size]]
         out = lm.generate(prompts, stop=task.stop, **{"seed": first + start, **options})
