@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig
 
 from nextblock.config.run import AdaptConfig
@@ -47,10 +48,17 @@ def scored_tokens(config: AdaptConfig, block_size: int, row_length: int) -> int:
 
 @dataclass(frozen=True)
 class Counts:
-    """Numbers of parameters, and the multiply-adds of the model."""
+    """Numbers of parameters, and the multiply-adds of the model.
+
+    layer, largest: of one layer, and of the largest tensor. kept: of what FSDP2 keeps gathered from the forward to the
+    backward pass: head and last norm.
+    """
 
     parent: int
     trained: int
+    layer: int
+    largest: int
+    kept: int
     products: Products
 
 
@@ -62,7 +70,18 @@ def count_parameters(config: AdaptConfig, shape: PreTrainedConfig) -> Counts:
         adapter = low_rank_updates(config, model)
         head = 2 * config.correction.rank * model.get_input_embeddings().num_embeddings if config.correction else 0
         trained = head or parent if adapter is None else sum(p.numel() for p in adapter.parameters())
-        return Counts(parent, trained, Products.of(model, () if adapter is None else updates(adapter)))
+        layers = max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len)
+        inside = sum(p.numel() for p in layers.parameters())
+        embedding = model.get_input_embeddings().weight
+        kept = parent - inside - (0 if embedding is model.get_output_embeddings().weight else embedding.numel())
+        return Counts(
+            parent=parent,
+            trained=trained,
+            layer=inside // len(layers),
+            largest=max(p.numel() for p in model.parameters()),
+            kept=kept,
+            products=Products.of(model, () if adapter is None else updates(adapter)),
+        )
 
 
 def step_flops(config: AdaptConfig, shape: PreTrainedConfig, counts: Counts, block_size: int) -> Flops:
