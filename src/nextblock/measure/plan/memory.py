@@ -20,12 +20,13 @@ from transformers import PreTrainedConfig
 
 from nextblock.config.run import AdaptConfig
 from nextblock.measure.likelihood import evaluation_rows
-from nextblock.measure.plan.work import micro_rows, noised_tokens, scored_tokens
+from nextblock.measure.plan.work import noised_tokens, scored_tokens
 from nextblock.model.decoder import Decoder
 from nextblock.model.fakes import fake_decoder, fake_mask
 from nextblock.recipe.cross_entropy import chunk_rows, cross_entropy
 from nextblock.recipe.objective import CleanCache
 from nextblock.training.flops import kind_of_training
+from nextblock.training.footprint import micro_rows
 
 
 class Live(TorchDispatchMode):
