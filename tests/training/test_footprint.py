@@ -60,7 +60,7 @@ def counting_rank(rank: int, values: dict[str, Any], told: str) -> None:
     Path(told).joinpath(f"rank-{rank}.json").write_text(json.dumps({"loading": most, **received}))
 
 
-WIDE = {"vocab_size": 4000, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 4}
+WIDE = {"vocab_size": 2000, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 4}
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "shards": (2, {}),
     "copies, gradients held": (4, {"machine__shard_over": 2, "machine__hold_gradients": True}),

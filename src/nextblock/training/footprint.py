@@ -20,14 +20,13 @@ from nextblock.training.shards import whole_because
 class Counts:
     """Numbers of parameters, and the multiply-adds of the model.
 
-    layer, outside: of one layer, and outside of all. largest: of the largest tensor. kept: of what FSDP2 gathers once
-    for the forward and the backward pass: head and last norm.
+    layer, largest: of one layer, and of the largest tensor. kept: of what FSDP2 gathers once for the forward and the
+    backward pass: head and last norm.
     """
 
     parent: int
     trained: int
     layer: int
-    outside: int
     largest: int
     kept: int
     products: Products
@@ -48,7 +47,6 @@ def count_parameters(config: AdaptConfig, shape: PreTrainedConfig) -> Counts:
             parent=parent,
             trained=trained,
             layer=inside // len(layers),
-            outside=parent - inside,
             largest=max(p.numel() for p in model.parameters()),
             kept=parent - inside - (0 if tied else embedding.numel()),
             products=Products.of(model, () if adapter is None else updates(adapter)),
@@ -90,9 +88,10 @@ def host_memory(
     if sharding > 1:
         export = min(FILE_BYTES, stored) + counts.largest * size
         if whole_because(config.model, config.correction) is None:
-            # Where the host is the device, trying the model out gathers the weights outside the layers and two layers.
-            gathered = (counts.outside + 2 * counts.layer) * size
-            loading = whole // sharding + gathered if on_cpu else counts.largest * size
+            # Where the host is the device, trying the model out gathers its weights: a unit of them, head or embedding,
+            # stands twice for a moment; a layer does beside another, and beside the head if that is tied.
+            gathered = max(2 * counts.largest, 2 * counts.kept, counts.kept + 3 * counts.layer)
+            loading = whole // sharding + gathered * size if on_cpu else counts.largest * size
     return {
         "loading": loading,
         "training": part + (sum(step.values()) if on_cpu else 0),
