@@ -88,8 +88,8 @@ def host_memory(
     if sharding > 1:
         export = min(FILE_BYTES, stored) + counts.largest * size
         if whole_because(config.model, config.correction) is None:
-            # Where the host is the device, trying the model out gathers its weights: a unit of them, head or embedding,
-            # stands twice for a moment; a layer does beside another, and beside the head if that is tied.
+            # Where the host is the device, trying the model out gathers its weights: embedding or head stand twice for
+            # a moment, or a layer does beside another, and beside a head that is tied.
             gathered = max(2 * counts.largest, 2 * counts.kept, counts.kept + 3 * counts.layer)
             loading = whole // sharding + gathered * size if on_cpu else counts.largest * size
     return {
