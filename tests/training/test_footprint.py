@@ -17,29 +17,28 @@ from nextblock.training.footprint import communication, count_parameters
 from runs import config_of, finish, launch
 
 
+NAMES = ("all_gather_into_tensor", "reduce_scatter_tensor")
+
+
 def counting_rank(rank: int, values: dict[str, Any], told: str) -> None:
     """Write down the most bytes that preparing the run held, and the bytes that a step received, by collective."""
     import torch
 
+    from nextblock.training.devices import GIB, peak_memory_gib, reset_peak_memory
+    from nextblock.training.launcher import make_accelerator
     from nextblock.training.setup import prepare
     from nextblock.training.step import train_step
 
-    events: list[Any] = []
-
-    def recorded(work: Any) -> Any:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-            found = work()
-        inner: Any = profile.profiler
-        events.extend(e for e in inner.kineto_results.events() if e.name() == "[memory]")
-        return found
-
-    run = recorded(lambda: prepare(load_config(values)))
-    most = now = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    received = {"all_gather_into_tensor": 0, "reduce_scatter_tensor": 0, "all_reduce": 0}
+    config = load_config(values)
+    make_accelerator(config)
+    reset_peak_memory(torch.device("cpu"))
+    before = peak_memory_gib(torch.device("cpu"))
+    run = prepare(config)
+    most = (peak_memory_gib(torch.device("cpu")) - before) * GIB
     distributed: Any = torch.distributed
+    new = hasattr(distributed, "all_gather_single")  # the names in torch 2.13
+    names = ("all_gather_single", "reduce_scatter_single") if new else NAMES
+    received = dict.fromkeys((*names, "all_reduce"), 0)
 
     def counted(name: str) -> Any:
         real = getattr(distributed, name)
@@ -57,22 +56,23 @@ def counting_rank(rank: int, values: dict[str, Any], told: str) -> None:
         setattr(distributed, name, counted(name))
     train_step(run, 0)
     run.feed.close()
-    Path(told).joinpath(f"rank-{rank}.json").write_text(json.dumps({"loading": most, **received}))
+    Path(told).joinpath(f"rank-{rank}.json").write_text(
+        json.dumps({"loading": most, "received": [*received.values()]})
+    )
 
 
-WIDE = {"vocab_size": 2000, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 4}
-CASES: dict[str, tuple[int, dict[str, Any]]] = {
-    "shards": (2, {}),
-    "copies, gradients held": (4, {"machine__shard_over": 2, "machine__hold_gradients": True}),
+WIDE = {"vocab_size": 16_000, "hidden_size": 256, "intermediate_size": 2048, "num_hidden_layers": 6}
+CASES: dict[str, tuple[int, bool, dict[str, Any]]] = {
+    "shards, a tied head": (2, True, {}),
+    "copies, gradients held": (4, False, {"machine__shard_over": 2, "machine__hold_gradients": True}),
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("case", CASES)
-def test_loading_takes_and_a_step_receives_what_is_planned(place, processes, tmp_path, case, tied):
-    """Memory within 20 %, traffic within 2 %, which sums of losses and norms take."""
-    count, options = CASES[case]
+def test_loading_takes_and_a_step_receives_what_is_planned(place, processes, tmp_path, case):
+    """Memory within 25 %, traffic within 2 %, which sums of losses and norms take."""
+    count, tied, options = CASES[case]
     tiny_model("llama", tie_word_embeddings=tied, **WIDE).save_pretrained(tmp_path / "parent")
     sizes = {"training__batch_rows": 8, "training__micro_batch_rows": 1, "growth__b_0": 4, "growth__delta": 100}
     options = {"model__path": str(tmp_path / "parent"), "training__fsdp": True, **sizes, **options}
@@ -81,11 +81,12 @@ def test_loading_takes_and_a_step_receives_what_is_planned(place, processes, tmp
     assert finish(ranks) == [0] * count, (tmp_path / "stderr-0").read_text()
     found = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(count)]
     planned = plan(config, device="cpu", devices=count)
-    assert max(rank["loading"] for rank in found) == pytest.approx(planned.host_memory["loading"], rel=0.2)
+    assert max(rank["loading"] for rank in found) == pytest.approx(planned.host_memory["loading"], rel=0.25)
     sent = planned.communication
-    assert found[0]["all_gather_into_tensor"] == pytest.approx(sent["weights"], rel=0.02)
-    assert found[0]["reduce_scatter_tensor"] == pytest.approx(sent["gradients"], rel=0.02)
-    assert found[0]["all_reduce"] == pytest.approx(sent.get("copies", 0), rel=0.02, abs=5000)
+    weights, gradients, copies = found[0]["received"]
+    assert weights == pytest.approx(sent["weights"], rel=0.02)
+    assert gradients == pytest.approx(sent["gradients"], rel=0.02)
+    assert copies == pytest.approx(sent.get("copies", 0), rel=0.02, abs=5000)
 
 
 def planned(place: Path, tmp_path: Path, **overrides: Any) -> Plan:

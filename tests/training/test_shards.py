@@ -55,7 +55,7 @@ def on_ranks(processes: Any, config: AdaptConfig, *how: Any, count: int = 2) -> 
     return files, [line.split('"step_seconds"')[0] for line in (output / LOG).open()]
 
 
-STAGES = [{"name": "a", "training": {"steps": 5}}, {"name": "b", "training": {"steps": 4}}]
+STAGES = [{"name": name, "training": {"steps": 9}} for name in "ab"]
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
     "untied, in a padded vocabulary": ({"vocab_size": BYTE_VOCABULARY}, {}, 2),
     "tied, with a row for the mask token": (
@@ -99,8 +99,8 @@ def test_a_weight_that_is_not_finite_is_named_by_all_ranks_in_one_line(place, pr
     ranks = launch(processes, tmp_path, loading_rank, config.model_dump(mode="json"), False)
     assert finish(ranks) == [1, 1]
     for rank in range(2):
-        said = (tmp_path / f"stderr-{rank}").read_text()
-        assert "UsageError: weight model.layers.1.mlp.up_proj.weight holds NaN or infinite values" in said
+        said = " ".join((tmp_path / f"stderr-{rank}").read_text().split())
+        assert "weight model.layers.1.mlp.up_proj.weight holds NaN or infinite values" in said
 
 
 def test_what_the_files_hold_decides_and_buffers_are_those_of_a_loaded_model(family, tmp_path):

@@ -27,6 +27,7 @@ from nextblock.model.mask_token import mean_row
 from nextblock.model.parent import parent_config
 from nextblock.recipe.objective import TwoViewLoss
 from nextblock.training.checkpoint import weights_of
+from nextblock.training.devices import freed_at_once
 from nextblock.training.ranks import errors_on_all_ranks, gather
 
 
@@ -173,7 +174,8 @@ def gathered(loss: Any, work: Callable[[], None]) -> None:
     """
     vars(loss)["forward"] = work
     try:
-        loss()
+        with freed_at_once():
+            loss()
     finally:
         del vars(loss)["forward"]
     for part in loss.modules():
