@@ -16,7 +16,6 @@ from nextblock.model.parent import model_shape
 from nextblock.training.footprint import communication, count_parameters
 from runs import config_of, finish, launch
 
-
 NAMES = ("all_gather_into_tensor", "reduce_scatter_tensor")
 
 
