@@ -1,8 +1,8 @@
 """Continuous batching: one thread owns the model, and requests come and go between its passes.
 
-Requests of one mode and one shape of pass are rows of one batch, which new ones join and finished ones leave; how they
-draw, where they stop and what they tell is each row's own. Batches take turns, a pass each, so that no request waits
-for another's end; between two turns at most one pass reads prompts, of a bounded number of tokens.
+Requests of one mode and one shape of pass are rows of one batch, which new ones join and finished ones leave; what
+they choose, where they stop and what they tell is each row's own. Batches take turns, a pass each, so that no request
+waits for another's end; between two turns at most one pass reads prompts, of a bounded number of tokens.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from nextblock.decoding.options import DecodingConfig
 from nextblock.decoding.rows import Row
 from nextblock.model.costs import NOMINAL, Costs
 
-OWN = {"max_new_tokens": 1, "temperature": 0.0, "top_k": None, "top_p": None, "draft_length": None}
-"""Options that each row of a batch has for itself, and what stands for them all."""
+SHAPE = {"ar": (), "diffusion": ("block_size",), "speculative": ("block_size", "draft_paths")}
+"""For each mode the options that decide the shape of its passes. All others each row of a batch has for itself."""
 log = logging.getLogger(__name__)
 
 
@@ -121,10 +121,12 @@ class Engine:
 
     def _key(self, job: Job) -> Hashable:
         """Equal for rows that may share a batch."""
-        config = job.config
-        own = job if config.draft_ahead else None  # its next drafts are made in the check's pass: none can join
-        branches = config.draft_paths > 1 and job.row.random is not None  # drawn branches, or likeliest ones
-        return config.model_copy(update=OWN), self.lm.decoder.context(len(job.row.prompt)), branches, own
+        config, own, branches = job.config, None, False
+        if config.mode == "speculative":
+            own = job if config.draft_ahead else None  # its next drafts are made in the check's pass: none can join
+            branches = config.draft_paths > 1 and job.row.random is not None  # drawn branches, or likeliest ones
+        shape = tuple(getattr(config, name) for name in SHAPE[config.mode])
+        return config.mode, shape, self.lm.decoder.context(len(job.row.prompt)), branches, own
 
     def close(self) -> None:
         """Give up what is left, and end the thread."""
