@@ -160,6 +160,67 @@ def test_a_token_that_is_part_of_a_character_is_told_by_its_bytes(lm, client):
     assert all(name in line and len(line) >= 20 for name, line in zip(found.tokens, found.top_logprobs, strict=True))
 
 
+def say(monkeypatch, lm, answer):
+    """The model says this, whatever it is asked."""
+    generate, rest = type(lm.decoder).logits, iter(answer)
+
+    def logits(self, hidden):
+        found = generate(self, hidden)
+        found[:, next(rest)] = 1e4
+        return found
+
+    monkeypatch.setattr(type(lm.decoder), "logits", logits)
+
+
+def streamed_offsets(client, **call):
+    told = [chunk.choices[0] for chunk in client.completions.create(**call, stream=True) if chunk.choices]
+    return [offset for choice in told if choice.logprobs for offset in choice.logprobs.text_offset]
+
+
+@pytest.mark.parametrize("mode", ["ar", "speculative"])
+def test_text_offsets_are_the_characters_in_front_of_each_token(lm, client, mode):
+    call = {"model": "tiny-bd", "prompt": [PROMPT, "Q: 3 + 4 = ?\nA:"], "max_tokens": 60, "logprobs": 0}
+    for drawn in ({}, {"n": 2, "temperature": 0.7, "seed": 2}):
+        found = client.completions.create(**call, **drawn, extra_body={"mode": mode})
+        for choice in found.choices:
+            place, expected = 0, []
+            for token in choice.logprobs.tokens:
+                expected.append(place)
+                place += len(token) if token in choice.text else 0  # an end token is not shown
+            assert choice.logprobs.text_offset == expected
+            assert place == len(choice.text)
+            for token, offset in zip(choice.logprobs.tokens, choice.logprobs.text_offset, strict=True):
+                assert choice.text[offset:].startswith(token) or offset == len(choice.text)
+    call["prompt"] = PROMPT
+    whole = client.completions.create(**call, extra_body={"mode": mode}).choices[0].logprobs.text_offset
+    assert streamed_offsets(client, **call, extra_body={"mode": mode}) == whole
+    # A stop string cuts the text, and its tokens stand where it would have been.
+    cut = client.completions.create(**call, stop="56", extra_body={"mode": mode}).choices[0]
+    assert cut.logprobs.text_offset == whole[: len(cut.logprobs.text_offset)]
+    assert cut.logprobs.text_offset[-1] >= len(cut.text)
+
+
+@pytest.mark.parametrize(
+    ("pieces", "offsets"),
+    [
+        (["a", "€", "é", "b"], [0, 1, 1, 1, 2, 2, 3]),
+        (["a", b"\xe2", "b", "c"], [0, 1, 2, 3]),
+        (["a", b"\xe2\x82", "b"], [0, 1, 1, 2]),
+        (["a", "\U0001f600"], [0, 1, 1, 1, 1]),
+    ],
+    ids=str,
+)
+def test_parts_of_a_character_have_its_offset(lm, client, monkeypatch, pieces, offsets):
+    of = {bytes(token_bytes(lm.tokenizer, n, lm.tokenizer.decode([n]))): n for n in range(len(lm.tokenizer))}
+    said = [of[bytes([byte])] for piece in pieces for byte in (piece.encode() if isinstance(piece, str) else piece)]
+    call = {"model": "tiny-bd", "prompt": "Q", "max_tokens": len(said), "logprobs": 0, "extra_body": {"mode": "ar"}}
+    say(monkeypatch, lm, said * 2)
+    choice = client.completions.create(**call).choices[0]
+    assert choice.text == "".join(p if isinstance(p, str) else "\ufffd" for p in pieces)
+    assert choice.logprobs.text_offset == offsets
+    assert streamed_offsets(client, **call) == offsets
+
+
 def test_events_tell_each_token_at_the_step_that_decides_it(lm, place):
     body = {"model": "tiny-bd", "prompt": PROMPT, "max_tokens": 40, "stream": True, "events": True}
     for mode in MODES:
@@ -180,15 +241,7 @@ def test_an_unfinished_character_at_the_end_is_told_as_such(lm, place, monkeypat
     """A byte tokenizer may stop in the middle of a character."""
     euro = lm.tokenizer("€")["input_ids"]
     assert len(euro) == 3
-    generate = type(lm.decoder).logits
-    answer = iter([*euro, *euro[:2]])
-
-    def logits(self, hidden):
-        found = generate(self, hidden)
-        found[:, next(answer)] = 1e4
-        return found
-
-    monkeypatch.setattr(type(lm.decoder), "logits", logits)
+    say(monkeypatch, lm, [*euro, *euro[:2]])
     body = {"prompt": "a", "max_tokens": 5, "mode": "ar"}
     text = ""
     with httpx.stream("POST", f"{place[1]}/v1/completions", json={**body, "stream": True}, timeout=60) as response:
