@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import itertools
 import json
 import socket
 
@@ -13,7 +14,9 @@ import torch
 
 import nextblock as nb
 from nextblock.config.errors import UsageError
+from nextblock.data.text import TextStream
 from nextblock.decoding.request import make_request
+from nextblock.server import app
 from nextblock.server.answers import token_bytes
 from nextblock.server.limits import Limits
 from nextblock.server.run import listen
@@ -391,6 +394,47 @@ def test_a_key_is_asked_for_where_there_is_one(lm):
         with openai.OpenAI(base_url=f"{place[1]}/v1", api_key="secret") as client:
             assert client.completions.create(model="tiny-bd", prompt="a", max_tokens=2).choices
         assert httpx.get(f"{place[1]}/health").status_code == 200
+
+
+SECRET = "the merger of Leo and Ada"
+
+
+def fails(*_, **__):
+    raise ValueError(f"no good: {SECRET}")
+
+
+@pytest.mark.parametrize("log_prompts", [False, True])
+def test_prompts_are_in_the_log_only_when_asked_also_those_in_errors(monkeypatch, caplog, capfd, log_prompts):
+    lm = nb.load("tiny-bd")
+    caplog.set_level("INFO", "nextblock.server")
+
+    def logged():
+        found = caplog.text + "".join(capfd.readouterr())
+        caplog.clear()
+        return found
+
+    with served(lm, log_prompts=log_prompts) as place:
+        chat = [{"role": "user", "content": SECRET}]
+        assert post(place, CHAT, messages=chat, max_tokens=3).status_code == 200
+        assert (SECRET in logged()) == log_prompts
+        assert post(place, TEXT, prompt=SECRET, max_tokens=3, sub_blocks=7).status_code == 400
+        assert (SECRET in logged()) == log_prompts
+        assert post(place, TEXT, prompt=SECRET, temprature=1).status_code == 400
+        assert SECRET not in logged()  # never understood
+        engine = place[0].engine
+        broken = [(app, "make_request"), (TextStream, "put"), (type(lm.decoder), "hidden"), (engine, "_round")]
+        for (target, name), stream in [*itertools.product(broken[:3], (False, True)), (broken[3], False)]:
+            with monkeypatch.context() as patch:
+                patch.setattr(target, name, fails)
+                answer = post(place, TEXT, prompt="Q:", max_tokens=9, stream=stream)
+            assert answer.status_code == 500 or stream
+            assert "ValueError" in answer.text or name == "_round"
+            assert SECRET not in answer.text
+            found = logged()
+            assert (SECRET in found) == log_prompts
+            assert "ValueError" in found
+            assert "in fails" in found  # where it happened
+        assert not engine.alive
 
 
 def begin(place, **body):

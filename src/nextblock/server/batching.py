@@ -81,13 +81,19 @@ class Engine:
 
     max_rows, read_tokens: as `Limits.max_rows` and `Limits.pass_tokens`.
     costs: of passes, by which drafts of automatic length go; None: nominal ones.
+    log_prompts: the messages of errors, which may hold parts of prompts, are logged, too.
     stats: passes and tokens of all rows so far. alive: false after an error that the thread did not survive.
     """
 
     def __init__(
-        self, lm: BlockDiffusionLM, max_rows: int = 32, read_tokens: int = 512, costs: Costs | None = None
+        self,
+        lm: BlockDiffusionLM,
+        max_rows: int = 32,
+        read_tokens: int = 512,
+        costs: Costs | None = None,
+        log_prompts: bool = False,
     ) -> None:
-        self.lm, self.max_rows, self.read_tokens = lm, max_rows, read_tokens
+        self.lm, self.max_rows, self.read_tokens, self.log_prompts = lm, max_rows, read_tokens, log_prompts
         self.costs = costs or NOMINAL.model_copy(deep=True)  # which learns how many drafts are kept
         self.stats, self.alive = Stats(), True
         self._numbers = itertools.count()
@@ -145,10 +151,9 @@ class Engine:
                         return
                 with torch.inference_mode():
                     self._round()
-        except BaseException:
+        except BaseException as error:  # not raised again: Python would print its message
             self.alive = False
-            log.exception("the engine stopped")
-            raise
+            log.critical("the engine stopped:\n%s", where(error, self.log_prompts))
         finally:
             gone = RuntimeError("the server is closing")
             held = [job for work in [*self._reading, *self._running.values()] for job in work.jobs.values()]
@@ -197,7 +202,7 @@ class Engine:
         try:
             action(work)
         except Exception as error:
-            log.error("a pass failed:\n%s", traceback.format_exc())  # as text: frames hold the cache
+            log.error("a pass failed:\n%s", where(error, self.log_prompts))  # as text: frames hold the cache
             self._drop(work)
             error = error.with_traceback(None)
             for job in work.jobs.values():
@@ -254,6 +259,13 @@ class Engine:
             if finish is not None:
                 del work.jobs[number]
             _tell(job, Progress(told, tokens, job.row.passes, finish, job.error))
+
+
+def where(error: BaseException, message: bool) -> str:
+    """The traceback of an error; without its message, which may hold parts of a prompt, unless that is asked for."""
+    if message:
+        return "".join(traceback.format_exception(error)).rstrip()
+    return "".join(traceback.format_tb(error.__traceback__)) + f"{type(error).__name__} (--log-prompts says more)"
 
 
 def _tell(job: Job, progress: Progress) -> None:
