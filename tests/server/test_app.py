@@ -307,7 +307,14 @@ CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
         (TEXT, {"prompt": "a", "logprobs": 0, "mode": "diffusion"}, 400, "diffusion mode"),
         (TEXT, {"prompt": "a", "frequency_penalty": 0.5}, 400, "leave frequency_penalty out"),
         (TEXT, {"prompt": "a", "stream_options": {"include_usage": True}}, 400, "stream=true"),
+        (TEXT, {"prompt": "a", "block_size": 600}, 400, "block_size=600 makes passes of 600 tokens"),
+        (TEXT, {"prompt": "a", "block_size": 64, "mode": "speculative", "draft_ahead": 10**9}, 400, "at most 512"),
+        (TEXT, {"prompt": "a", "block_size": 64, "mode": "speculative", "draft_paths": 99}, 400, "98 drafts beside"),
+        (TEXT, {"prompt": "a", "top_p": ["x" * 9000]}, 400, "x is not a number"),
         (CHAT, {"messages": []}, 400, "messages"),
+        (CHAT, {"messages": None}, 400, "messages=None is not a list"),
+        (CHAT, {"messages": [5]}, 400, "messages.0=5 is not a mapping"),
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": "text"}]}]}, 400, "no text"),
         (CHAT, {"messages": [{"role": "user"}]}, 400, "no content"),
         (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "only parts of type 'text'"),
         (CHAT, {"messages": "hello"}, 400, "messages"),
@@ -324,6 +331,7 @@ def test_bad_input_is_refused_in_one_line_that_says_what_to_do(place, path, body
     assert set(error) == {"message", "type", "param", "code"}
     assert said in error["message"]
     assert "\n" not in error["message"]
+    assert len(error["message"]) < 500
 
 
 DEEP = b'{"prompt":' + b"[" * 99 + b"]" * 99 + b"}"

@@ -258,6 +258,20 @@ def test_a_cancelled_request_changes_no_other_and_holds_nothing(llama, how):
     assert jobs[1].end is None
 
 
+def test_requests_that_are_cancelled_while_they_wait_hold_nothing(llama):
+    lm = language_model(llama)
+    long, *others = [Heard(lm, prompt(5), mode="ar", max_new_tokens=400, eos_token_id=[]) for _ in range(20)]
+    with running(lm, max_rows=1) as engine:
+        engine.submit([heard.job for heard in (long, *others)])
+        assert long.begun.wait(30)
+        for heard in others:
+            heard.job.cancelled = True
+        until(lambda: not engine._waiting)
+        assert engine.rows == 1
+        long.job.cancelled = True
+        idle(engine)
+
+
 @pytest.mark.parametrize("how", MODES[:3], ids=str)
 def test_an_exception_in_one_row_ends_this_row_alone(llama, how):
     lm = language_model(llama)

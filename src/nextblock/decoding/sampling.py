@@ -92,7 +92,7 @@ def probability_of(logits: Tensor, token: Tensor) -> Tensor:
     return (logits.gather(-1, token[..., None])[..., 0] - logits.logsumexp(-1)).exp()
 
 
-def scores(logits: Tensor, probability: Tensor, sampler: Sampler | Sequence[Sampler]) -> Tensor:
+def scores(logits: Tensor, probability: Tensor, sampler: Sampler | list[Sampler]) -> Tensor:
     """How sure the model is of each position, float32 [N], by its own logits; the highest is committed first.
 
     `sampler` is one, or one for each of the N: a line gets the same in both ways.
@@ -100,8 +100,8 @@ def scores(logits: Tensor, probability: Tensor, sampler: Sampler | Sequence[Samp
     confidence: probability of the chosen token. entropy, entropy_bound: minus the entropy in nats.
     margin: probability of the likeliest token less that of the next.
     """
-    if not isinstance(sampler, str):
-        if len(kinds := {*sampler}) == 1:
+    if isinstance(sampler, list):
+        if len(kinds := set(sampler)) == 1:
             return scores(logits, probability, *kinds)
         found = torch.empty_like(probability)
         for kind in kinds:

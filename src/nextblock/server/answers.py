@@ -52,7 +52,7 @@ class Choice:
             self.finish = FINISH.get(progress.finish, "stop")
         self.piece += piece
         self.text += piece
-        if self.body.wants_logprobs:
+        if self.body.top is not None:
             decided = (self._logprob(event) for event in progress.events if isinstance(event, Committed))
             new = [*zip(decided, offsets, strict=True)]
             self.logprobs += new
@@ -99,7 +99,7 @@ class Choice:
         return found | {"text": self.text}
 
     def _told(self, told: list[tuple[dict[str, Any], int]]) -> dict[str, Any] | None:
-        if not self.body.wants_logprobs:
+        if self.body.top is None:
             return None
         tokens = [token for token, _ in told]
         if isinstance(self.body, ChatBody):

@@ -21,6 +21,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from nextblock.config.errors import UsageError
 from nextblock.decoding.lm import BlockDiffusionLM
+from nextblock.decoding.options import DecodingConfig
 from nextblock.decoding.request import Request as Rows
 from nextblock.decoding.request import make_request
 from nextblock.model.costs import Costs
@@ -275,7 +276,8 @@ class Server:
     def _rows(self, body: Body, prompts: Any) -> Rows:
         lm, most = self.lm, self.limits.max_prompt
         rows = make_request(lm.decoder, lm.tokenizer, lm.settings, prompts, {**self.options, **body.options})
-        if body.wants_logprobs and rows.config.mode == "diffusion":
+        self._check_width(rows.config)
+        if body.top is not None and rows.config.mode == "diffusion":
             raise UsageError(
                 "logprobs are those of the AR head, which diffusion mode does not follow; use mode ar or speculative"
             )
@@ -283,9 +285,21 @@ class Server:
         if most is not None and longest > most:
             raise UsageError(f"the prompt has {longest} tokens, more than the {most} of this server; send less")
         for row in rows.rows:
-            row.limit, row.top = min(row.limit, self.limits.max_tokens), body.top
+            row.limit, row.top = min(row.limit, self.limits.max_tokens), body.top or 0
             row.free = body.seed is None  # with a seed, what is drawn depends on the drafts: as `generate` makes them
         return rows
+
+    def _check_width(self, config: DecodingConfig) -> None:
+        """Refuse a block, or drafts side by side, that would make others wait for a pass of any length."""
+        if self.lm.settings is None or config.block_size is None or config.mode == "ar":
+            return
+        block, most = config.block_size, max(self.limits.pass_tokens, self.lm.settings.block_size)
+        beside = max(config.draft_ahead, config.draft_paths - 1) if config.mode == "speculative" else 0
+        if (width := block * (1 + min(beside, block))) > most:
+            said = f"block_size={block}" + (f" with {beside} drafts beside the first" if beside else "")
+            raise UsageError(
+                f"{said} makes passes of {width} tokens; at most {most} go here (--pass-tokens), so ask for less"
+            )
 
     async def _write(
         self,

@@ -174,12 +174,10 @@ class Engine:
     def _admit(self) -> None:
         """Give places to rows that wait, in their order, and gather those that can be read in one pass."""
         with self._changed:
-            free = self.max_rows - self.rows
-            jobs = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
+            free, jobs = self.max_rows - self.rows, [job for job in self._waiting if not job.cancelled]
+            self._waiting, jobs = deque(jobs[free:]), jobs[:free]
         gathered: list[list[Job]] = []
         for job in jobs:
-            if job.cancelled:
-                continue
             for group in gathered:
                 longest = max(len(other.row.prompt) for other in [*group, job])
                 if group[0].key == job.key and (len(group) + 1) * longest <= self.read_tokens:
