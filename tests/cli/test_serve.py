@@ -90,6 +90,7 @@ def refused(monkeypatch, capsys):
     ("arguments", "said"),
     [
         (["--api-key", " "], "the API key is empty"),
+        (["--compile"], "the server has no compiled passes"),
         (["--max-rows", "0"], "max_rows=0 must be at least 1"),
         (["--port", "99999"], "port=99999"),
         (["--temperature", "-1"], "temperature=-1"),

@@ -54,6 +54,8 @@ def serve(
     for package in ("starlette", "uvicorn", "prometheus_client"):
         require(package, "serve", "nextblock serve")
     options, limits = decoding_options(given), Limits(**given_of(Limits, given))
+    if given["compile"]:
+        raise UsageError("--compile: rows join the batches here, so the server has no compiled passes; leave it out")
     if api_key is not None and not api_key.strip():
         raise UsageError("the API key is empty; give one, or leave it out")
     if host not in LOOPBACK and api_key is None:
