@@ -102,6 +102,16 @@ def test_an_arm_of_another_experiment_is_not_trained_twice(tmp_path, monkeypatch
             run_one(other, place, arm, seed)
 
 
+def test_a_parent_that_is_trained_on_has_the_scores_of_ar_mode(tmp_path):
+    score = {"ar": {"mode": "ar", "examples": 1, "max_new_tokens": 4}, "block": {"examples": 1, "max_new_tokens": 4}}
+    arms = {"parent": {"growth.b_0": 1, "growth.b_max": 1}, "adapted": None}
+    source = written(tmp_path, seeds=[0], arms=arms, score=score)
+    experiment, place = load_experiment(source), place_of(source, tmp_path / "runs")
+    parent, adapted = (run_one(experiment, place, arm, 0)["figures"].keys() for arm in arms)
+    assert "ar: accuracy" in parent & adapted
+    assert "block: accuracy" in adapted - parent
+
+
 def test_a_killed_experiment_goes_on_to_the_same_figures(tmp_path):
     longer = {**TINY["base"], "training": {"steps": 60, "batch_rows": 2, "evaluate_rows": 0, "checkpoint_every": 5}}
     source = written(tmp_path, base=longer, seeds=[0], arms={"causal": None}, score={})

@@ -246,13 +246,15 @@ def training_figures(folder: Path, results: dict[str, Any]) -> dict[str, float]:
 
 
 def score_figures(experiment: Experiment, lm: BlockDiffusionLM) -> dict[str, float]:
-    """Accuracy and tokens per forward of each score that the experiment names."""
+    """Accuracy and tokens per forward of each score that the experiment names; a model of AR steps has those of ar."""
     return dict(_scores(experiment, lm))
 
 
 def _scores(experiment: Experiment, lm: BlockDiffusionLM) -> Iterator[tuple[str, float]]:
     for name, options in experiment.score.items():
         task, examples, given = Score.of(options)
+        if lm.settings is None and given.get("mode") != "ar":
+            continue
         score, _ = score_task(lm, task, examples=examples, **given)
         yield f"{name}: accuracy", score.accuracy
         yield f"{name}: tokens per forward", score.tokens_per_forward
