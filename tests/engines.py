@@ -48,3 +48,15 @@ def answers(
 def counted(llm: Any, name: str) -> int:
     """A counter of the engine."""
     return sum(int(metric.value) for metric in llm.get_metrics() if metric.name == f"vllm:{name}")
+
+
+def check_speculation(llm: Any, ours: Any, wanted: list[list[int]]) -> None:
+    """All prompts, at once and one after the other: the answers are `wanted`, with no more checks than nextblock's."""
+    blocks = ours.generate(PROMPTS, mode="speculative", draft_length=None, max_new_tokens=LIMIT)
+    checks = blocks.stats.row_forwards["check"]
+    for alone in (False, True):
+        before = counted(llm, "spec_decode_num_drafts")
+        assert answers(llm, PROMPTS, alone) == wanted
+        done = counted(llm, "spec_decode_num_drafts") - before
+        print(f"checks: {done} in vLLM, {checks} in nextblock")
+        assert done <= 1.1 * checks

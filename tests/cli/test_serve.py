@@ -55,15 +55,18 @@ def test_sigterm_lets_answers_end_and_the_status_is_0():
 
 
 def test_an_answer_that_takes_longer_than_the_deadline_is_given_up():
-    with serving("--stop-seconds", "1") as (process, url):
+    with serving("--stop-seconds", "1", "--log-prompts", "--draft-length", "8") as (process, url):
         with stream(url, n=16, max_tokens=2000, stop="never said") as response:
             next(response.iter_lines())
             process.send_signal(signal.SIGTERM)
             killer = threading.Timer(60, process.kill)
             killer.start()
-            process.wait()
+            _, err = process.communicate()
             killer.cancel()
         assert process.returncode == 0
+        (line,) = [line for line in err.splitlines() if "INFO" in line]
+        sent = {"prompt": "Q:", "max_tokens": 2000, "mode": "ar", "temperature": 2.0, "seed": 1, "stream": True}
+        assert json.loads(line[line.index("{") :]) == {**sent, "n": 16, "stop": "never said"}
 
 
 @pytest.fixture
@@ -87,6 +90,7 @@ def refused(monkeypatch, capsys):
     ("arguments", "said"),
     [
         (["--api-key", " "], "the API key is empty"),
+        (["--compile"], "the server has no compiled passes"),
         (["--max-rows", "0"], "max_rows=0 must be at least 1"),
         (["--port", "99999"], "port=99999"),
         (["--temperature", "-1"], "temperature=-1"),

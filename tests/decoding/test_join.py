@@ -156,17 +156,17 @@ def test_rows_on_both_sides_of_longrope_keep_their_own_context():
 
 MIXED: list[dict[str, Any]] = [
     {},
-    {"temperature": 0.7, "seed": 1},
-    {"temperature": 1.3, "top_k": 5, "seed": 2},
-    {"temperature": 1.0, "top_p": 0.8, "seed": 3, "draft_length": "auto"},
-    {"draft_length": "auto"},
-    {"temperature": 2.0, "top_k": 9, "top_p": 0.9, "seed": 4, "draft_length": 2},
+    {"temperature": 0.7, "seed": 1, "sampler": "entropy", "threshold": 0.9},
+    {"temperature": 1.3, "top_k": 5, "seed": 2, "sampler": "margin", "sub_blocks": 4},
+    {"temperature": 1.0, "top_p": 0.8, "seed": 3, "draft_length": "auto", "threshold": None},
+    {"draft_length": "auto", "sampler": "entropy_bound", "threshold": 0.8},
+    {"temperature": 2.0, "top_k": 9, "top_p": 0.9, "seed": 4, "draft_length": 2, "steps": 4, "sub_blocks": 2},
 ]
 
 
 @pytest.mark.parametrize("how", [HOW[n] for n in (0, 1, 3)], ids=str)
 @pytest.mark.parametrize("arrivals", [[0] * 6, [4, 0, 2, 7, 1, 3]], ids=["together", "late"])
-def test_rows_of_unlike_sampling_and_draft_length_share_a_batch_and_get_what_each_gets_alone(llama, how, arrivals):
+def test_rows_of_unlike_choices_share_a_batch_and_get_what_each_gets_alone(llama, how, arrivals):
     lm, alone, rows, config = language_model(llama), [], [], None
     for number, (length, own) in enumerate(zip((*LENGTHS, 23, 3), MIXED, strict=True)):
         options: dict[str, Any] = {**how, **own, "max_new_tokens": 12 + number}

@@ -16,9 +16,10 @@ from families import EOS_ID, MASK_ID, longrope_model, nested_model, tiny_model
 from nextblock.config.errors import UsageError
 from nextblock.config.sections import BlockDiffusionSettings
 from nextblock.decoding.events import BlockFinished, Committed, Prefilled, Rejected, RowFinished
-from nextblock.decoding.lm import BlockDiffusionLM, load, why_no_blocks
+from nextblock.decoding.lm import BlockDiffusionLM, load
 from nextblock.decoding.request import make_request
 from nextblock.model.parent import byte_tokenizer
+from nextblock.model.probe import why_no_blocks
 from nextblock.training.export import export
 from samples import byte_level
 

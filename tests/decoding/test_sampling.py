@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 
 from nextblock.config.errors import UsageError
 from nextblock.config.sections import validate
-from nextblock.decoding.options import DecodingConfig
+from nextblock.decoding.options import DecodingConfig, Sampler
 from nextblock.decoding.rows import Row
 from nextblock.decoding.sampling import (
     commit,
@@ -86,6 +87,14 @@ def test_scores_are_probability_margin_and_minus_entropy():
 def test_entropy_of_a_filtered_distribution_is_finite():
     logits = torch.tensor([[0.0, -math.inf, -math.inf]])
     assert scores(logits, torch.ones(1), "entropy").tolist() == [0.0]
+
+
+def test_scores_of_each_line_by_its_own_rule_are_those_of_the_rule_alone():
+    logits, chosen = torch.randn(8, 20, generator=torch.Generator().manual_seed(0)), torch.linspace(0, 1, 8)
+    samplers: list[Sampler] = [*get_args(Sampler)] * 2
+    found = scores(logits, chosen, samplers)
+    for line, sampler in enumerate(samplers):
+        assert found[line] == scores(logits, chosen, sampler)[line]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import itertools
 import json
 import socket
 
@@ -13,7 +14,9 @@ import torch
 
 import nextblock as nb
 from nextblock.config.errors import UsageError
+from nextblock.data.text import TextStream
 from nextblock.decoding.request import make_request
+from nextblock.server import app
 from nextblock.server.answers import token_bytes
 from nextblock.server.limits import Limits
 from nextblock.server.run import listen
@@ -160,6 +163,67 @@ def test_a_token_that_is_part_of_a_character_is_told_by_its_bytes(lm, client):
     assert all(name in line and len(line) >= 20 for name, line in zip(found.tokens, found.top_logprobs, strict=True))
 
 
+def say(monkeypatch, lm, answer):
+    """The model says this, whatever it is asked."""
+    generate, rest = type(lm.decoder).logits, iter(answer)
+
+    def logits(self, hidden):
+        found = generate(self, hidden)
+        found[:, next(rest)] = 1e4
+        return found
+
+    monkeypatch.setattr(type(lm.decoder), "logits", logits)
+
+
+def streamed_offsets(client, **call):
+    told = [chunk.choices[0] for chunk in client.completions.create(**call, stream=True) if chunk.choices]
+    return [offset for choice in told if choice.logprobs for offset in choice.logprobs.text_offset]
+
+
+@pytest.mark.parametrize("mode", ["ar", "speculative"])
+def test_text_offsets_are_the_characters_in_front_of_each_token(lm, client, mode):
+    call = {"model": "tiny-bd", "prompt": [PROMPT, "Q: 3 + 4 = ?\nA:"], "max_tokens": 60, "logprobs": 0}
+    for drawn in ({}, {"n": 2, "temperature": 0.7, "seed": 2}):
+        found = client.completions.create(**call, **drawn, extra_body={"mode": mode})
+        for choice in found.choices:
+            place, expected = 0, []
+            for token in choice.logprobs.tokens:
+                expected.append(place)
+                place += len(token) if token in choice.text else 0  # an end token is not shown
+            assert choice.logprobs.text_offset == expected
+            assert place == len(choice.text)
+            for token, offset in zip(choice.logprobs.tokens, choice.logprobs.text_offset, strict=True):
+                assert choice.text[offset:].startswith(token) or offset == len(choice.text)
+    call["prompt"] = PROMPT
+    whole = client.completions.create(**call, extra_body={"mode": mode}).choices[0].logprobs.text_offset
+    assert streamed_offsets(client, **call, extra_body={"mode": mode}) == whole
+    # A stop string cuts the text, and its tokens stand where it would have been.
+    cut = client.completions.create(**call, stop="56", extra_body={"mode": mode}).choices[0]
+    assert cut.logprobs.text_offset == whole[: len(cut.logprobs.text_offset)]
+    assert cut.logprobs.text_offset[-1] >= len(cut.text)
+
+
+@pytest.mark.parametrize(
+    ("pieces", "offsets"),
+    [
+        (["a", "€", "é", "b"], [0, 1, 1, 1, 2, 2, 3]),
+        (["a", b"\xe2", "b", "c"], [0, 1, 2, 3]),
+        (["a", b"\xe2\x82", "b"], [0, 1, 1, 2]),
+        (["a", "\U0001f600"], [0, 1, 1, 1, 1]),
+    ],
+    ids=str,
+)
+def test_parts_of_a_character_have_its_offset(lm, client, monkeypatch, pieces, offsets):
+    of = {bytes(token_bytes(lm.tokenizer, n, lm.tokenizer.decode([n]))): n for n in range(len(lm.tokenizer))}
+    said = [of[bytes([byte])] for piece in pieces for byte in (piece.encode() if isinstance(piece, str) else piece)]
+    call = {"model": "tiny-bd", "prompt": "Q", "max_tokens": len(said), "logprobs": 0, "extra_body": {"mode": "ar"}}
+    say(monkeypatch, lm, said * 2)
+    choice = client.completions.create(**call).choices[0]
+    assert choice.text == "".join(p if isinstance(p, str) else "\ufffd" for p in pieces)
+    assert choice.logprobs.text_offset == offsets
+    assert streamed_offsets(client, **call) == offsets
+
+
 def test_events_tell_each_token_at_the_step_that_decides_it(lm, place):
     body = {"model": "tiny-bd", "prompt": PROMPT, "max_tokens": 40, "stream": True, "events": True}
     for mode in MODES:
@@ -180,15 +244,7 @@ def test_an_unfinished_character_at_the_end_is_told_as_such(lm, place, monkeypat
     """A byte tokenizer may stop in the middle of a character."""
     euro = lm.tokenizer("€")["input_ids"]
     assert len(euro) == 3
-    generate = type(lm.decoder).logits
-    answer = iter([*euro, *euro[:2]])
-
-    def logits(self, hidden):
-        found = generate(self, hidden)
-        found[:, next(answer)] = 1e4
-        return found
-
-    monkeypatch.setattr(type(lm.decoder), "logits", logits)
+    say(monkeypatch, lm, [*euro, *euro[:2]])
     body = {"prompt": "a", "max_tokens": 5, "mode": "ar"}
     text = ""
     with httpx.stream("POST", f"{place[1]}/v1/completions", json={**body, "stream": True}, timeout=60) as response:
@@ -251,7 +307,14 @@ CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
         (TEXT, {"prompt": "a", "logprobs": 0, "mode": "diffusion"}, 400, "diffusion mode"),
         (TEXT, {"prompt": "a", "frequency_penalty": 0.5}, 400, "leave frequency_penalty out"),
         (TEXT, {"prompt": "a", "stream_options": {"include_usage": True}}, 400, "stream=true"),
+        (TEXT, {"prompt": "a", "block_size": 600}, 400, "block_size=600 makes passes of 600 tokens"),
+        (TEXT, {"prompt": "a", "block_size": 64, "mode": "speculative", "draft_ahead": 10**9}, 400, "at most 512"),
+        (TEXT, {"prompt": "a", "block_size": 64, "mode": "speculative", "draft_paths": 99}, 400, "98 drafts beside"),
+        (TEXT, {"prompt": "a", "top_p": ["x" * 9000]}, 400, "x is not a number"),
         (CHAT, {"messages": []}, 400, "messages"),
+        (CHAT, {"messages": None}, 400, "messages=None is not a list"),
+        (CHAT, {"messages": [5]}, 400, "messages.0=5 is not a mapping"),
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": "text"}]}]}, 400, "no text"),
         (CHAT, {"messages": [{"role": "user"}]}, 400, "no content"),
         (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "only parts of type 'text'"),
         (CHAT, {"messages": "hello"}, 400, "messages"),
@@ -268,6 +331,7 @@ def test_bad_input_is_refused_in_one_line_that_says_what_to_do(place, path, body
     assert set(error) == {"message", "type", "param", "code"}
     assert said in error["message"]
     assert "\n" not in error["message"]
+    assert len(error["message"]) < 500
 
 
 DEEP = b'{"prompt":' + b"[" * 99 + b"]" * 99 + b"}"
@@ -338,6 +402,47 @@ def test_a_key_is_asked_for_where_there_is_one(lm):
         with openai.OpenAI(base_url=f"{place[1]}/v1", api_key="secret") as client:
             assert client.completions.create(model="tiny-bd", prompt="a", max_tokens=2).choices
         assert httpx.get(f"{place[1]}/health").status_code == 200
+
+
+SECRET = "the merger of Leo and Ada"
+
+
+def fails(*_, **__):
+    raise ValueError(f"no good: {SECRET}")
+
+
+@pytest.mark.parametrize("log_prompts", [False, True])
+def test_prompts_are_in_the_log_only_when_asked_also_those_in_errors(monkeypatch, caplog, capfd, log_prompts):
+    lm = nb.load("tiny-bd")
+    caplog.set_level("INFO", "nextblock.server")
+
+    def logged():
+        found = caplog.text + "".join(capfd.readouterr())
+        caplog.clear()
+        return found
+
+    with served(lm, log_prompts=log_prompts) as place:
+        chat = [{"role": "user", "content": SECRET}]
+        assert post(place, CHAT, messages=chat, max_tokens=3).status_code == 200
+        assert (SECRET in logged()) == log_prompts
+        assert post(place, TEXT, prompt=SECRET, max_tokens=3, sub_blocks=7).status_code == 400
+        assert (SECRET in logged()) == log_prompts
+        assert post(place, TEXT, prompt=SECRET, temprature=1).status_code == 400
+        assert SECRET not in logged()  # never understood
+        engine = place[0].engine
+        broken = [(app, "make_request"), (TextStream, "put"), (type(lm.decoder), "hidden"), (engine, "_round")]
+        for (target, name), stream in [*itertools.product(broken[:3], (False, True)), (broken[3], False)]:
+            with monkeypatch.context() as patch:
+                patch.setattr(target, name, fails)
+                answer = post(place, TEXT, prompt="Q:", max_tokens=9, stream=stream)
+            assert answer.status_code == 500 or stream
+            assert "ValueError" in answer.text or name == "_round"
+            assert SECRET not in answer.text
+            found = logged()
+            assert (SECRET in found) == log_prompts
+            assert "ValueError" in found
+            assert "in fails" in found  # where it happened
+        assert not engine.alive
 
 
 def begin(place, **body):

@@ -27,6 +27,14 @@ MODES: list[dict[str, Any]] = [
     {"mode": "speculative", "draft_paths": 2},
 ]
 DRAWN: dict[str, Any] = {"temperature": 0.8, "seed": 4}
+DENOISED: list[dict[str, Any]] = [
+    {"threshold": 0.3},
+    {"threshold": None},
+    {"sampler": "entropy"},
+    {"sampler": "margin", "threshold": 0.1},
+    {"sampler": "entropy_bound", "threshold": 1.0, "sub_blocks": 2},
+    {"steps": 4, "sub_blocks": 4},
+]
 
 
 class Heard:
@@ -115,10 +123,51 @@ def test_requests_that_differ_in_sampling_limits_and_stops_share_every_pass(llam
     assert len(sizes) == max(heard.job.row.passes for heard in jobs)
 
 
+@pytest.mark.parametrize("mode", ["ar", "diffusion", "speculative"])
+def test_requests_share_every_pass_whatever_they_choose_in_it(llama, mode):
+    """Denoised by other rules, with options of other modes, or greedy beside drawn: the passes are of one shape."""
+    lm, rows = language_model(llama), []
+    each = [{**DENOISED[n], **(DRAWN if n % 2 else {})} for n in range(len(DENOISED))]
+    if mode != "speculative":
+        each += [{"draft_paths": 2}, {"draft_ahead": 2}, {"draft_length": 3}]
+    each += [{"block_size": 4}] * (mode == "ar")
+    each = [{"mode": mode, "max_new_tokens": 25, "eos_token_id": [], **own} for own in each]
+    alone = [lm.generate(prompt(5 + n), **options).answers[0] for n, options in enumerate(each)]
+    jobs = [Heard(lm, prompt(5 + n), **options) for n, options in enumerate(each)]
+    hook = llama.model.register_forward_pre_hook(
+        lambda _, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    with running(lm) as engine:
+        engine.submit([heard.job for heard in jobs])
+        assert all(heard.wait().error is None for heard in jobs)
+    hook.remove()
+    assert [heard.tokens for heard in jobs] == alone
+    assert rows[0] == len(jobs)
+    assert len(rows) == max(heard.job.row.passes for heard in jobs)
+
+
+@pytest.mark.parametrize("drawn", [{}, DRAWN], ids=["greedy", "drawn"])
+def test_rows_denoised_by_other_rules_come_late_and_go_early_as_if_alone(llama, drawn):
+    lm = language_model(llama)
+    each: list[dict[str, Any]] = [{"mode": "diffusion", "max_new_tokens": 40, **own, **drawn} for own in DENOISED]
+    alone = [lm.generate(prompt(5 + n), **options).answers[0] for n, options in enumerate(each)]
+    jobs = [Heard(lm, prompt(5 + n), **options) for n, options in enumerate(each)]
+    gone = [Heard(lm, prompt(6), **{**options, "max_new_tokens": 400, "eos_token_id": []}) for options in each]
+    with running(lm) as engine:
+        for heard, short in zip(jobs, gone, strict=True):
+            engine.submit([short.job, heard.job])
+            assert short.begun.wait(30)
+            short.job.cancelled = True
+        assert all(heard.wait().error is None for heard in jobs)
+        assert [heard.tokens for heard in jobs] == alone
+        idle(engine)
+    assert not any(heard.end for heard in gone)
+
+
 def test_batches_take_turns_a_pass_each(llama):
     """Requests of unlike modes, and of unlike shapes of passes: none waits for another's end."""
     lm, turns = language_model(llama), []
-    each = [*MODES[:3], {"mode": "diffusion", "block_size": 4}, {"mode": "diffusion", "sampler": "entropy"}]
+    each = [*MODES[:3], {"mode": "diffusion", "block_size": 4}, {"mode": "speculative", "draft_paths": 2}]
     jobs = [Heard(lm, prompt(5), **how, max_new_tokens=40, eos_token_id=[]) for how in each]
     for number, heard in enumerate(jobs):
 
@@ -207,6 +256,20 @@ def test_a_cancelled_request_changes_no_other_and_holds_nothing(llama, how):
         idle(engine)
     assert jobs[3].job.row.passes == 0
     assert jobs[1].end is None
+
+
+def test_requests_that_are_cancelled_while_they_wait_hold_nothing(llama):
+    lm = language_model(llama)
+    long, *others = [Heard(lm, prompt(5), mode="ar", max_new_tokens=400, eos_token_id=[]) for _ in range(20)]
+    with running(lm, max_rows=1) as engine:
+        engine.submit([heard.job for heard in (long, *others)])
+        assert long.begun.wait(30)
+        for heard in others:
+            heard.job.cancelled = True
+        until(lambda: not engine._waiting)
+        assert engine.rows == 1
+        long.job.cancelled = True
+        idle(engine)
 
 
 @pytest.mark.parametrize("how", MODES[:3], ids=str)

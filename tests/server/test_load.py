@@ -70,6 +70,20 @@ def test_a_closed_loop_asks_again_at_once_and_an_open_loop_does_not_wait():
     assert 60 <= len(found) <= 140
 
 
+@pytest.mark.parametrize("told", [[], {}, {"data": []}, {"data": [5]}, {"data": [{}]}, "models"], ids=str)
+def test_what_is_no_endpoint_is_told_in_one_line(monkeypatch, told):
+    async def get(self, url):
+        return httpx.Response(200, json=told, request=httpx.Request("GET", url))
+
+    async def ask():
+        async with load.endpoint("http://127.0.0.1:9"):
+            pass
+
+    monkeypatch.setattr(httpx.AsyncClient, "get", get)
+    with pytest.raises(UsageError, match=r"is no OpenAI endpoint .*give the address"):
+        asyncio.run(ask())
+
+
 def test_a_running_server_is_measured_in_its_modes_and_answers_as_generate_does(lm, monkeypatch):
     texts = []
     kept = load.summary

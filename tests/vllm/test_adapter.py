@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import nextblock as nb
-from engines import LIMIT, PROMPTS, answers, counted, engine
+from engines import LIMIT, PROMPTS, answers, check_speculation, engine
 
 
 @pytest.fixture(scope="module")
@@ -21,14 +21,7 @@ def adapted():
 
 def test_the_answers_are_the_parents_own(llm, adapted):
     wanted = nb.load("tiny-ar").generate(PROMPTS, mode="ar", max_new_tokens=LIMIT).answers
-    blocks = adapted.generate(PROMPTS, mode="speculative", draft_length=None, max_new_tokens=LIMIT)
-    checks = blocks.stats.row_forwards["check"]
-    for alone in (False, True):
-        before = counted(llm, "spec_decode_num_drafts")
-        assert answers(llm, PROMPTS, alone) == wanted
-        done = counted(llm, "spec_decode_num_drafts") - before
-        print(f"checks: {done} in vLLM, {checks} in nextblock")
-        assert done <= 1.1 * checks
+    check_speculation(llm, adapted, wanted)
 
 
 def test_diffusion_decides_what_nextblock_decides(llm, adapted):

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 
-from engines import LIMIT, PROMPTS, answers, counted, engine
+from engines import LIMIT, PROMPTS, answers, check_speculation, counted, engine
 
 CONTEXT = 1024
 
@@ -19,15 +19,7 @@ def llm():
 
 
 def test_greedy_speculation_gives_the_ar_answers_with_as_many_checks_as_nextblock(llm, ours):
-    wanted = ours.generate(PROMPTS, mode="ar", max_new_tokens=LIMIT).answers
-    blocks = ours.generate(PROMPTS, mode="speculative", draft_length=None, max_new_tokens=LIMIT)
-    checks = blocks.stats.row_forwards["check"]
-    for alone in (False, True):
-        before = counted(llm, "spec_decode_num_drafts")
-        assert answers(llm, PROMPTS, alone) == wanted
-        done = counted(llm, "spec_decode_num_drafts") - before
-        print(f"checks: {done} in vLLM, {checks} in nextblock")
-        assert done <= 1.1 * checks
+    check_speculation(llm, ours, ours.generate(PROMPTS, mode="ar", max_new_tokens=LIMIT).answers)
 
 
 def test_ar_mode_drafts_nothing(llm, ours):

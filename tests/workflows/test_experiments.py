@@ -17,6 +17,7 @@ import yaml
 
 from nextblock.config.errors import UsageError
 from nextblock.config.files import LOCK, locked
+from nextblock.workflows import experiments
 from nextblock.workflows.evidence import Estimate, differences, estimate, estimates, filled, markdown_table, plot
 from nextblock.workflows.experiment import Experiment, find_experiment, load_experiment
 from nextblock.workflows.experiments import (
@@ -82,6 +83,33 @@ def test_every_run_is_made_once_and_gives_the_figures_of_a_run_alone(tmp_path):
     before = {path: path.stat().st_mtime_ns for path in place.results.iterdir()}
     run_experiment(experiment, place, jobs=1)  # nothing is missing
     assert before == {path: path.stat().st_mtime_ns for path in place.results.iterdir()}
+
+
+def test_an_arm_of_another_experiment_is_not_trained_twice(tmp_path, monkeypatch):
+    source = written(tmp_path, seeds=[1])
+    first = run_one(load_experiment(source), place_of(source, tmp_path / "runs"), "causal", 1)
+    score = {"ar": {"mode": "ar", "examples": 2, "max_new_tokens": 4}}
+    source = source.rename(tmp_path / "other.yaml")
+    source.write_text(yaml.safe_dump({**TINY, "arms": {"plain": None, "less": {"training.steps": 3}}, "score": score}))
+    other, place = load_experiment(source), place_of(source, tmp_path / "runs")
+    monkeypatch.setattr(experiments, "adapt", lambda config, resume: pytest.fail("trained again"))
+    second = run_one(other, place, "plain", 1)
+    assert second["training"] == first["training"]
+    assert second["figures"]["diffusion loss"] == first["figures"]["diffusion loss"]
+    assert "ar: accuracy" in second["figures"]
+    for arm, seed in (("plain", 0), ("less", 1)):
+        with pytest.raises(pytest.fail.Exception, match="trained again"):
+            run_one(other, place, arm, seed)
+
+
+def test_a_parent_that_is_trained_on_has_the_scores_of_ar_mode(tmp_path):
+    score = {"ar": {"mode": "ar", "examples": 1, "max_new_tokens": 4}, "block": {"examples": 1, "max_new_tokens": 4}}
+    arms = {"parent": {"growth.b_0": 1, "growth.b_max": 1}, "adapted": None}
+    source = written(tmp_path, seeds=[0], arms=arms, score=score)
+    experiment, place = load_experiment(source), place_of(source, tmp_path / "runs")
+    parent, adapted = (run_one(experiment, place, arm, 0)["figures"].keys() for arm in arms)
+    assert "ar: accuracy" in parent & adapted
+    assert "block: accuracy" in adapted - parent
 
 
 def test_a_killed_experiment_goes_on_to_the_same_figures(tmp_path):

@@ -45,12 +45,17 @@ def serve(
     api_key: Annotated[
         str | None, typer.Option(envvar="NEXTBLOCK_API_KEY", help="key that clients must send; default: none")
     ] = None,
+    log_prompts: Annotated[
+        bool, typer.Option("--log-prompts", help="write each request, prompt included, to the log (stderr)")
+    ] = False,
     **given: Any,
 ) -> None:
     """Serve a model to OpenAI clients, many requests at a time, with a page at / that shows how it decodes."""
     for package in ("starlette", "uvicorn", "prometheus_client"):
         require(package, "serve", "nextblock serve")
     options, limits = decoding_options(given), Limits(**given_of(Limits, given))
+    if given["compile"]:
+        raise UsageError("--compile: rows join the batches here, so the server has no compiled passes; leave it out")
     if api_key is not None and not api_key.strip():
         raise UsageError("the API key is empty; give one, or leave it out")
     if host not in LOOPBACK and api_key is None:
@@ -58,7 +63,8 @@ def serve(
     from nextblock.server.run import listen, run
 
     listener = listen(host, port)  # before the model is loaded
-    run(load_lm(model, given), model.rstrip("/"), listener, options=options, limits=limits, key=api_key)
+    lm, name = load_lm(model, given), model.rstrip("/")
+    run(lm, name, listener, options=options, limits=limits, key=api_key, log_prompts=log_prompts)
 
 
 @takes_loading_options

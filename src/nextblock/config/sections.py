@@ -305,7 +305,7 @@ def validate(section: type[S], values: Any) -> S:
 
 def _in_words(section: type[Section], found: Any) -> str:
     """One of pydantic's findings as a line with the key, its value and what is wrong."""
-    kind, value, message = found["type"], found["input"], found["msg"].removeprefix("Value error, ")
+    kind, value, message = found["type"], f"{found['input']!s:.200}", found["msg"].removeprefix("Value error, ")
     location, holder = _place(section, found["loc"])
     where = ".".join(map(str, location))
     name = next((part for part in reversed(location) if isinstance(part, str)), "")
@@ -317,16 +317,17 @@ def _in_words(section: type[Section], found: Any) -> str:
         return f"{where} is missing; it must be set"
     if kind == "literal_error":
         choices = re.findall(r"'([^']*)'", found["ctx"]["expected"])
-        return f"{where}={value!r}: unknown {name}{nearest(str(value), choices, 0.7)}"
+        return f"{where}={found['input']!r:.200}: unknown {name}{nearest(value, choices, 0.7)}"
     if kind.endswith(("_type", "_parsing", "_from_float")) and name in holder.model_fields:
-        return f"{where}={value} is not {type_in_words(holder.model_fields[name].annotation)}"
+        of = {"list_type": "a list", "dict_type": "a mapping"}
+        return f"{where}={value} is not {of.get(kind) or type_in_words(holder.model_fields[name].annotation)}"
     if kind == "finite_number":
         return f"{where}={value} is not a finite number"
     if kind in OUT_OF_LIMITS:
         return f"{where}={value} {limits_in_words(holder.model_fields[name])}"
     if not where or isinstance(found.get("ctx", {}).get("error"), UsageError):
         return message
-    return f"{where}={value!r}: {message}"
+    return f"{where}={found['input']!r:.200}: {message}"
 
 
 def type_in_words(annotation: Any) -> str:

@@ -261,7 +261,9 @@ def _text_of(part: Any, name: str) -> str:
         return part
     if isinstance(part, Mapping) and isinstance(part.get("text"), str) and part.get("type", "text") == "text":
         return part["text"]
-    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+    kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
+    if kind == "text":
+        raise UsageError(f"{name}: a part of content has the type 'text' and no text; give it one")
     raise UsageError(f"{name}: content has a part of type {kind!r}; only parts of type 'text' can be used")
 
 

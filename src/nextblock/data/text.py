@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any
 
 INCOMPLETE = "\ufffd"
@@ -14,6 +15,9 @@ class TextStream:
     A character whose bytes are not all there yet is held back, and so is a tail that may be the beginning of a
     stop string. What `put` and `end` return, joined, is the text of the answer, cut before the first stop
     string. A stop string may hold special tokens, also where these are not shown.
+
+    offset: characters in front of the token that was put last, in the text before it is cut. Tokens of an unfinished
+        character stand where that character does.
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = (), skip_special_tokens: bool = True) -> None:
@@ -22,6 +26,8 @@ class TextStream:
         self.skip = skip_special_tokens
         self.tokens: list[int] = []
         self.stopped = False
+        self.offset = 0
+        self._characters = 0
         self._window = 0  # first token of the stretch that is decoded again
         self._read = 0  # tokens before this one are in `_held` or were returned
         self._held = ""
@@ -32,12 +38,17 @@ class TextStream:
         if self.stopped:
             return ""
         self.tokens.append(token)
+        self.offset = self._characters
         before = self._decode(self.tokens[self._window : self._read])
         now = self._decode(self.tokens[self._window :])
         if self.stop and self.skip and now == before and not self._decode([token]):
             return self._release(self.tokenizer.decode([token]), hidden=True)
         if now.endswith(INCOMPLETE) or len(now) <= len(before):
             return ""
+        if self._read < len(self.tokens) - 1:  # bytes in front of it may have been no character after all
+            unsure = self._decode(self.tokens[self._window : -1])
+            stays = takewhile(lambda pair: pair[0] == pair[1], zip(unsure, now, strict=False))
+            self.offset += sum(1 for _ in stays) - len(before)
         self._window, self._read = self._read, len(self.tokens)
         return self._release(now[len(before) :])
 
@@ -59,6 +70,7 @@ class TextStream:
 
     def _release(self, text: str, hidden: bool = False) -> str:
         """Cut at a stop string, or hold back a tail that may become one."""
+        self._characters += 0 if hidden else len(text)
         text = self._held + text
         self._hidden += [hidden] * (len(text) - len(self._held))
         found = [at for s in self.stop if (at := text.find(s)) >= 0]

@@ -18,7 +18,7 @@ from nextblock.decoding.sampling import commit, on_device, probability_of, score
 class _Block:
     """The block that a row is denoising. `tokens` holds the mask token where undecided.
 
-    start: answer index of its first token. steps: denoising passes spent on the current sub-block.
+    start: answer index of its first token. width: of its sub-blocks. steps: passes spent on the current one of these.
     end: position of the first decided end token, else the block's length; what lies behind is left masked.
     """
 
@@ -26,13 +26,14 @@ class _Block:
     tokens: list[int]
     decided: list[bool]
     end: int
+    width: int
     sub_block: int = 0
     steps: int = 0
 
-    def masked(self, width: int) -> list[int]:
-        """Undecided positions of the current sub-block of `width`; goes on to the next one that has any."""
-        for low in range(self.sub_block * width, self.end, width):
-            if found := [i for i in range(low, min(low + width, self.end)) if not self.decided[i]]:
+    def masked(self) -> list[int]:
+        """Undecided positions of the current sub-block; goes on to the next one that has any."""
+        for low in range(self.sub_block * self.width, self.end, self.width):
+            if found := [i for i in range(low, min(low + self.width, self.end)) if not self.decided[i]]:
                 return found
             self.sub_block, self.steps = self.sub_block + 1, 0
         return []
@@ -44,7 +45,7 @@ def _new_block(batch: Batch, row: Row, start: int) -> _Block:
     inside = batch.max_positions - len(row.prompt) - start
     tokens = known + [batch.mask_token_id] * (batch.block_size - len(known))
     decided = [i < len(known) or i >= inside for i in range(batch.block_size)]
-    return _Block(start, tokens, decided, end=batch.block_size)
+    return _Block(start, tokens, decided, batch.block_size, batch.block_size // row.denoising.sub_blocks)
 
 
 def diffusion(batch: Batch) -> Iterator[list[Event]]:
@@ -55,10 +56,10 @@ def diffusion(batch: Batch) -> Iterator[list[Event]]:
     current sub-block. When nothing is masked, one causal pass writes the block to the cache and yields the
     next one's first token. Rows denoise and commit in the same passes.
     """
-    blocks, width = list[_Block](), batch.block_size // batch.config.sub_blocks
+    blocks = list[_Block]()
     while rows := batch.admit():
         blocks += [_new_block(batch, row, 0) for row in rows[len(blocks) :]]
-        masked = [block.masked(width) for block in blocks]
+        masked = [block.masked() for block in blocks]
         tokens = on_device([block.tokens for block in blocks], batch.device)
         starts = [len(row.prompt) + block.start for row, block in zip(rows, blocks, strict=True)]
         hidden = batch.forward(tokens, starts, [not positions and not batch.block_causal for positions in masked])
@@ -68,7 +69,7 @@ def diffusion(batch: Batch) -> Iterator[list[Event]]:
         proposals, events = _propose(batch, hidden, masked), list[Event]()
         for index, (row, block, positions) in enumerate(zip(rows, blocks, masked, strict=True)):
             if positions:
-                events += _decide(batch, row, block, positions, proposals[index])
+                events += _decide(row, block, positions, proposals[index])
             else:
                 end = block.start + batch.block_size
                 token, probability, _ = proposals[index]
@@ -98,7 +99,7 @@ def _propose(batch: Batch, hidden: Tensor, masked: list[list[int]]) -> list[Prop
     of_places = [row for row, positions in zip(batch.rows, sources, strict=True) for _ in positions]
     token = batch.head.choose(logits, uniform, of_places)
     probability = probability_of(logits, token)
-    score = scores(logits, probability, batch.config.sampler)
+    score = scores(logits, probability, [row.denoising.sampler for row in of_places])
     numbers = torch.stack([token.double(), probability.double(), score.double()]).tolist()  # one copy to the host
     tokens, proposals, low = [int(number) for number in numbers[0]], list[Proposal](), 0
     for positions in sources:
@@ -107,13 +108,13 @@ def _propose(batch: Batch, hidden: Tensor, masked: list[list[int]]) -> list[Prop
     return proposals
 
 
-def _decide(batch: Batch, row: Row, block: _Block, masked: list[int], proposal: Proposal) -> list[Event]:
+def _decide(row: Row, block: _Block, masked: list[int], proposal: Proposal) -> list[Event]:
     """Commit what the rule chooses, and hand on to the answer what is decided without a gap."""
-    config, events = batch.config, list[Event]()
+    how, events = row.denoising, list[Event]()
     tokens, probabilities, score = proposal
-    left = None if config.steps is None else config.steps // config.sub_blocks - block.steps
+    left = None if how.steps is None else how.steps // how.sub_blocks - block.steps
     block.steps += 1
-    for choice in commit(score, probabilities, sampler=config.sampler, threshold=config.threshold, steps_left=left):
+    for choice in commit(score, probabilities, sampler=how.sampler, threshold=how.threshold, steps_left=left):
         position, token = masked[choice], tokens[choice]
         block.tokens[position], block.decided[position] = token, True
         if token in row.end_tokens:

@@ -6,13 +6,11 @@ Letters: B prompts, T tokens.
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -43,12 +41,11 @@ from nextblock.model.loading import (
     resolve_adapter,
     weights_folder,
 )
-from nextblock.model.mask_token import check_mask_token
-from nextblock.model.probe import NotFiniteError, probe
+from nextblock.model.mask_token import check_given_mask
+from nextblock.model.probe import why_no_blocks
 
 PASSES = "_nextblock_passes"
 """Attribute of a model that was decoded: its compiled passes."""
-_refusals: WeakKeyDictionary[PreTrainedModel, str | None] = WeakKeyDictionary()
 
 
 @dataclass
@@ -213,23 +210,6 @@ def compiled_passes(model: PreTrainedModel) -> StaticPasses:
     return getattr(model, PASSES)
 
 
-def why_no_blocks(model: PreTrainedModel) -> str | None:
-    """What keeps a model from decoding blocks and batches: that it ignores masks or positions. Found once for each.
-
-    Raises:
-        UsageError: weights with NaN or infinite values.
-    """
-    if model not in _refusals:
-        try:
-            probe(Decoder(model))
-            _refusals[model] = None
-        except NotFiniteError:
-            raise
-        except UsageError as error:
-            _refusals[model] = str(error)
-    return _refusals[model]
-
-
 def sequences(rows: list[Row], padding: int) -> Tensor:
     """int64 [B, T]: what stood in front of the prompt, prompt, answer, padding."""
     lines = [row.padding + row.prompt + row.answer for row in rows]
@@ -280,7 +260,7 @@ def load(
     refusal = why_no_blocks(model)
     tokenizer, adapter = load_tokenizer(path, revision, trust_remote_code), None
     if settings is not None:
-        _check_mask(path, model, tokenizer, settings, given=given is not None)
+        check_given_mask(path, Decoder(model).vocabulary, tokenizer, settings, given=given is not None)
         if given is not None:
             model.config.block_diffusion = settings.model_dump()  # where `model.generate` and `save_pretrained` look
     folder = weights_folder(path, revision)
@@ -289,16 +269,3 @@ def load(
     elif settings is not None:
         take_correction(model, folder, settings)
     return BlockDiffusionLM(model, tokenizer, settings, adapter, compile, refusal)
-
-
-def _check_mask(path: str, model: Any, tokenizer: Any, settings: BlockDiffusionSettings, given: bool) -> None:
-    """Refuse a mask token that the model has not, and warn where the tokenizer has another."""
-    name = "settings.mask_token_id" if given else "block_diffusion.mask_token_id of the checkpoint"
-    check_mask_token(settings.mask_token_id, Decoder(model).vocabulary, name)
-    read_as = getattr(tokenizer, "mask_token_id", None)
-    if not given and read_as not in (None, settings.mask_token_id):
-        warnings.warn(
-            f"{path}: the tokenizer reads its mask token as id {read_as}, the model was trained with "
-            f"{settings.mask_token_id}; text that holds either may be read wrongly",
-            stacklevel=3,
-        )

@@ -18,7 +18,7 @@ from nextblock.data.text import TextStream
 from nextblock.decoding.events import Finish
 from nextblock.decoding.options import DecodingConfig, resolve_config
 from nextblock.decoding.rows import Row
-from nextblock.decoding.sampling import Sampling, generator
+from nextblock.decoding.sampling import Denoising, Sampling, generator
 from nextblock.model.decoder import Decoder
 from nextblock.model.loading import no_tokenizer
 
@@ -106,6 +106,7 @@ def make_request(
             stop=_stopper(tokenizer, stops[i]) if stops[i] else None,
             random=generator(seeds[i]) if config.temperature > 0 else None,
             sampling=Sampling(config.temperature, config.top_k, config.top_p),
+            denoising=Denoising(config.sampler, config.threshold, config.sub_blocks, config.steps),
             draft_length=config.draft_length,
             padding=padding,
         )

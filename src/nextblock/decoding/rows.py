@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from nextblock.decoding.events import Committed, Event, Finish, RowFinished, Top
-from nextblock.decoding.sampling import GREEDY, Sampling, uniforms
+from nextblock.decoding.sampling import GREEDY, ONE_A_STEP, Denoising, Sampling, uniforms
 from nextblock.model.costs import Pause, Share
 
 
@@ -22,7 +22,7 @@ class Row:
     limit: most tokens in the answer.
     end_tokens: ids that end the answer.
     stop: called with the answer after each token; a reason ends it there.
-    random: stream of uniform numbers, None when greedy. sampling: how it draws.
+    random: stream of uniform numbers, None when greedy. sampling: how it draws. denoising: diffusion mode.
     draft_length: as in `DecodingConfig`. free: what it draws may depend on other rows and on the machine.
     top: likeliest tokens that `Committed` tells of.
     padding: ids in front of the prompt that logits processors expect to see (left-padded input).
@@ -36,6 +36,7 @@ class Row:
     stop: Callable[[list[int]], Finish | None] | None = None
     random: torch.Generator | None = None
     sampling: Sampling = GREEDY
+    denoising: Denoising = ONE_A_STEP
     draft_length: int | Literal["auto"] | None = None
     free: bool = False
     top: int = 0

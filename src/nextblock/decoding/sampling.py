@@ -29,6 +29,18 @@ class Sampling(NamedTuple):
 GREEDY = Sampling()
 
 
+class Denoising(NamedTuple):
+    """Which masked positions a row commits; as in `DecodingConfig`."""
+
+    sampler: Sampler = "confidence"
+    threshold: float | None = None
+    sub_blocks: int = 1
+    steps: int | None = None
+
+
+ONE_A_STEP = Denoising()
+
+
 def filter_logits(
     logits: Tensor,
     temperature: float | Sequence[float],
@@ -80,12 +92,22 @@ def probability_of(logits: Tensor, token: Tensor) -> Tensor:
     return (logits.gather(-1, token[..., None])[..., 0] - logits.logsumexp(-1)).exp()
 
 
-def scores(logits: Tensor, probability: Tensor, sampler: Sampler) -> Tensor:
+def scores(logits: Tensor, probability: Tensor, sampler: Sampler | list[Sampler]) -> Tensor:
     """How sure the model is of each position, float32 [N], by its own logits; the highest is committed first.
+
+    `sampler` is one, or one for each of the N: a line gets the same in both ways.
 
     confidence: probability of the chosen token. entropy, entropy_bound: minus the entropy in nats.
     margin: probability of the likeliest token less that of the next.
     """
+    if isinstance(sampler, list):
+        if len(kinds := set(sampler)) == 1:
+            return scores(logits, probability, *kinds)
+        found = torch.empty_like(probability)
+        for kind in kinds:
+            at = on_device([n for n, own in enumerate(sampler) if own == kind], logits.device)
+            found[at] = scores(logits[at], probability[at], kind)
+        return found
     if sampler == "confidence":
         return probability
     probabilities = logits.softmax(-1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nextblock.config.errors import UsageError, one_line
+from nextblock.config.sections import BlockDiffusionSettings
 from nextblock.model.decoder import Decoder
 from nextblock.model.loading import read_settings
 
@@ -119,6 +121,24 @@ def _wanted_mask(decoder: Decoder, tokenizer: Any, wanted: int | str) -> int:
         wanted = int(tokenizer.convert_tokens_to_ids(wanted))
     check_mask_token(wanted, decoder.vocabulary, "model.mask_token")
     return wanted
+
+
+def check_given_mask(
+    path: str, vocabulary: int, tokenizer: Any, settings: BlockDiffusionSettings, given: bool
+) -> None:
+    """Refuse a mask token that the model at `path` has not, and warn where the tokenizer has another.
+
+    given: the settings are the caller's own, not the checkpoint's.
+    """
+    name = "settings.mask_token_id" if given else "block_diffusion.mask_token_id of the checkpoint"
+    check_mask_token(settings.mask_token_id, vocabulary, name)
+    read_as = getattr(tokenizer, "mask_token_id", None)
+    if not given and read_as not in (None, settings.mask_token_id):
+        warnings.warn(
+            f"{path}: the tokenizer reads its mask token as id {read_as}, the model was trained with "
+            f"{settings.mask_token_id}; text that holds either may be read wrongly",
+            stacklevel=3,
+        )
 
 
 def check_mask_token(mask_id: int, vocabulary: int, name: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from weakref import WeakKeyDictionary
+
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -14,6 +16,26 @@ from nextblock.model.decoder import Decoder
 
 class NotFiniteError(UsageError):
     """Logits are NaN or infinite: the model is of no use in any mode."""
+
+
+_refusals: WeakKeyDictionary[PreTrainedModel, str | None] = WeakKeyDictionary()
+
+
+def why_no_blocks(model: PreTrainedModel) -> str | None:
+    """What keeps a model from decoding blocks and batches: that it ignores masks or positions. Found once for each.
+
+    Raises:
+        UsageError: weights with NaN or infinite values.
+    """
+    if model not in _refusals:
+        try:
+            probe(Decoder(model))
+            _refusals[model] = None
+        except NotFiniteError:
+            raise
+        except UsageError as error:
+            _refusals[model] = str(error)
+    return _refusals[model]
 
 
 @torch.no_grad()

@@ -34,8 +34,8 @@ class Choice:
         self.index, self.tokenizer, self.body = index, tokenizer, body
         self.text, self.piece, self.finish = "", "", None
         self.tokens = self.forwards = 0
-        self.logprobs: list[dict[str, Any]] = []
-        self._new: list[dict[str, Any]] = []
+        self.logprobs: list[tuple[dict[str, Any], int]] = []  # of each token, and its place in the text
+        self._new: list[tuple[dict[str, Any], int]] = []
         self._events: list[dict[str, Any]] = []
         self._stream = TextStream(tokenizer, stop)
 
@@ -43,14 +43,18 @@ class Choice:
         """Take in what a step brought."""
         self.tokens += len(progress.tokens)
         self.forwards = progress.forwards
-        piece = "".join(map(self._stream.put, progress.tokens))
+        piece, offsets = "", list[int]()
+        for token in progress.tokens:
+            piece += self._stream.put(token)
+            offsets.append(self._stream.offset)
         if progress.finish is not None:
             piece += self._stream.end()
             self.finish = FINISH.get(progress.finish, "stop")
         self.piece += piece
         self.text += piece
-        if self.body.wants_logprobs:
-            new = [self._logprob(event) for event in progress.events if isinstance(event, Committed)]
+        if self.body.top is not None:
+            decided = (self._logprob(event) for event in progress.events if isinstance(event, Committed))
+            new = [*zip(decided, offsets, strict=True)]
             self.logprobs += new
             self._new += new
         if self.body.events:
@@ -94,9 +98,10 @@ class Choice:
             return found | {"message": {"role": "assistant", "content": self.text, "refusal": None}}
         return found | {"text": self.text}
 
-    def _told(self, tokens: list[dict[str, Any]]) -> dict[str, Any] | None:
-        if not self.body.wants_logprobs:
+    def _told(self, told: list[tuple[dict[str, Any], int]]) -> dict[str, Any] | None:
+        if self.body.top is None:
             return None
+        tokens = [token for token, _ in told]
         if isinstance(self.body, ChatBody):
             return {"content": tokens, "refusal": None}
         # As OpenAI has it: a mapping for each token, which holds the chosen one in any case.
@@ -105,6 +110,7 @@ class Choice:
             "tokens": [_name(token) for token in tokens],
             "token_logprobs": [token["logprob"] for token in tokens],
             "top_logprobs": beside if self.body.top else None,
+            "text_offset": [offset for _, offset in told],
         }
 
 

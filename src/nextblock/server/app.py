@@ -14,18 +14,19 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
 from nextblock.config.errors import UsageError
 from nextblock.decoding.lm import BlockDiffusionLM
+from nextblock.decoding.options import DecodingConfig
 from nextblock.decoding.request import Request as Rows
 from nextblock.decoding.request import make_request
 from nextblock.model.costs import Costs
 from nextblock.server.answers import Answer, Choice, as_json
-from nextblock.server.batching import Engine, Job, Progress
+from nextblock.server.batching import Engine, Job, Progress, where
 from nextblock.server.bodies import Body, ChatBody, TextBody, read_body
 from nextblock.server.limits import Limits
 from nextblock.server.metrics import Metrics
@@ -62,7 +63,7 @@ class Server:
     """One model, its engine and its endpoints. `app` is the ASGI application.
 
     name: what clients call the model. options: of `generate`, where a client gives none. key: API key; None: none.
-    costs: as for `Engine`.
+    costs: as for `Engine`. log_prompts: each request is logged as it came, and errors with their messages.
     """
 
     def __init__(
@@ -74,11 +75,12 @@ class Server:
         limits: Limits | None = None,
         key: str | None = None,
         costs: Costs | None = None,
+        log_prompts: bool = False,
     ) -> None:
-        self.lm, self.name, self.key = lm, name, key
+        self.lm, self.name, self.key, self.log_prompts = lm, name, key, log_prompts
         self.limits = limits or Limits()
         self.options = ({} if lm.settings else {"mode": "ar"}) | (options or {})
-        self.engine = Engine(lm, self.limits.max_rows, self.limits.pass_tokens, costs)
+        self.engine = Engine(lm, self.limits.max_rows, self.limits.pass_tokens, costs, log_prompts)
         self.metrics = Metrics(self.engine)
         self.started = int(time.time())
         # A tokenizer is not used by two threads at once; and a long prompt must not hold the event loop.
@@ -156,6 +158,8 @@ class Server:
             self._authorize(request)
             body = read_body(kind, await self._content(request))
             self._check_model(body.model)
+            if self.log_prompts:
+                log.info("%s %s", scope["path"], as_json(body.model_dump(exclude_unset=True)).decode())
             answer, news = await self._submit(body, jobs)
             self.metrics.prompt_tokens.inc(answer.prompt_tokens)
             writing = asyncio.ensure_future(self._write(answer, news, began, scope, receive, send))
@@ -178,12 +182,18 @@ class Server:
         except Refusal as refusal:
             status = refusal.status
             await _refused(refusal)(scope, receive, send)
-        except TimeoutError:
+        except (TimeoutError, ClientDisconnect):
             status = 499
+        except Exception as error:  # raised further, uvicorn would log its message, which may hold the prompt
+            await _refused(self._failed(error, "the server failed"))(scope, receive, send)
         finally:
             for job in jobs:
                 job.cancelled = True
             self.metrics.requests.labels(scope["path"], status).inc()
+
+    def _failed(self, error: Exception, what: str) -> Refusal:
+        log.error("a request failed:\n%s", where(error, self.log_prompts))
+        return Refusal(500, f"{what} ({type(error).__name__}); try again, or see the server's log")
 
     def _authorize(self, request: Request) -> None:
         if self.key is None:
@@ -266,7 +276,8 @@ class Server:
     def _rows(self, body: Body, prompts: Any) -> Rows:
         lm, most = self.lm, self.limits.max_prompt
         rows = make_request(lm.decoder, lm.tokenizer, lm.settings, prompts, {**self.options, **body.options})
-        if body.wants_logprobs and rows.config.mode == "diffusion":
+        self._check_width(rows.config)
+        if body.top is not None and rows.config.mode == "diffusion":
             raise UsageError(
                 "logprobs are those of the AR head, which diffusion mode does not follow; use mode ar or speculative"
             )
@@ -274,9 +285,21 @@ class Server:
         if most is not None and longest > most:
             raise UsageError(f"the prompt has {longest} tokens, more than the {most} of this server; send less")
         for row in rows.rows:
-            row.limit, row.top = min(row.limit, self.limits.max_tokens), body.top
+            row.limit, row.top = min(row.limit, self.limits.max_tokens), body.top or 0
             row.free = body.seed is None  # with a seed, what is drawn depends on the drafts: as `generate` makes them
         return rows
+
+    def _check_width(self, config: DecodingConfig) -> None:
+        """Refuse a block, or drafts side by side, that would make others wait for a pass of any length."""
+        if self.lm.settings is None or config.block_size is None or config.mode == "ar":
+            return
+        block, most = config.block_size, max(self.limits.pass_tokens, self.lm.settings.block_size)
+        beside = max(config.draft_ahead, config.draft_paths - 1) if config.mode == "speculative" else 0
+        if (width := block * (1 + min(beside, block))) > most:
+            said = f"block_size={block}" + (f" with {beside} drafts beside the first" if beside else "")
+            raise UsageError(
+                f"{said} makes passes of {width} tokens; at most {most} go here (--pass-tokens), so ask for less"
+            )
 
     async def _write(
         self,
@@ -314,8 +337,7 @@ class Server:
         except (TimeoutError, asyncio.CancelledError):
             raise
         except Exception as error:
-            log.error("a request failed: %s", type(error).__name__)
-            refusal = Refusal(500, f"decoding failed ({type(error).__name__}); try again, or see the server's log")
+            refusal = self._failed(error, "decoding failed")
             if not stream:
                 raise refusal from None
             await send(_part(b"data: " + as_json(_shape(refusal)) + b"\n\n", more=False))

@@ -1,8 +1,8 @@
 """Continuous batching: one thread owns the model, and requests come and go between its passes.
 
-Requests of one mode and one shape of pass are rows of one batch, which new ones join and finished ones leave; how they
-draw, where they stop and what they tell is each row's own. Batches take turns, a pass each, so that no request waits
-for another's end; between two turns at most one pass reads prompts, of a bounded number of tokens.
+Requests of one mode and one shape of pass are rows of one batch, which new ones join and finished ones leave; what
+they choose, where they stop and what they tell is each row's own. Batches take turns, a pass each, so that no request
+waits for another's end; between two turns at most one pass reads prompts, of a bounded number of tokens.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from nextblock.decoding.options import DecodingConfig
 from nextblock.decoding.rows import Row
 from nextblock.model.costs import NOMINAL, Costs
 
-OWN = {"max_new_tokens": 1, "temperature": 0.0, "top_k": None, "top_p": None, "draft_length": None}
-"""Options that each row of a batch has for itself, and what stands for them all."""
+SHAPE = {"ar": (), "diffusion": ("block_size",), "speculative": ("block_size", "draft_paths")}
+"""For each mode the options that decide the shape of its passes. All others each row of a batch has for itself."""
 log = logging.getLogger(__name__)
 
 
@@ -81,13 +81,19 @@ class Engine:
 
     max_rows, read_tokens: as `Limits.max_rows` and `Limits.pass_tokens`.
     costs: of passes, by which drafts of automatic length go; None: nominal ones.
+    log_prompts: the messages of errors, which may hold parts of prompts, are logged, too.
     stats: passes and tokens of all rows so far. alive: false after an error that the thread did not survive.
     """
 
     def __init__(
-        self, lm: BlockDiffusionLM, max_rows: int = 32, read_tokens: int = 512, costs: Costs | None = None
+        self,
+        lm: BlockDiffusionLM,
+        max_rows: int = 32,
+        read_tokens: int = 512,
+        costs: Costs | None = None,
+        log_prompts: bool = False,
     ) -> None:
-        self.lm, self.max_rows, self.read_tokens = lm, max_rows, read_tokens
+        self.lm, self.max_rows, self.read_tokens, self.log_prompts = lm, max_rows, read_tokens, log_prompts
         self.costs = costs or NOMINAL.model_copy(deep=True)  # which learns how many drafts are kept
         self.stats, self.alive = Stats(), True
         self._numbers = itertools.count()
@@ -121,10 +127,12 @@ class Engine:
 
     def _key(self, job: Job) -> Hashable:
         """Equal for rows that may share a batch."""
-        config = job.config
-        own = job if config.draft_ahead else None  # its next drafts are made in the check's pass: none can join
-        branches = config.draft_paths > 1 and job.row.random is not None  # drawn branches, or likeliest ones
-        return config.model_copy(update=OWN), self.lm.decoder.context(len(job.row.prompt)), branches, own
+        config, own, branches = job.config, None, False
+        if config.mode == "speculative":
+            own = job if config.draft_ahead else None  # its next drafts are made in the check's pass: none can join
+            branches = config.draft_paths > 1 and job.row.random is not None  # drawn branches, or likeliest ones
+        shape = tuple(getattr(config, name) for name in SHAPE[config.mode])
+        return config.mode, shape, self.lm.decoder.context(len(job.row.prompt)), branches, own
 
     def close(self) -> None:
         """Give up what is left, and end the thread."""
@@ -143,10 +151,9 @@ class Engine:
                         return
                 with torch.inference_mode():
                     self._round()
-        except BaseException:
+        except BaseException as error:  # not raised again: Python would print its message
             self.alive = False
-            log.exception("the engine stopped")
-            raise
+            log.critical("the engine stopped:\n%s", where(error, self.log_prompts))
         finally:
             gone = RuntimeError("the server is closing")
             held = [job for work in [*self._reading, *self._running.values()] for job in work.jobs.values()]
@@ -167,12 +174,10 @@ class Engine:
     def _admit(self) -> None:
         """Give places to rows that wait, in their order, and gather those that can be read in one pass."""
         with self._changed:
-            free = self.max_rows - self.rows
-            jobs = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
+            free, jobs = self.max_rows - self.rows, [job for job in self._waiting if not job.cancelled]
+            self._waiting, jobs = deque(jobs[free:]), jobs[:free]
         gathered: list[list[Job]] = []
         for job in jobs:
-            if job.cancelled:
-                continue
             for group in gathered:
                 longest = max(len(other.row.prompt) for other in [*group, job])
                 if group[0].key == job.key and (len(group) + 1) * longest <= self.read_tokens:
@@ -195,7 +200,7 @@ class Engine:
         try:
             action(work)
         except Exception as error:
-            log.error("a pass failed:\n%s", traceback.format_exc())  # as text: frames hold the cache
+            log.error("a pass failed:\n%s", where(error, self.log_prompts))  # as text: frames hold the cache
             self._drop(work)
             error = error.with_traceback(None)
             for job in work.jobs.values():
@@ -252,6 +257,13 @@ class Engine:
             if finish is not None:
                 del work.jobs[number]
             _tell(job, Progress(told, tokens, job.row.passes, finish, job.error))
+
+
+def where(error: BaseException, message: bool) -> str:
+    """The traceback of an error; without its message, which may hold parts of a prompt, unless that is asked for."""
+    if message:
+        return "".join(traceback.format_exception(error)).rstrip()
+    return "".join(traceback.format_tb(error.__traceback__)) + f"{type(error).__name__} (--log-prompts says more)"
 
 
 def _tell(job: Job, progress: Progress) -> None:

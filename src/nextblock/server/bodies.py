@@ -7,6 +7,7 @@ their value asks for nothing (NEUTRAL) and some because they never change an ans
 from __future__ import annotations
 
 import json
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
@@ -88,19 +89,14 @@ class Body(DecodingConfig):
         return {**given, **limit, "seed": self.seed, "stop": stop}
 
     @property
-    def wants_logprobs(self) -> bool:
-        """Whether the log-probability of each token is to be told."""
-        raise NotImplementedError
+    @abstractmethod
+    def top(self) -> int | None:
+        """How many likely tokens are told beside the log-probability of each token; None: not even that."""
 
     @property
-    def top(self) -> int:
-        """How many of the likeliest tokens are to be told beside it."""
-        raise NotImplementedError
-
-    @property
+    @abstractmethod
     def prompts(self) -> Any:
         """As `make_request` takes it: each answered `n` times."""
-        raise NotImplementedError
 
 
 LIMITS = ("max_completion_tokens", "max_tokens", "max_new_tokens")
@@ -122,14 +118,9 @@ class ChatBody(Body):
         return self
 
     @property
-    def top(self) -> int:
+    def top(self) -> int | None:
         """As above."""
-        return self.top_logprobs or 0
-
-    @property
-    def wants_logprobs(self) -> bool:
-        """As above."""
-        return self.logprobs
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
     def prompts(self) -> Any:
@@ -153,14 +144,9 @@ class TextBody(Body):
         return self
 
     @property
-    def wants_logprobs(self) -> bool:
+    def top(self) -> int | None:
         """As above."""
-        return self.logprobs is not None
-
-    @property
-    def top(self) -> int:
-        """As above."""
-        return self.logprobs or 0
+        return self.logprobs
 
     @property
     def prompts(self) -> Any:

@@ -13,7 +13,9 @@ class Limits(Section):
     max_rows: int = Field(default=32, ge=1, description="answers that are decoded at the same time")
     max_waiting: int = Field(default=256, ge=0, description="answers that may wait for a place; more get status 429")
     pass_tokens: int = Field(
-        default=512, ge=1, description="tokens of prompts that are read between two passes of the answers in flight"
+        default=512,
+        ge=1,
+        description="tokens of prompts read between two passes of the answers in flight; widest pass of an answer",
     )
     max_tokens: int = Field(default=4096, ge=1, description="longest answer that a client may ask for, in tokens")
     max_prompt: int | None = Field(default=None, ge=1, description="longest prompt, in tokens; default: the context")

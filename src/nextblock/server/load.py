@@ -195,10 +195,11 @@ async def endpoint(url: str, key: str | None = None) -> AsyncIterator[tuple[Endp
         try:
             response = await client.get(f"{url}/v1/models")
             (model, *_) = response.raise_for_status().json()["data"]
-        except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError) as error:
+            name, modes = model["id"], list(model.get("modes", ()))
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError, AttributeError) as error:
             said = f"{url} is no OpenAI endpoint ({one_line(error)})"
             raise UsageError(f"{said}; give the address of a server that runs, as http://127.0.0.1:8000") from None
-        yield Endpoint(client, url, model["id"]), list(model.get("modes", ()))
+        yield Endpoint(client, url, name), modes
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 import sys
 from types import FrameType
@@ -43,19 +44,24 @@ def run(
     options: dict[str, Any] | None = None,
     limits: Limits | None = None,
     key: str | None = None,
+    log_prompts: bool = False,
 ) -> None:
     """Serve a model until a signal says stop; what is in flight then has `limits.stop_seconds` to end.
 
     Args:
         listener: from `listen`.
-        name, options, limits, key: as for `Server`.
+        name, options, limits, key, log_prompts: as for `Server`.
     Raises:
         UsageError: a model that cannot decode batches.
     """
     if lm.refusal:
         raise UsageError(lm.refusal)
     limits = limits or Limits()
-    server = Server(lm, name, options=options, limits=limits, key=key, costs=_costs(lm, options or {}, limits))
+    costs = _costs(lm, options or {}, limits)
+    server = Server(lm, name, options=options, limits=limits, key=key, costs=costs, log_prompts=log_prompts)
+    if log_prompts:
+        logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
+        logging.getLogger("nextblock.server").setLevel(logging.INFO)
     if lm.settings is None:
         said = "it has no block-diffusion settings, so it decodes token by token (ar mode)"
         print(f"warning: {name}: {said}", file=sys.stderr)

@@ -23,13 +23,14 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from nextblock.config.errors import UsageError
 from nextblock.config.signatures import parameters_of, spell_out
 from nextblock.decoding.events import Finish
-from nextblock.decoding.lm import BlockDiffusionLM, Stream, why_no_blocks
+from nextblock.decoding.lm import BlockDiffusionLM, Stream
 from nextblock.decoding.options import DecodingConfig, resolve_config
 from nextblock.decoding.request import make_request
 from nextblock.decoding.rows import Row
 from nextblock.model.adapter_files import take_correction
 from nextblock.model.draft_adapter import attached_adapter
 from nextblock.model.loading import read_settings
+from nextblock.model.probe import why_no_blocks
 
 _OWN_WARPERS = {
     logits_process.TemperatureLogitsWarper: "temperature",

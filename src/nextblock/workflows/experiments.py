@@ -23,7 +23,7 @@ import torch
 from nextblock.config.errors import UsageError
 from nextblock.config.files import locked, make_folder, write_whole
 from nextblock.config.progress import Update
-from nextblock.config.run import AdaptConfig, stage_configs
+from nextblock.config.run import AdaptConfig, load_config, stage_configs
 from nextblock.decoding.lm import BlockDiffusionLM, load
 from nextblock.measure.accuracy import score_task
 from nextblock.measure.machine import environment
@@ -187,19 +187,40 @@ def run_one(experiment: Experiment, place: Place, arm: str, seed: int) -> dict[s
     """
     folder = place.run(arm, seed)
     config = experiment.config(arm, seed, folder, place.parents)
-    result = adapt(config, resume=True)
-    if not result.finished:
-        raise UsageError(f"the run {folder.name} was stopped at step {result.steps}; run the experiment again")
+    make_folder(place.results)
+    folder, results = _trained_before(place, config) or (folder, None)
+    if results is None:
+        result = adapt(config, resume=True)
+        if not result.finished:
+            raise UsageError(f"the run {folder.name} was stopped at step {result.steps}; run the experiment again")
+        results = result.results
     stored = {
         "arm": arm,
         "seed": seed,
         "fingerprint": fingerprint(experiment, arm),
-        "figures": {**training_figures(folder, result.results), **score_figures(experiment, load(folder))},
-        "training": {name: result.results["training"][name] for name in ("steps", "tokens", "seconds")},
+        "figures": {**training_figures(folder, results), **score_figures(experiment, load(folder))},
+        "training": {name: results["training"][name] for name in ("steps", "tokens", "seconds")},
         "environment": environment(torch.device("cpu")),
     }
     write_whole(place.result(arm, seed), (json.dumps(stored, indent=1) + "\n").encode())
     return stored
+
+
+def _trained_before(place: Place, config: AdaptConfig) -> tuple[Path, dict[str, Any]] | None:
+    """A finished run of this configuration by these versions, of any experiment, and its `results.json`.
+
+    Experiments have arms in common, which need not be trained twice: a run of one thread comes out the same again.
+    """
+    here = environment(torch.device("cpu"))
+    for said in sorted(place.runs.parent.glob("*/*/nextblock.yaml")):
+        try:
+            same = load_config(said, {"output": config.output}) == config
+            found = json.loads(said.with_name("results.json").read_text(encoding="utf-8"))
+        except (UsageError, OSError, ValueError):  # of another version, or not finished
+            continue
+        if same and found["environment"] == here:
+            return said.parent, found
+    return None
 
 
 def training_figures(folder: Path, results: dict[str, Any]) -> dict[str, float]:
@@ -225,13 +246,15 @@ def training_figures(folder: Path, results: dict[str, Any]) -> dict[str, float]:
 
 
 def score_figures(experiment: Experiment, lm: BlockDiffusionLM) -> dict[str, float]:
-    """Accuracy and tokens per forward of each score that the experiment names."""
+    """Accuracy and tokens per forward of each score that the experiment names; a model of AR steps has those of ar."""
     return dict(_scores(experiment, lm))
 
 
 def _scores(experiment: Experiment, lm: BlockDiffusionLM) -> Iterator[tuple[str, float]]:
     for name, options in experiment.score.items():
         task, examples, given = Score.of(options)
+        if lm.settings is None and given.get("mode") != "ar":
+            continue
         score, _ = score_task(lm, task, examples=examples, **given)
         yield f"{name}: accuracy", score.accuracy
         yield f"{name}: tokens per forward", score.tokens_per_forward
