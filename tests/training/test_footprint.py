@@ -16,20 +16,19 @@ from nextblock.model.parent import model_shape
 from nextblock.training.footprint import communication, count_parameters
 from runs import config_of, finish, launch
 
-NAMES = ("all_gather_into_tensor", "reduce_scatter_tensor")
+NAMES = ("all_gather_single", "reduce_scatter_single")
 
 
-def counting_rank(rank: int, values: dict[str, Any], told: str) -> None:
-    """Write down the most bytes that preparing the run held, and the bytes that a step received, by collective."""
+def counting_rank(rank: int, values: dict[str, Any], small: str, told: str) -> None:
+    """Write down the most bytes that preparing the run took, and those that a step received, by collective."""
     import torch
 
     from nextblock.training.devices import GIB, peak_memory_gib, reset_peak_memory
-    from nextblock.training.launcher import make_accelerator
     from nextblock.training.setup import prepare
     from nextblock.training.step import train_step
 
     config = load_config(values)
-    make_accelerator(config)
+    prepare(load_config(values, {"model.path": small})).feed.close()  # what is imported and made once
     reset_peak_memory(torch.device("cpu"))
     before = peak_memory_gib(torch.device("cpu"))
     run = prepare(config)
@@ -76,7 +75,8 @@ def test_loading_takes_and_a_step_receives_what_is_planned(place, processes, tmp
     sizes = {"training__batch_rows": 8, "training__micro_batch_rows": 1, "growth__b_0": 4, "growth__delta": 100}
     options = {"model__path": str(tmp_path / "parent"), "training__fsdp": True, **sizes, **options}
     config = config_of(place, tmp_path / "run", **options)
-    ranks = launch(processes, tmp_path, counting_rank, config.model_dump(mode="json"), str(tmp_path), count=count)
+    places = str(place / "llama"), str(tmp_path)
+    ranks = launch(processes, tmp_path, counting_rank, config.model_dump(mode="json"), *places, count=count)
     assert finish(ranks) == [0] * count, (tmp_path / "stderr-0").read_text()
     found = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(count)]
     planned = plan(config, device="cpu", devices=count)

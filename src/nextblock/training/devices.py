@@ -63,13 +63,13 @@ def peak_memory_gib(device: torch.device) -> float:
 
 @contextmanager
 def freed_at_once() -> Iterator[None]:
-    """In the `with` block, host memory that is freed in pieces of a MiB or more goes back to the system at once.
+    """In the `with` block, host memory that is freed in pieces of 128 KiB or more goes back to the system at once.
 
     glibc otherwise keeps most of it, and a pass over layers that come and go would hold them all.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(M_MMAP_THRESHOLD, 2**20)
+        mallopt(M_MMAP_THRESHOLD, 2**17)
     except (AttributeError, OSError, TypeError):  # another C library
         yield
         return

@@ -20,15 +20,14 @@ from nextblock.training.shards import whole_because
 class Counts:
     """Numbers of parameters, and the multiply-adds of the model.
 
-    layer, largest: of one layer, and of the largest tensor. kept: of what FSDP2 gathers once for the forward and the
-    backward pass: head and last norm.
+    layer, outside, largest: of one layer, outside of all, and of the largest tensor.
     """
 
     parent: int
     trained: int
     layer: int
+    outside: int
     largest: int
-    kept: int
     products: Products
 
 
@@ -41,14 +40,13 @@ def count_parameters(config: AdaptConfig, shape: PreTrainedConfig) -> Counts:
         head = 2 * config.correction.rank * model.get_input_embeddings().num_embeddings if config.correction else 0
         trained = head or parent if adapter is None else sum(p.numel() for p in adapter.parameters())
         layers = max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len)
-        inside, embedding = sum(p.numel() for p in layers.parameters()), model.get_input_embeddings().weight
-        tied = embedding is model.get_output_embeddings().weight
+        inside = sum(p.numel() for p in layers.parameters())
         return Counts(
             parent=parent,
             trained=trained,
             layer=inside // len(layers),
+            outside=parent - inside,
             largest=max(p.numel() for p in model.parameters()),
-            kept=parent - inside - (0 if tied else embedding.numel()),
             products=Products.of(model, () if adapter is None else updates(adapter)),
         )
 
@@ -88,9 +86,9 @@ def host_memory(
     if sharding > 1:
         export = min(FILE_BYTES, stored) + counts.largest * size
         if whole_because(config.model, config.correction) is None:
-            # Where the host is the device, trying the model out gathers its weights: embedding or head stand twice for
-            # a moment, or a layer does beside another, and beside a head that is tied.
-            gathered = max(2 * counts.largest, 2 * counts.kept, counts.kept + 3 * counts.layer)
+            # Where the host is the device, trying the model out gathers weights: those outside the layers stand twice
+            # for a moment, and then beside them a layer that does, and another.
+            gathered = counts.outside + max(counts.outside, 3 * counts.layer)
             loading = whole // sharding + gathered * size if on_cpu else counts.largest * size
     return {
         "loading": loading,
@@ -112,8 +110,8 @@ def communication(config: AdaptConfig, counts: Counts, devices: int, sharding: i
         return {"gradients": 2 * counts.trained * 4 * (devices - 1) // devices}
     passes = -(-(config.training.batch_rows // devices) // micro_rows(config, devices))
     times, copies = 1 if config.machine.hold_gradients else passes, devices // sharding
-    # Each unit is gathered forward and again backward; what is kept, forward alone. Gradients are summed in float32.
-    gathered = (2 * counts.parent - counts.kept) * passes * (2 if low else size)
+    # Layers are gathered forward and again backward; all else stays gathered. Gradients are summed in float32.
+    gathered = (2 * counts.parent - counts.outside) * passes * (2 if low else size)
     found = {
         "weights": gathered * (sharding - 1) // sharding,
         "gradients": counts.trained * 4 * times * (sharding - 1) // sharding,
