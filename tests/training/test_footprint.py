@@ -59,7 +59,7 @@ def counting_rank(rank: int, values: dict[str, Any], small: str, told: str) -> N
     )
 
 
-WIDE = {"vocab_size": 16_000, "hidden_size": 256, "intermediate_size": 2048, "num_hidden_layers": 6}
+WIDE = {"vocab_size": 16_000, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6}
 CASES: dict[str, tuple[int, bool, dict[str, Any]]] = {
     "shards, a tied head": (2, True, {}),
     "copies, gradients held": (4, False, {"machine__shard_over": 2, "machine__hold_gradients": True}),

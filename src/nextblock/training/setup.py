@@ -30,6 +30,7 @@ from nextblock.model.probe import probe, probe_adapter
 from nextblock.model.training_mode import recompute_activations, run_in_parts, without_dropout
 from nextblock.recipe.objective import TwoViewLoss
 from nextblock.training.checkpoint import load_weights
+from nextblock.training.devices import freed_at_once
 from nextblock.training.launcher import check_batch, make_accelerator
 from nextblock.training.ranks import errors_on_all_ranks, gather, is_main
 from nextblock.training.run import Run
@@ -164,17 +165,18 @@ def check_parent(config: AdaptConfig, decoder: Decoder, tokenizer: Any, device: 
 
 def fill_shards(config: AdaptConfig, bare: BareParent, accelerator: Accelerator, checkpoint: Path | None) -> Any:
     """The objective over a parent in shards, with the weights of `checkpoint`, if given, and tried out."""
-    loss, decoder = bare.shard(accelerator), bare.decoder
-    with errors_on_all_ranks():
-        if checkpoint is not None:
-            load_weights(checkpoint, decoder.model)
 
     def try_out() -> None:
-        probe(decoder)
+        probe(bare.decoder)
         if not config.training.compile:
-            run_in_parts(decoder)
+            run_in_parts(bare.decoder)
 
-    gathered(loss, try_out)
+    with freed_at_once():
+        loss = bare.shard(accelerator)
+        with errors_on_all_ranks():
+            if checkpoint is not None:
+                load_weights(checkpoint, bare.decoder.model)
+        gathered(loss, try_out)
     return loss
 
 

@@ -27,7 +27,6 @@ from nextblock.model.mask_token import mean_row
 from nextblock.model.parent import parent_config
 from nextblock.recipe.objective import TwoViewLoss
 from nextblock.training.checkpoint import weights_of
-from nextblock.training.devices import freed_at_once
 from nextblock.training.ranks import errors_on_all_ranks, gather
 
 
@@ -174,8 +173,7 @@ def gathered(loss: Any, work: Callable[[], None]) -> None:
     """
     vars(loss)["forward"] = work
     try:
-        with freed_at_once():
-            loss()
+        loss()
     finally:
         del vars(loss)["forward"]
     for part in loss.modules():
