@@ -180,7 +180,11 @@ def read_store(folder: Path) -> Records:
                 f"token store {folder} was made with another {said}; prepare it again, or use that one in the run"
             )
 
-    return Records(read, ends[-1] if ends else 0, digest=_hash([part["digest"] for part in parts]), check=check)
+    def digest_at(size: Sequence[int]) -> str:
+        return _hash([part["digest"] for part in parts[: size[0]]])
+
+    size, count = (len(parts), 0), ends[-1] if ends else 0
+    return Records(read, count, digest=digest_at(size), size=size, digest_at=digest_at, check=check)
 
 
 def read_document(part: Arrays, index: int, where: str) -> Record:
