@@ -6,6 +6,7 @@ import glob
 import os
 import re
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -57,21 +58,22 @@ def read_source(
         stored = read_store(Path(source.path).expanduser())
         return replace(stored, count=min(stored.count or 0, source.examples or stored.count or 0))
     kind, files = find_files(source)
-    if kind == "parquet":
-        records = read_parquet(source, files)
-    elif kind == "jsonl":
-        records = read_jsonl(files, lambda row, where: to_record(row, source, where))
-    else:
-        records = read_texts(files, part_bytes)
+    size = (len(files), os.path.getsize(files[-1]))
+    with ThreadPoolExecutor(1) as beside:  # the rows are found while it hashes
+        digest = beside.submit(_digest_at, kind, files, size)
+        if kind == "parquet":
+            records = read_parquet(source, files)
+        elif kind == "jsonl":
+            records = read_jsonl(files, lambda row, where: to_record(row, source, where))
+        else:
+            records = read_texts(files, part_bytes)
     count = min(records.count or 0, source.examples or records.count or 0)
     if not count:
         raise UsageError(f"data source {source.path} is empty; give at least one document")
     if check and count <= CHECKED_DOCUMENTS and sum(os.path.getsize(file) for file in files) <= CHECKED_BYTES:
         for index in range(count):
             records.read(index)
-    size = (len(files), os.path.getsize(files[-1]))
-    digest_at = partial(_digest_at, kind, files)
-    return Records(records.read, count, digest=digest_at(size), size=size, digest_at=digest_at)
+    return Records(records.read, count, digest=digest.result(), size=size, digest_at=partial(_digest_at, kind, files))
 
 
 def _digest_at(kind: str, files: Sequence[str], size: Sequence[int]) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
@@ -117,7 +118,11 @@ def open_part(folder: Path, part: dict[str, Any], dtype: str) -> Arrays:
     def mapped(file: str, kind: Any, *shape: int) -> np.ndarray:
         if not shape[0]:  # an empty file cannot be mapped
             return np.empty(shape, kind)
-        return np.asarray(np.memmap(folder / file, kind, "r", shape=shape))
+        with (folder / file).open("rb") as opened:
+            pages = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+        if hasattr(pages, "madvise"):  # documents are asked for in a shuffled order: what lies around is not wanted
+            pages.madvise(mmap.MADV_RANDOM)
+        return np.frombuffer(pages, kind).reshape(shape)
 
     return Arrays(
         mapped(FILES["tokens"], dtype, part["tokens"]),
