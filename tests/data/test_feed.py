@@ -80,7 +80,7 @@ def same(a: list[Rows], b: list[Rows]) -> bool:
 def numbers(batches: list[Rows]) -> list[int]:
     """Those with which documents begin."""
     firsts = [(rows, ((rows.position == 0) & (rows.document >= 0)).nonzero().tolist()) for rows in batches]
-    return [int(byte_tokenizer().decode(rows.tokens[r, c : c + 3])) for rows, at in firsts for r, c in at]
+    return [int(str(byte_tokenizer().decode(rows.tokens[r, c : c + 3]))) for rows, at in firsts for r, c in at]
 
 
 @pytest.mark.parametrize(("shards", "ranks"), [(1, 2), (2, 2), (4, 2), (2, 4), (3, 2), (6, 4)])

@@ -355,15 +355,17 @@ def test_what_stops_one_of_two_processes_stops_both_with_one_line(place, process
         processes, tmp_path, [*given, "--resume", "auto"], given
     )
     assert "no preset 'absent'" in refusal(processes, tmp_path, given, ["absent.yaml"])
+    three = [*given, "--training.batch_rows", "3"]
     assert "training.batch_rows=3 does not divide over 2 processes; use 2" in refusal(
-        processes, tmp_path, *[[*given, "--training.batch_rows", "3"]] * 2
+        processes, tmp_path, three, three
     )
     over = [*given, "--training.fsdp", "true", "--machine.shard_over", "3"]
     assert "machine.shard_over=3 does not divide 2 processes; use a divisor" in refusal(
         processes, tmp_path, over, over
     )
+    held = [*given, "--machine.hold_gradients", "true"]
     assert "machine.shard_over and machine.hold_gradients are of FSDP2; set training.fsdp=true" in refusal(
-        processes, tmp_path, *[[*given, "--machine.hold_gradients", "true"]] * 2
+        processes, tmp_path, held, held
     )
     assert not (tmp_path / "run").exists()
 

@@ -210,7 +210,7 @@ def test_a_source_that_has_grown_at_its_beginning_is_not_read_in_another_order(p
     options = {"data__sources": [{"path": str(source)}]}
     stopped_run(place, tmp_path / "run", 5, **options)
     source.write_text('{"text": "one more"}\n' + source.read_text())
-    with pytest.raises(UsageError, match=r"own\.jsonl"):
+    with pytest.raises(UsageError, match=r"own\.jsonl holds other text than when the run was stopped"):
         train(config_of(place, tmp_path / "run", **options), resume=True)
 
 

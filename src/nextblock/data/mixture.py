@@ -178,8 +178,11 @@ class Mixture:
         counts, words = [*counts, *self.counts[len(counts) :]], []
         for k, (part, digest, size) in enumerate(zip(self._parts, digests, sizes, strict=False)):
             one, was, first = part.opened, counts[k][-1][1], reached[k] + 1
-            same = isinstance(one, HubStream) or digest == one.digest
-            if (was != one.count) if same else (digest != one.digest_at(size)):
+            if isinstance(one, HubStream) or digest == one.digest:
+                other = was != one.count
+            else:
+                other = digest != one.digest_at(size)
+            if other:
                 raise UsageError(
                     f"data source {part.path} holds other text than when the run was stopped; put it back (documents "
                     "may be added, at its end), or start in a new --output"
