@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Mapping
+import socket
+import sys
+from collections.abc import Callable, Mapping
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -77,3 +79,39 @@ def signal_at(metrics: StepMetrics, step: int) -> None:
     """Send this process a SIGTERM after that step."""
     if metrics.step == step:
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def as_rank(
+    rank: int, count: int, port: int, told: str, body: Callable[..., None], arguments: tuple[Any, ...]
+) -> None:
+    """What torchrun sets, then `body`; standard error goes to a file."""
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in places.items()}, MASTER_ADDR="127.0.0.1")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    sys.stderr = open(told, "w", encoding="utf-8", buffering=1)  # noqa: SIM115
+    body(rank, *arguments)
+
+
+def launch(processes: Any, folder: Path, body: Callable[..., None], *arguments: Any, count: int = 2) -> list[Any]:
+    """Start `body(rank, *arguments)` on `count` ranks."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = []
+    for rank in range(count):
+        options = (rank, count, port, str(folder / f"stderr-{rank}"), body, arguments)
+        ranks.append(processes.Process(target=as_rank, args=options))
+        ranks[-1].start()
+    return ranks
+
+
+def finish(ranks: list[Any]) -> list[int]:
+    """Exit statuses. A rank that waits for ever is ended, and fails the test."""
+    for process in ranks:
+        process.join(120)
+    hung = [process for process in ranks if process.is_alive()]
+    for process in hung:
+        process.kill()
+    assert not hung
+    return [process.exitcode for process in ranks]

@@ -27,7 +27,6 @@ from nextblock.measure.plan import USABLE, StagedPlan, largest_row, plan, plan_s
 from nextblock.measure.plan.memory import evaluation_memory, step_memory
 from nextblock.measure.plan.work import (
     attention_pairs,
-    count_parameters,
     noised_tokens,
     run_flops,
     scored_tokens,
@@ -40,6 +39,7 @@ from nextblock.recipe.corruption import UNSCORED, corrupt
 from nextblock.training.checkpoint import list_checkpoints
 from nextblock.training.devices import DEVICES, GIB
 from nextblock.training.flops import Products, kind_of_training
+from nextblock.training.footprint import count_parameters
 from nextblock.training.launcher import check_sharding
 from nextblock.training.loop import train
 from nextblock.training.setup import prepare

@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -24,46 +23,10 @@ from nextblock.config.sections import Source
 from nextblock.data.store_writer import merge, part_name, write_part
 from nextblock.model.parent import byte_tokenizer
 from nextblock.training.checkpoint import list_checkpoints
-from runs import config_of, start, weights
+from runs import config_of, finish, launch, start, weights
 
 pytestmark = pytest.mark.slow
 LOOSE: dict[str, Any] = {"rtol": 2e-3, "atol": 2e-4}  # Adam enlarges rounding errors of small gradients
-
-
-def as_rank(
-    rank: int, count: int, port: int, told: str, body: Callable[..., None], arguments: tuple[Any, ...]
-) -> None:
-    """What torchrun sets, then `body`; standard error goes to a file."""
-    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in places.items()}, MASTER_ADDR="127.0.0.1")
-    os.environ["OMP_NUM_THREADS"] = "1"
-    torch.set_num_threads(1)
-    sys.stderr = open(told, "w", encoding="utf-8", buffering=1)  # noqa: SIM115
-    body(rank, *arguments)
-
-
-def launch(processes: Any, folder: Path, body: Callable[..., None], *arguments: Any, count: int = 2) -> list[Any]:
-    """Start `body(rank, *arguments)` on `count` ranks."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = []
-    for rank in range(count):
-        options = (rank, count, port, str(folder / f"stderr-{rank}"), body, arguments)
-        ranks.append(processes.Process(target=as_rank, args=options))
-        ranks[-1].start()
-    return ranks
-
-
-def finish(ranks: list[Any]) -> list[int]:
-    """Exit statuses. A rank that waits for ever is ended, and fails the test."""
-    for process in ranks:
-        process.join(120)
-    hung = [process for process in ranks if process.is_alive()]
-    for process in hung:
-        process.kill()
-    assert not hung
-    return [process.exitcode for process in ranks]
 
 
 def adapt_rank(rank: int, values: dict[str, Any], stop_after: int | None = None) -> None:

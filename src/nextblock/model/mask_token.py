@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import tempfile
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nextblock.config.errors import UsageError, one_line
 from nextblock.config.sections import BlockDiffusionSettings
@@ -16,12 +18,35 @@ from nextblock.model.loading import read_settings
 MASK_TOKEN = "<|mask|>"
 
 
-def choose_mask_token(decoder: Decoder, tokenizer: Any, wanted: int | str | None) -> int:
+@torch.no_grad()
+def fill_rows(decoder: Decoder, rows: range) -> None:
+    """Set rows of embedding and head to the mean of those in front of them."""
+    layers = {id(m): m for m in (decoder.model.get_input_embeddings(), decoder.model.get_output_embeddings())}
+    for layer in layers.values():
+        for name in ("weight", "bias"):
+            values = getattr(layer, name, None)
+            if values is not None:
+                values[rows.start : rows.stop] = mean_row(values[: rows.start])
+
+
+def mean_row(values: Tensor) -> Tensor:
+    """[R, ...] -> [...], summed in float32."""
+    return values.float().mean(dim=0).to(values.dtype)
+
+
+def choose_mask_token(
+    decoder: Decoder,
+    tokenizer: Any,
+    wanted: int | str | None,
+    fill: Callable[[Decoder, range], None] = fill_rows,
+) -> int:
     """The mask token's id; makes one where the model has none, with embedding and head rows at the mean.
 
     In this order: `wanted`; the id in the checkpoint's settings; the tokenizer's own mask token, or one called
     MASK_TOKEN; an unused row of a padded vocabulary; a new row.
 
+    Args:
+        fill: what gives the rows of a token that was made their values.
     Raises:
         UsageError: an id outside the vocabulary, a token that is not in it, or an end token.
     """
@@ -37,7 +62,7 @@ def choose_mask_token(decoder: Decoder, tokenizer: Any, wanted: int | str | None
             tokenizer.mask_token = token
         check_mask_token(mask_id, decoder.vocabulary, "the tokenizer's mask token")
     else:
-        return _add_mask_token(decoder, tokenizer)
+        return _add_mask_token(decoder, tokenizer, fill)
     model = decoder.model
     for source in (model.generation_config, decoder.config, tokenizer):
         ends = getattr(source, "eos_token_id", None)
@@ -122,7 +147,7 @@ def check_mask_token(mask_id: int, vocabulary: int, name: str) -> None:
         raise UsageError(f"{name}={mask_id} is outside the vocabulary; ids run from 0 to {vocabulary - 1}")
 
 
-def _add_mask_token(decoder: Decoder, tokenizer: Any) -> int:
+def _add_mask_token(decoder: Decoder, tokenizer: Any, fill: Callable[[Decoder, range], None]) -> int:
     """A new special token: on the first unused row of a padded vocabulary if there is one, else a new row."""
     rows = decoder.vocabulary
     if tokenizer is None:
@@ -132,12 +157,5 @@ def _add_mask_token(decoder: Decoder, tokenizer: Any) -> int:
         mask_id = int(tokenizer.mask_token_id)
     if mask_id >= rows:
         decoder.model.resize_token_embeddings(mask_id + 1, mean_resizing=False)
-    layers = {id(m): m for m in (decoder.model.get_input_embeddings(), decoder.model.get_output_embeddings())}
-    with torch.no_grad():
-        for layer in layers.values():
-            for name in ("weight", "bias"):
-                values = getattr(layer, name, None)
-                if values is not None:
-                    first = min(mask_id, rows)  # behind it those of special tokens that had no row
-                    values[first : mask_id + 1] = values[:first].float().mean(dim=0).to(values.dtype)
+    fill(decoder, range(min(mask_id, rows), mask_id + 1))  # with those of special tokens that had no row
     return mask_id

@@ -6,6 +6,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from nextblock.attention.rule import Places
@@ -115,7 +116,8 @@ def _check_finite(model: PreTrainedModel, logits: list[Tensor]) -> None:
     if all(bool(part.isfinite().all()) for part in logits):
         return
     weights = ((n, p) for n, p in model.named_parameters() if p.is_floating_point())
-    bad = next((name for name, weight in weights if not weight.isfinite().all()), None)
+    whole = ((n, p.full_tensor() if isinstance(p, DTensor) else p) for n, p in weights)
+    bad = next((name for name, weight in whole if not weight.isfinite().all()), None)
     if bad:
         raise NotFiniteError(f"weight {bad} holds NaN or infinite values; restore the weights")
     raise NotFiniteError(f"logits are not finite in {str(model.dtype).removeprefix('torch.')}; use a wider dtype")

@@ -5,13 +5,15 @@ from __future__ import annotations
 import ctypes
 import re
 import resource
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 GIB = 2**30
+M_MMAP_THRESHOLD = -3  # of malloc.h
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,24 @@ def peak_memory_gib(device: torch.device) -> float:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+@contextmanager
+def freed_at_once() -> Iterator[None]:
+    """In the `with` block, host memory that is freed in pieces of 128 KiB or more goes back to the system at once.
+
+    glibc otherwise keeps most of it, and a pass over layers that come and go would hold them all.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_THRESHOLD, 2**17)
+    except (AttributeError, OSError, TypeError):  # another C library
+        yield
+        return
+    try:
+        yield
+    finally:
+        mallopt(M_MMAP_THRESHOLD, 2**25)  # to which it grows by itself
 
 
 def reset_peak_memory(device: torch.device) -> bool:

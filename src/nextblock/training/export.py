@@ -36,6 +36,8 @@ def generate(model, **arguments):
     return model.generate(custom_generate=nextblock.block_diffusion, **arguments)
 '''
 """Content of `custom_generate/generate.py` in an exported folder."""
+FILE_BYTES = 4 * 10**9
+"""Size of a file of weights that are spread over ranks."""
 
 
 def export(
@@ -76,7 +78,7 @@ def write_parts(
     model: PreTrainedModel,
     dtype: torch.dtype | None,
     writing: Callable[[], AbstractContextManager[None]] = nullcontext,
-    file_bytes: int = 4 * 10**9,
+    file_bytes: int = FILE_BYTES,
 ) -> None:
     """Write weights that are spread over ranks, as `export` would, file by file. All ranks call it together.
 

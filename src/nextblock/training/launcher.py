@@ -56,17 +56,24 @@ def check_launcher(config: AdaptConfig) -> None:
         raise UsageError(f"the launcher has set {name}={value}, which a run of nextblock does not follow; {cure}")
 
 
-def check_sharding(config: AdaptConfig) -> None:
-    """UsageError for what FSDP2 does not share out, or not over so many processes."""
-    over, ranks = config.machine.shard_over, process_state().num_processes
+def check_sharding(config: AdaptConfig, devices: int | None = None) -> None:
+    """UsageError for what FSDP2 does not share out, or not over so many processes, or devices of a plan."""
+    over, ranks = config.machine.shard_over, devices or process_state().num_processes
     if over is not None and ranks % over:
-        raise UsageError(
-            f"machine.shard_over={over} does not divide {ranks} processes; use a divisor, or leave it out"
-        )
+        kind = "devices" if devices else "processes"
+        raise UsageError(f"machine.shard_over={over} does not divide {ranks} {kind}; use a divisor, or leave it out")
     if config.lora is not None or config.draft_adapter is not None:
         raise UsageError("FSDP has no use for lora or a draft adapter, whose weights are small; start without it")
     if config.optimizer.name == "adamw_8bit":
         raise UsageError("optimizer.name=adamw_8bit cannot share out its states; use adamw, or start without FSDP")
+
+
+def check_unsharded(config: AdaptConfig) -> None:
+    """UsageError for what only FSDP2 does, where several processes share nothing out."""
+    if config.machine.shard_over is not None or config.machine.hold_gradients:
+        raise UsageError(
+            "machine.shard_over and machine.hold_gradients are of FSDP2; set training.fsdp=true, or leave them out"
+        )
 
 
 def fsdp_of_launcher() -> bool:
@@ -90,10 +97,7 @@ def make_accelerator(config: AdaptConfig) -> Accelerator:
     if process_state().num_processes == 1:
         os.environ.pop("ACCELERATE_USE_FSDP", None)  # nothing to share out
     elif not (config.training.fsdp or fsdp_of_launcher()):
-        if config.machine.shard_over is not None or config.machine.hold_gradients:
-            raise UsageError(
-                "machine.shard_over and machine.hold_gradients are of FSDP2; set training.fsdp=true, or leave them out"
-            )
+        check_unsharded(config)
     else:
         check_sharding(config)
         policy = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from nextblock.model.decoder import Decoder
 from nextblock.model.draft_adapter import new_adapter
 from nextblock.model.loading import check_backward, weight_shapes
 from nextblock.model.lora import LoraAdapter
-from nextblock.model.mask_token import check_round_trip, check_vocabulary, choose_mask_token
+from nextblock.model.mask_token import check_round_trip, check_vocabulary, choose_mask_token, fill_rows
 from nextblock.model.parent import load_parent, parent_config, parent_tokenizer
 from nextblock.model.positions import check_row_length
 from nextblock.model.probe import probe, probe_adapter
@@ -32,6 +33,7 @@ from nextblock.training.checkpoint import load_weights
 from nextblock.training.launcher import check_batch, make_accelerator
 from nextblock.training.ranks import errors_on_all_ranks, gather, is_main
 from nextblock.training.run import Run
+from nextblock.training.shards import BareParent, bare_parent, gathered
 
 
 def check_override(model: ModelConfig, before: ModelConfig) -> None:
@@ -75,27 +77,40 @@ def prepare(
         parent_config(model)  # what can be known without reading data or weights comes first
         if model.override and model.scratch is None:
             check_override(model, model.model_copy(update={"override": {}}))
+    bare = bare_parent(model, config.correction, accelerator)
+    with errors_on_all_ranks():
         tokenizer, feed, held_out = open_data(config, model, accelerator)
-        decoder = open_parent(config, model, tokenizer, accelerator.device, checkpoint)
+        decoder = bare.decoder if bare else load_parent(model, accelerator.device)
+        check_parent(config, decoder, tokenizer, accelerator.device)
+        if bare is None:
+            if checkpoint is not None:
+                load_weights(checkpoint, decoder.model)
+            probe(decoder)
         vocabulary = decoder.vocabulary  # of the parent: rows that the mask token brings are untrained
-        decoder, mask_token_id = give_mask(config, decoder, tokenizer, config.masks if masks is None else masks)
+        masks, fill = config.masks if masks is None else masks, bare.make_rows if bare else fill_rows
+        decoder, mask_token_id = give_mask(config, decoder, tokenizer, masks, fill)
         # Look at the first batch, so that most bad data stops before anything is written.
         check_tokens(feed.peek(), vocabulary, mask_token_id)
         without_dropout(decoder.model)
-        if not config.training.compile:  # which would not see through it
+        if not (bare or config.training.compile):  # which would not see through it
             run_in_parts(decoder)
-        tell_dense_mask(config, decoder, accelerator)
         lora = None
         if config.lora is not None:
             lora = LoraAdapter(decoder.model, config.lora, mask_token_id, config.model.path)
     check_same_data(config, feed.digests)
+    loss = bare and fill_shards(config, bare, accelerator, checkpoint)
+    tell_dense_mask(config, decoder, accelerator)
     trained = lora.weights if lora is not None else decoder.adapter or decoder.correction or decoder.model
     trained.requires_grad_(True)
     if config.training.gradient_checkpointing:
         recompute_activations(decoder.model)
     if config.training.compile:
         decoder.model.base_model.compile()
-    loss, optimizer = accelerator.prepare(TwoViewLoss(decoder), make_optimizer(config.optimizer, trained))
+    optimizer = make_optimizer(config.optimizer, trained)
+    if loss is None:
+        loss, optimizer = accelerator.prepare(TwoViewLoss(decoder), optimizer)
+    else:
+        optimizer = accelerator.prepare_optimizer(optimizer)
     output = Path(config.output)
     return Run(
         config, accelerator, tokenizer, decoder, loss, optimizer, feed, mask_token_id, output, lora, held_out=held_out
@@ -140,22 +155,37 @@ def open_data(config: AdaptConfig, model: ModelConfig, accelerator: Accelerator)
     return tokenizer, feed, held_out_rows(config, tokenizer) if is_main() else None
 
 
-def open_parent(
-    config: AdaptConfig, model: ModelConfig, tokenizer: Any, device: torch.device, checkpoint: Path | None
-) -> Decoder:
-    """The parent with the weights of `checkpoint`, if given, and checked: it does what the method needs."""
-    decoder = load_parent(model, device)
-    if checkpoint is not None:
-        load_weights(checkpoint, decoder.model)
-    check_backward(decoder.attention, decoder.device.type)
+def check_parent(config: AdaptConfig, decoder: Decoder, tokenizer: Any, device: torch.device) -> None:
+    """UsageError for what is wrong with a parent, whatever its weights are."""
+    check_backward(decoder.attention, device.type)
     check_vocabulary(tokenizer, decoder.vocabulary)
     check_row_length(config.data.row_length, decoder.model.config)
-    probe(decoder)
-    return decoder
 
 
-def give_mask(config: AdaptConfig, decoder: Decoder, tokenizer: Any, masks: bool) -> tuple[Decoder, int | None]:
-    """The parent with its draft adapter, if it gets one, and the id of the mask token; None where none is needed."""
+def fill_shards(config: AdaptConfig, bare: BareParent, accelerator: Accelerator, checkpoint: Path | None) -> Any:
+    """The objective over a parent in shards, with the weights of `checkpoint`, if given, and tried out."""
+    loss, decoder = bare.shard(accelerator), bare.decoder
+    with errors_on_all_ranks():
+        if checkpoint is not None:
+            load_weights(checkpoint, decoder.model)
+
+    def try_out() -> None:
+        probe(decoder)
+        if not config.training.compile:
+            run_in_parts(decoder)
+
+    gathered(loss, try_out)
+    return loss
+
+
+def give_mask(
+    config: AdaptConfig, decoder: Decoder, tokenizer: Any, masks: bool, fill: Callable[[Decoder, range], None]
+) -> tuple[Decoder, int | None]:
+    """The parent with its draft adapter, if it gets one, and the id of the mask token; None where none is needed.
+
+    Args:
+        fill: as of `choose_mask_token`.
+    """
     if config.draft_adapter is not None:
         adapter = new_adapter(decoder.model, config.draft_adapter, config.correction)
         decoder = Decoder(decoder.model, adapter)
@@ -163,7 +193,7 @@ def give_mask(config: AdaptConfig, decoder: Decoder, tokenizer: Any, masks: bool
         return decoder, adapter.mask_token_id
     if not masks:
         return decoder, None
-    mask_token_id = choose_mask_token(decoder, tokenizer, config.model.mask_token)
+    mask_token_id = choose_mask_token(decoder, tokenizer, config.model.mask_token, fill)
     if mask_token_id in span_ends(tokenizer):
         raise UsageError(
             f"mask token id {mask_token_id} ends the turns of the chat template; set model.mask_token to another"

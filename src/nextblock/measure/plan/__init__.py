@@ -17,13 +17,14 @@ from transformers import PreTrainedConfig
 from nextblock.config.errors import UsageError, nearest
 from nextblock.config.run import AdaptConfig, stage_configs
 from nextblock.measure.plan.memory import evaluation_memory, step_memory
-from nextblock.measure.plan.work import count_parameters, micro_rows, noised_tokens, run_flops, step_flops
+from nextblock.measure.plan.work import noised_tokens, run_flops, step_flops
 from nextblock.model.loading import check_backward, check_quantization
 from nextblock.model.parent import model_shape
 from nextblock.model.positions import check_row_length, steady_positions
 from nextblock.training.devices import DEVICES, GIB
 from nextblock.training.flops import Flops, kind_of_training
-from nextblock.training.launcher import check_batch, check_sharding
+from nextblock.training.footprint import communication, count_parameters, host_memory, micro_rows
+from nextblock.training.launcher import check_batch, check_sharding, check_unsharded
 
 USABLE = 0.92
 """Share of a GPU's memory that a step may take; the rest is for the driver, libraries and fragments."""
@@ -54,6 +55,7 @@ class Plan:
     """What a run without stages, or a stage, takes: bytes of one device, FLOPs of one step and of all `steps`.
 
     memory: kind -> bytes on one device at the moment of a step's peak.
+    host_memory: of `nextblock.training.footprint.host_memory`. communication: of `communication` there.
     evaluation_bytes: at the peak of the final evaluation, on the first device; 0 without one.
     peak_bytes: of a step or of the final evaluation, whichever takes more.
     largest_row: longest row that fits, up to the model's positions; None where memory is not known.
@@ -77,6 +79,8 @@ class Plan:
     devices: int
     parallel: str | None
     memory: dict[str, int]
+    host_memory: dict[str, int]
+    communication: dict[str, int]
     peak_bytes: int
     evaluation_bytes: int
     fits: bool | None
@@ -182,10 +186,7 @@ def plan(config: AdaptConfig, **machine: Unpack[Machine]) -> Plan:
         raise ValueError("this run has stages, which plan_stages plans")
     device, devices, parallel, mfu, bandwidth = check_machine(config, machine)
     shape = model_shape(config.model)
-    check_run(config, shape, device, devices)
-    sharding = devices if parallel == "fsdp2" else 1
-    if sharding > 1:
-        check_sharding(config)
+    sharding = check_run(config, shape, device, devices, parallel)
     kinds = step_memory(config, shape, device=device, devices=devices, sharding=sharding)
     evaluation, room = sum(evaluation_memory(config, shape, device=device).values()), DEVICES[device].memory_gib
     peak = max(sum(kinds.values()), evaluation)
@@ -211,6 +212,8 @@ def plan(config: AdaptConfig, **machine: Unpack[Machine]) -> Plan:
         devices=devices,
         parallel=parallel if devices > 1 else None,
         memory=kinds,
+        host_memory=host_memory(config, counts, sharding, checkpoint // devices, kinds, evaluation, device == "cpu"),
+        communication=communication(config, counts, devices, sharding),
         peak_bytes=peak,
         evaluation_bytes=evaluation,
         fits=None if room is None else peak <= USABLE * room * GIB,
@@ -268,13 +271,20 @@ def shortfall(found: Plan | StagedPlan, config: AdaptConfig) -> str | None:
     )
 
 
-def check_run(config: AdaptConfig, shape: PreTrainedConfig, device: str, devices: int) -> None:
-    """UsageError for what `adapt` refuses on such devices: rows that do not divide or are too long, a CPU."""
+def check_run(config: AdaptConfig, shape: PreTrainedConfig, device: str, devices: int, parallel: str) -> int:
+    """How many devices share a copy of the model; UsageError for what `adapt` refuses on such devices."""
     check_batch(config, devices)
     check_row_length(config.data.row_length, shape)
     kind = "cpu" if device == "cpu" else "cuda"
     check_backward(config.model.attention, kind)
     check_quantization(config.model.quantization, kind)
+    if devices == 1:
+        return 1
+    if parallel == "ddp":
+        check_unsharded(config)
+        return 1
+    check_sharding(config, devices)
+    return config.machine.shard_over or devices
 
 
 def check_machine(config: AdaptConfig, machine: Machine) -> tuple[str, int, str, float, float]:

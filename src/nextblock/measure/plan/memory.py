@@ -20,12 +20,13 @@ from transformers import PreTrainedConfig
 
 from nextblock.config.run import AdaptConfig
 from nextblock.measure.likelihood import evaluation_rows
-from nextblock.measure.plan.work import micro_rows, noised_tokens, scored_tokens
+from nextblock.measure.plan.work import noised_tokens, scored_tokens
 from nextblock.model.decoder import Decoder
 from nextblock.model.fakes import fake_decoder, fake_mask
 from nextblock.recipe.cross_entropy import chunk_rows, cross_entropy
 from nextblock.recipe.objective import CleanCache
 from nextblock.training.flops import kind_of_training
+from nextblock.training.footprint import micro_rows
 
 
 class Live(TorchDispatchMode):
@@ -97,7 +98,8 @@ def step_memory(
         for parameter in trained.parameters():
             parameter.register_post_accumulate_grad_hook(lambda p: live.book(cast(Tensor, p.grad), "gradients"))
         cast_to = torch.autocast("cpu", torch.bfloat16) if autocast and sharding == 1 else nullcontext()
-        if config.training.batch_rows // devices > rows:  # later micro-batches meet the gradients of the first
+        again = config.training.batch_rows // devices > rows  # later micro-batches meet the gradients of the first
+        if again:
             for parameter in trained.parameters():
                 parameter.grad = torch.zeros_like(parameter)
                 live.book(parameter.grad, "gradients")
@@ -120,7 +122,10 @@ def step_memory(
     lasting = {"weights": held, "gradients": gradients, "optimizer": states}
     kinds |= {kind: round(size * wide / sharding) for kind, size in lasting.items()}
     # The root's weights stay gathered; of the layers one is at work and one on its way. As many gradients, if trained.
-    kinds["gathered"] = (root + 2 * layer) * (2 if kind_of_training(config) == "full" else 1)
+    whole_gradients = again and config.machine.hold_gradients
+    kinds["gathered"] = (root + 2 * layer) * (2 if kind_of_training(config) == "full" and not whole_gradients else 1)
+    if whole_gradients:  # in the dtype in which they are summed over ranks, and shared out group by group at the end
+        kinds["gradients"] = round(gradients * wide)
     return kinds
 
 

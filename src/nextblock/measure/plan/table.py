@@ -12,6 +12,8 @@ from nextblock.measure.plan import USABLE, Plan, StagedPlan
 from nextblock.measure.words import count, memory, number
 from nextblock.training.devices import DEVICES
 
+HOST = {"loading": "host, while loading", "training": "host, with a checkpoint", "end": "host, at the end"}
+RECEIVED = {"weights": "weights received", "gradients": "gradients received", "copies": "gradients between copies"}
 YES = {True: "yes", False: "no", None: ""}
 
 
@@ -49,6 +51,12 @@ def plan_table(found: Plan | StagedPlan) -> Table:
     if room is not None:
         row(f"fits {USABLE:.0%} of {room:.0f} GiB", lambda one: YES[one.fits], total=YES[found.fits])
         row("longest row that fits", lambda one: str(one.largest_row or "none"), "tokens")
+    table.add_section()
+    for kind, label in HOST.items():
+        row(label, lambda one, kind=kind: memory(one.host_memory[kind]), "of a process, beside Python and libraries")
+    for kind, label in RECEIVED.items():
+        if first.communication.get(kind):
+            row(label, lambda one, kind=kind: memory(one.communication[kind]), "a device, each step")
     table.add_section()
 
     flops = {"clean": "clean half", "noised": "noised half", "head": "head", "recomputed": "computed twice"}

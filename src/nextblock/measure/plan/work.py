@@ -5,22 +5,15 @@ Letters: B rows, L clean tokens of a row, N noised ones, b block size, k views.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-import torch
 from transformers import PreTrainedConfig
 
 from nextblock.config.run import AdaptConfig
 from nextblock.config.sections import Context
-from nextblock.model.fakes import bare_model, low_rank_updates
 from nextblock.recipe import schedules
-from nextblock.training.flops import Flops, Products, kind_of_training, updates
-
-
-def micro_rows(config: AdaptConfig, devices: int) -> int:
-    """Rows in one forward pass on one device."""
-    share = config.training.batch_rows // devices
-    return min(config.training.micro_batch_rows or share, share)
+from nextblock.training.flops import Flops, kind_of_training
+from nextblock.training.footprint import Counts
 
 
 def noised_tokens(config: AdaptConfig, block_size: int, row_length: int) -> int:
@@ -43,26 +36,6 @@ def scored_tokens(config: AdaptConfig, block_size: int, row_length: int) -> int:
     maskable = block_size - (recipe.prediction == "shifted")
     share = 0.5 if recipe.complementary else 0.5 + recipe.full_mask_share / 2
     return round(recipe.views * row_length * maskable / block_size * share)
-
-
-@dataclass(frozen=True)
-class Counts:
-    """Numbers of parameters, and the multiply-adds of the model."""
-
-    parent: int
-    trained: int
-    products: Products
-
-
-def count_parameters(config: AdaptConfig, shape: PreTrainedConfig) -> Counts:
-    """Read off the model's modules, on the meta device."""
-    with torch.device("meta"):
-        model = bare_model(shape, torch.float32)
-        parent = sum(p.numel() for p in model.parameters())
-        adapter = low_rank_updates(config, model)
-        head = 2 * config.correction.rank * model.get_input_embeddings().num_embeddings if config.correction else 0
-        trained = head or parent if adapter is None else sum(p.numel() for p in adapter.parameters())
-        return Counts(parent, trained, Products.of(model, () if adapter is None else updates(adapter)))
 
 
 def step_flops(config: AdaptConfig, shape: PreTrainedConfig, counts: Counts, block_size: int) -> Flops:
