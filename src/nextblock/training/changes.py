@@ -113,7 +113,7 @@ CHANGES = (
         ("documents",),
         ONWARD,
         "added at the end of a local source: lines of its last JSONL file, files whose names sort behind all others, "
-        "parts of a store (`nextblock prepare --append`); from the first epoch on that no shard has begun",
+        "parts of a store (`--append`); from the first epoch on that no shard has begun",
     ),
     Change(("data.sources.N.weight",), ONWARD, "from the next chunk of rows of a shard on"),
     Change(("training.skip_rows",), AS_BEGUN, "rows that no step has had", rows_to_come),
