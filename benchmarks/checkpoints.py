@@ -1,7 +1,7 @@
 """`python benchmarks/checkpoints.py`: what a checkpoint costs the step, and what kills cost the run, on two processes.
 
-Side by side in one run: how long a step is held by a checkpoint that is written and hashed while all wait, and by one
-that a thread writes. Then a run whose processes are killed one by one in the middle of saves, under torchrun.
+Side by side in one run: how long a step is held where all wait until a checkpoint is written and hashed, and where a
+thread writes it. Then runs under torchrun whose processes are killed one by one: in the middle of saves, and anywhere.
 """
 
 from __future__ import annotations
@@ -22,21 +22,10 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from torch.distributed.checkpoint.state_dict import get_state_dict
-from torch.distributed.checkpoint.state_dict_saver import save
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from nextblock.config.files import to_yaml
-from nextblock.training.checkpoint import (
-    CHECKPOINTS,
-    STATE,
-    CheckpointWriter,
-    _commit,
-    _digest,
-    _is_own,
-    list_checkpoints,
-    newest_whole_checkpoint,
-)
+from nextblock.config.files import PARTIAL, to_yaml
+from nextblock.training.checkpoint import CHECKPOINTS, CheckpointWriter, list_checkpoints, newest_whole_checkpoint
 from nextblock.training.ranks import end_process_group, gather, is_main, process_state
 
 RANKS = 2
@@ -77,44 +66,37 @@ def saves(output: Path, layers: int, width: int, vocabulary: int, rounds: int) -
         optimizer.zero_grad()
         return time.perf_counter() - began
 
-    def plain(number: int) -> None:
-        partial = output / CHECKPOINTS / f".plain-{number}"
-        weights, moments = get_state_dict(model, optimizer)
-        save({"model": weights, "optimizer": moments}, checkpoint_id=partial)
-        if is_main():
-            (partial / STATE).write_text("{}")
-        parts = gather({file.name: _digest(file) for file in partial.iterdir() if _is_own(file)})
-        if is_main():
-            _commit(partial, output / CHECKPOINTS / "plain", {name: part[name] for part in parts for name in part})
-        gather(0)
-
-    step()
-    found: dict[str, list[float]] = {"waiting": [], "held": [], "written": [], "step": [], "step_beside": []}
-    writer = CheckpointWriter()
-    for number in range(rounds):
-        gather(0)
-        began = time.perf_counter()
-        plain(number)
-        found["waiting"].append(time.perf_counter() - began)
-        found["step"] += [step() for _ in range(2)]
+    def save(number: int) -> float:
         gather(0)
         began = time.perf_counter()
         writer.save(output, number, model, optimizer, {}, keep=1)
-        found["held"].append(time.perf_counter() - began)
-        assert writer._pending is not None
-        while not writer._pending.done():
-            found["step_beside"].append(step())
+        return began
+
+    step()
+    found: dict[str, list[float]] = {"waiting": [], "held": [], "step": [], "step_beside": []}
+    writer = CheckpointWriter()
+    began = save(0)
+    first = time.perf_counter() - began
+    writer.finish()
+    for number in range(1, 1 + 2 * rounds, 2):
+        began = save(number)
         writer.finish()
-        found["written"].append(time.perf_counter() - began)
+        found["waiting"].append(time.perf_counter() - began)
+        found["step"] += [step() for _ in range(2)]
+        began = save(number + 1)
+        found["held"].append(time.perf_counter() - began)
+        found["step_beside"].append(step())
+        writer.finish()
     writer.close()
     whole = newest_whole_checkpoint(output)[0] is not None  # all ranks together
     parameters = sum(p.numel() for p in model.parameters())
-    medians = {name: statistics.median(values or [0.0]) for name, values in found.items()}
-    return {"parameters": parameters, "whole": whole, "held_first": found["held"][0], **medians}
+    medians = {name: statistics.median(values) for name, values in found.items()}
+    return {"parameters": parameters, "whole": whole, "held_first": first, **medians}
 
 
 def run_file(folder: Path, name: str, steps: int) -> tuple[Path, Path]:
     """The configuration of a short run with a checkpoint after every step, and its output folder."""
+    folder.mkdir(exist_ok=True)
     texts = folder / "sums.jsonl"
     texts.write_text(
         "\n".join(json.dumps({"text": f"{a} plus {b} is {a + b}."}) for a in range(12) for b in range(12))
@@ -132,24 +114,25 @@ def run_file(folder: Path, name: str, steps: int) -> tuple[Path, Path]:
     return path, folder / name
 
 
-def kill_in_save(launcher: subprocess.Popen[Any], output: Path, moments: random.Random, dead: set[int]) -> int:
-    """Kill a rank while a checkpoint is half written, some checkpoints on; the step of the last whole one then.
+def kill(launcher: subprocess.Popen[Any], output: Path, moments: random.Random, dead: set[int], in_save: bool) -> int:
+    """Kill a rank some checkpoints on; the step of the last whole checkpoint then.
 
     Args:
         launcher: torchrun, whose children are the ranks.
         dead: ranks that were killed, which torchrun may not have noticed yet; those of the same start are added.
+        in_save: while a checkpoint is half written; else at any moment.
     """
     before, more = list_checkpoints(output), moments.randrange(1, 4)
     children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")
     while launcher.poll() is None:
         ranks = [int(pid) for pid in children.read_text().split()]
-        begun = any((output / CHECKPOINTS).glob(".partial-step-*"))
+        begun = not in_save or any((output / CHECKPOINTS).glob(f"{PARTIAL}step-*"))
         last = list_checkpoints(output)
         if begun and not dead & set(ranks) and len(ranks) == RANKS and _steps_on(before, last) >= more:
             os.kill(moments.choice(ranks), signal.SIGKILL)
             dead |= set(ranks)
             return _number(last)
-        time.sleep(moments.uniform(0, 0.002))
+        time.sleep(moments.uniform(0, 0.002 if in_save else 0.2))
     raise SystemExit("the run ended before all its kills")
 
 
@@ -161,8 +144,8 @@ def _steps_on(before: list[Path], now: list[Path]) -> int:
     return _number(now) - _number(before)
 
 
-def kills(folder: Path, count: int) -> dict[str, Any]:
-    """A run that loses a process `count` times, each time in a save, beside one that loses none."""
+def kills(folder: Path, count: int, in_saves: bool) -> dict[str, Any]:
+    """A run that loses a process `count` times, in saves or anywhere, beside one that loses none."""
     steps = 6 * count + 12
     file, undisturbed = run_file(folder, "undisturbed", steps)
     quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
@@ -172,15 +155,13 @@ def kills(folder: Path, count: int) -> dict[str, Any]:
     process, lost, dead, moments = subprocess.Popen(command, **quiet), 0, set(), random.Random(0)
     try:
         for _ in range(count):
-            reached = kill_in_save(process, output, moments, dead)
+            reached = kill(process, output, moments, dead, in_saves)
             lost += _number(list_checkpoints(output)) < reached
         status = process.wait()
     finally:
         process.kill()
-    weights = (
-        [(where / "model.safetensors").read_bytes() for where in (undisturbed, output)] if status == 0 else [0, 1]
-    )
-    return {"kills": count, "checkpoints_lost": lost, "status": status, "same_weights": weights[0] == weights[1]}
+    same = status == 0 and len({(where / "model.safetensors").read_bytes() for where in (undisturbed, output)}) == 1
+    return {"kills": count, "checkpoints_lost": lost, "status": status, "same_weights": same}
 
 
 def on_ranks(*arguments: str) -> dict[str, Any]:
@@ -196,8 +177,9 @@ def main(
     width: Annotated[int, typer.Option(help="a multiple of 64")] = 576,
     vocabulary: Annotated[int, typer.Option()] = 49_152,
     rounds: Annotated[int, typer.Option(help="checkpoints of each kind")] = 5,
-    killed: Annotated[int, typer.Option(help="processes that are killed in saves")] = 20,
-    small: Annotated[bool, typer.Option("--small", help="a small model and few turns, to see that all works")] = False,
+    in_saves: Annotated[int, typer.Option(help="processes that are killed in saves")] = 20,
+    anywhere: Annotated[int, typer.Option(help="processes that are killed at any moment")] = 10,
+    small: Annotated[bool, typer.Option("--small", help="save a small model, as kills of any do")] = False,
     only: Annotated[Path | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Print one table."""
@@ -208,11 +190,15 @@ def main(
         end_process_group()
         return
     if small:
-        layers, width, vocabulary, rounds, killed = 2, 64, 512, 2, 1
+        layers, width, vocabulary = 2, 64, 512
     with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
         shape = [f"--layers={layers}", f"--width={width}", f"--vocabulary={vocabulary}", f"--rounds={rounds}"]
-        found = on_ranks("--only", str(Path(name) / "saves"), *shape)
-        found |= kills(Path(name), killed)
+        found = on_ranks("--only", str(folder / "saves"), *shape)
+        lost = {
+            "in saves": kills(folder / "in-saves", in_saves, True),
+            "anywhere": kills(folder / "any", anywhere, False),
+        }
     table = Table(title=f"Checkpoints of {found['parameters'] / 1e6:.1f} M parameters on {RANKS} processes")
     table.add_column("measured")
     table.add_column("value", justify="right")
@@ -220,15 +206,17 @@ def main(
     table.add_row("the step is held, a thread writes", f"{found['held']:.3f} s")
     table.add_row("ratio", f"{found['held'] / found['waiting']:.3f}")
     table.add_row("the same, first checkpoint of a run", f"{found['held_first'] / found['waiting']:.3f}")
-    table.add_row("until it is written", f"{found['written']:.3f} s")
     table.add_row("a step alone", f"{found['step']:.3f} s")
     table.add_row("a step beside a write", f"{found['step_beside']:.3f} s")
     table.add_row("the last one is whole", str(found["whole"]))
-    table.add_row("processes killed in saves", str(found["kills"]))
-    table.add_row("checkpoints lost by that", str(found["checkpoints_lost"]))
-    table.add_row("same weights as undisturbed", str(found["same_weights"]))
+    for where, result in lost.items():
+        table.add_row(f"processes killed {where}", str(result["kills"]))
+        table.add_row("checkpoints lost by that", str(result["checkpoints_lost"]))
+        table.add_row("exit status", str(result["status"]))
+        table.add_row("same weights as undisturbed", str(result["same_weights"]))
     Console().print(table)
-    raise SystemExit(0 if found["whole"] and found["same_weights"] and not found["checkpoints_lost"] else 1)
+    well = all(result["same_weights"] and not result["checkpoints_lost"] for result in lost.values())
+    raise SystemExit(0 if found["whole"] and well else 1)
 
 
 if __name__ == "__main__":

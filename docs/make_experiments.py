@@ -10,7 +10,7 @@ from pathlib import Path
 
 from nextblock.workflows.evidence import Results, filled, markdown_table, plot
 from nextblock.workflows.experiment import Experiment, load_experiment
-from nextblock.workflows.experiments import place_of, read_results
+from nextblock.workflows.experiments import place_of, read_results, wanted_runs
 
 ROOT = Path(__file__).parents[1]
 ORDER = (
@@ -68,6 +68,8 @@ def section(name: str, experiment: Experiment, results: Results) -> str:
     parts.append(f"```sh\nnextblock experiment {name} --jobs 2\n```\n")
     if not results:
         return "\n".join([*parts, NOTHING])
+    if len(results) < (wanted := len(wanted_runs(experiment))):
+        parts.append(f"{len(results)} of {wanted} runs are made; they are too few to tell.\n")
     parts += [markdown_table(experiment, results) + "\n", f"![{name}](experiments/{name}.svg)\n"]
     if experiment.finding:
         parts.append(f"{filled(experiment.finding, experiment, results)}\n")

@@ -15,7 +15,8 @@ import pytest
 from nextblock.config.errors import UsageError
 from nextblock.config.sections import Source
 from nextblock.data import cursors
-from nextblock.data.cursors import HubStream, Shuffle
+from nextblock.data.cursors import Cursor, HubStream, Shuffle
+from nextblock.data.records import Record, Records
 from samples import jsonl, texts
 
 
@@ -42,6 +43,19 @@ def test_a_shuffle_of_a_million_times_more_documents_takes_no_more_memory():
     few, many = Shuffle(10**4, [0]), Shuffle(10**10, [0])
     assert sum(map(sys.getsizeof, vars(many).values())) <= sum(map(sys.getsizeof, vars(few).values())) + 16
     assert 0 <= many[10**10 - 1] < 10**10
+
+
+@pytest.mark.parametrize("shards", [1, 3, 16])
+@pytest.mark.parametrize("counts", [[[0, 5]], [[0, 5], [2, 8]], [[0, 2], [1, 3], [4, 40]]])
+def test_epochs_before_a_source_grew_have_its_first_records_and_those_after_all(shards: int, counts: list) -> None:
+    lengths = [[count for first, count in counts if first <= epoch][-1] for epoch in range(9)]
+    orders = [Shuffle(length, [7, epoch]) for epoch, length in enumerate(lengths)]
+    wanted = [order[place] for order, length in zip(orders, lengths, strict=True) for place in range(length)]
+    records = Records(lambda index: Record({"text": str(index)}, ""), counts[-1][1])
+    cursors = [Cursor(records, [7], (s, shards)) for s in range(shards)]
+    for cursor in cursors:
+        cursor.counts = counts
+    assert [int(cursors[i % shards].take().value["text"]) for i in range(len(wanted))] == wanted
 
 
 class Flaky:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from nextblock.config.errors import UsageError
 from nextblock.data import lines
-from nextblock.data.lines import Lines
+from nextblock.data.lines import Lines, is_between_lines
 
 PIECES = st.sampled_from(["{}", '{"text": "é"}', "", " ", "\t", "\r", "  {}", "x" * 40, "\ufeff", "\x0b"])
 
@@ -44,3 +44,9 @@ def test_a_file_that_was_cut_while_it_was_open_is_named(tmp_path: Path) -> None:
     file.write_text("{}\n")
     with pytest.raises(UsageError, match=r"a\.jsonl is shorter"):
         found.read(8)
+
+
+def test_only_whole_lines_can_have_been_added_behind_a_line_end(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b"{}\n{1}\r\n{22}")
+    between = [at for at in range(14) if is_between_lines(str(tmp_path / "a.jsonl"), at)]
+    assert between == [0, 2, 3, 6, 7, 8]

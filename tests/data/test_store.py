@@ -144,11 +144,18 @@ def test_an_appended_store_holds_the_old_documents_and_then_the_new(tmp_path: Pa
     a, b = jsonl(tmp_path / "a.jsonl", texts(40)), jsonl(tmp_path / "b.jsonl", CHATS)
     both = jsonl(tmp_path / "both.jsonl", [*texts(40), *CHATS])
     store = put(tmp_path / "store", a)
-    before = stream(store).state()
     put(tmp_path / "store", b, run=1)
     assert same(stream(store).next(200), stream(both).next(200))
-    with pytest.raises(UsageError, match="had 40 documents and has 130"):
-        stream(store).load_state(before)
+
+
+def test_a_store_that_was_made_anew_is_another_for_a_run(tmp_path: Path) -> None:
+    a, b = jsonl(tmp_path / "a.jsonl", texts(40)), jsonl(tmp_path / "b.jsonl", texts(40, seed=1))
+    before = stream(put(tmp_path / "store", a)).state()
+    shutil.rmtree(tmp_path / "store")
+    put(tmp_path / "store", b)
+    put(tmp_path / "store", a, run=1)
+    with pytest.raises(UsageError, match=r"store holds other text than when the run was stopped"):
+        stream(str(tmp_path / "store")).load_state(before)
 
 
 def test_opening_reads_no_documents(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 
 from nextblock.config.errors import UsageError
 from nextblock.config.run import AdaptConfig, load_config
+from nextblock.data import stream
 from nextblock.measure.report import read_log, write_report
 from nextblock.model.parent import byte_tokenizer
 from nextblock.recipe import schedules
@@ -102,7 +104,7 @@ def checked(before: AdaptConfig, now: AdaptConfig, **how: Any) -> list[str]:
 
 
 def test_every_key_of_the_table_has_a_case_and_the_table_is_in_the_documentation():
-    assert TAKEN.keys() == MAY_CHANGE.keys() - {"processes"}
+    assert TAKEN.keys() == MAY_CHANGE.keys() - {"processes", "documents"}
     assert table() in (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8")
 
 
@@ -197,6 +199,31 @@ def test_moved_data_leave_the_weights_and_other_data_are_refused(place, tmp_path
         train(config_of(place, run, data__sources=[{"path": str(other)}]), resume=True)
     train(config_of(place, run, data__sources=[{"path": str(moved)}]), resume=True)
     assert weights(run) == undisturbed[0]
+
+
+def test_documents_added_to_a_file_are_told_once_and_a_kill_behind_that_changes_nothing(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(stream, "CHUNK_ROWS", 4)
+    monkeypatch.setattr(stream, "MOST_ROWS", 4)
+    rows = [json.dumps({"text": f"{n} plus one."}) + "\n" for n in range(24)]
+    (tmp_path / "data.jsonl").write_text("".join(rows[:16]))
+    sources = {"data__sources": [{"path": str(tmp_path / "data.jsonl")}], "data__shards": 2}
+    stopped_run(place, tmp_path / "one", 3, **sources)
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    (tmp_path / "data.jsonl").write_text("".join(rows))
+    train(config_of(place, tmp_path / "one", **sources), resume=True)
+    (record,) = read_log(tmp_path / "one" / "log.jsonl", "resume")
+    assert record["step"] == 2
+    assert re.fullmatch(r"data\.sources\.0 had 16 documents, has 24: .* come in with its epoch \d", *record["changes"])
+
+    def stop(metrics: StepMetrics) -> None:
+        if metrics.step == 8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config_of(place, tmp_path / "two", **sources), resume=True, on_step=stop)
+    train(config_of(place, tmp_path / "two", **sources), resume=True)
+    assert len(read_log(tmp_path / "two" / "log.jsonl", "resume")) == 1
+    assert weights(tmp_path / "one") == weights(tmp_path / "two")
 
 
 def test_the_log_and_the_report_tell_what_was_changed_once_whatever_is_resumed_again(place, tmp_path):

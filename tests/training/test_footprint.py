@@ -36,7 +36,7 @@ def counting_rank(rank: int, values: dict[str, Any], small: str, told: str) -> N
     distributed: Any = torch.distributed
     new = hasattr(distributed, "all_gather_single")  # the names in torch 2.13
     names = ("all_gather_single", "reduce_scatter_single") if new else NAMES
-    received = dict.fromkeys((*names, "all_reduce"), 0)
+    received: dict[str, int] = dict.fromkeys((*names, "all_reduce"), 0)
 
     def counted(name: str) -> Any:
         real = getattr(distributed, name)

@@ -19,6 +19,9 @@ import torch
 from safetensors.torch import load_file
 
 from nextblock.config.run import AdaptConfig, load_config
+from nextblock.config.sections import Source
+from nextblock.data.store_writer import merge, part_name, write_part
+from nextblock.model.parent import byte_tokenizer
 from nextblock.training.checkpoint import list_checkpoints
 from runs import config_of, finish, launch, start, weights
 
@@ -286,9 +289,17 @@ def test_a_part_that_is_not_written_stops_both_processes_and_the_checkpoint_befo
     assert_same_run(tmp_path / "run", alone(2))
 
 
-def refusal(processes: Any, folder: Path, first: list[str], second: list[str]) -> str:
+def rank_in_its_folder(rank: int, each: list[list[str]], folders: list[Path]) -> None:
+    """`cli_rank` in a folder of its own, as on a machine of its own."""
+    os.chdir(folders[rank])
+    cli_rank(rank, each)
+
+
+def refusal(
+    processes: Any, folder: Path, first: list[str], second: list[str], folders: tuple[Path, ...] = (Path(), Path())
+) -> str:
     """What two ranks with these command lines say, both ending with status 2."""
-    ranks = launch(processes, folder, cli_rank, [["adapt", *first], ["adapt", *second]])
+    ranks = launch(processes, folder, rank_in_its_folder, [["adapt", *first], ["adapt", *second]], folders)
     assert finish(ranks) == [2, 2]
     said = [(folder / f"stderr-{rank}").read_text() for rank in range(2)]
     lines = [line for text in said for line in text.splitlines() if line.startswith("error")]
@@ -307,16 +318,36 @@ def test_what_stops_one_of_two_processes_stops_both_with_one_line(place, process
         processes, tmp_path, [*given, "--resume", "auto"], given
     )
     assert "no preset 'absent'" in refusal(processes, tmp_path, given, ["absent.yaml"])
+    three = [*given, "--training.batch_rows", "3"]
     assert "training.batch_rows=3 does not divide over 2 processes; use 2" in refusal(
-        processes, tmp_path, *[[*given, "--training.batch_rows", "3"]] * 2
+        processes, tmp_path, three, three
     )
     over = [*given, "--training.fsdp", "true", "--machine.shard_over", "3"]
     assert "machine.shard_over=3 does not divide 2 processes; use a divisor" in refusal(
         processes, tmp_path, over, over
     )
+    held = [*given, "--machine.hold_gradients", "true"]
     assert "machine.shard_over and machine.hold_gradients are of FSDP2; set training.fsdp=true" in refusal(
-        processes, tmp_path, *[[*given, "--machine.hold_gradients", "true"]] * 2
+        processes, tmp_path, held, held
     )
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("source", ["data.jsonl", "store"])
+def test_ranks_that_see_other_text_under_one_path_are_refused_with_its_name(place, processes, tmp_path, source):
+    folders = (tmp_path / "0", tmp_path / "1")
+    for rank, folder in enumerate(folders):
+        folder.mkdir()
+        text = (place / "sums.jsonl").read_text()
+        (folder / "data.jsonl").write_text(text.replace("plus", "Plus") if rank else text)
+        given, part = Source(path=str(folder / "data.jsonl")), folder / "store" / part_name(0, 0, 1)
+        write_part(part, given, byte_tokenizer(), part=(0, 1), part_bytes=8192)
+        merge(folder / "store", 0)
+    config = tmp_path / "run.yaml"
+    run = config_of(place, tmp_path / "run", data__sources=[{"path": source}])
+    config.write_text(json.dumps(run.model_dump(mode="json")))
+    said = refusal(processes, tmp_path, [str(config)], [str(config)], folders)
+    assert f"data source {source} holds other text on rank 1 than on rank 0; give all machines the same" in said
     assert not (tmp_path / "run").exists()
 
 

@@ -54,29 +54,38 @@ def _scramble(value: int) -> int:
     return value ^ (value >> 31)
 
 
+Counts = list[list[Any]]
+"""[first epoch, records of each from there on], ...: a source that has grown was shorter before. None: endless."""
+
+
 class Cursor:
     """Reads a random-access source for ever; a finite one is shuffled anew each epoch by (seed, epoch).
 
-    Of all epochs laid end to end, shard (s, S) takes the records s, s + S, s + 2S, ...
+    Of all epochs laid end to end, shard (s, S) takes the records s, s + S, s + 2S, ... Of a source that has grown an
+    epoch has the first records alone, as many as `counts` says.
     """
 
     def __init__(self, records: Records, seed: Sequence[int], shard: tuple[int, int] = (0, 1)) -> None:
         self._records, self._seed = records, list(seed)
-        self._order: tuple[int, Shuffle] | None = None
+        self.counts: Counts = [[0, records.count]]
+        self._order: tuple[tuple[int, int], Shuffle] | None = None
         self.epoch, (self.index, self._stride) = 0, shard
 
     def take(self) -> Record:
         """The next record."""
-        count = self._records.count
-        if count is None:
-            which = self.index
-        else:
-            self.epoch, self.index = self.epoch + self.index // count, self.index % count
-            if self._order is None or self._order[0] != self.epoch:
-                self._order = (self.epoch, Shuffle(count, [*self._seed, self.epoch]))
+        which = self.index
+        if self._records.count is not None:
+            while self.index >= (count := self._count()):
+                self.epoch, self.index = self.epoch + 1, self.index - count
+            if self._order is None or self._order[0] != (self.epoch, count):
+                self._order = ((self.epoch, count), Shuffle(count, [*self._seed, self.epoch]))
             which = self._order[1][self.index]
         self.index += self._stride
         return self._records.read(which)
+
+    def _count(self) -> int:
+        """Records of the epoch."""
+        return next(count for first, count in reversed(self.counts) if first <= self.epoch)
 
     def state(self) -> dict[str, Any]:
         """Where the next record is."""
@@ -105,7 +114,7 @@ class HubStream:
     """
 
     # As those of `Records`.
-    count, split_by_hash, digest = None, True, ""
+    count, split_by_hash, digest, size = None, True, "", (0, 0)
 
     def __init__(self, source: Source, shard: tuple[int, int] = (0, 1), seed: Sequence[int] | None = None) -> None:
         from datasets import IterableDataset, load_dataset

@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 from tokenizers import AddedToken
+from transformers import PreTrainedTokenizerFast
 
 from nextblock.config.errors import UsageError
 from nextblock.data.chat import MARKER, MEANT, PRIVATE, Chat, Pieces, Specials
@@ -60,12 +61,16 @@ def encode_batch(records: Sequence[Record], tokenizer: Any) -> list[Document]:
     for record, source, (ids, piece) in zip(fresh, sources, encoder.run(sources), strict=True):
         if "messages" not in record.value and ids:
             ids = [*encoder.begin, *ids, *[end] * record.ended]
-            last = len(source.pieces) - 1
-            piece = np.concatenate([np.zeros(len(encoder.begin), np.int64), piece, np.full(int(record.ended), last)])
+            if piece is not None:
+                last = [len(source.pieces) - 1] * record.ended
+                piece = np.concatenate([[0] * len(encoder.begin), piece, last]).astype(np.int64)
         generated = np.array([generated for _, generated in source.pieces])
-        inside = np.arange(len(ids)) - np.searchsorted(piece, piece)
-        offset = np.where(generated[piece], inside, -1) if ids else inside
-        documents.append(Document(np.array(ids, np.int64), offset.astype(np.int64), source.spelled))
+        offset = np.arange(len(ids))
+        if piece is not None:
+            offset = np.where(generated[piece], offset - np.searchsorted(piece, piece), -1)
+        elif not generated[0]:
+            offset[:] = -1
+        documents.append(Document(np.fromiter(ids, np.int64, len(ids)), offset, source.spelled))
     made = iter(documents)
     return [next(made) if record.stored is None else record.stored.document for record in records]
 
@@ -166,22 +171,35 @@ class _Encoder:
             pieces = [(self.specials.mark(text), generated) for text, generated in pieces]
         return _Source(pieces, spelled)
 
-    def run(self, sources: Sequence[_Source]) -> list[tuple[list[int], np.ndarray]]:
-        """(ids, the piece that each token belongs to) of every source."""
+    def run(self, sources: Sequence[_Source]) -> list[tuple[list[int], np.ndarray | None]]:
+        """(ids, the piece that each token belongs to) of every source; None where there is one piece."""
         groups: dict[tuple[bool, bool], list[int]] = {}
         for number, source in enumerate(sources):
             groups.setdefault((source.spelled > 0, len(source.pieces) > 1), []).append(number)
-        found: dict[int, tuple[list[int], np.ndarray]] = {}
+        found: dict[int, tuple[list[int], np.ndarray | None]] = {}
         for (split, divided), numbers in groups.items():
             if divided and not self.tokenizer.is_fast:
                 found |= {number: self._by_prefixes(sources[number]) for number in numbers}
                 continue
             texts = ["".join(text for text, _ in sources[number].pieces) for number in numbers]
-            ids, places = self._call(texts, split, places=divided)
-            for number, tokens, place in zip(numbers, ids, places, strict=True):
-                piece = _pieces_of(place, sources[number].pieces) if divided else np.zeros(len(tokens), np.int64)
+            if not divided:
+                ids = self._call(texts, split)[0] if split else self._whole(texts)
+                found |= {number: (tokens, None) for number, tokens in zip(numbers, ids, strict=True)}
+                continue
+            for number, tokens, place in zip(numbers, *self._call(texts, split, places=True), strict=True):
+                piece = _pieces_of(place, sources[number].pieces)
                 found[number] = self._apart(sources[number]) if piece is None else (tokens, piece)
         return [found[number] for number in range(len(sources))]
+
+    def _whole(self, texts: list[str]) -> list[list[int]]:
+        """As `_call` gives; but the tokenizer's own call finds the characters of tokens, which takes as long again.
+
+        What that call sets in the tokenizer's core has been set by `__init__`.
+        """
+        if getattr(type(self.tokenizer), "_encode_plus", None) is not PreTrainedTokenizerFast._encode_plus:
+            return self._call(texts, split=False)[0]
+        core = self.tokenizer.backend_tokenizer
+        return [encoded.ids for encoded in core.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _call(self, texts: list[str], split: bool, places: bool = False) -> tuple[list[list[int]], list[Any]]:
         """Ids of each text and, where `places` are wanted, the characters (first, behind the last) of each token."""

@@ -83,15 +83,23 @@ class Feed:
         """Where the next batch starts: JSON-serialisable; this rank's shards only (see `merged`)."""
         return self._state
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on where `merged` was taken, on any number of ranks. UsageError if it belongs to other sources."""
+    def load_state(self, state: Mapping[str, Any]) -> list[str]:
+        """Go on where `merged` was taken, on any number of ranks.
+
+        Returns:
+            In words, the sources to which documents were added since (`Mixture.counts_since`).
+        Raises:
+            UsageError: it belongs to other sources.
+        """
         self._forget()
         self._row = state["row"]
         if len(state["shards"]) != self._count:  # the usual number for another stage's batch: a run keeps its first
             self._open(len(state["shards"]))
+        counts, added = next(iter(self._shards.values())).counts_since(list(state["shards"].values()))
         for s, stream in self._shards.items():
-            stream.load_state(state["shards"][str(s)])
+            stream.load_state(state["shards"][str(s)], counts)
         self._state = self._snapshot()
+        return added
 
     def close(self) -> None:
         """Stop reading ahead."""

@@ -89,15 +89,18 @@ def _nothing_there(source: Source, path: str, found: Sequence[str]) -> str:
     return f"data source {source.path} holds no {wanted} files, but {count} {suffix or 'without a suffix'}; {cure}"
 
 
-def digest_of(files: Sequence[str], limit: int = CHECKED_BYTES) -> str:
+def digest_of(files: Sequence[str], limit: int = CHECKED_BYTES, last: int | None = None) -> str:
     """Of the sizes and the contents of files, of large ones the beginning and the end: about `limit` bytes in all.
 
     Not of their names: data may be moved while a run is stopped.
+
+    Args:
+        last: bytes of the last file that count, if not all.
     """
     half = max(4096, limit // len(files)) // 2
     found = hashlib.blake2b(digest_size=16)
-    for file in files:
-        size = os.path.getsize(file)
+    for number, file in enumerate(files, 1):
+        size = os.path.getsize(file) if last is None or number < len(files) else last
         found.update(b"%d\n" % size)
         with open_file(file) as stream:
             for start, stop in ((0, min(half, size)), (max(half, size - half), size)):

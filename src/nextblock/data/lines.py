@@ -68,6 +68,11 @@ class Lines:
         raise UsageError(f"data file {self._file} is shorter than when it was opened; restore it")
 
 
+def is_between_lines(file: str, at: int) -> bool:
+    """Whether no line of a file reaches across byte `at`."""
+    return not at or not set(b"\r\n").isdisjoint(read_bytes(file, at - 1, 2))
+
+
 def _is_blank(data: bytes, start: int) -> bool:
     return not (data if start else data.removeprefix(MARK)).strip()
 
@@ -78,8 +83,8 @@ def _blocks(file: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     with open_file(file) as stream, open_file(file) as again:
         while block := stream.read(BLOCK_BYTES):
             codes = np.frombuffer(block, np.uint8)
-            starts = np.flatnonzero(codes == ord("\n")) + 1
-            starts, begins, opened = np.append([0] * begins, starts), block.endswith(b"\n"), begins
+            ends = np.flatnonzero(codes == ord("\n"))
+            starts, begins, opened = np.append([0] * begins, ends + 1), block.endswith(b"\n"), begins
             starts = starts[: len(starts) - begins].astype(np.int64)
             lines = line + (not opened) + np.arange(len(starts))
             first = codes[starts]
@@ -89,7 +94,7 @@ def _blocks(file: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
                 again.seek(base + int(starts[at]))
                 keep[at] = not _is_blank(again.readline(), base + int(starts[at]))
             yield base + starts[keep], lines[keep]
-            base, line = base + len(block), line + block.count(b"\n")
+            base, line = base + len(block), line + len(ends)
 
 
 class Elements:

@@ -10,7 +10,7 @@ import numpy as np
 
 from nextblock.config.errors import UsageError
 from nextblock.config.sections import DataConfig
-from nextblock.data.cursors import Cursor, HubStream
+from nextblock.data.cursors import Counts, Cursor, HubStream
 from nextblock.data.records import Record, Records
 from nextblock.data.sources import read_source
 
@@ -74,7 +74,7 @@ class Mixture:
                 opened = read_source(source, held_out, part_bytes(config.row_length), shard, seed=[seed, k])
             cursor = Cursor(opened, [seed, k], shard) if isinstance(opened, Records) else opened
             self._parts.append(_Part(source.path, weight, opened, cursor))
-        self.digests = [part.opened.digest for part in self._parts]
+        self.counts: list[Counts] = [[[0, part.opened.count]] for part in self._parts]
         self._begin = [part.cursor.state() for part in self._parts]
 
     def check(self, tokenizer: Any) -> None:
@@ -82,6 +82,16 @@ class Mixture:
         for part in self._parts:
             if isinstance(part.opened, Records):
                 part.opened.check(tokenizer)
+
+    @property
+    def digests(self) -> list[str]:
+        """Of the texts of each source."""
+        return [part.opened.digest for part in self._parts]
+
+    @property
+    def epochs(self) -> list[int]:
+        """The epoch of each source from which the last document came."""
+        return [part.cursor.epoch for part in self._parts]
 
     @property
     def bytes(self) -> int:
@@ -130,37 +140,70 @@ class Mixture:
             "order": self._order(len(self._parts)),
             "drawn": [part.drawn for part in self._parts],
             "bytes": [part.bytes for part in self._parts],
-            "counts": [part.opened.count for part in self._parts],
             "sources": [part.cursor.state() for part in self._parts],
         }
 
-    def load_state(self, state: Mapping[str, Any], digests: list[str]) -> None:
-        """Go to a place that `state` gave, of files with these digests. UsageError if it is one of other sources.
+    def identity(self) -> dict[str, Any]:
+        """By what `counts_since` knows the sources again: JSON-serialisable."""
+        opened = [part.opened for part in self._parts]
+        return {"digests": self.digests, "sizes": [one.size for one in opened], "counts": self.counts}
 
-        It may be one of the first sources alone: the others have been added since, and are read from their beginning.
+    def counts_since(self, saved: Mapping[str, Any], reached: Sequence[int]) -> tuple[list[Counts], list[str]]:
+        """How many documents the epochs of each source have from a saved position on, and in words what was added.
+
+        What was added comes in with the first epoch that no shard has begun, so all that was read stays as it was, and
+        all shards together still read each document once an epoch.
+
+        Args:
+            saved: `identity` when the position was saved, and its "start"; of the first sources alone, where others
+                have been added since.
+            reached: the last epoch of each source of which a shard has read.
+        Raises:
+            UsageError: it is a position of other sources, or of other text.
         """
-        if state.get("order") != self._order(len(state["sources"])):
+        start = saved["start"]
+        if start.get("order") != self._order(len(start["sources"])):
             raise UsageError(
                 "the saved data position is of another version of nextblock, which read documents in another order; "
                 "resume with that version, or start in a new --output"
             )
-        if len(state["sources"]) > len(self._parts):
+        if len(start["sources"]) > len(self._parts):
             raise UsageError(
-                f"the saved data position has {len(state['sources'])} sources, data.sources has "
+                f"the saved data position has {len(start['sources'])} sources, data.sources has "
                 f"{len(self._parts)}; resume with the configuration of the run"
             )
-        for part, count, digest in zip(self._parts, state["counts"], digests, strict=False):
-            if count != part.opened.count:
+        # Positions saved by older versions have counts of one epoch like another, and perhaps no digests.
+        counts = saved.get("counts") or [[[0, count]] for count in start["counts"]]
+        digests, sizes = (saved.get(key, now) for key, now in self.identity().items() if key != "counts")
+        counts, words = [*counts, *self.counts[len(counts) :]], []
+        for k, (part, digest, size) in enumerate(zip(self._parts, digests, sizes, strict=False)):
+            one, was, first = part.opened, counts[k][-1][1], reached[k] + 1
+            if isinstance(one, HubStream) or digest == one.digest:
+                other = was != one.count
+            else:
+                other = digest != one.digest_at(size)
+            if other:
                 raise UsageError(
-                    f"data source {part.path} had {count} documents and has {part.opened.count}, so its order would "
-                    "be another; put it back, and add what is new as a source of its own, or start in a new --output"
+                    f"data source {part.path} holds other text than when the run was stopped; put it back (documents "
+                    "may be added, at its end), or start in a new --output"
                 )
-            if digest != part.opened.digest:
-                raise UsageError(
-                    f"data source {part.path} holds other text than when the run was stopped; put it back, or start "
-                    "in a new --output"
+            if was != one.count:
+                counts[k] = [*(count for count in counts[k] if count[0] < first), [first, one.count]]
+                words.append(
+                    f"data.sources.{k} had {was} documents, has {one.count}: those added come in with its epoch "
+                    f"{first + 1}"
                 )
+        return counts, words
+
+    def load_state(self, state: Mapping[str, Any], counts: Sequence[Counts]) -> None:
+        """Go to a place that `state` gave, where the epochs of each source have so many documents.
+
+        It may be one of the first sources alone: the others have been added since, and are read from their beginning.
+        """
+        self.counts = list(counts[: len(self._parts)])
         known = zip(state["sources"], state["drawn"], state["bytes"], strict=True)
-        for part, begin in zip(self._parts, self._begin, strict=True):
+        for part, begin, its in zip(self._parts, self._begin, self.counts, strict=True):
             place, part.drawn, part.bytes = next(known, (begin, 0, 0))
             part.cursor.load_state(place)
+            if isinstance(part.cursor, Cursor):
+                part.cursor.counts = its

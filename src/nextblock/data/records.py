@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +65,8 @@ class Records:
     """One source with random access: `read(i)` for 0 <= i < count; `count` None is endless.
 
     digest: of local files, to notice on resume that they were replaced (`digest_of`); else "".
+    size: of local files, for `digest_at`: how many, and bytes of the last. Of a token store: its parts, and 0.
+    digest_at: the digest that the source had when it had a given size; "" if nothing can have been added to that.
     check: of a token store: UsageError if it was made with another tokenizer than the one given.
     """
 
@@ -72,6 +74,8 @@ class Records:
     count: int | None
     split_by_hash: bool = True  # False: the source has its own held-out split
     digest: str = ""
+    size: tuple[int, int] = (0, 0)
+    digest_at: Callable[[Sequence[int]], str] = lambda size: ""
     check: Callable[[Any], None] = lambda tokenizer: None
 
 

@@ -6,7 +6,9 @@ import glob
 import os
 import re
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from nextblock.config.errors import UsageError
@@ -14,6 +16,7 @@ from nextblock.config.sections import Source
 from nextblock.data.cursors import HubStream
 from nextblock.data.files import CHECKED_BYTES, CHECKED_DOCUMENTS, digest_of, find_files
 from nextblock.data.formats import read_jsonl, read_parquet, read_texts
+from nextblock.data.lines import is_between_lines
 from nextblock.data.records import Record, Records, to_record
 from nextblock.data.store import is_store, read_store
 from nextblock.tasks import get_task
@@ -55,19 +58,33 @@ def read_source(
         stored = read_store(Path(source.path).expanduser())
         return replace(stored, count=min(stored.count or 0, source.examples or stored.count or 0))
     kind, files = find_files(source)
-    if kind == "parquet":
-        records = read_parquet(source, files)
-    elif kind == "jsonl":
-        records = read_jsonl(files, lambda row, where: to_record(row, source, where))
-    else:
-        records = read_texts(files, part_bytes)
+    size = (len(files), os.path.getsize(files[-1]))
+    with ThreadPoolExecutor(1) as beside:  # the rows are found while it hashes
+        digest = beside.submit(_digest_at, kind, files, size)
+        if kind == "parquet":
+            records = read_parquet(source, files)
+        elif kind == "jsonl":
+            records = read_jsonl(files, lambda row, where: to_record(row, source, where))
+        else:
+            records = read_texts(files, part_bytes)
     count = min(records.count or 0, source.examples or records.count or 0)
     if not count:
         raise UsageError(f"data source {source.path} is empty; give at least one document")
     if check and count <= CHECKED_DOCUMENTS and sum(os.path.getsize(file) for file in files) <= CHECKED_BYTES:
         for index in range(count):
             records.read(index)
-    return Records(records.read, count, digest=digest_of(files))
+    return Records(records.read, count, digest=digest.result(), size=size, digest_at=partial(_digest_at, kind, files))
+
+
+def _digest_at(kind: str, files: Sequence[str], size: Sequence[int]) -> str:
+    """As `Records.digest_at`. Files may have been added behind the others, and lines to the last file of JSON."""
+    number, last = size
+    if number > len(files):
+        return ""
+    grown = os.path.getsize(files[number - 1]) != last
+    if grown and not (kind == "jsonl" and is_between_lines(files[number - 1], last)):
+        return ""
+    return digest_of(files[:number], last=last)
 
 
 def place_of(source: Source) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
@@ -117,7 +118,11 @@ def open_part(folder: Path, part: dict[str, Any], dtype: str) -> Arrays:
     def mapped(file: str, kind: Any, *shape: int) -> np.ndarray:
         if not shape[0]:  # an empty file cannot be mapped
             return np.empty(shape, kind)
-        return np.asarray(np.memmap(folder / file, kind, "r", shape=shape))
+        with (folder / file).open("rb") as opened:
+            pages = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+        if hasattr(pages, "madvise"):  # documents are asked for in a shuffled order: what lies around is not wanted
+            pages.madvise(mmap.MADV_RANDOM)
+        return np.frombuffer(pages, kind).reshape(shape)
 
     return Arrays(
         mapped(FILES["tokens"], dtype, part["tokens"]),
@@ -180,7 +185,11 @@ def read_store(folder: Path) -> Records:
                 f"token store {folder} was made with another {said}; prepare it again, or use that one in the run"
             )
 
-    return Records(read, ends[-1] if ends else 0, digest=_hash([part["digest"] for part in parts]), check=check)
+    def digest_at(size: Sequence[int]) -> str:
+        return _hash([part["digest"] for part in parts[: size[0]]])
+
+    size, count = (len(parts), 0), ends[-1] if ends else 0
+    return Records(read, count, digest=digest_at(size), size=size, digest_at=digest_at, check=check)
 
 
 def read_document(part: Arrays, index: int, where: str) -> Record:

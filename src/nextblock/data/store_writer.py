@@ -204,7 +204,7 @@ class _Writer:
     def add(self, records: Sequence[Record], documents: Sequence[Document], place: Any) -> None:
         """Write documents; `place` is behind them."""
         state, spans = self._state, spans_of(documents)
-        table = np.zeros(len(documents), DOCUMENT)
+        borders, table = np.concatenate(spans), np.zeros(len(documents), DOCUMENT)
         table["tokens"] = state["tokens"] + np.cumsum([len(document.tokens) for document in documents])
         table["spans"] = state["spans"] + np.cumsum([len(span) for span in spans])
         table["digest"] = [record.digest for record in records]
@@ -213,12 +213,12 @@ class _Writer:
         for name, content in {
             "tokens": np.concatenate([document.tokens for document in documents]).astype(self._dtype),
             "documents": table,
-            "spans": np.concatenate(spans).astype("<u4"),
+            "spans": borders.astype("<u4"),
         }.items():
             self._files[name].write(content.tobytes())
         state["documents"] += len(documents)
         state["tokens"], state["spans"] = int(table["tokens"][-1]), int(table["spans"][-1])
-        state["generated"] += sum(int((document.offset >= 0).sum()) for document in documents)
+        state["generated"] += int(np.diff(borders).sum())
         state["bytes"] += int(table["bytes"].sum())
         state["chats"] = state["chats"] or any("messages" in record.value for record in records)
         self._place = place

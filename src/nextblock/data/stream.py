@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from nextblock.config.sections import DataConfig
+from nextblock.data.cursors import Counts
 from nextblock.data.encode import encode_batch
 from nextblock.data.mixture import Mixture, NoDocument
 from nextblock.data.rows import Document, Rows, collate, cut, pack
@@ -31,10 +33,11 @@ of these."""
 
 
 class Cut(NamedTuple):
-    """A document as pieces that fit in a row, and the position before it, for a resume."""
+    """A document as pieces that fit in a row, the position before it, for a resume, and the epochs with it."""
 
     pieces: list[Document]
     place: dict[str, Any]
+    epochs: list[int]
 
     @property
     def tokens(self) -> int:
@@ -65,22 +68,23 @@ class Documents:
         """Put the last documents that were taken back in front."""
         self._queue.extendleft(reversed(documents))
 
-    def load_state(self, place: Mapping[str, Any], digests: list[str]) -> None:
-        """Go to the position before a document. UsageError if it belongs to other sources."""
-        self._mixture.load_state(place, digests)
+    def load_state(self, place: Mapping[str, Any], counts: Sequence[Counts]) -> None:
+        """Go to the position before a document, as `Mixture.load_state`."""
+        self._mixture.load_state(place, counts)
         self._counts = {name: place.get(name, nothing) for name, nothing in NOTHING.items()}
         self._queue.clear()
 
     def _fill(self) -> None:
         """Read and tokenise the next documents and queue those that have something to generate."""
         for _ in range(IDLE_BATCHES):
-            records, places, end = [], [], self._mixture.bytes + BATCH_BYTES
+            records, places, epochs, end = [], [], [], self._mixture.bytes + BATCH_BYTES
             while len(records) < BATCH_DOCUMENTS and self._mixture.bytes < end:
                 places.append(self._mixture.state())
                 records.append(self._mixture.draw())
+                epochs.append(self._mixture.epochs)
             documents = encode_batch(records, self._tokenizer)
-            for record, document, place in zip(records, documents, places, strict=True):
-                found, counts = Cut(cut(document, self._length), {**place, **self._counts}), self._counts
+            for record, document, place, its in zip(records, documents, places, epochs, strict=True):
+                found, counts = Cut(cut(document, self._length), {**place, **self._counts}, its), self._counts
                 if document.spelled:
                     counts["spelled"] += document.spelled
                     counts["spelled_at"] = counts["spelled_at"] or record.where
@@ -131,6 +135,7 @@ class RowStream:
         self._chunk: Rows | None = None
         self._lost = dict(NOTHING)
         self._start = self._documents.peek().place  # before the chunk's first document
+        self._reached: list[int] = []  # epochs that were looked into to make the chunk
 
     @property
     def digests(self) -> list[str]:
@@ -157,30 +162,41 @@ class RowStream:
         `lost` counts what NOTHING names, up to the end of the chunk.
         """
         place = {"start": self._start, "first": self._first, "taken": self._taken, "lost": self._lost}
-        return {**place, "digests": self._mixture.digests, "weights": self._weights}
+        reached = self._reached if self._taken else [source["epoch"] for source in self._start["sources"]]
+        return {**place, "reached": reached, **self._mixture.identity(), "weights": self._weights}
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state` was taken. UsageError if it belongs to other sources.
+    def counts_since(self, states: Sequence[Mapping[str, Any]]) -> tuple[list[Counts], list[str]]:
+        """As `Mixture.counts_since`, of the states of all shards."""
+        # Older versions have not saved it, nor how much text there was, so nothing can have been added since.
+        reached = zip_longest(*(state.get("reached", ()) for state in states), [0] * len(self.digests), fillvalue=0)
+        return self._mixture.counts_since(states[0], [max(epochs) for epochs in reached])
+
+    def load_state(self, state: Mapping[str, Any], counts: Sequence[Counts] | None = None) -> None:
+        """Go on where `state` was taken.
 
         Sources that were added or weighted anew since then count from the next chunk on: the one in work is made again
         of the documents that it was made of.
+
+        Args:
+            counts: of `counts_since`; by default that of this state alone.
+        Raises:
+            UsageError: `state` belongs to other sources.
         """
+        counts = self.counts_since([state])[0] if counts is None else counts
         self._start, self._lost, self._chunk = state["start"], state["lost"], None
-        self._first, self._taken = state["first"], state["taken"]
-        # Positions saved by older versions have neither digests nor weights.
-        digests = state.get("digests", self._mixture.digests)
-        before = state.get("weights", self._mixture.weights)
+        self._first, self._taken, self._reached = state["first"], state["taken"], state.get("reached", [])
+        before = state.get("weights", self._mixture.weights)  # positions saved by older versions have none
         self._weights = before if self._taken else self._mixture.weights
         if self._weights == self._mixture.weights:
-            self._documents.load_state(self._start, digests)
+            self._documents.load_state(self._start, counts)
             return
         own, self._documents = (
             self._documents,
             Documents(self._open(self._mixture, before), self._tokenizer, self._length),
         )
-        self._documents.load_state(self._start, digests)
+        self._documents.load_state(self._start, counts)
         self._chunk = self._make_chunk()
-        own.load_state(self._documents.peek().place, digests)
+        own.load_state(self._documents.peek().place, counts)
         self._documents = own
 
     def _make_chunk(self) -> Rows:
@@ -190,9 +206,11 @@ class RowStream:
         """
         size, most = CHUNK_ROWS, min(MOST_ROWS, MOST_TOKENS // self._length)
         read, packed = self._pack_on([], size)
+        self._reached = self._documents.peek().epochs
         while (full := self._density(packed)) < FULL and 2 * size <= most:
             size *= 2
             more, wider = self._pack_on(read, size)
+            self._reached = self._documents.peek().epochs
             if self._density(wider) < full + WORTH * (FULL - full):
                 self._documents.give_back(more[len(read) :])
                 break

@@ -82,7 +82,7 @@ def lower(difference: Difference, run: Resumed) -> str | None:
 
 
 def same_text(difference: Difference, run: Resumed) -> str | None:
-    """Whether the place of a source can hold the same text; `Mixture.load_state` compares the text itself."""
+    """Whether the place of a source can hold the same text; `Mixture.counts_since` compares the text itself."""
     place = place_of(run.now.data.sources[int(difference.key.split(".")[2])])
     return None if place in ("files", "store") else "only files and token stores are recognised by their text"
 
@@ -109,6 +109,12 @@ CHANGES = (
     Change(("optimizer.lr",), ONWARD, "lower", lower),
     Change(("data.sources.N.path",), SAME, "the same text in another place (files and token stores)", same_text),
     Change(("data.sources.N",), ONWARD, "sources added at the end; from the next chunk of rows of a shard on", added),
+    Change(
+        ("documents",),
+        ONWARD,
+        "added at the end of a local source: lines of its last JSONL file, files whose names sort behind all others, "
+        "parts of a store (`--append`); from the first epoch on that no shard has begun",
+    ),
     Change(("data.sources.N.weight",), ONWARD, "from the next chunk of rows of a shard on"),
     Change(("training.skip_rows",), AS_BEGUN, "rows that no step has had", rows_to_come),
     Change(("training.micro_batch_rows",), ROUNDED, "`training.batch_rows` stays"),
@@ -134,7 +140,7 @@ CHANGES = (
         SAME,
     ),
 )
-"""`processes` is no key of the configuration: it is what torchrun or accelerate start."""
+"""No keys of the configuration are `processes`, which torchrun or accelerate start, and `documents` of a source."""
 
 MAY_CHANGE = {key: change for change in CHANGES for key in change.keys}
 

@@ -58,7 +58,7 @@ def carry_over(run: Run, folder: Path, *, fresh: bool, data: DataConfig) -> None
         for group, options in zip(run.optimizer.param_groups, own, strict=True):
             group.update(options)
     if run.config.data == data:
-        run.feed.load_state(json.loads((folder / STATE).read_text(encoding="utf-8"))["stream"])
+        run.changes = run.feed.load_state(json.loads((folder / STATE).read_text(encoding="utf-8"))["stream"])
 
 
 def save(run: Run) -> None:
@@ -93,10 +93,10 @@ def restore(run: Run, folder: Path) -> None:
     ranks = run.accelerator.num_processes
     if (before := saved.get("processes", ranks)) != ranks:
         run.changes.append(f"processes was {before}, is {ranks}")
+    state = load_checkpoint(folder, run.trained, run.optimizer)
+    run.changes += run.feed.load_state(state["stream"])
     for change in run.changes:
         run.accelerator.print(f"resuming: {change}")
-    state = load_checkpoint(folder, run.trained, run.optimizer)
-    run.feed.load_state(state["stream"])
     run.step, run.seconds, run.checkpoint = state["step"], state.get("seconds", 0.0), folder
 
 

@@ -141,10 +141,10 @@ def _bare(config: ModelConfig, device: torch.device) -> BareParent | str:
 def _generation_config(source: str, revision: str | None) -> GenerationConfig:
     """What `from_pretrained` gives a model."""
     try:
-        return GenerationConfig.from_pretrained(source, revision=revision)
+        return GenerationConfig.from_pretrained(source, revision=revision or "main")
     except OSError:
         own: dict[str, Any] = {"config_file_name": "config.json", "_from_model_config": True}
-        return GenerationConfig.from_pretrained(source, revision=revision, **own)
+        return GenerationConfig.from_pretrained(source, revision=revision or "main", **own)
 
 
 def stored_weights(source: str, revision: str | None) -> tuple[dict[str, Path], dict[str, tuple[int, ...]]]:
@@ -153,9 +153,10 @@ def stored_weights(source: str, revision: str | None) -> tuple[dict[str, Path], 
     def find(name: str) -> str | None:
         return cached_file(source, name, revision=revision, _raise_exceptions_for_missing_entries=False)
 
-    paths = [find("model.safetensors")]
+    paths: Any = [find("model.safetensors")]
     if paths == [None]:
-        paths, _ = get_checkpoint_shard_files(source, find("model.safetensors.index.json"), revision=revision)
+        index: Any = find("model.safetensors.index.json")
+        paths, _ = get_checkpoint_shard_files(source, index, revision=revision)
     files: dict[str, Path] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for path in paths:

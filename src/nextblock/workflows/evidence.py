@@ -107,9 +107,13 @@ def markdown_table(experiment: Experiment, results: Results) -> str:
         lines.append(f"| {arm} | {count} | " + " | ".join(cells) + " |")
     first, *others = experiment.arms
     for arm in others:
-        cells = [f"{gap.mean:+.3f} ± {gap.half:.3f}" if (gap := gaps[name].get(arm)) else DASH for name in shown]
+        cells = [_signed(gaps[name][arm]) if arm in gaps[name] else DASH for name in shown]
         lines.append(f"| *{arm} less {first}* | | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _signed(gap: Estimate) -> str:
+    return f"{gap.mean:+.3f}" + ("" if math.isnan(gap.half) else f" ± {gap.half:.3f}")
 
 
 def plot(experiment: Experiment, results: Results) -> Figure:
