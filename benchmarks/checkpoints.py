@@ -37,7 +37,7 @@ def torchrun(*arguments: str, restarts: int = 0) -> list[str]:
     return [*launcher, "--max-restarts", str(restarts), "--monitor-interval", "0.1", *arguments]
 
 
-def made_model(layers: int, width: int, vocabulary: int) -> Any:
+def made_model(layers: int, width: int, vocabulary: int, tied: bool = True) -> Any:
     """A Llama with random weights in float32."""
     torch.manual_seed(0)
     shape = LlamaConfig(
@@ -47,7 +47,7 @@ def made_model(layers: int, width: int, vocabulary: int) -> Any:
         num_hidden_layers=layers,
         num_attention_heads=width // 64,
         num_key_value_heads=width // 64,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
     )
     return AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
 

@@ -18,8 +18,8 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, LlamaConfig
 
+from checkpoints import made_model
 from nextblock.config.files import to_yaml
 from nextblock.config.run import load_config
 from nextblock.measure.plan import Plan, plan_run
@@ -32,20 +32,6 @@ from nextblock.training.step import train_step
 
 RANKS = 2
 CPU = torch.device("cpu")
-
-
-def made_model(folder: Path, layers: int, width: int, vocabulary: int, tied: bool) -> None:
-    """Write a Llama with random weights in float32."""
-    shape = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=width,
-        intermediate_size=width * 8 // 3,
-        num_hidden_layers=layers,
-        num_attention_heads=width // 64,
-        num_key_value_heads=width // 64,
-        tie_word_embeddings=tied,
-    )
-    AutoModelForCausalLM.from_config(shape, dtype=torch.float32).save_pretrained(folder, max_shard_size="200MB")
 
 
 def run_values(folder: Path, output: str) -> dict[str, Any]:
@@ -106,7 +92,7 @@ def main(
         layers, width, vocabulary = 2, 64, 512
     with tempfile.TemporaryDirectory() as name:
         folder, ranks = Path(name), {}
-        made_model(folder / "parent", layers, width, vocabulary, tied)
+        made_model(layers, width, vocabulary, tied).save_pretrained(folder / "parent", max_shard_size="200MB")
         for kind in ("parts", "whole"):
             file = folder / f"{kind}.yaml"
             file.write_text(to_yaml(run_values(folder, kind)))

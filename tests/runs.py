@@ -93,6 +93,22 @@ def as_rank(
     body(rank, *arguments)
 
 
+def adapt_rank(rank: int, values: dict[str, Any], stop_after: int | None = None) -> None:
+    """Train; end without a word after `stop_after` steps, as a machine that goes away."""
+    from nextblock.training import loop
+    from nextblock.training.step import train_step
+
+    if stop_after is not None:
+
+        def doomed(run: Any, step: int) -> Any:
+            if run.first_step + step == stop_after:
+                os._exit(0)
+            return train_step(run, step)
+
+        loop.train_step = doomed
+    loop.train(load_config(values), resume=True)
+
+
 def launch(processes: Any, folder: Path, body: Callable[..., None], *arguments: Any, count: int = 2) -> list[Any]:
     """Start `body(rank, *arguments)` on `count` ranks."""
     with socket.socket() as free:

@@ -23,26 +23,10 @@ from nextblock.config.sections import Source
 from nextblock.data.store_writer import merge, part_name, write_part
 from nextblock.model.parent import byte_tokenizer
 from nextblock.training.checkpoint import list_checkpoints
-from runs import config_of, finish, launch, start, weights
+from runs import adapt_rank, config_of, finish, launch, start, weights
 
 pytestmark = pytest.mark.slow
 LOOSE: dict[str, Any] = {"rtol": 2e-3, "atol": 2e-4}  # Adam enlarges rounding errors of small gradients
-
-
-def adapt_rank(rank: int, values: dict[str, Any], stop_after: int | None = None) -> None:
-    """Train; end without a word after `stop_after` steps, as a machine that goes away."""
-    from nextblock.training import loop
-    from nextblock.training.step import train_step
-
-    if stop_after is not None:
-
-        def doomed(run: Any, step: int) -> Any:
-            if run.first_step + step == stop_after:
-                os._exit(0)
-            return train_step(run, step)
-
-        loop.train_step = doomed
-    loop.train(load_config(values), resume=True)
 
 
 def cli_rank(rank: int, each: list[list[str]]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +10,20 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from families import BYTE_VOCABULARY, tiny_model
-from nextblock.config.run import AdaptConfig, load_config
+from nextblock.config.run import AdaptConfig
 from nextblock.config.sections import ModelConfig
 from nextblock.model.parent import load_parent
 from nextblock.training.checkpoint import weights_of
 from nextblock.training.run import LOG, RESOLVED_CONFIG
 from nextblock.training.shards import BareParent, _bare, whole_because
-from runs import config_of, finish, launch
+from runs import adapt_rank, config_of, finish, launch
 
 CPU = torch.device("cpu")
 
 
 def loading_rank(rank: int, values: dict[str, Any], whole: bool, stop_after: int | None = None) -> None:
     """Train, reading parts or `whole` models; end without a word after `stop_after` steps."""
-    from nextblock.training import loop, setup
-    from nextblock.training.step import train_step
+    from nextblock.training import setup
 
     real = setup.bare_parent
 
@@ -36,13 +34,7 @@ def loading_rank(rank: int, values: dict[str, Any], whole: bool, stop_after: int
 
     setup.bare_parent = (lambda *_: None) if whole else parts
 
-    def doomed(run: Any, step: int) -> Any:
-        if run.first_step + step == stop_after:
-            os._exit(0)
-        return train_step(run, step)
-
-    loop.train_step = doomed
-    loop.train(load_config(values), resume=True)
+    adapt_rank(rank, values, stop_after)
 
 
 def on_ranks(processes: Any, config: AdaptConfig, *how: Any, count: int = 2) -> tuple[dict[str, bytes], list[str]]:

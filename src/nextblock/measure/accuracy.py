@@ -72,8 +72,7 @@ def score_task(
     if lm.tokenizer is None:
         raise UsageError("this model folder has no tokenizer; scoring a task reads and writes text")
     cases = [task.example(split, index) for index in range(first, first + examples)]
-    options = {"max_new_tokens": task.max_new_tokens, **options}
-    config = with_stored(lm.settings, options)
+    config = with_stored(lm.settings, options := {"max_new_tokens": task.max_new_tokens, **options})
     options = {**_whole_blocks(config), **options}
     answers, forwards, new_tokens = list[str](), 0, 0
     for start in range(0, examples, batch_size):

@@ -15,6 +15,7 @@ from nextblock.training.devices import DEVICES
 HOST = {"loading": "host, while loading", "training": "host, with a checkpoint", "end": "host, at the end"}
 RECEIVED = {"weights": "weights received", "gradients": "gradients received", "copies": "gradients between copies"}
 YES = {True: "yes", False: "no", None: ""}
+FLOPS = {"clean": "clean half", "noised": "noised half", "head": "head", "recomputed": "computed twice"}
 
 
 def plan_table(found: Plan | StagedPlan) -> Table:
@@ -41,8 +42,8 @@ def plan_table(found: Plan | StagedPlan) -> Table:
     row("noised tokens a row", lambda one: str(one.noised_tokens))
     row("block size", lambda one: str(one.block_size), end_section=True)
 
-    kinds = {kind for one in plans for kind in one.memory}
-    for kind in sorted(kinds, key=lambda kind: -max(one.memory.get(kind, 0) for one in plans)):
+    most = {kind: max(one.memory.get(kind, 0) for one in plans) for one in plans for kind in one.memory}
+    for kind in sorted(most, key=lambda kind: -most[kind]):
         row(kind, lambda one, kind=kind: memory(one.memory[kind]) if one.memory.get(kind) else "")
     row("memory at a step's peak", lambda one: memory(sum(one.memory.values())))
     if any(one.evaluation_bytes for one in plans):
@@ -59,8 +60,7 @@ def plan_table(found: Plan | StagedPlan) -> Table:
             row(label, lambda one, kind=kind: memory(one.communication[kind]), "a device, each step")
     table.add_section()
 
-    flops = {"clean": "clean half", "noised": "noised half", "head": "head", "recomputed": "computed twice"}
-    for part, label in flops.items():
+    for part, label in FLOPS.items():
         if any(getattr(one.flops, part) for one in plans):
             row(f"FLOPs a step, {label}", lambda one, part=part: f"{getattr(one.flops, part):.3g}")
     row("useful FLOPs a step", lambda one: f"{one.flops.useful:.3g}", "clean half, noised half and head")
