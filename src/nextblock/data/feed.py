@@ -69,9 +69,12 @@ class Feed:
 
     def peek(self) -> Rows:
         """This rank's rows of the next global batch, in order. UsageError if its data cannot be read."""
-        while len(self._ahead) < self._depth:
+        if not self._ahead:
             self._ahead.append(self._reader.submit(self._read))
-        return self._ahead[0].result()[0]
+        rows = self._ahead[0].result()[0]
+        while len(self._ahead) < self._depth:  # after the first: two busy threads of Python hold each other up
+            self._ahead.append(self._reader.submit(self._read))
+        return rows
 
     def next(self) -> Rows:
         """As `peek`, and go on to the batch after it."""

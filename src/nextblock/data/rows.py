@@ -5,8 +5,10 @@ Letters: B rows in a batch, L tokens in a row, n tokens in a document.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from operator import neg
 
 import numpy as np
 import torch
@@ -75,13 +77,15 @@ def cut(document: Document, row_length: int) -> list[Document]:
     no generated token is dropped.
     """
     n = len(document.tokens)
-    if n == 0 or not (document.offset >= 0).any():
+    if n == 0 or document.offset.max() < 0:
         return []
+    if n <= row_length:
+        return [document]
     if document.offset[-1] == n - 1:  # one span from the first token on: plain text
         bounds = range(0, n, row_length)
         return [Document(document.tokens[i : i + row_length], np.arange(min(row_length, n - i))) for i in bounds]
     head = Document(document.tokens[:row_length], document.offset[:row_length])
-    return [head] if (head.offset >= 0).any() else []
+    return [head] if head.offset.max() >= 0 else []
 
 
 def pack(documents: Sequence[Document], row_length: int) -> list[list[Document]]:
@@ -93,32 +97,36 @@ def pack(documents: Sequence[Document], row_length: int) -> list[list[Document]]
     pieces = [piece for document in documents for piece in cut(document, row_length)]
     rows = []
     left = sorted(pieces, key=lambda piece: -len(piece.tokens))
+    sizes = [len(piece.tokens) for piece in left]
     while left:
-        longest, left = left[0], left[1:]
-        chosen = best_subset([len(piece.tokens) for piece in left], row_length - len(longest.tokens))
-        rows.append([longest, *(left[i] for i in chosen)])
-        taken = set(chosen)
-        left = [piece for i, piece in enumerate(left) if i not in taken]
+        row, room = [left.pop(0)], row_length - sizes.pop(0)
+        chosen = best_subset(sizes, room)
+        row += [left[i] for i in chosen]
+        for i in chosen:  # the last one first, so that the others stay where they are
+            del left[i], sizes[i]
+        rows.append(row)
     return rows
 
 
 def best_subset(sizes: Sequence[int], room: int) -> list[int]:
-    """Indices of numbers in `sizes` (decreasing) with the largest sum <= room: dynamic programming on bits.
+    """Indices, the last first, of numbers in `sizes` (decreasing) with the largest sum <= room: dynamic programming.
 
-    Bit s of `reach[i]` says that some of the first i sizes have the sum s. Where there are many sizes,
+    Bit s of `reach[i]` says that some of the first i of those that fit have the sum s. Where there are many sizes,
     only the first are looked at: at least 256 of them, and enough for twice the room.
     """
+    first = bisect_left(sizes, -room, key=neg)
     reach, mask, seen = [1], (1 << (room + 1)) - 1, 0
-    for i, size in enumerate(sizes):
-        if reach[-1] >> room & 1 or (i >= 256 and seen >= 2 * room):
+    for i in range(first, len(sizes)):
+        size, sums = sizes[i], reach[-1]
+        if sums >> room & 1 or (i >= 256 and seen >= 2 * room):
             break
-        reach.append(reach[-1] | (reach[-1] << size) & mask if size <= room else reach[-1])
-        seen += size if size <= room else 0
+        reach.append(sums | (sums << size) & mask)
+        seen += size
     total, chosen = reach[-1].bit_length() - 1, []
     for i in range(len(reach) - 2, -1, -1):
         if not reach[i] >> total & 1:
-            chosen.append(i)
-            total -= sizes[i]
+            chosen.append(first + i)
+            total -= sizes[first + i]
     return chosen
 
 

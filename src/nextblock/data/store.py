@@ -194,14 +194,13 @@ def read_store(folder: Path) -> Records:
 
 def read_document(part: Arrays, index: int, where: str) -> Record:
     """One document of a part."""
-    last = part.documents[index]
-    first, span = (int(part.documents[index - 1][name]) if index else 0 for name in ("tokens", "spans"))
-    tokens = part.tokens[first : int(last["tokens"])].astype(np.int64)
+    before, last = ([(0, 0)] * (not index) + part.documents[max(0, index - 1) : index + 1].tolist())[:2]
+    tokens = part.tokens[before[0] : last[0]].astype(np.int64)
     offset = np.full(len(tokens), -1, np.int64)
-    for start, stop in part.spans[span : int(last["spans"])].tolist():
+    for start, stop in part.spans[before[1] : last[1]].tolist():
         offset[start:stop] = np.arange(stop - start)
-    document = Document(tokens, offset, int(last["spelled"]))
-    return Record({}, where, stored=Stored(document, int(last["digest"]), int(last["bytes"])))
+    _, _, digest, size, spelled = last
+    return Record({}, where, stored=Stored(Document(tokens, offset, spelled), digest, size))
 
 
 def spans_of(documents: Sequence[Document]) -> list[np.ndarray]:
