@@ -90,15 +90,21 @@ def test_other_recipes_decode_the_same(llama, section, temperature):
     assert_same(*pair(llama, **section), mode="diffusion", threshold=0.3, temperature=temperature)
 
 
-@pytest.mark.parametrize("merged", [False, True])  # on CUDA copies are not merged
-@pytest.mark.parametrize("options", MODES[1:], ids=str)
-def test_a_draft_adapter_acts_where_it_acts_in_ordinary_passes(llama, options, merged):
-    adapter = DraftAdapter(llama, DraftAdapterConfig(rank=3)).eval()
+def drafting(model, merged: bool) -> DraftAdapter:
+    """An adapter with random weights."""
+    adapter = DraftAdapter(model, DraftAdapterConfig(rank=3)).eval()
     with torch.no_grad():
         for parameter in adapter.parameters():
             parameter.normal_(0.0, 0.3)
     if merged:
         adapter.merge_copies()
+    return adapter
+
+
+@pytest.mark.parametrize("merged", [False, True])  # on CUDA copies are not merged
+@pytest.mark.parametrize("options", MODES[1:], ids=str)
+def test_a_draft_adapter_acts_where_it_acts_in_ordinary_passes(llama, options, merged):
+    adapter = drafting(llama, merged)
     ordinary, static = pair(llama, adapter=adapter, mask_token_id=adapter.mask_token_id)
     assert_same(ordinary, static, **options)
     assert_same(ordinary, static, temperature=1.0, **options)
@@ -265,6 +271,17 @@ def test_compiled_passes_give_the_same_tokens_and_their_number_does_not_grow_wit
     for _ in range(2):
         assert_same(ordinary, static, prompts(5, 3, 8), mode="ar", **rows)
         assert len(graphs) == 5  # of 1 token for 4 rows and for 2; the one for 1 row is there
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_passes_of_a_draft_adapter_that_begin_with_the_free_token_are_compiled(merged):
+    torch._dynamo.reset()
+    model: Any = tiny_model("llama", num_hidden_layers=1)
+    adapter = drafting(model, merged)
+    passes = StaticPasses(lambda f: torch.compile(f, backend="eager", fullgraph=True, dynamic=False))
+    lms = pair(model, passes, adapter, mask_token_id=adapter.mask_token_id)
+    for draft_length in ("auto", None):
+        assert_same(*lms, prompts(9, 7), mode="speculative", draft_length=draft_length)
 
 
 def test_a_replay_copies_tokens_and_row_numbers_and_never_the_cache():

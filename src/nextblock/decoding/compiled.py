@@ -146,21 +146,23 @@ class StaticPasses:
             noised, position = groups.gate, _filled_up(groups.position, shape)
             found = groups.seen(slots, end, masks.windows.values())
             seen = {window: _filled_up(part, (*shape, cache.capacity)) for window, part in found.items()}
+        opens_at = None
         if decoder.adapter is None:
             noised = False
         elif isinstance(noised, Tensor):
-            noised = _filled_up(noised, shape)
+            opens_at, noised = decoder.adapter.first_open(noised), _filled_up(noised, shape)
         cache.aim_static(shape[0], end)
         windows, max_positions = dict(masks.windows), masks.max_positions
-        gate = "by token" if isinstance(noised, Tensor) else noised
-        key = (*shape, cache.capacity, *windows.values(), max_positions, gate, seen is None)
+        acts = "by token" if isinstance(noised, Tensor) else noised
+        key = (*shape, cache.capacity, *windows.values(), max_positions, acts, opens_at, seen is None)
         try:
             if device.type == "cuda":
                 torch.compiler.cudagraph_mark_step_begin()
             # Where nothing is to be compiled, the limits need not be looked at: setting them takes 0.1 ms.
             with nullcontext() if key in self._compiled else torch._dynamo.config.patch(LIMITS):
                 filled = _filled_up(tokens, shape)
-                hidden = self._pass(decoder, cache, filled, lines, position, seen, noised, windows, max_positions)
+                gate = (noised, opens_at)
+                hidden = self._pass(decoder, cache, filled, lines, position, seen, gate, windows, max_positions)
             self._compiled.add(key)
         except Exception as error:  # of many kinds; what is no fault of the compiler comes again in the ordinary pass
             self._fail(error, cache, decoder.model.config.model_type)
@@ -229,11 +231,15 @@ def _pass(
     lines: Tensor,
     position: Tensor | None,
     seen: dict[int | None, Tensor] | None,
-    noised: Gate | None,
+    gate: tuple[Gate | None, int | None],
     windows: dict[str, int | None],
     max_positions: int,
 ) -> Tensor:
-    """What is compiled: hidden states [B, Q, D]; `lines` int64 [B, 2] holds each row's `start` and `last`."""
+    """What is compiled: hidden states [B, Q, D]; `lines` int64 [B, 2] holds each row's `start` and `last`.
+
+    gate: where a draft adapter acts (None: in the rows that `last` gives), and from which position on if known.
+    """
+    noised, opens_at = gate
     start, last = lines[:, :1], lines[:, 1:]
     slots = start + torch.arange(tokens.shape[1], device=tokens.device)
     if seen is None or position is None:
@@ -248,7 +254,7 @@ def _pass(
     masks = {w: decoder.prepare_dense(mask) for w, mask in masks.items()}
     mask = decoder.by_kind({kind: masks[w] for kind, w in windows.items()})
     cache.target = slots
-    hidden = decoder.hidden(tokens, position.clamp_max(max_positions - 1), mask, cache, noised)
+    hidden = decoder.hidden(tokens, position.clamp_max(max_positions - 1), mask, cache, noised, opens_at)
     cache.target = None  # what a compiled function leaves behind is one more output
     return hidden
 

@@ -78,7 +78,13 @@ class Decoder:
         return layer_windows(self.model.config)
 
     def hidden(
-        self, tokens: Tensor, position: Tensor, mask: AttentionMask | None, cache: Any = None, noised: Gate = False
+        self,
+        tokens: Tensor,
+        position: Tensor,
+        mask: AttentionMask | None,
+        cache: Any = None,
+        noised: Gate = False,
+        opens_at: int | None = None,
     ) -> Tensor:
         """Final hidden states, after the last norm.
 
@@ -87,6 +93,7 @@ class Decoder:
             mask: from `masks` or `decode_masks`; None: plain causal.
             cache: a transformers cache to read and write; None: none.
             noised: which positions are noised (bool [B, T], or all, or none): there a draft adapter acts.
+            opens_at: as `DraftAdapter.open`.
         Returns:
             [B, T, D] in the model's dtype.
         """
@@ -98,7 +105,7 @@ class Decoder:
         }
         if self.adapter is None or noised is False:
             return self.model.base_model(input_ids=tokens, **common).last_hidden_state
-        with self.adapter.open(noised), self.adapter.masked(tokens) as readable:
+        with self.adapter.open(noised, opens_at), self.adapter.masked(tokens) as readable:
             return self.model.base_model(input_ids=readable, **common).last_hidden_state
 
     @property

@@ -184,16 +184,21 @@ class DraftAdapter(nn.Module):
         """Refused: merged weights would no longer be the parent's, and its output neither."""
         raise UsageError("a draft adapter cannot be merged: it would change the parent; load it beside the parent")
 
-    def open(self, gate: Gate) -> AbstractContextManager[None]:
-        """Let the adapter act at `gate` in the passes of this thread inside the `with` block."""
-        return _opened(gate, self._first_open(gate))
+    def open(self, gate: Gate, opens_at: int | None = None) -> AbstractContextManager[None]:
+        """Let the adapter act at `gate` in the passes of this thread inside the `with` block.
 
-    def _first_open(self, gate: Gate) -> int | None:
+        opens_at: from `first_open`, if that was asked already: inside torch.compile it has no answer for a tensor.
+        """
+        return _opened(gate, self.first_open(gate) if opens_at is None else opens_at)
+
+    def first_open(self, gate: Gate) -> int | None:
         """Where a gate opens for the rest of every row, if it does; looked up only where copies are merged."""
         if gate is False or not self.layers or self.layers[0].merged is None:
             return None
         if gate is True:
             return 0
+        if torch.compiler.is_compiling():
+            return None
         closed = int((~gate[0]).sum())
         rest = torch.arange(gate.shape[1], device=gate.device) >= closed
         return closed if torch.equal(gate, rest.expand_as(gate)) else None
