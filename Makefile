@@ -84,7 +84,7 @@ clean: ## remove .venv, caches and build products; runs/ stays
 # The stamps are written last, so an install that was cut short is done again.
 $(PACKAGE_STAMP): pyproject.toml constraints.txt $(BIN)/python $(MOVED)
 	@echo "Installing nextblock into $(VENV): a few minutes the first time"
-	@$(INSTALL) --editable .
+	@$(INSTALL) --editable '.[serve]'
 	@pwd > $@
 
 .PHONY: moved

@@ -42,6 +42,33 @@ def run(monkeypatch, capsys):
     return call
 
 
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("generate tiny-bd abc --foo", "No such option: --foo; see nextblock generate --help"),
+        ("generate tiny-bd abc --seed x", "Invalid value for '--seed'"),
+        ("generate", "Missing argument 'model'; see nextblock generate --help"),
+        ("nosuch", "No such command 'nosuch'; see nextblock --help"),
+        ("bench nosuch", "No such command 'nosuch'; see nextblock bench --help"),
+        ("--foo", "No such option: --foo; see nextblock --help"),
+    ],
+)
+def test_a_command_line_that_cannot_be_read_gives_one_line(run, line, words):
+    status, out, err = run(*line.split())
+    assert (status, out) == (2, "")
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert words in err
+
+
+def test_the_version_is_told_and_no_command_gives_help(run):
+    assert run("--version") == (0, f"nextblock {nb.__version__}\n", "")
+    for line, word in (((), "COMMAND"), (("bench",), "decode"), (("generate", "--help"), "--threshold")):
+        status, out, _ = run(*line)
+        assert status == (2 if "--help" not in line else 0)
+        assert word in out
+
+
 @pytest.fixture
 def parent(tmp_path):
     """A tiny random parent's folder."""

@@ -254,4 +254,4 @@ def test_the_command_names_a_task_that_is_missing_and_the_extra_that_is(monkeypa
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SystemExit):
         main()
-    assert "pip install nextblock[eval]" in capsys.readouterr().err
+    assert "pip install 'nextblock[eval]'" in capsys.readouterr().err

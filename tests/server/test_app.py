@@ -19,7 +19,7 @@ from nextblock.decoding.request import make_request
 from nextblock.server import app
 from nextblock.server.answers import token_bytes
 from nextblock.server.limits import Limits
-from nextblock.server.run import listen
+from nextblock.server.run import listen, run
 from serving import served, until
 
 PROMPT = "Q: Leo has 8 bags with 7 coins in each. He loses 13. How many coins does Leo have?\nA:"
@@ -288,7 +288,7 @@ CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
         (TEXT, {"prompt": "a", "max_tokens": 10**9}, 400, "ask for less"),
         (TEXT, {"prompt": "a", "max_tokens": 5, "max_completion_tokens": 6}, 400, "different"),
         (TEXT, {"prompt": "a", "temperature": -1}, 400, "temperature=-1"),
-        (TEXT, {"prompt": "a", "temperature": "hot"}, 400, "temperature=hot"),
+        (TEXT, {"prompt": "a", "temperature": "hot"}, 400, 'temperature="hot" is not a number'),
         (TEXT, {"prompt": "a", "top_p": 7}, 400, "top_p=7"),
         (TEXT, {"prompt": "a", "n": 0}, 400, "n=0"),
         (TEXT, {"prompt": "a", "n": 10**9}, 400, "n=1000000000 must"),
@@ -311,7 +311,10 @@ CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
         (TEXT, {"prompt": "a", "block_size": 64, "mode": "speculative", "draft_ahead": 10**9}, 400, "at most 512"),
         (TEXT, {"prompt": "a", "block_size": 64, "mode": "speculative", "draft_paths": 99}, 400, "98 drafts beside"),
         (TEXT, {"prompt": "a", "top_p": ["x" * 9000]}, 400, "x is not a number"),
-        (CHAT, {"messages": []}, 400, "messages"),
+        (TEXT, {"prompt": "a", "max_tokens": "5"}, 400, 'max_tokens="5" is not a whole number'),
+        (TEXT, {"prompt": "a", "temperature": "0.5"}, 400, 'temperature="0.5" is not a number'),
+        (CHAT, {"messages": [{"role": "robot", "content": "a"}]}, 400, "role='robot' is unknown; choose from system"),
+        (CHAT, {"messages": []}, 400, "messages is empty; give at least one"),
         (CHAT, {"messages": None}, 400, "messages=None is not a list"),
         (CHAT, {"messages": [5]}, 400, "messages.0=5 is not a mapping"),
         (CHAT, {"messages": [{"role": "user", "content": [{"type": "text"}]}]}, 400, "no text"),
@@ -343,6 +346,17 @@ def test_what_is_no_json_object_is_refused(place, content):
     response = httpx.post(f"{place[1]}{TEXT}", content=content, headers={"Content-Type": "application/json"})
     assert response.status_code == 400
     assert "body" in response.json()["error"]["message"]
+
+
+def test_the_models_endpoint_tells_what_is_used_where_a_request_says_nothing(place):
+    (model,) = httpx.get(f"{place[1]}/v1/models").json()["data"]
+    assert model["defaults"].items() >= {"mode": "diffusion", "threshold": 0.9, "temperature": 0.0}.items()
+
+
+def test_prompts_longer_than_the_context_are_not_promised():
+    lm = nb.load("tiny-bd")
+    with pytest.raises(UsageError, match="max_prompt=100000 is more than the model's context of 2048; lower it"):
+        run(lm, "tiny-bd", socket.socket(), limits=Limits(max_prompt=100_000))
 
 
 def test_fields_that_change_nothing_are_accepted(place):

@@ -17,6 +17,7 @@ from nextblock.config.errors import UsageError
 from nextblock.config.run import load_config
 from nextblock.training.checkpoint import list_checkpoints, newest_whole_checkpoint
 from nextblock.training.loop import train
+from nextblock.training.output import check_output
 from nextblock.training.run import StepMetrics
 from nextblock.workflows.adapt import adapt
 from runs import config_of, signal_at, start, weights
@@ -176,6 +177,8 @@ def test_a_run_in_the_same_folder_is_refused_while_one_goes_on_and_taken_when_it
         assert first.is_alive()
         with pytest.raises(UsageError, match=rf"is in use by process {first.pid} on {socket.gethostname()}; wait"):
             train(config, resume=True)
+        with pytest.raises(UsageError, match=rf"is in use by process {first.pid}"):  # and not "is not empty"
+            check_output(tmp_path / "run", [config], resume=False)
     finally:
         os.kill(first.pid or 0, signal.SIGCONT)
     first.join()

@@ -91,6 +91,11 @@ def test_a_preparation_that_is_killed_goes_on_from_what_it_wrote(tmp_path: Path)
         (["--part", "3/2"], "--part 3/2 must be I/N with 1 <= I <= N"),
         (["--part", "1/2", "--merge"], "leave out --merge"),
         (["--merge"], "has no parts to merge"),
+        (["--output", "c.yaml"], "output c.yaml is a file; give a folder"),
+        (
+            ["--data.sources.0.path", "broken.jsonl"],
+            "broken JSON line: Invalid control character at column",
+        ),
     ],
 )
 def test_bad_input_is_one_line(
@@ -99,6 +104,8 @@ def test_bad_input_is_one_line(
     from nextblock.cli.main import main
 
     source = jsonl(tmp_path / "a.jsonl", texts(4))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.jsonl").write_text('{"text": "a\tb"}\n')
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(config_for(source).model_dump(mode="json", exclude_defaults=True)))
     call = ["nextblock", "prepare", str(tmp_path / "c.yaml"), "--output", str(tmp_path / "out"), *arguments]
     monkeypatch.setattr(sys, "argv", call)
@@ -108,3 +115,4 @@ def test_bad_input_is_one_line(
     assert ended.value.code == 2
     assert words in said
     assert said.count("\n") == 1
+    assert not (tmp_path / "out").exists()

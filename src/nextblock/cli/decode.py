@@ -138,6 +138,7 @@ def chat(model: Model, **given: Any) -> None:
             said = input("you: ")
         except EOFError:
             said = ""
+            print()
         if not said.strip():
             return
         if said.startswith("/"):

@@ -8,16 +8,19 @@ import logging
 import os
 import sys
 import warnings
-from typing import Any
+from importlib import metadata
+from typing import Annotated, Any
 
 import typer
 
 from nextblock.cli import decode, experiment, measure, serve, train
 from nextblock.config.errors import UsageError
 
+Misused: Any = typer.BadParameter.__base__
+"""What click raises for a command line that it cannot read; typer carries a click of its own and does not name it."""
+
 app = typer.Typer(
     name="nextblock",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -31,6 +34,20 @@ any_key: Any = {
     "epilog": "Every key of the configuration is an option: `--growth.b_max 16`, `--data.sources.0.path my_texts/`. "
     "`nextblock adapt demo --keys` lists them all.",
 }
+
+
+@app.callback(invoke_without_command=True)
+def top(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="print the version and end")] = False,
+) -> None:
+    """The options of no command."""
+    if version:
+        print(f"nextblock {metadata.version('nextblock')}")
+    elif context.invoked_subcommand is None:
+        print(context.get_help())
+        raise typer.Exit(2)
+
 
 app.command()(train.demo)
 app.command(**any_key)(train.adapt)
@@ -61,9 +78,12 @@ def main() -> None:
     _make_streams_safe()
     status: Any = 2
     try:
-        app()
+        status = app(prog_name="nextblock", standalone_mode=False) or 0
     except SystemExit as done:
         status = done.code
+    except Misused as error:
+        said, its = error.format_message().rstrip("."), error.ctx.command_path if error.ctx else "nextblock"
+        print(f"error: {' '.join(said.split())}; see {its} --help", file=sys.stderr)
     except UsageError as error:
         if os.environ.get("RANK", "0") == "0":  # the processes of one run fail together: one line is enough
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -148,5 +148,7 @@ def load_lm(model: str, given: Mapping[str, Any]) -> Any:
     disable_progress_bar()
     lm = load(model, **loading_options(given))
     if lm.tokenizer is None:
-        raise UsageError(f"{no_tokenizer(model)}; use it from Python with token ids")
+        raise UsageError(
+            f"{no_tokenizer(model)}; put the files of its tokenizer there, or use it from Python with token ids"
+        )
     return lm

@@ -24,7 +24,7 @@ def nearest(word: str, choices: Sequence[str], likeness: float = 0.5) -> str:
 def require(package: str, extra: str, key: str) -> None:
     """Stop in one line where `key` of the configuration needs an optional package that is not installed."""
     if importlib.util.find_spec(package) is None:
-        raise UsageError(f"{key} needs {package}, which is not installed; run `pip install nextblock[{extra}]`")
+        raise UsageError(f"{key} needs {package}, which is not installed; run `pip install 'nextblock[{extra}]'`")
 
 
 def one_line(error: BaseException) -> str:

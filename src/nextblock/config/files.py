@@ -75,6 +75,8 @@ def unwritten(error: BaseException) -> tuple[str, str] | None:
 
 def make_folder(folder: Path) -> None:
     """Make a folder and those above it. UsageError where that cannot be."""
+    if folder.is_file():
+        raise UsageError(f"output {folder} is a file; give a folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -125,7 +125,9 @@ class HubStream:
         try:
             stream = load_dataset(name, configuration or None, split=source.split, streaming=True)
         except Exception as error:  # network, access and format errors of many kinds
-            raise UsageError(f"data source {source.path} cannot be read: {one_line(error)}") from None
+            raise UsageError(
+                f"data source {source.path} is no file or folder here, nor can the Hub be read: {one_line(error)}"
+            ) from None
         assert isinstance(stream, IterableDataset)
         stream = stream if source.examples is None else stream.take(source.examples)
         self._stream = split_dataset_by_node(stream, *shard) if shard[1] > 1 else stream

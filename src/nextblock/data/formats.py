@@ -65,7 +65,8 @@ def read_jsonl(files: Sequence[str], pick: Callable[[Any, str], Record]) -> Reco
             row = json.loads(text)
         except json.JSONDecodeError as error:
             cure = "write each object on a line of its own" if text.strip() == "{" else "repair it"
-            raise UsageError(f"{where}: broken JSON line: {error.msg} at column {error.colno}; {cure}") from None
+            said = error.msg.removesuffix(" at")
+            raise UsageError(f"{where}: broken JSON line: {said} at column {error.colno}; {cure}") from None
         except (ValueError, RecursionError) as error:  # numbers of thousands of digits, endless nesting
             raise UsageError(f"{where}: unreadable JSON line: {one_line(error)}; repair it") from None
         if "\\u" in text:

@@ -30,10 +30,10 @@ def read_prompts(path: str, examples: int | None = None) -> list[Record]:
     if examples is not None and examples < 1:
         raise UsageError(f"examples={examples} must be at least 1")
     if path.startswith("task:"):
-        if examples is None:
-            raise UsageError(f"{path} has no end; set the number of problems with examples")
         task = read_source(Source(path=path))
         assert isinstance(task, Records)
+        if examples is None:
+            raise UsageError(f"{path} has no end; set the number of problems with examples")
         records = [task.read(index) for index in range(examples)]
         return [Record({"prompt": record.value["prompt"]}, record.where) for record in records]
     file = os.path.expanduser(path)

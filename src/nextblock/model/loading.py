@@ -132,7 +132,10 @@ def read_config(
             config = config_as_stored(source, trust_remote_code=trust_remote_code, **where)
     except Exception as error:  # transformers raises many kinds here; each means the same to the user
         suggestion = nearest(str(path), SHIPPED) if "/" not in str(path) else ""
-        raise UsageError(f"cannot load model {path}: {one_line(error)}{suggestion}") from None
+        there = (
+            "" if Path(path).expanduser().exists() or str(path) in SHIPPED else "no such folder here, and on the Hub: "
+        )
+        raise UsageError(f"cannot load model {path}: {there}{one_line(error).rstrip('.')}{suggestion}") from None
     check_architecture(config)
     replace_values(config, override or {})
     return config

@@ -21,7 +21,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from nextblock.config.errors import UsageError
 from nextblock.decoding.lm import BlockDiffusionLM
-from nextblock.decoding.options import DecodingConfig
+from nextblock.decoding.options import DecodingConfig, with_stored
 from nextblock.decoding.request import Request as Rows
 from nextblock.decoding.request import make_request
 from nextblock.model.costs import Costs
@@ -80,6 +80,7 @@ class Server:
         self.lm, self.name, self.key, self.log_prompts = lm, name, key, log_prompts
         self.limits = limits or Limits()
         self.options = ({} if lm.settings else {"mode": "ar"}) | (options or {})
+        self.defaults = with_stored(lm.settings, self.options).model_dump(mode="json")
         self.engine = Engine(lm, self.limits.max_rows, self.limits.pass_tokens, costs, log_prompts)
         self.metrics = Metrics(self.engine)
         self.started = int(time.time())
@@ -126,7 +127,7 @@ class Server:
             "max_model_len": self.lm.decoder.max_positions,
             "block_size": None if settings is None else settings.block_size,
             "modes": ["ar"] if settings is None else ["diffusion", "speculative", "ar"],
-            "defaults": {**({} if settings is None else settings.decoding), **self.options},
+            "defaults": self.defaults,
         }
         if (name := request.path_params.get("name")) is None:
             return _json({"object": "list", "data": [model]})

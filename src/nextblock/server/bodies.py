@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self, get_args, get_origin
 
 from pydantic import Field, model_validator
 
 from nextblock.config.errors import UsageError
-from nextblock.config.sections import Section, validate
+from nextblock.config.sections import Section, type_in_words, validate
 from nextblock.decoding.options import DecodingConfig
 
 IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "verbosity")
@@ -32,6 +32,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),
     "best_of": (1,),
 }
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 DEEPEST = 64
 """Levels of lists and objects in a body."""
 
@@ -107,12 +108,16 @@ class ChatBody(Body):
 
     kind = "chat.completion"
 
-    messages: list[dict[str, Any]] = Field(min_length=1)
+    messages: list[dict[str, Any]]
     logprobs: bool = False
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
 
     @model_validator(mode="after")
     def _asked_for(self) -> Self:
+        if not self.messages:
+            raise UsageError("messages is empty; give at least one")
+        if unknown := [role for message in self.messages if (role := message.get("role")) not in ROLES]:
+            raise UsageError(f"role={unknown[0]!r:.80} is unknown; choose from {', '.join(ROLES)}")
         if self.top_logprobs is not None and not self.logprobs:
             raise UsageError(f"top_logprobs={self.top_logprobs} goes with logprobs=true alone; leave it out")
         return self
@@ -188,7 +193,15 @@ def read_body(kind: type[Body], content: bytes) -> Body:
         elif value not in NEUTRAL[name]:
             what = f"{name}={json.dumps(value)}"
             raise UsageError(f"{what:.80} is not supported here; leave {name} out")
+    for name, value in given.items():  # which pydantic would read as a number
+        field = kind.model_fields.get(name)
+        if field is not None and isinstance(value, str) and not _takes_text(field.annotation):
+            raise UsageError(f"{name}={json.dumps(value)[:80]} is not {type_in_words(field.annotation)}")
     return validate(kind, given)
+
+
+def _takes_text(annotation: Any) -> bool:
+    return annotation in (str, Any) or get_origin(annotation) is Literal or any(map(_takes_text, get_args(annotation)))
 
 
 def _refuse_constant(name: str) -> None:

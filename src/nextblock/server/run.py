@@ -52,11 +52,13 @@ def run(
         listener: from `listen`.
         name, options, limits, key, log_prompts: as for `Server`.
     Raises:
-        UsageError: a model that cannot decode batches.
+        UsageError: a model that cannot decode batches, or limits beyond its context.
     """
     if lm.refusal:
         raise UsageError(lm.refusal)
     limits = limits or Limits()
+    if limits.max_prompt and limits.max_prompt > (context := lm.decoder.max_positions or limits.max_prompt):
+        raise UsageError(f"max_prompt={limits.max_prompt} is more than the model's context of {context}; lower it")
     costs = _costs(lm, options or {}, limits)
     server = Server(lm, name, options=options, limits=limits, key=key, costs=costs, log_prompts=log_prompts)
     if log_prompts:

@@ -180,8 +180,8 @@ def check_differences(
             taken.append(str(difference))
     if refused:
         raise UsageError(
-            f"{failure}: {'; '.join(refused)}; set them back, or start in a new --output. What may change, some of it "
-            f"with conditions: {', '.join(MAY_CHANGE)}"
+            f"{failure}: {'; '.join(refused)}; set them back, or start in a new --output. What may change is a table "
+            "in docs/distributed.md"
         )
     return taken
 

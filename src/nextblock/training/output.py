@@ -194,6 +194,9 @@ def check_output(output: Path, stages: list[AdaptConfig], resume: bool) -> None:
         raise UsageError(f"output folder {output} cannot be made: {above} cannot be written; choose another")
     empty = is_empty(output)
     if not empty and not resume:
+        if is_main():
+            with locked(output):  # a run that goes on there is named
+                pass
         raise UsageError(f"output folder {output} is not empty; choose another --output, or go on with --resume auto")
     if not empty and not (output / RESOLVED_CONFIG).is_file():
         raise UsageError(f"output folder {output} is not that of a run ({RESOLVED_CONFIG} is missing); choose another")

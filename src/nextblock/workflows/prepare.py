@@ -64,8 +64,8 @@ def prepare(
         UsageError: as `write_part` and `merge`.
     """
     tokenizer = parent_tokenizer(config.model)
-    make_folder(output)
     stores = {k: _begin(config, k, output, tokenizer, append) for k in _unprepared(config, output)}
+    make_folder(output)
     left = {k: one for k, one in stores.items() if one.manifest is None}
     if part is not None:
         _write(config, [_Task(one, part) for one in left.values()], 1)
@@ -77,7 +77,7 @@ def prepare(
     done = {**stores, **{k: replace(one, manifest=merge(one.store, one.run)) for k, one in left.items()}}
     values = config.model_dump(mode="json", exclude_defaults=True)
     for k, one in done.items():
-        values["data"]["sources"][k] = {"path": str(one.store), "weight": one.source.weight}
+        values["data"]["sources"][k] = {"path": str(one.store.absolute()), "weight": one.source.weight}
     write_whole(output / CONFIG, yaml.safe_dump(values, sort_keys=False).encode())
     return list(done.values())
 

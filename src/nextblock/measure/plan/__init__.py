@@ -261,8 +261,10 @@ def shortfall(found: Plan | StagedPlan, config: AdaptConfig) -> str | None:
         "training.gradient_checkpointing=true": not training.gradient_checkpointing,
         "training.micro_batch_rows=1": short.micro_batch_rows > 1,
         f"data.row_length={short.largest_row}": short.largest_row is not None,
+        "a draft adapter or LoRA in place of all weights": short.trained == "full",
         "a larger GPU": True,
         "more of them": short.parallel == "fsdp2",
+        "several of them with training.fsdp=true": short.devices == 1 and short.trained == "full",
     }
     ways = ", ".join(cure for cure, helps in cures.items() if helps)
     return (
