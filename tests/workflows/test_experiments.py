@@ -221,6 +221,23 @@ def test_differences_are_paired_by_seed(tmp_path):
     assert differences(experiment, results, "loss")["block"].seeds == 2
 
 
+def test_a_plot_shows_its_titles_whole_and_no_share_beyond_0_and_1():
+    arms = {"a name as long as that of some arms": {}, "block": {}}
+    shown = ("diffusion: accuracy", "bits per byte, diffusion (bound)")
+    experiment = Experiment.model_validate({**TINY, "arms": arms, "figures": shown})
+    values = [("block", 0, 0.2, 0.3), ("block", 1, 0.9, 0.4), (next(iter(arms)), 0, 0.9, 0.4)]
+    results = {(arm, seed): {"figures": dict(zip(shown, two, strict=True))} for arm, seed, *two in values}
+    figure = plot(experiment, results)
+    figure.draw_without_rendering()
+    share, bits = figure.axes
+    for panel in (share, bits):
+        title = panel.title.get_window_extent()
+        assert 0 <= title.x0 < title.x1 <= figure.bbox.x1
+        assert [text.get_text()[-7:] for text in panel.get_yticklabels()] == ["(n = 1)", "(n = 2)"]
+    assert (share.dataLim.x0, share.dataLim.x1) == (0, 1)
+    assert bits.dataLim.x0 < 0
+
+
 def test_the_swing_of_a_loss_is_that_from_step_to_step(tmp_path):
     def swing(losses: list[float]) -> float:
         lines = [json.dumps({"step": i, "diffusion_loss": x, "ar_loss": None}) for i, x in enumerate(losses)]

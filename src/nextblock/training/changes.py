@@ -113,7 +113,7 @@ CHANGES = (
         ("documents",),
         ONWARD,
         "added at the end of a local source: lines of its last JSONL file, files whose names sort behind all others, "
-        "parts of a store (`--append`); from the first epoch on that no shard has begun",
+        "parts of a store (`--append`); they are read from the first epoch that no shard has begun",
     ),
     Change(("data.sources.N.weight",), ONWARD, "from the next chunk of rows of a shard on"),
     Change(("training.skip_rows",), AS_BEGUN, "rows that no step has had", rows_to_come),
@@ -121,7 +121,7 @@ CHANGES = (
     Change(
         ("training.fsdp", "machine.shard_over", "machine.hold_gradients", "processes"),
         ROUNDED,
-        "`processes`: any number that divides `training.batch_rows`",
+        "the number of processes must divide `training.batch_rows`",
     ),
     Change(("training.compile", "training.gradient_checkpointing", "model.attention"), ROUNDED),
     Change(
@@ -142,12 +142,18 @@ CHANGES = (
 )
 """No keys of the configuration are `processes`, which torchrun or accelerate start, and `documents` of a source."""
 
+NO_KEYS = {"documents": "more documents", "processes": "the number of processes"}
+"""How the table names what may change and is no key of the configuration."""
 MAY_CHANGE = {key: change for change in CHANGES for key in change.keys}
 
 
 def table() -> str:
     """CHANGES as Markdown."""
-    rows = [(", ".join(f"`{key}`" for key in c.keys), c.condition or "always", c.effect) for c in CHANGES]
+
+    def shown(key: str) -> str:
+        return f"`{key}`" if "." in key else NO_KEYS[key]
+
+    rows = [(", ".join(map(shown, c.keys)), c.condition or "always", c.effect) for c in CHANGES]
     return "\n".join(f"| {' | '.join(row)} |" for row in (("what", "when", "effect"), ("---",) * 3, *rows)) + "\n"
 
 

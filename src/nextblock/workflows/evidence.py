@@ -19,7 +19,8 @@ from nextblock.workflows.experiment import Experiment
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 """0.975 quantiles of Student's t with 1, 2, ... degrees of freedom."""
 
-TITLE_WIDTH = 32  # characters of a line
+TITLE_WIDTH = 24  # characters of a line
+NOTE = "small dot: one seed; large dot and bar: mean and 95 % interval (an accuracy's ends at 0 and 1); n: seeds"
 
 Results = Mapping[tuple[str, int], Mapping[str, Any]]  # of `read_results`
 
@@ -124,29 +125,39 @@ def plot(experiment: Experiment, results: Results) -> Figure:
     numeric = all(_is_number(arm) for arm in arms)
     columns = 2 if len(shown) == 4 else min(3, len(shown))
     rows = math.ceil(len(shown) / columns)
-    height = 2.4 if numeric else 0.9 + 0.32 * len(arms)
-    figure, axes = canvas(rows, columns, (3.4 * columns, height * rows), layout="constrained")
+    width = columns * (3.4 if numeric else 2.6 + 0.07 * max(map(len, arms)))  # titles fit beside the names of arms
+    height = rows * (2.6 if numeric else 0.9 + 0.32 * len(arms))
+    figure, axes = canvas(rows, columns, (width, height + 0.3), layout="constrained")
     for panel, (name, by_arm) in zip(axes.flat, shown.items(), strict=False):
         at = {arm: float(arm) if numeric else -arms.index(arm) for arm in by_arm}
         seeds = [(at[arm], one["figures"][name]) for (arm, _), one in results.items() if name in one["figures"]]
-        means = [(at[arm], found.mean, 0 if math.isnan(found.half) else found.half) for arm, found in by_arm.items()]
-        places, values, halves = map(list, zip(*means, strict=True))
+        places, values = list(at.values()), [found.mean for found in by_arm.values()]
+        bars = list(zip(*(_bar(found, share=name.endswith("accuracy")) for found in by_arm.values()), strict=True))
         style: dict[str, Any] = {"color": BLUE, "marker": "o", "markersize": 5, "capsize": 3, "linewidth": 1.4}
+        dots: dict[str, Any] = {"color": ORANGE, "alpha": 0.6, "markersize": 4, "zorder": 3}
         if numeric:
-            panel.plot(*zip(*seeds, strict=True), ".", color=ORANGE, alpha=0.5, markersize=4)
-            panel.errorbar(places, values, yerr=halves, **style)
+            panel.plot(*zip(*seeds, strict=True), ".", **dots)
+            panel.errorbar(places, values, yerr=bars, **style)
             panel.set_xscale("log", base=2)
-            panel.set_xticks(places, list(by_arm))
+            panel.set_xticks(places, [f"{arm}\nn = {found.seeds}" for arm, found in by_arm.items()])
             panel.minorticks_off()
         else:
-            panel.plot(*zip(*[(value, place) for place, value in seeds], strict=True), ".", color=ORANGE, alpha=0.5)
-            panel.errorbar(values, places, xerr=halves, linestyle="", **style)
-            panel.set_yticks(places, list(by_arm), color=MUTED)
+            panel.plot(*zip(*[(value, place) for place, value in seeds], strict=True), ".", **dots)
+            panel.errorbar(values, places, xerr=bars, linestyle="", **style)
+            panel.set_yticks(places, [f"{arm} (n = {found.seeds})" for arm, found in by_arm.items()], color=MUTED)
             panel.set_ylim(-len(arms) + 0.4, 0.6)
         panel.set_title(textwrap.fill(name, TITLE_WIDTH), **LABEL)
     for panel in list(axes.flat)[len(shown) :]:
         panel.remove()
+    figure.supxlabel(textwrap.fill(NOTE, int(15 * width)), fontsize=8, color=MUTED)
     return figure
+
+
+def _bar(found: Estimate, *, share: bool) -> tuple[float, float]:
+    """How far an interval reaches below and above its mean: that of a share within 0 and 1, of one seed nowhere."""
+    if math.isnan(found.half):
+        return 0.0, 0.0
+    return (min(found.half, found.mean), min(found.half, 1 - found.mean)) if share else (found.half, found.half)
 
 
 def _is_number(text: str) -> bool:
