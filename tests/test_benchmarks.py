@@ -6,6 +6,7 @@ import json
 import re
 import runpy
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -144,6 +145,13 @@ def test_the_real_model_script_trains_for_its_minutes_and_compares_with_generate
         assert [one["name"] for one in speeds][:2] == ["transformers", "speculative"]
         assert all(one["equal_to_ar"] == 1 for one in speeds)
     assert "| prose | speculative |" in capsys.readouterr().out
+
+
+def test_the_loading_script_measures_ranks_that_read_their_part_beside_ranks_that_read_all():
+    command = [sys.executable, str(FOLDER / "loading.py"), "--small"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    for line in ("MiB of 2 ranks", "loading", "a step", "export", "base and loading", "planned: {"):
+        assert line in done.stdout
 
 
 def test_checkpoints_that_hold_the_step_and_that_do_not_are_both_whole(tmp_path):
