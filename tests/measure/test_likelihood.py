@@ -110,6 +110,23 @@ def test_aligned_prediction_pays_for_the_first_token_of_a_text_as_well_and_count
 
 
 @torch.no_grad()
+def test_a_model_that_was_trained_without_filled_blocks_is_measured_without():
+    """b = 8, shifted: of the last block the AR head gives 41, and the end token is the only one that is masked."""
+    model, tokens = tiny_model("qwen3"), torch.tensor([40, 41, EOS_ID])
+    rows = make_rows([[[-1, 2]]], 16)
+    rows.tokens[0, :3] = tokens
+    noised = torch.tensor([40, 41, MASK_ID])
+    expected = nats(model, tokens[:2], 0, 41, 2) + nats(model, noised, 1, EOS_ID, 1)
+    settings = BlockDiffusionSettings(block_size=8, mask_token_id=MASK_ID)
+    found, filled = (
+        bits_per_byte(Decoder(model), TwoBytes(), rows, settings, fill_last_block=fill)[1].value * math.log(2) * 4
+        for fill in (False, True)
+    )
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert filled > 2 * found  # it pays for six end tokens more
+
+
+@torch.no_grad()
 def test_the_bound_averages_over_how_many_tokens_of_a_block_are_masked():
     """b = 3, shifted, one block: m = 1 or 2 of two tokens, weighed 2 / m; the mean over many draws."""
     model, tokens = tiny_model("qwen3"), torch.tensor([40, 41, 42, 43])

@@ -51,6 +51,7 @@ def bits_per_byte(
     settings: BlockDiffusionSettings | None = None,
     *,
     block_sizes: Sequence[int] = (),
+    fill_last_block: bool = True,
     draws: int = 8,
     batch_rows: int = 4,
     on_pass: Callable[[], None] = lambda: None,
@@ -67,6 +68,8 @@ def bits_per_byte(
         rows: held-out rows, or batches of them, of which one is held at a time.
         settings: mask token, context and prediction of the diffusion bound.
         block_sizes: those of the bound; default: that of the settings.
+        fill_last_block: the bound pays for the end tokens that fill up a last block, as decoding meets it; False for a
+            model that never learned them (`recipe.fill_last_block`), which then knows where a text ends.
         draws: noise draws averaged over.
         batch_rows: rows in one forward pass.
         on_pass: called before each forward pass; what it raises ends the measuring.
@@ -76,7 +79,7 @@ def bits_per_byte(
         rows = (whole.slice(start, start + batch_rows) for start in range(0, len(whole), batch_rows))
     sizes = block_sizes or ([settings.block_size] if settings else [])
     bounds = [settings.model_copy(update={"block_size": size}) for size in sizes] if settings else []
-    ends = span_ends(tokenizer)
+    ends = span_ends(tokenizer) if fill_last_block else ()
     nats, variances = [0.0] * (1 + len(bounds)), [0.0] * len(bounds)
     paid, paid_with_first = [0, 0], [0, 0]
     for batch in rows:

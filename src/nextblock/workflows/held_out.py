@@ -101,6 +101,7 @@ def held_out_bits(run: Run, received: list[int]) -> list[dict[str, Any]]:
         accelerator.print("no document is held out, so bits per byte are not measured; raise data.held_out")
         return []
     measure = functools.partial(bits_per_byte, batch_rows=evaluation_rows(config), on_pass=leave_on_signal)
+    fill = config.recipe.fill_last_block
     decoder, settings, sharded, output = run.decoder, run.settings, run.is_sharded, run.output
     device, dtype = decoder.device, decoder.model.dtype
     run.loss.eval()
@@ -111,7 +112,7 @@ def held_out_bits(run: Run, received: list[int]) -> list[dict[str, Any]]:
         code = config.model.trust_remote_code
         decoder = Decoder(load_model(output, dtype=dtype, device=device, trust_remote_code=code))
     accelerator.free_memory()
-    found = [("adapted", one) for one in measure(decoder, tokenizer, rows, settings)]
+    found = [("adapted", one) for one in measure(decoder, tokenizer, rows, settings, fill_last_block=fill)]
     if config.model.scratch is None:
         del decoder
         accelerator.free_memory()
