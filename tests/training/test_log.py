@@ -287,7 +287,7 @@ def test_a_missing_tracker_is_named_with_its_extra_and_nothing_else_is_said(pare
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(accelerate.tracking, "_available_trackers", [])
     with pytest.raises(
-        UsageError, match=r"training.trackers=wandb needs wandb, .* `pip install nextblock\[trackers\]`"
+        UsageError, match=r"training.trackers=wandb needs wandb, .* `pip install 'nextblock\[trackers\]'`"
     ):
         prepare(config_of(parent, tmp_path / "run", trackers=["wandb"]))
     assert not [warning for warning in recwarn if "log_with" in str(warning.message)]

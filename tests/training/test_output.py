@@ -177,8 +177,10 @@ def test_a_run_in_the_same_folder_is_refused_while_one_goes_on_and_taken_when_it
         assert first.is_alive()
         with pytest.raises(UsageError, match=rf"is in use by process {first.pid} on {socket.gethostname()}; wait"):
             train(config, resume=True)
+        (tmp_path / "run" / "notes.txt").touch()
         with pytest.raises(UsageError, match=rf"is in use by process {first.pid}"):  # and not "is not empty"
             check_output(tmp_path / "run", [config], resume=False)
+        (tmp_path / "run" / "notes.txt").unlink()
     finally:
         os.kill(first.pid or 0, signal.SIGCONT)
     first.join()

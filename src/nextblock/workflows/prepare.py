@@ -65,7 +65,8 @@ def prepare(
     """
     tokenizer = parent_tokenizer(config.model)
     stores = {k: _begin(config, k, output, tokenizer, append) for k in _unprepared(config, output)}
-    make_folder(output)
+    if not merge_parts:
+        make_folder(output)
     left = {k: one for k, one in stores.items() if one.manifest is None}
     if part is not None:
         _write(config, [_Task(one, part) for one in left.values()], 1)
