@@ -115,9 +115,7 @@ def test_a_change_of_the_table_is_taken_and_named(place, tmp_path, key):
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_a_change_that_is_not_in_the_table_is_refused_in_one_line_that_says_where_it_is(
-    place, tmp_path, what
-):
+def test_a_change_that_is_not_in_the_table_is_refused_in_one_line_that_says_where_it_is(place, tmp_path, what):
     before, after, said = REFUSED[what]
     with pytest.raises(UsageError) as refused:
         checked(*pair(place, tmp_path, before, after))
