@@ -8,11 +8,11 @@ import logging
 import os
 import sys
 import warnings
-from importlib import metadata
 from typing import Annotated, Any
 
 import typer
 
+from nextblock import __version__
 from nextblock.cli import decode, experiment, measure, serve, train
 from nextblock.config.errors import UsageError
 
@@ -43,7 +43,7 @@ def top(
 ) -> None:
     """The options of no command."""
     if version:
-        print(f"nextblock {metadata.version('nextblock')}")
+        print(f"nextblock {__version__}")
     elif context.invoked_subcommand is None:
         print(context.get_help())
         raise typer.Exit(2)

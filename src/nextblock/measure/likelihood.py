@@ -58,8 +58,7 @@ def bits_per_byte(
 ) -> list[BitsPerByte]:
     """Bits per UTF-8 byte of the generated tokens in `rows`; the first token of a plain document is given.
 
-    Only the diffusion bound of a model with aligned prediction pays for that token as well, and counts its bytes:
-    such a model can predict it.
+    Only the bound of a model with aligned prediction, which can predict that token, pays for it and counts its bytes.
 
     AR: exact, from the clean half. Diffusion, where there are `settings`: `bound_nats`.
 
@@ -68,8 +67,7 @@ def bits_per_byte(
         rows: held-out rows, or batches of them, of which one is held at a time.
         settings: mask token, context and prediction of the diffusion bound.
         block_sizes: those of the bound; default: that of the settings.
-        fill_last_block: the bound pays for the end tokens that fill up a last block, as decoding meets it; False for a
-            model that never learned them (`recipe.fill_last_block`), which then knows where a text ends.
+        fill_last_block: as the model was trained; without, the bound knows where a text ends.
         draws: noise draws averaged over.
         batch_rows: rows in one forward pass.
         on_pass: called before each forward pass; what it raises ends the measuring.

@@ -57,7 +57,8 @@ def run(
     if lm.refusal:
         raise UsageError(lm.refusal)
     limits = limits or Limits()
-    if limits.max_prompt and limits.max_prompt > (context := lm.decoder.max_positions or limits.max_prompt):
+    context = lm.decoder.max_positions
+    if context is not None and (limits.max_prompt or 0) > context:
         raise UsageError(f"max_prompt={limits.max_prompt} is more than the model's context of {context}; lower it")
     costs = _costs(lm, options or {}, limits)
     server = Server(lm, name, options=options, limits=limits, key=key, costs=costs, log_prompts=log_prompts)

@@ -140,20 +140,18 @@ CHANGES = (
         SAME,
     ),
 )
-"""No keys of the configuration are `processes`, which torchrun or accelerate start, and `documents` of a source."""
 
 NO_KEYS = {"documents": "more documents", "processes": "the number of processes"}
-"""How the table names what may change and is no key of the configuration."""
+"""How the table names what is no key of the configuration: documents of a source, and the processes that torchrun or
+accelerate start."""
 MAY_CHANGE = {key: change for change in CHANGES for key in change.keys}
 
 
 def table() -> str:
     """CHANGES as Markdown."""
-
-    def shown(key: str) -> str:
-        return f"`{key}`" if "." in key else NO_KEYS[key]
-
-    rows = [(", ".join(map(shown, c.keys)), c.condition or "always", c.effect) for c in CHANGES]
+    rows = [
+        (", ".join(NO_KEYS.get(key, f"`{key}`") for key in c.keys), c.condition or "always", c.effect) for c in CHANGES
+    ]
     return "\n".join(f"| {' | '.join(row)} |" for row in (("what", "when", "effect"), ("---",) * 3, *rows)) + "\n"
 
 
