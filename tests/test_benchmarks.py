@@ -147,6 +147,17 @@ def test_the_real_model_script_trains_for_its_minutes_and_compares_with_generate
     assert "| prose | speculative |" in capsys.readouterr().out
 
 
+def test_the_adapter_of_the_repository_is_what_its_preset_trains_and_small():
+    folder = FOLDER / "smollm2_draft"
+    trained, wanted = load_config(folder / "nextblock.yaml"), load_config(preset("smollm2_135m_draft_gpu"))
+    for part in ("draft_adapter", "correction", "recipe", "growth", "optimizer"):
+        assert getattr(trained, part) == getattr(wanted, part)
+    assert sum(file.stat().st_size for file in folder.rglob("*.safetensors")) <= 12_000_000
+    steps = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    told = json.loads((FOLDER / "results" / "real_gpu.json").read_text(encoding="utf-8"))["training"]
+    assert (len(steps), sum(step["tokens"] for step in steps)) == (told["steps"], told["tokens"])
+
+
 def test_the_loading_script_measures_ranks_that_read_their_part_beside_ranks_that_read_all():
     command = [sys.executable, str(FOLDER / "loading.py"), "--small"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)

@@ -20,6 +20,13 @@ def test_the_probe_passes_every_family(any_model):
     probe(Decoder(any_model))
 
 
+def test_the_probe_compiles_no_attention_for_its_few_tokens(llama, monkeypatch):
+    llama.set_attn_implementation("flex_attention")
+    monkeypatch.setattr("nextblock.model.decoder.to_block_mask", None)
+    probe(Decoder(llama))
+    assert llama.config._attn_implementation == "flex_attention"
+
+
 def broken(model: PreTrainedModel, **override: Any) -> Decoder:
     """The model with some arguments of its forward pass replaced, as one that ignores them would."""
     forward = model.base_model.forward

@@ -26,6 +26,9 @@ from nextblock.model.positions import layer_windows, steady_positions, text_conf
 
 AttentionMask = Tensor | BlockMask | dict[str, Tensor | BlockMask]
 
+FLEX_KERNEL = {"BACKEND": "TRITON"}
+"""Not the kernel for few queries, which FlexAttention takes by itself below 128 of them: it is not there for some."""
+
 
 @dataclass(frozen=True)
 class Decoder:
@@ -103,6 +106,8 @@ class Decoder:
             "past_key_values": cache,
             "use_cache": cache is not None,
         }
+        if self.attention == "flex_attention" and tokens.is_cuda:
+            common["kernel_options"] = FLEX_KERNEL
         if self.adapter is None or noised is False:
             return self.model.base_model(input_ids=tokens, **common).last_hidden_state
         with self.adapter.open(noised, opens_at), self.adapter.masked(tokens) as readable:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
 import torch
@@ -38,6 +40,19 @@ def why_no_blocks(model: PreTrainedModel) -> str | None:
     return _refusals[model]
 
 
+@contextmanager
+def dense_masks(model: PreTrainedModel) -> Iterator[None]:
+    """Run FlexAttention's models with SDPA inside: for passes of a few tokens, which it would compile one by one."""
+    compiles = model.config._attn_implementation == "flex_attention"
+    try:
+        if compiles:
+            model.set_attn_implementation("sdpa")
+        yield
+    finally:
+        if compiles:
+            model.set_attn_implementation("flex_attention")
+
+
 @torch.no_grad()
 def probe(decoder: Decoder) -> None:
     """Run the model on a few tokens and stop if it does not do what the method needs.
@@ -51,6 +66,11 @@ def probe(decoder: Decoder) -> None:
     Raises:
         UsageError: naming what the model ignores.
     """
+    with dense_masks(decoder.model):
+        _probe(decoder)
+
+
+def _probe(decoder: Decoder) -> None:
     model, device = decoder.model, decoder.device
     name = f"architecture '{model.config.model_type}'"
     generator = torch.Generator().manual_seed(0)
@@ -161,7 +181,8 @@ def probe_adapter(decoder: Decoder) -> None:
     assert decoder.adapter is not None
     tokens = torch.tensor([[0, 1, decoder.adapter.mask_token_id]], device=decoder.device)
     try:
-        decoder.hidden(tokens, torch.arange(3, device=decoder.device)[None], None, noised=tokens > 1)
+        with dense_masks(decoder.model):
+            decoder.hidden(tokens, torch.arange(3, device=decoder.device)[None], None, noised=tokens > 1)
     except Exception as error:  # of whatever kind a model raises at what it does not know
         raise UsageError(
             f"architecture '{decoder.model.config.model_type}' cannot run with a draft adapter on these layers "

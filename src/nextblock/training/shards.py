@@ -172,9 +172,9 @@ def gathered(loss: Any, work: Callable[[], None]) -> None:
     There FSDP2 gathers embedding, layers and head as each is used. Afterwards nothing stays gathered: shards may be
     written to before the next pass.
     """
-    vars(loss)["forward"] = work
+    vars(loss)["forward"] = lambda _: work()
     try:
-        loss()
+        loss(None)  # torch 2.11 reads the first argument on CUDA
     finally:
         del vars(loss)["forward"]
     for part in loss.modules():
