@@ -15,6 +15,7 @@ from nextblock.decoding.drafts import Branches, Draft, lay_out
 from nextblock.decoding.events import BlockFinished, Rejected, Stats
 from nextblock.decoding.options import DecodingConfig
 from nextblock.decoding.rows import Row
+from nextblock.model.trees import likeliest_tree
 
 
 @torch.no_grad()
@@ -28,7 +29,8 @@ def test_a_tree_of_drafts_gives_each_path_what_a_plain_causal_pass_gives_it(fami
     options = validate(DecodingConfig, {"mode": "speculative", "block_size": 6, "draft_paths": 3})
     texts = [prompt(11)[0].tolist(), prompt(7)[0].tolist()]
     # The last six tokens: one known and five drafts, of which the second row has four.
-    branches = Branches([[1, 3], [0, 2]], torch.tensor([[41, 42], [43, 44]]))
+    own = torch.tensor([[[0, 41, 31, 32, 33], [0, 0, 0, 42, 0]], [[43, 0, 0, 0, 0], [0, 0, 44, 34, 0]]])
+    branches = Branches([[1, 3], [0, 2]], [[5, 5, 4], [3, 1, 4]], own)
     for number in range(3):
         rows = [Row(i, text[:-6], limit=40, answer=text[-6:-5]) for i, text in enumerate(texts)]
         draft = Draft(torch.tensor([text[-5:] for text in texts]), [5, 4], branches=branches)
@@ -37,7 +39,8 @@ def test_a_tree_of_drafts_gives_each_path_what_a_plain_causal_pass_gives_it(fami
         known, starts = batch.known()
         tree = lay_out(batch, draft, known)
         logits = lm.decoder.logits(batch.forward(tree.tokens, starts, [True, True], tree.groups))
-        for index, (row, start, length) in enumerate(zip(rows, starts, draft.lengths, strict=True)):
+        for index, (row, start) in enumerate(zip(rows, starts, strict=True)):
+            length = branches.ends[index][number]
             row.answer += tree.paths[index, number, :length].tolist()
             plain = family_model(torch.tensor([row.prompt + row.answer])).logits[0, start:]
             slots = tree.slots[index, number, : length + 1]
@@ -85,3 +88,46 @@ def test_a_second_path_is_kept_where_the_first_one_is_wrong(temperature):
         assert bool(second) == (paths == 2)
         passes.append(sum(stream.stats.row_forwards.values()))
     assert temperature or passes[1] < passes[0]
+
+
+@pytest.mark.parametrize("before", [1, 3])
+@pytest.mark.parametrize("budget", [1, 4, 9, 1000])
+def test_a_grown_tree_is_the_likeliest_of_all_that_leave_the_likeliest_path_once(before, budget):
+    """Against all of them, enumerated."""
+    length, ranks = 4, 3
+    scores = torch.rand(length, before, 3, generator=torch.Generator().manual_seed(budget)).log_softmax(-1)
+    top = scores.topk(ranks)
+    value, choice = top.values.tolist(), top.indices.tolist()
+
+    def walk(place, rank):
+        """The candidates and the log-probability of each path's beginning; rank `rank` at `place`, else the first."""
+        candidates, chance, last = [], 0.0, 0
+        for n in range(length):
+            which = last if before > 1 else 0
+            chance += value[n][which][rank if n == place else 0]
+            last = choice[n][which][rank if n == place else 0]
+            candidates.append(last)
+            yield tuple(candidates), chance
+
+    every = {}
+    for place in range(length):
+        for rank in range(ranks):
+            every |= dict(walk(place, rank))
+    wanted = sorted(every, key=lambda path: -every[path])[:budget]
+    paths = likeliest_tree(value, choice, length, budget)
+    trunk, found = paths[0][1], set()
+    for first, own in paths:
+        found |= {tuple(trunk[:first] + own[:n]) for n in range(1, len(own) + 1)}
+    assert found == set(wanted)
+    assert sum(len(own) for _, own in paths) == len(wanted)
+
+
+def test_a_tree_of_greedy_drafts_keeps_more_than_a_path():
+    """And the more, the more it may hold; the answer stays."""
+    lm = language_model(tiny_model("llama", seed=1, std=0.05))
+    batch, found = padded([prompt(n, 1) for n in LENGTHS]), []
+    for paths in (1, 2, 6):
+        out = lm.generate(**batch, mode="speculative", max_new_tokens=60, draft_paths=paths, eos_token_id=[])
+        found.append((out.answers, sum(out.stats.row_forwards.values())))
+    assert found[0][0] == found[1][0] == found[2][0]
+    assert found[0][1] > found[1][1] > found[2][1]

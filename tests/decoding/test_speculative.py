@@ -12,13 +12,14 @@ from decoders import language_model, prompt
 from families import FAMILIES, MASK_ID, tiny_model
 from nextblock.config.sections import BlockDiffusionSettings, DraftAdapterConfig, validate
 from nextblock.decoding.batch import Batch
-from nextblock.decoding.drafts import Draft, free_block, lay_out, likeliest_points, masked_block, with_masks
+from nextblock.decoding.drafts import Draft, free_block, lay_out, masked_block, with_masks
 from nextblock.decoding.events import Stats
 from nextblock.decoding.lm import BlockDiffusionLM
 from nextblock.decoding.options import DecodingConfig
 from nextblock.decoding.rows import Row
 from nextblock.decoding.speculative import drafted
 from nextblock.model.draft_adapter import DraftAdapter
+from nextblock.model.trees import likeliest_points
 
 
 def test_drafting_ahead_for_all_points_needs_no_pass_of_its_own():
@@ -119,7 +120,7 @@ def test_the_likeliest_points_are_those_of_a_table_of_all_of_them():
     """Kept are exactly n drafts: the first n, and not the one behind; all of them, where none is behind."""
     chances = torch.rand(40, 6, generator=torch.Generator().manual_seed(0))
     lengths = [n % 7 for n in range(40)]
-    found = likeliest_points(Draft(torch.zeros(40, 6, dtype=torch.int64), lengths, chances=chances), 3)
+    found = likeliest_points(chances, lengths, 3, chances.device)
     for line, length, points in zip(chances.double().tolist(), lengths, found.tolist(), strict=True):
         odds = [math.prod(line[:n]) * (1 - line[n] if n < length else 1) for n in range(length + 1)]
         ranked = sorted(range(length + 1), key=lambda n: -odds[n])[:3]

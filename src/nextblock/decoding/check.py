@@ -75,10 +75,11 @@ def _prefixes(rows: list[Row], draft: Draft, tree: Tree) -> Iterator[tuple[Row, 
     processor asks.
     """
     trees = zip(tree.tokens.tolist(), tree.slots.tolist(), strict=True)
-    for row, length, (line, paths) in zip(rows, draft.lengths, trees, strict=True):
+    every = [[length] for length in draft.lengths] if draft.branches is None else draft.branches.ends
+    for row, ends, (line, paths) in zip(rows, every, trees, strict=True):
         answers: list[list[int] | None] = [None] * len(line)
-        for path in paths:
-            for count in range(length + 1):
+        for path, end in zip(paths, ends, strict=False):
+            for count in range(end + 1):
                 answers[path[count]] = row.answer + [line[slot] for slot in path[1 : count + 1]]
         for answer in answers:
             yield row, answer
@@ -95,9 +96,9 @@ def check_greedy(logits: Tensor, draft: Draft, tree: Tree) -> Verdict:
     if tree.groups is not None:
         chosen = chosen.gather(1, tree.slots.flatten(1)).view_as(tree.slots)
     right = chosen.narrow(-1, 0, width) == (draft.tokens if tree.groups is None else tree.paths)
-    if min(draft.lengths) < width:
-        within = torch.arange(width, device=logits.device) < on_device(draft.lengths, logits.device)[:, None]
-        right = right & (within if tree.groups is None else within[:, None])
+    if tree.ends is not None or min(draft.lengths) < width:
+        ends = on_device(draft.lengths, logits.device) if tree.ends is None else tree.ends
+        right = right & (torch.arange(width, device=logits.device) < ends[..., None])
     kept = right.cumprod(-1).sum(-1)
     if tree.groups is None:
         return Verdict(kept, chosen)
@@ -131,7 +132,8 @@ def check_sampled(rows: list[Row], target: Tensor, draft: Draft, tree: Tree) -> 
         path, failed = torch.where(more > 0, tried, 0), ((tried > 0) & (more == 0))[:, None]
         last_p = torch.where(failed, second[0], target[row, tree.slots[row, path, kept]])
         last_q = torch.where(failed, second[1], proposal[row, kept])
-    last = resample(last_p, last_q, uniform[row, used])[:, None]
+    # Given that a draft from q was rejected, max(p - q, 0) is what is left of p (Theorem 1); q = 0 gives p.
+    last = draw(residual(last_p, last_q), uniform[row, used])[:, None]
     tokens = torch.cat([_of_path(tree.paths, path), last], dim=1).scatter(1, kept[:, None], last)
     return Verdict(kept, tokens, path, used + 1)
 
@@ -147,8 +149,8 @@ def _uniform(rows: list[Row], draft: Draft, device: torch.device) -> Tensor:
 def accept_trunk(p: Tensor, q: Tensor, uniform: Tensor, counts: Tensor) -> Tensor:
     """How many drafts are kept, int64 [B]: each with probability min(1, p / q), up to the first that is not.
 
-    A token that was drawn from q, is kept with min(1, p / q), and else gives way to `resample`, has the distribution
-    p (Leviathan et al., arXiv 2211.17192, Theorem 1).
+    A token that was drawn from q, is kept with min(1, p / q), and else gives way to one from max(p - q, 0), has the
+    distribution p (Leviathan et al., arXiv 2211.17192, Theorem 1).
 
     Args:
         p, q: of each drafted token, [B, k], by the AR head and by what it was drawn from.
@@ -184,14 +186,6 @@ def try_branch(
     return path, torch.where(path > 0, more, 0)
 
 
-def resample(p: Tensor, q: Tensor, uniform: Tensor) -> Tensor:
-    """The token that follows the kept drafts, int64 [B]: from max(p - q, 0), [B, V].
-
-    Given that a draft from q was rejected, this is what is left of p (arXiv 2211.17192, Theorem 1); q = 0 gives p.
-    """
-    return draw(residual(p, q), uniform)
-
-
 def _gains(
     batch: Batch, draft: Draft, tree: Tree, verdict: Verdict, logits: Tensor, points: Tensor | None
 ) -> list[Gain]:
@@ -204,7 +198,7 @@ def _gains(
     columns = {name: part[:, None] for name, part in columns.items() if part is not None}
     parts = [*columns.values(), verdict.tokens, draft.tokens]
     if draft.branches is not None:
-        parts.append(draft.branches.token)
+        parts.append(draft.branches.first)
     confidence, tops = [[math.nan] * (width + 1)] * len(batch.rows), list[Top]()
     if batch.head.tells_confidence:
         at = torch.arange(len(logits), device=logits.device)[:, None]
@@ -221,6 +215,7 @@ def _gains(
         of, tokens = dict(zip(columns, line, strict=False)), line[len(columns) :]
         kept = of["kept"]
         row.draw(of.get("used", 0))
+        length = length if draft.branches is None else draft.branches.ends[index][0]
         gained, drafted = tokens[: kept + 1], [*enumerate(tokens[width + 1 : width + 1 + length])]
         if draft.branches is not None:
             drafted += zip(draft.branches.depth[index], tokens[2 * width + 1 :], strict=False)

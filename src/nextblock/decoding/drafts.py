@@ -1,7 +1,8 @@
 """Drafts: the pass that makes them, what it proposes, and where the pass that checks it has each token.
 
 A draft of several paths is a tree: the trunk, and branches that leave it at one position each, with another token
-there and the trunk's own tokens behind.
+there. Greedy, the tree is what is likeliest to be kept of all that the draft proposes (`grow`); what is drawn has the
+trunk's own tokens behind the branch's (`branch`).
 
 Letters: B rows, b block size, k drafted tokens, V vocabulary, D hidden size, M branches, P = 1 + M paths,
 N tokens of a check, G points of acceptance.
@@ -18,14 +19,27 @@ from torch import Tensor
 from nextblock.attention.groups import Groups
 from nextblock.decoding.batch import Batch
 from nextblock.decoding.sampling import draw, on_device, probability_of, without
+from nextblock.model.trees import best_continuations, likeliest_tree
 
 
 @dataclass
 class Branches:
-    """depth: for each row and branch, how many drafts it shares with the trunk. token: int64 [B, M], its next one."""
+    """What paths beside the trunk propose.
+
+    depth: for each row and branch, how many drafts it shares with the trunk.
+    ends: for each row, how many drafts the trunk has, then each branch, with the shared ones.
+    tokens: int64 [B, M, k], of each branch its own drafts, in their places; what lies before them means nothing.
+    """
 
     depth: list[list[int]]
-    token: Tensor
+    ends: list[list[int]]
+    tokens: Tensor
+
+    @property
+    def first(self) -> Tensor:
+        """The token with which each branch leaves the trunk, int64 [B, M]."""
+        depth = [line + [0] * (self.tokens.shape[1] - len(line)) for line in self.depth]
+        return self.tokens.gather(2, on_device(depth, self.tokens.device)[:, :, None])[:, :, 0]
 
 
 @dataclass
@@ -45,8 +59,9 @@ class Draft:
     def own_slots(self, row: int, path: int) -> tuple[int, int]:
         """Where the check has the first token that a row's path does not share with the trunk, and its depth."""
         assert self.branches is not None
-        before, length = self.branches.depth[row][: path - 1], self.lengths[row]
-        return 1 + self.tokens.shape[1] + sum(length - d for d in before), self.branches.depth[row][path - 1]
+        depth, (trunk, *ends) = self.branches.depth[row], self.branches.ends[row]
+        before = zip(ends[: path - 1], depth, strict=False)
+        return 1 + trunk + sum(end - d for end, d in before), depth[path - 1]
 
     def part(self, most: list[int]) -> Draft:
         """Of each row at most so many drafts."""
@@ -63,12 +78,14 @@ class Tree:
     tokens: int64 [B, N].
     slots: int64 [B, P, 1 + k]: where the pass has the known token and each draft of a path. Path 0 is the trunk.
     depth: int64 [B, P]: how many drafts a path shares with the trunk; -1 for the trunk and where there is no path.
-    groups: which tokens see each other. Both None: there is only the trunk, and the pass is a plain causal one.
+    ends: int64 [B, P]: how many drafts a path has.
+    groups: which tokens see each other. All None: there is only the trunk, and the pass is a plain causal one.
     """
 
     tokens: Tensor
     slots: Tensor
     depth: Tensor | None = None
+    ends: Tensor | None = None
     groups: Groups | None = None
 
     @property
@@ -133,23 +150,6 @@ def with_masks(batch: Batch, checked: Tensor, points: Tensor) -> tuple[Tensor, G
     return torch.cat([checked, blocks.flatten(1)], dim=1), Groups(position, context, group, noised=True)
 
 
-def likeliest_points(draft: Draft, count: int) -> Tensor:
-    """Of each row the `count` likeliest numbers of drafts to be kept, the likeliest first: int64 [B, G].
-
-    A row that has fewer numbers repeats its likeliest.
-    """
-    length = on_device(draft.lengths, draft.tokens.device)[:, None]
-    number = torch.arange(max(draft.lengths) + 1, device=length.device)
-    if draft.chances is None:  # there is no draft
-        return number.expand(len(length), -1)
-    chance = torch.nn.functional.pad(draft.chances[:, : max(draft.lengths)].double(), (1, 1))
-    chance[:, 0] = 1
-    reached = chance[:, :-1].cumprod(1)
-    odds = torch.where(number < length, reached * (1 - chance[:, 1:]), reached).masked_fill(number > length, -1)
-    ranked = odds.sort(dim=1, descending=True, stable=True).indices[:, :count]
-    return torch.where(number[: ranked.shape[1]] <= length, ranked, ranked[:, :1])
-
-
 def draft_alone(batch: Batch, lengths: list[int]) -> Draft:
     """A draft by a pass over the block alone, the first of its tokens included: b - 1 at most; nothing is gained yet.
 
@@ -182,6 +182,9 @@ def choose_drafts(batch: Batch, logits: Tensor, lengths: list[int]) -> Draft:
     shape, rows = logits.shape[:2], batch.rows
     prefixes = ((row, row.answer) for row in rows for _ in range(shape[1]))
     flat = batch.head.processed(logits.flatten(0, 1), prefixes)
+    drawn = any(row.sampling.temperature for row in rows)
+    if batch.config.draft_paths > 1 and not drawn:
+        return grow(batch, flat.view_as(logits), lengths)
     # A row draws for its own drafts only, so that it draws the same numbers alone.
     uniform = [u for row, n in zip(rows, lengths, strict=True) for u in row.draw(n) + [0.0] * (shape[1] - n)]
     of_places = [row for row in rows for _ in range(shape[1])]
@@ -189,7 +192,7 @@ def choose_drafts(batch: Batch, logits: Tensor, lengths: list[int]) -> Draft:
     head, correction, tokens = batch.head, batch.decoder.correction, None
     if correction is not None:  # each draft changes what the next is drawn from
         last = on_device([row.answer[-1] for row in rows], flat.device)
-        if any(row.sampling.temperature for row in rows):
+        if drawn:
             logits, tokens = correction.in_order(
                 logits, last, lambda n, own: head.choose(own, uniform[n :: shape[1]], rows)
             )
@@ -201,12 +204,30 @@ def choose_drafts(batch: Batch, logits: Tensor, lengths: list[int]) -> Draft:
     if batch.config.draft_ahead or any(row.draft_length == "auto" for row in rows):
         draft.chances = probability_of(logits, logits.argmax(-1))
     if batch.config.draft_paths > 1:
-        draft.branches = branch(batch, logits if distribution is None else plain, draft, correction is not None)
+        draft.branches = branch(batch, plain, draft, correction is not None)
     return draft
 
 
+def grow(batch: Batch, logits: Tensor, lengths: list[int]) -> Draft:
+    """The greedy drafts that are likeliest to be kept, as many as `draft_paths` paths of `lengths` would have."""
+    last = on_device([row.answer[-1] for row in batch.rows], logits.device)
+    found = best_continuations(logits, last, batch.decoder.correction)
+    names, value, choice = (part.tolist() for part in found)
+    most = batch.config.draft_paths
+    paths = [likeliest_tree(v, c, n, n * most) for v, c, n in zip(value, choice, lengths, strict=True)]
+    width, most = logits.shape[1], max(map(len, paths))
+    tokens = [[[0] * width for _ in range(most)] for _ in paths]
+    for index, line in enumerate(paths):
+        for number, (first, own) in enumerate(line):
+            tokens[index][number][first : first + len(own)] = [names[index][first + n][i] for n, i in enumerate(own)]
+    depth = [[first for first, _ in line[1:]] for line in paths]
+    ends = [[first + len(own) for first, own in line] for line in paths]
+    found = on_device(tokens, logits.device)
+    return Draft(found[:, 0], [*map(max, ends)], branches=Branches(depth, ends, found[:, 1:]) if most > 1 else None)
+
+
 def branch(batch: Batch, logits: Tensor, draft: Draft, chained: bool = False) -> Branches | None:
-    """Where further paths leave the trunk, and with which token: the second best, or a draw without the trunk's.
+    """Where further paths leave what was drawn, each with another draw, without the trunk's token.
 
     At the positions where that is likeliest to be of use: all drafts before are kept, and the second-likeliest
     token is the right one. This looks at `logits` [B, k, V] alone, never at what was drawn from them: chosen by
@@ -214,11 +235,11 @@ def branch(batch: Batch, logits: Tensor, draft: Draft, chained: bool = False) ->
     So where each draft changed what the next is drawn from (`chained`), `logits` are those before.
     The positions are copied to the host, as the width of the check depends on them. None: no row has a branch.
     """
-    top = logits.softmax(-1).topk(2)
-    likeliest, second = top.values.double().log().unbind(-1)
+    assert draft.distribution is not None
+    likeliest, second = logits.softmax(-1).topk(2).values.double().log().unbind(-1)
     odds = likeliest.cumsum(1) - likeliest + second
     # No second token where a filter leaves only one. Chained, this depends on draws: such a branch stays and fails.
-    if draft.distribution is not None and not chained:
+    if not chained:
         odds = odds.masked_fill((draft.distribution > 0).sum(-1) < 2, -math.inf)
     depth = []
     for line, length in zip(odds.tolist(), draft.lengths, strict=True):
@@ -228,15 +249,12 @@ def branch(batch: Batch, logits: Tensor, draft: Draft, chained: bool = False) ->
     if not found:
         return None
     row, number, position = on_device(found, logits.device).unbind(1)
-    if draft.distribution is None:
-        token = top.indices[row, position, 1]
-    else:
-        uniform = [u for row, positions in zip(batch.rows, depth, strict=True) for u in row.draw(len(positions))]
-        weights = without(draft.distribution[row, position], draft.tokens[row, position])
-        token = draw(weights, on_device(uniform, logits.device, torch.float64))
-    tokens = token.new_zeros(len(depth), max(map(len, depth)))
-    tokens[row, number] = token
-    return Branches(depth, tokens)
+    uniform = [u for row, positions in zip(batch.rows, depth, strict=True) for u in row.draw(len(positions))]
+    weights = without(draft.distribution[row, position], draft.tokens[row, position])
+    tokens = draft.tokens[:, None].repeat(1, max(map(len, depth)), 1)
+    tokens[row, number, position] = draw(weights, on_device(uniform, logits.device, torch.float64))
+    ends = [[length] * (1 + len(positions)) for length, positions in zip(draft.lengths, depth, strict=True)]
+    return Branches(depth, ends, tokens)
 
 
 def lay_out(batch: Batch, draft: Draft, known: Tensor) -> Tree:
@@ -248,25 +266,23 @@ def lay_out(batch: Batch, draft: Draft, known: Tensor) -> Tree:
     count, width = tokens.shape
     if draft.branches is None:
         return Tree(tokens, batch.masks.span(width).expand(count, 1, -1))
-    paths = 1 + draft.branches.token.shape[1]
-    lines, slots, depths = [], [], []
-    for length, leaves in zip(draft.lengths, draft.branches.depth, strict=True):
+    branches = draft.branches
+    paths, lines, slots, depths, ends = 1 + branches.tokens.shape[1], [], [], [], []
+    for leaves, (trunk, *own_ends) in zip(branches.depth, branches.ends, strict=True):
         # Of each token: its place in [known, trunk, branches' tokens], depth, group and last shared depth.
-        line = [(n, n, -1, n) if n <= length else (0, 0, -1, 0) for n in range(width)]
-        trunk = [*range(width)]
-        slots.append([trunk] * paths)
-        for number, depth in enumerate(leaves):
-            own = range(depth + 1, length + 1)
-            slots[-1][number + 1] = trunk[: depth + 1] + [len(line) + n for n in range(len(own))] + trunk[length + 1 :]
-            line += [(width + number if n == own[0] else n, n, number, depth) for n in own]
-        depths.append([-1, *leaves, *[-1] * (paths - 1 - len(leaves))])
+        line = [(n, n, -1, n) for n in range(1 + trunk)]
+        own_slots = [[*range(1 + trunk)]]
+        for number, (depth, end) in enumerate(zip(leaves, own_ends, strict=True)):
+            own_slots.append([*range(depth + 1), *range(len(line), len(line) + end - depth)])
+            line += [(width + number * (width - 1) + n - 1, n, number, depth) for n in range(depth + 1, end + 1)]
+        missing = paths - len(own_slots)
+        slots.append([path + [0] * (width - len(path)) for path in own_slots + [[]] * missing])
+        depths.append([-1, *leaves, *[-1] * missing])
+        ends.append([trunk, *own_ends, *[0] * missing])
         lines.append(line)
     longest = max(map(len, lines))
     lines = on_device([line + [(0, 0, -1, 0)] * (longest - len(line)) for line in lines], batch.device)
     place, depth, group, shared = lines.unbind(-1)
-    return Tree(
-        torch.cat([tokens, draft.branches.token], dim=1).gather(1, place),
-        on_device(slots, batch.device),
-        on_device(depths, batch.device),
-        Groups(depth, shared, group, noised=False),
-    )
+    tokens = torch.cat([tokens, branches.tokens.flatten(1)], dim=1).gather(1, place)
+    told = (on_device(part, batch.device) for part in (slots, depths, ends))
+    return Tree(tokens, *told, groups=Groups(depth, shared, group, noised=False))

@@ -60,7 +60,7 @@ class DecodingConfig(Section):
     draft_paths: int = Field(
         default=1,
         ge=1,
-        description="speculative: paths of a draft, branching where it is unsure, that one check tries as a tree",
+        description="speculative: check as many drafts as so many paths have, as a tree that branches where it is unsure",
     )
 
     @field_validator("draft_length", mode="before")

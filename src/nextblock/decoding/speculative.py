@@ -33,12 +33,12 @@ from nextblock.decoding.drafts import (
     draft_lengths,
     free_block,
     lay_out,
-    likeliest_points,
     masked_block,
     with_masks,
 )
 from nextblock.decoding.events import BlockFinished, Event
 from nextblock.decoding.pace import Pacer
+from nextblock.model.trees import likeliest_points
 
 
 def speculative(batch: Batch) -> Iterator[list[Event]]:
@@ -76,7 +76,7 @@ def speculative(batch: Batch) -> Iterator[list[Event]]:
         if any(lengths):
             tokens, groups = masked_block(batch, known), free
         elif draft is not None and ahead:
-            points = likeliest_points(checked, ahead)
+            points = likeliest_points(checked.chances, checked.lengths, ahead, batch.device)
             tokens, groups = with_masks(batch, tokens, points)
         hidden = batch.forward(tokens, starts, [True] * len(rows), groups)
         count(batch, checked, lengths, points is not None)

@@ -65,11 +65,14 @@ class Correction(nn.Module):
             tokens[:, number] = previous = choose(number, own)
         return corrected, tokens
 
-    def likeliest_in_order(self, logits: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
-        """As `in_order` where the likeliest token is chosen at each place; how many operations does not grow with k.
+    def pairs(self, logits: Tensor, previous: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The likeliest candidates of each place behind each of those of the place before, w of them.
 
-        What each candidate of a place makes of each candidate of the next is computed for all places at once. The
-        choice is then a walk through a table of indices, on the host.
+        Args:
+            logits: [B, k, V]. previous: int64 [B], the token before the first place.
+        Returns:
+            Their logits and tokens, [B, k, w], and their corrected logits [B, k, w, w], by the candidate before and by
+            themselves; before the first place all are `previous`.
         """
         count, width = min(self.config.candidates, logits.shape[-1]), min(self.config.candidates + 1, logits.shape[-1])
         # One more than are corrected: it is the choice where the others fall below it.
@@ -77,7 +80,16 @@ class Correction(nn.Module):
         after = self.following[token]
         after[:, :, count:] = 0
         before = torch.cat([previous[:, None, None].expand(-1, -1, width), token[:, :-1]], dim=1)
-        scores = value.unsqueeze(2) + (self.previous[before] @ after.mT).to(value.dtype)  # by both candidates
+        return value, token, value.unsqueeze(2) + (self.previous[before] @ after.mT).to(value.dtype)
+
+    def likeliest_in_order(self, logits: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
+        """As `in_order` where the likeliest token is chosen at each place; how many operations does not grow with k.
+
+        What each candidate of a place makes of each candidate of the next is computed for all places at once. The
+        choice is then a walk through a table of indices, on the host.
+        """
+        value, token, scores = self.pairs(logits, previous)
+        width = value.shape[-1]
         walks = []
         for line in scores.argmax(-1).tolist():
             walk = [0]

@@ -1,0 +1,100 @@
+"""Which drafts, of all that are proposed, and which numbers of them are likeliest to be kept.
+
+Letters: B rows, k drafts, V vocabulary, w candidates of a place, r of these that are tried, G points of acceptance.
+"""
+
+from __future__ import annotations
+
+import math
+from heapq import heappop, heappush
+
+import torch
+from torch import Tensor, logaddexp
+
+from nextblock.model.correction import Correction
+
+TRIED = 8
+"""Likeliest tokens with which a path may leave the trunk at each place (r)."""
+
+
+def best_continuations(
+    logits: Tensor, previous: Tensor, correction: Correction | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The likeliest tokens of each place, by the candidate chosen at the place before.
+
+    Args:
+        logits: [B, k, V], before correction.
+        previous: int64 [B], the token before the first place.
+    Returns:
+        Tokens of the candidates, int64 [B, k, w]; log-probabilities of the likeliest behind each candidate of the
+        place before, [B, k, w, r], the likeliest first; and which candidates these are, int64 of the same shape.
+        Without a correction head all behind one: [B, k, 1, r].
+    """
+    if correction is None:
+        scores, token = logits.log_softmax(-1).topk(min(TRIED, logits.shape[-1]))
+        scores = scores.unsqueeze(2)
+    else:
+        _, token, scores = correction.pairs(logits, previous)
+        others = logits.scatter(-1, token, -math.inf).logsumexp(-1)[..., None]
+        scores = scores - logaddexp(others, scores.logsumexp(-1))[..., None]
+    best = scores.topk(min(TRIED, scores.shape[-1]))
+    return token, best.values, best.indices
+
+
+def likeliest_tree(
+    value: list[list[list[float]]], choice: list[list[list[int]]], length: int, budget: int
+) -> list[tuple[int, list[int]]]:
+    """The `budget` drafts that are likeliest to be kept, of all that leave the likeliest path at most once.
+
+    On real and on toy text a tree that branches again keeps hardly more (docs/log.md).
+
+    Args:
+        value, choice: of a row, from `best_continuations`.
+        length: places.
+    Returns:
+        For each path, the trunk first, the place where it begins, and its candidates from there on.
+    """
+    paths: list[tuple[int, list[int]]] = [(0, [])]
+    # -log P, place, path (0: the trunk, -1: a new one), rank, candidate before. A draft is kept only if all before it
+    # are, so it never comes out before these.
+    waiting: list[tuple[float, int, int, int, int]] = []
+
+    def add(place: int, before: int, path: int, cost: float) -> None:
+        before = before if len(value[place]) > 1 else 0
+        for rank, own in enumerate(value[place][before][: 1 if path else None]):
+            heappush(waiting, (cost - own, place, -1 if rank else path, rank, before))
+
+    if length:
+        add(0, 0, 0, 0.0)
+    while waiting and budget:
+        cost, place, path, rank, before = heappop(waiting)
+        if path < 0:
+            path = len(paths)
+            paths.append((place, []))
+        chosen = choice[place][before][rank]
+        paths[path][1].append(chosen)
+        budget -= 1
+        if place + 1 < length:
+            add(place + 1, chosen, path, cost)
+    return paths
+
+
+def likeliest_points(chances: Tensor | None, lengths: list[int], count: int, device: torch.device) -> Tensor:
+    """Of each row the `count` likeliest numbers of drafts to be kept, the likeliest first: int64 [B, G].
+
+    A row that has fewer numbers repeats its likeliest.
+
+    Args:
+        chances: float32 [B, k], how likely each draft is to be kept, given those before it; None: there is no draft.
+        lengths: drafts of each row.
+    """
+    length = torch.tensor(lengths).to(device, non_blocking=True)[:, None]
+    number = torch.arange(max(lengths) + 1, device=device)
+    if chances is None:
+        return number.expand(len(length), -1)
+    chance = torch.nn.functional.pad(chances[:, : max(lengths)].double(), (1, 1))
+    chance[:, 0] = 1
+    reached = chance[:, :-1].cumprod(1)
+    odds = torch.where(number < length, reached * (1 - chance[:, 1:]), reached).masked_fill(number > length, -1)
+    ranked = odds.sort(dim=1, descending=True, stable=True).indices[:, :count]
+    return torch.where(number[: ranked.shape[1]] <= length, ranked, ranked[:, :1])
