@@ -15,7 +15,7 @@ from nextblock.decoding.drafts import Branches, Draft, lay_out
 from nextblock.decoding.events import BlockFinished, Rejected, Stats
 from nextblock.decoding.options import DecodingConfig
 from nextblock.decoding.rows import Row
-from nextblock.model.trees import likeliest_tree
+from nextblock.model.trees import best_continuations, likeliest_tree
 
 
 @torch.no_grad()
@@ -131,3 +131,14 @@ def test_a_tree_of_greedy_drafts_keeps_more_than_a_path():
         found.append((out.answers, sum(out.stats.row_forwards.values())))
     assert found[0][0] == found[1][0] == found[2][0]
     assert found[0][1] > found[1][1] > found[2][1]
+
+
+def test_a_tree_has_no_token_that_cannot_come():
+    """Such as the mask token, or what a processor forbids."""
+    logits = torch.tensor([[[2.0, 1.0, -torch.inf], [-torch.inf, 0.0, -torch.inf]]])
+    names, value, choice = (part.tolist()[0] for part in best_continuations(logits, torch.tensor([0]), None))
+    paths = likeliest_tree(value, choice, 2, 100)
+    assert [(first, [names[first + n][i] for n, i in enumerate(own)]) for first, own in paths] == [
+        (0, [0, 1]),
+        (0, [1, 1]),
+    ]

@@ -62,7 +62,8 @@ def likeliest_tree(
     def add(place: int, before: int, path: int, cost: float) -> None:
         before = before if len(value[place]) > 1 else 0
         for rank, own in enumerate(value[place][before][: 1 if path else None]):
-            heappush(waiting, (cost - own, place, -1 if rank else path, rank, before))
+            if own > -math.inf:  # the mask token, or what a processor forbids
+                heappush(waiting, (cost - own, place, -1 if rank else path, rank, before))
 
     if length:
         add(0, 0, 0, 0.0)
