@@ -8,6 +8,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from matplotlib import rc_context
+
 from nextblock.workflows.evidence import Results, filled, markdown_table, plot
 from nextblock.workflows.experiment import Experiment, load_experiment
 from nextblock.workflows.experiments import place_of, read_results, wanted_runs
@@ -83,7 +85,8 @@ def main() -> None:
     for name in ORDER:
         experiment, results = read(name)
         if results:
-            plot(experiment, results).savefig(folder / f"{name}.svg", metadata={"Date": None})
+            with rc_context({"svg.hashsalt": name}):  # else the same plot has other ids each time
+                plot(experiment, results).savefig(folder / f"{name}.svg", metadata={"Date": None})
     (ROOT / "docs" / "experiments.md").write_text(page(), encoding="utf-8")
 
 
