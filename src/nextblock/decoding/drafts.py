@@ -44,7 +44,7 @@ class Branches:
 
 @dataclass
 class Draft:
-    """Drafted tokens int64 [B, k] on the model's device, of which each row has its first `lengths` checked.
+    """The trunk's tokens int64 [B, k] on the model's device, and the `lengths` of each row's longest path.
 
     distribution: when sampling, what they were drawn from, [B, k, V].
     chances: float32 [B, k], how likely each is to be kept, given those before it, by the draft's own probabilities.
@@ -211,10 +211,10 @@ def choose_drafts(batch: Batch, logits: Tensor, lengths: list[int]) -> Draft:
 def grow(batch: Batch, logits: Tensor, lengths: list[int]) -> Draft:
     """The greedy drafts that are likeliest to be kept, as many as `draft_paths` paths of `lengths` would have."""
     last = on_device([row.answer[-1] for row in batch.rows], logits.device)
-    found = best_continuations(logits, last, batch.decoder.correction)
-    names, value, choice = (part.tolist() for part in found)
-    most = batch.config.draft_paths
-    paths = [likeliest_tree(v, c, n, n * most) for v, c, n in zip(value, choice, lengths, strict=True)]
+    best = best_continuations(logits, last, batch.decoder.correction)
+    names, value, choice = (part.tolist() for part in best)
+    room = batch.config.draft_paths
+    paths = [likeliest_tree(v, c, n, n * room) for v, c, n in zip(value, choice, lengths, strict=True)]
     width, most = logits.shape[1], max(map(len, paths))
     tokens = [[[0] * width for _ in range(most)] for _ in paths]
     for index, line in enumerate(paths):
