@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from nextblock.decoding.drafts import Branches, Draft, lay_out
 from nextblock.decoding.events import BlockFinished, Rejected, Stats
 from nextblock.decoding.options import DecodingConfig
 from nextblock.decoding.rows import Row
-from nextblock.model.trees import best_continuations, likeliest_tree
+from nextblock.model.trees import best_continuations, likeliest_tree, paths_of
 
 
 @torch.no_grad()
@@ -114,12 +115,19 @@ def test_a_grown_tree_is_the_likeliest_of_all_that_leave_the_likeliest_path_once
         for rank in range(ranks):
             every |= dict(walk(place, rank))
     wanted = sorted(every, key=lambda path: -every[path])[:budget]
-    paths = likeliest_tree(value, choice, length, budget)
-    trunk, found = paths[0][1], set()
-    for first, own in paths:
-        found |= {tuple(trunk[:first] + own[:n]) for n in range(1, len(own) + 1)}
-    assert found == set(wanted)
-    assert sum(len(own) for _, own in paths) == len(wanted)
+    names = [[10 * n + candidate for candidate in range(3)] for n in range(length)]
+    tree = likeliest_tree(names, value, choice, length, budget)
+    assert len(tree) == len(wanted)
+    for count in range(1, 1 + len(tree)):  # the first n are the likeliest n
+        (tokens,), (depth,), (ends,) = paths_of([tree[:count]])
+        found = set()
+        for first, end, own in zip([0, *depth], ends, tokens, strict=True):
+            path = [*tokens[0][:first], *own[first:end]]
+            found |= {tuple(path[:n]) for n in range(first + 1, end + 1)}
+        assert found == {tuple(10 * n + c for n, c in enumerate(path)) for path in wanted[:count]}
+        assert sum(draft.chance for draft in tree[:count]) == pytest.approx(
+            sum(math.exp(every[path]) for path in wanted[:count])
+        )
 
 
 def test_a_tree_of_greedy_drafts_keeps_more_than_a_path():
@@ -137,8 +145,5 @@ def test_a_tree_has_no_token_that_cannot_come():
     """Such as the mask token, or what a processor forbids."""
     logits = torch.tensor([[[2.0, 1.0, -torch.inf], [-torch.inf, 0.0, -torch.inf]]])
     names, value, choice = (part.tolist()[0] for part in best_continuations(logits, torch.tensor([0]), None))
-    paths = likeliest_tree(value, choice, 2, 100)
-    assert [(first, [names[first + n][i] for n, i in enumerate(own)]) for first, own in paths] == [
-        (0, [0, 1]),
-        (0, [1, 1]),
-    ]
+    tree = likeliest_tree(names, value, choice, 2, 100)
+    assert paths_of([tree]) == ([[[0, 1], [1, 1]]], [[0]], [[2, 2]])

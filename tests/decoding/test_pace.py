@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from decoders import LENGTHS, language_model, padded, prompt
 from families import tiny_model
+from nextblock.config.sections import validate
 from nextblock.decoding import lm as calls
 from nextblock.decoding import pace
+from nextblock.decoding.drafts import planted
+from nextblock.decoding.options import DecodingConfig
+from nextblock.decoding.pace import Pacer
+from nextblock.decoding.rows import Row
 from nextblock.model.costs import Costs, costs_file
+from nextblock.model.trees import likeliest_tree
 
 CHEAP = {"check": {1: {1: 1.0, 8: 1.1}}, "draft": {1: 1.1}, "alone": {1: 9.0}}
 DEAR = {"check": {1: {1: 1.0, 8: 99.0}}, "draft": {1: 40.0}, "alone": {1: 40.0}}
@@ -97,7 +105,7 @@ def test_passes_are_measured_once_for_each_number_of_rows_and_kept_on_the_disk(t
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(pace, "_known", {})
     monkeypatch.setattr(calls, "costs_of", pace.costs_of)
-    monkeypatch.setattr(pace, "_busy", lambda device: False)
+    monkeypatch.setattr(pace, "busy", lambda device: False)
     measured = []
 
     def recorded(batch, costs, measure=pace.measure):
@@ -135,7 +143,7 @@ def test_a_busy_machine_times_nothing_and_keeps_nothing(tmp_path, monkeypatch, c
     monkeypatch.setattr(pace, "_known", {})
     monkeypatch.setattr(calls, "costs_of", pace.costs_of)
     monkeypatch.setattr(pace, "measure", None)  # would fail
-    monkeypatch.setattr(pace.os, "getloadavg", lambda: (40.0, 0.0, 0.0), raising=False)
+    monkeypatch.setattr("os.getloadavg", lambda: (40.0, 0.0, 0.0), raising=False)
     lm = language_model(tiny_model("llama"))
     lm.generate(prompt(3), **{**AUTO, "max_new_tokens": 4})
     assert "the machine is busy" in capsys.readouterr().err
@@ -155,3 +163,60 @@ def test_the_more_rows_share_a_pass_the_fewer_drafts_and_no_answer_changes(with_
     assert drafts[0] > 0
     assert drafts == sorted(drafts, reverse=True)
     assert drafts[2] == 0
+
+
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize(("narrow", "wide", "number"), [(1.1, 1.3, 9), (1.1, 200.0, 7), (90.0, 200.0, 0)])
+def test_of_a_tree_as_many_drafts_are_checked_as_bring_most_in_their_time(narrow, wide, number, alone):
+    """The likeliest ones, by every number of them."""
+    costs = Costs(check={2: {1: 1.0, 2: narrow, 8: max(narrow, 1.3), 16: wide}}, draft={2: 1.5}, alone={2: 1.2})
+    names = [[3, 4], [5, 6], [7, 8]]
+    trees = []
+    for chance in (0.9, 0.6):
+        value = [[[math.log(chance), math.log(1 - chance)]]] * 3
+        trees.append(likeliest_tree(names, value, [[[0, 1]]] * 3, 3, 9))
+    config = validate(DecodingConfig, {"mode": "speculative", "draft_paths": 4})
+    rows = [Row(n, [1], 20, answer=[2], draft_length=config.draft_length) for n in range(2)]
+    whole = planted(trees, torch.device("cpu"))
+    found = Pacer(costs, 16).cut(whole, rows, alone)
+    check, draft, by_itself = costs.of_rows(2, 16)
+
+    def speed(n):
+        kept = sum((1 if alone else 2) + sum(each.chance for each in tree[:n]) for tree in trees)
+        return kept / (check[1 + n] + (by_itself if alone else draft))
+
+    best = max(range(10), key=speed)
+    assert found.tree == [tree[:best] for tree in trees]
+    assert best == number
+    assert found.lengths == [max((each.place + 1 for each in tree[:best]), default=0) for tree in trees]
+
+
+def test_greedy_trees_of_automatic_size_give_the_answers_of_ar_in_fewer_passes_than_paths(with_costs):
+    """Where width is free they are as large as they may be."""
+    batch = padded([prompt(n) for n in LENGTHS])
+    lm = language_model(tiny_model("llama", seed=1, std=0.05))
+    with_costs({"check": {1: {1: 1.0, 64: 1.0}}, "draft": {1: 1.0}, "alone": {1: 9.0}})
+    ar = lm.generate(**batch, **{**AUTO, "mode": "ar"})
+    passes = []
+    for paths in (1, 2, 6):
+        found = lm.generate(**batch, **AUTO, draft_paths=paths)
+        whole = lm.generate(**batch, **{**AUTO, "draft_length": None}, draft_paths=paths)
+        assert found.answers == whole.answers == ar.answers
+        assert found.stats.row_forwards == whole.stats.row_forwards
+        passes.append(sum(found.stats.row_forwards.values()))
+    assert passes == sorted(passes, reverse=True)
+    assert passes[0] > passes[2]
+
+
+def test_tables_of_costs_reach_as_far_as_the_widest_check(tmp_path, monkeypatch):
+    """A wider tree has the passes timed again, a narrower one has not."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(pace, "_known", {})
+    monkeypatch.setattr(calls, "costs_of", pace.costs_of)
+    monkeypatch.setattr(pace, "busy", lambda device: False)
+    lm, widths = language_model(tiny_model("llama")), []
+    for paths in (1, 3, 2, 1):
+        lm.generate(prompt(3), **{**AUTO, "max_new_tokens": 4}, draft_paths=paths)
+        (costs,) = pace._known.values()
+        widths.append([*costs.check[1]])
+    assert widths == [[1, 2, 4, 8], *[[1, 2, 4, 8, 16, 24]] * 3]

@@ -19,7 +19,7 @@ from torch import Tensor
 from nextblock.attention.groups import Groups
 from nextblock.decoding.batch import Batch
 from nextblock.decoding.sampling import draw, on_device, probability_of, without
-from nextblock.model.trees import best_continuations, likeliest_tree
+from nextblock.model.trees import Found, best_continuations, likeliest_tree, paths_of
 
 
 @dataclass
@@ -48,6 +48,7 @@ class Draft:
 
     distribution: when sampling, what they were drawn from, [B, k, V].
     chances: float32 [B, k], how likely each is to be kept, given those before it, by the draft's own probabilities.
+    tree: of each row the drafts that the paths consist of, the likeliest first.
     """
 
     tokens: Tensor
@@ -55,6 +56,7 @@ class Draft:
     distribution: Tensor | None = None
     branches: Branches | None = None
     chances: Tensor | None = None
+    tree: list[list[Found]] | None = None
 
     def own_slots(self, row: int, path: int) -> tuple[int, int]:
         """Where the check has the first token that a row's path does not share with the trunk, and its depth."""
@@ -64,7 +66,9 @@ class Draft:
         return 1 + trunk + sum(end - d for end, d in before), depth[path - 1]
 
     def part(self, most: list[int]) -> Draft:
-        """Of each row at most so many drafts."""
+        """Of each row at most so many drafts: the first, or the likeliest of a tree."""
+        if self.tree is not None:
+            return planted([line[:n] for line, n in zip(self.tree, most, strict=True)], self.tokens.device)
         assert self.branches is None
         lengths = [min(pair) for pair in zip(self.lengths, most, strict=True)]
         distribution = None if self.distribution is None else self.distribution[:, : max(lengths)]
@@ -211,19 +215,18 @@ def choose_drafts(batch: Batch, logits: Tensor, lengths: list[int]) -> Draft:
 def grow(batch: Batch, logits: Tensor, lengths: list[int]) -> Draft:
     """The greedy drafts that are likeliest to be kept, as many as `draft_paths` paths of `lengths` would have."""
     last = on_device([row.answer[-1] for row in batch.rows], logits.device)
-    best = best_continuations(logits, last, batch.decoder.correction)
+    best, room = best_continuations(logits, last, batch.decoder.correction), batch.config.draft_paths
     names, value, choice = (part.tolist() for part in best)
-    room = batch.config.draft_paths
-    paths = [likeliest_tree(v, c, n, n * room) for v, c, n in zip(value, choice, lengths, strict=True)]
-    width, most = logits.shape[1], max(map(len, paths))
-    tokens = [[[0] * width for _ in range(most)] for _ in paths]
-    for index, line in enumerate(paths):
-        for number, (first, own) in enumerate(line):
-            tokens[index][number][first : first + len(own)] = [names[index][first + n][i] for n, i in enumerate(own)]
-    depth = [[first for first, _ in line[1:]] for line in paths]
-    ends = [[first + len(own) for first, own in line] for line in paths]
-    found = on_device(tokens, logits.device)
-    return Draft(found[:, 0], [*map(max, ends)], branches=Branches(depth, ends, found[:, 1:]) if most > 1 else None)
+    lines = zip(names, value, choice, lengths, strict=True)
+    return planted([likeliest_tree(t, v, c, n, n * room) for t, v, c, n in lines], logits.device)
+
+
+def planted(tree: list[list[Found]], device: torch.device) -> Draft:
+    """The draft that consists of each row's part of a `Draft.tree`."""
+    tokens, depth, ends = paths_of(tree)
+    found = on_device(tokens, device, torch.int64)
+    branches = Branches(depth, ends, found[:, 1:]) if len(tokens[0]) > 1 else None
+    return Draft(found[:, 0], [*map(max, ends)], branches=branches, tree=tree)
 
 
 def branch(batch: Batch, logits: Tensor, draft: Draft, chained: bool = False) -> Branches | None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 from rich.console import Console
@@ -25,6 +24,7 @@ from nextblock.model.costs import (
     Costs,
     Pause,
     best_length,
+    busy,
     fingerprint,
     first_pause,
     kept_by,
@@ -51,7 +51,7 @@ class Pacer:
     """
 
     costs: Costs
-    block_size: int
+    widest: int
     _looked_up: dict[tuple[bool, int], tuple[list[float], float, float]] = field(default_factory=dict, repr=False)
 
     def lengths(self, rows: list[Row], most: list[int]) -> tuple[list[int], bool]:
@@ -62,7 +62,7 @@ class Pacer:
         """
         lengths, paced, alone = list(most), list(most), False
         for index, (row, n) in enumerate(zip(rows, most, strict=True)):
-            if row.draft_length != "auto" or not _by_load(row):
+            if row.draft_length != "auto" or not (row.random is None or row.free):
                 paced[index] = 0
                 own = n and row.draft_length == "auto"
                 lengths[index] = self._best(NOMINAL, [row], [n], row.pause)[0] if own else n
@@ -77,7 +77,7 @@ class Pacer:
         """`Costs.of_rows` for all lengths, looked up once: a cycle asks twice."""
         key = costs is NOMINAL, rows
         if key not in self._looked_up:
-            self._looked_up[key] = costs.of_rows(rows, self.block_size)
+            self._looked_up[key] = costs.of_rows(rows, self.widest)
         return self._looked_up[key]
 
     def _best(self, costs: Costs, rows: list[Row], most: list[int], pause: Pause) -> tuple[int, bool]:
@@ -97,21 +97,23 @@ class Pacer:
         return pause.decide(best, longest, first_pause(check, draft)), False
 
     def cut(self, draft: Draft, rows: list[Row], alone: bool) -> Draft:
-        """As much of a draft of greedy rows as is worth checking, by its own probabilities.
+        """As much of a draft of greedy rows as is worth checking, by its own probabilities; of a tree the likeliest.
 
         What was drawn is never cut: later proposals may depend on the draws before them, and the length would too.
         Beside such drafts nothing is cut, as the check is as wide as its widest row.
         """
         fixed = [n for row, n in zip(rows, draft.lengths, strict=True) if row.random or row.draft_length != "auto"]
-        if any(fixed) or draft.branches or draft.chances is None:
+        if any(fixed) or (draft.tree is None and (draft.branches or draft.chances is None)):
             return draft
-        chances = [line[:n] for line, n in zip(draft.chances.tolist(), draft.lengths, strict=True)]
+        if draft.chances is not None:
+            kept = [kept_by(line[:n]) for line, n in zip(draft.chances.tolist(), draft.lengths, strict=True)]
+        else:
+            kept = [[0.0, *accumulate(found.chance for found in line)] for line in draft.tree or []]
         check, *passes = self._passes(self.costs, len(rows))
-        kept, sure = [*map(kept_by, chances)], 1 if alone else 2
-        _, n = best_length(kept, check, passes[alone], drafted=True, sure=sure)
+        _, n = best_length(kept, check, passes[alone], drafted=True, sure=1 if alone else 2)
         if not n:  # a check would say no more
-            for row, line in zip(rows, chances, strict=True):
-                self._take_in(row, *(line[0], 1.0) if line else (0.0, 0.0))
+            for row, line in zip(rows, kept, strict=True):
+                self._take_in(row, *(line[1], 1.0) if line[1:] else (0.0, 0.0))
         return draft.part([n] * len(rows))
 
     def learn(self, rows: list[Row], draft: Draft, kept: list[int]) -> None:
@@ -125,10 +127,6 @@ class Pacer:
             if self.costs is not NOMINAL:
                 self.costs.share.learn(kept, tried)
                 self.costs.first.learn(min(kept, 1), 1)
-
-
-def _by_load(row: Row) -> bool:
-    return row.random is None or row.free
 
 
 def costs_of(
@@ -147,8 +145,9 @@ def costs_of(
     kind = (a := decoder.adapter) and (a.config.rank, *a.names, a.layers[0].merged is not None)
     of = fingerprint(decoder.model, config.block_size, decoder.attention, kind, passes is not None)
     costs = _known[str(of)] = _known.get(str(of)) or read_costs(of)
-    missing = sorted({1, rounded_rows(rows)} - costs.check.keys())
-    if missing and _busy(decoder.device):
+    widest = (config.block_size or 1) * config.draft_paths
+    missing = [n for n in sorted({1, rounded_rows(rows)}) if max(costs.check.get(n, (0,))) < widest]
+    if missing and busy(decoder.device):
         if str(of) not in _untimed:
             Console(stderr=True).print("the machine is busy, so passes are not timed: drafts go by nominal costs")
         return _untimed.setdefault(str(of), NOMINAL.model_copy(deep=True))
@@ -161,11 +160,6 @@ def costs_of(
     if missing:
         write_costs(costs)
     return costs
-
-
-def _busy(device: torch.device) -> bool:
-    """Whether other work would spoil the times: of narrow and wide passes not alike."""
-    return device.type == "cpu" and hasattr(os, "getloadavg") and os.getloadavg()[0] > (os.cpu_count() or 1) + 0.5
 
 
 def measure(batch: Batch, costs: Costs) -> None:
@@ -186,7 +180,8 @@ def measure(batch: Batch, costs: Costs) -> None:
         logits[:, 0].argmax(-1).tolist()
         choose_drafts(batch, logits[:, 1:], lengths)
 
-    widths = [width for width in (1, 2, 4, 8, 16, 32, 64, 128) if width < block] + [block]
+    widest = block * batch.config.draft_paths
+    widths = [*(1 << n for n in range((widest - 1).bit_length())), widest]
     kinds: list[Callable[[], object]] = [partial(check, width) for width in widths]
     kinds += [draft, partial(draft_alone, batch, [max(0, block - 1)] * rows)]
     least, number = [math.inf] * len(kinds), 0

@@ -47,7 +47,8 @@ def speculative(batch: Batch) -> Iterator[list[Event]]:
     When sampling, rejection sampling decides. What was not kept is dropped by counting less far in the cache. So the
     answer is that of `autoregressive`, greedy, and has its distribution, sampling.
     """
-    pacer, ahead, free = Pacer(batch.costs, batch.block_size), batch.config.draft_ahead, free_block(batch)
+    pacer = Pacer(batch.costs, batch.block_size * batch.config.draft_paths)
+    ahead, free = batch.config.draft_ahead, free_block(batch)
     draft: Draft | None = None  # a cycle begins
     alone = False  # whether it drafts without the free token
     while rows := batch.admit() if draft is None else batch.rows:  # rows join where a cycle begins

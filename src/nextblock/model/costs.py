@@ -169,6 +169,11 @@ def _processors() -> str:
     return f"{os.cpu_count()} x {name}"
 
 
+def busy(device: torch.device) -> bool:
+    """Whether other work would spoil the times: of narrow and wide passes not alike."""
+    return device.type == "cpu" and hasattr(os, "getloadavg") and os.getloadavg()[0] > (os.cpu_count() or 1) + 0.5
+
+
 def costs_file(of: dict[str, str]) -> Path:
     """Where they are kept: nextblock/ in XDG_CACHE_HOME, or in ~/.cache."""
     folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"

@@ -1,12 +1,14 @@
 """Which drafts, of all that are proposed, and which numbers of them are likeliest to be kept.
 
-Letters: B rows, k drafts, V vocabulary, w candidates of a place, r of these that are tried, G points of acceptance.
+Letters: B rows, k drafts, P paths, V vocabulary, w candidates of a place, r of these that are tried, G points of
+acceptance.
 """
 
 from __future__ import annotations
 
 import math
 from heapq import heappop, heappush
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, logaddexp
@@ -15,6 +17,15 @@ from nextblock.model.correction import Correction
 
 TRIED = 8
 """Likeliest tokens with which a path may leave the trunk at each place (r)."""
+
+
+class Found(NamedTuple):
+    """A draft: its path (0: the trunk), place and token, and the chance that it and all before it are kept."""
+
+    path: int
+    place: int
+    token: int
+    chance: float
 
 
 def best_continuations(
@@ -42,19 +53,22 @@ def best_continuations(
 
 
 def likeliest_tree(
-    value: list[list[list[float]]], choice: list[list[list[int]]], length: int, budget: int
-) -> list[tuple[int, list[int]]]:
+    names: list[list[int]],
+    value: list[list[list[float]]],
+    choice: list[list[list[int]]],
+    length: int,
+    budget: int,
+) -> list[Found]:
     """The `budget` drafts that are likeliest to be kept, of all that leave the likeliest path at most once.
 
-    On real and on toy text a tree that branches again keeps hardly more (docs/log.md).
+    The likeliest comes first, so that the first n are the likeliest tree of n. On real and on toy text a tree that
+    branches again keeps hardly more (docs/log.md).
 
     Args:
-        value, choice: of a row, from `best_continuations`.
+        names, value, choice: of a row, from `best_continuations`.
         length: places.
-    Returns:
-        For each path, the trunk first, the place where it begins, and its candidates from there on.
     """
-    paths: list[tuple[int, list[int]]] = [(0, [])]
+    found, paths = list[Found](), 1
     # -log P, place, path (0: the trunk, -1: a new one), rank, candidate before. A draft is kept only if all before it
     # are, so it never comes out before these.
     waiting: list[tuple[float, int, int, int, int]] = []
@@ -67,17 +81,32 @@ def likeliest_tree(
 
     if length:
         add(0, 0, 0, 0.0)
-    while waiting and budget:
+    while waiting and len(found) < budget:
         cost, place, path, rank, before = heappop(waiting)
         if path < 0:
-            path = len(paths)
-            paths.append((place, []))
+            path, paths = paths, paths + 1
         chosen = choice[place][before][rank]
-        paths[path][1].append(chosen)
-        budget -= 1
+        found.append(Found(path, place, names[place][chosen], math.exp(-cost)))
         if place + 1 < length:
             add(place + 1, chosen, path, cost)
-    return paths
+    return found
+
+
+def paths_of(trees: list[list[Found]]) -> tuple[list[list[list[int]]], list[list[int]], list[list[int]]]:
+    """Of the trees of B rows: the tokens of each path in their places, [B, P, k], the trunk first and 0 elsewhere; how
+    many drafts each branch shares with the trunk; and how many each path has with those, the trunk first.
+    """
+    width = max((draft.place + 1 for line in trees for draft in line), default=0)
+    most = max((draft.path + 1 for line in trees for draft in line), default=1)
+    tokens = [[[0] * width for _ in range(most)] for _ in trees]
+    depth, ends = [list[int]() for _ in trees], [[0] for _ in trees]
+    for index, line in enumerate(trees):
+        for path, place, token, _ in line:
+            if path == len(ends[index]):  # a branch begins
+                depth[index].append(place)
+                ends[index].append(0)
+            tokens[index][path][place], ends[index][path] = token, place + 1
+    return tokens, depth, ends
 
 
 def likeliest_points(chances: Tensor | None, lengths: list[int], count: int, device: torch.device) -> Tensor:
