@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from decoders import LENGTHS, language_model, padded, prompt
-from families import tiny_model
+from families import MASK_ID, tiny_model
 from nextblock.config.sections import validate
 from nextblock.decoding import lm as calls
 from nextblock.decoding import pace
-from nextblock.decoding.drafts import planted
+from nextblock.decoding.batch import Batch
+from nextblock.decoding.drafts import Draft, planted
 from nextblock.decoding.options import DecodingConfig
 from nextblock.decoding.pace import Pacer
 from nextblock.decoding.rows import Row
@@ -86,7 +87,7 @@ def test_a_draft_that_is_unsure_of_itself_is_not_checked_and_later_calls_know(mo
     found = lm.generate(prompt(5), **AUTO)
     assert found.answers == lm.generate(prompt(5), **{**AUTO, "mode": "ar"}).answers
     assert "check" not in found.stats.row_forwards
-    assert costs.share.kept / costs.share.tried < 0.5
+    assert costs.share.chances(1)[0] < 0.5
 
 
 @pytest.mark.parametrize("paths", [1, 3])
@@ -178,12 +179,12 @@ def test_of_a_tree_as_many_drafts_are_checked_as_bring_most_in_their_time(narrow
     config = validate(DecodingConfig, {"mode": "speculative", "draft_paths": 4})
     rows = [Row(n, [1], 20, answer=[2], draft_length=config.draft_length) for n in range(2)]
     whole = planted(trees, torch.device("cpu"))
-    found = Pacer(costs, 16).cut(whole, rows, alone)
-    check, draft, by_itself = costs.of_rows(2, 16)
+    found = Pacer(costs, 5, 4).cut(whole, rows, alone)
+    check, *passes = costs.of_rows(2, 5, 20)
 
     def speed(n):
         kept = sum((1 if alone else 2) + sum(each.chance for each in tree[:n]) for tree in trees)
-        return kept / (check[1 + n] + (by_itself if alone else draft))
+        return kept / (check[1 + n] + passes[alone][whole.lengths[0]])
 
     best = max(range(10), key=speed)
     assert found.tree == [tree[:best] for tree in trees]
@@ -220,3 +221,35 @@ def test_tables_of_costs_reach_as_far_as_the_widest_check(tmp_path, monkeypatch)
         (costs,) = pace._known.values()
         widths.append([*costs.check[1]])
     assert widths == [[1, 2, 4, 8], *[[1, 2, 4, 8, 16, 24]] * 3]
+
+
+@pytest.mark.parametrize("prediction", ["shifted", "aligned"])
+@pytest.mark.parametrize("alone", [False, True])
+def test_where_width_is_dear_drafts_are_few_and_the_pass_that_makes_them_is_narrow(monkeypatch, prediction, alone):
+    """And the answers stay; what is drawn comes from whole blocks."""
+    passes = {"draft": {1: 9.0 if alone else 1.3}, "alone": {1: 1.3 if alone else 9.0}}
+    costs = Costs(check={1: {1: 1.0, 3: 1.02, 8: 8.0}}, **passes)
+    monkeypatch.setattr(calls, "costs_of", lambda *_: costs)
+    lm = language_model(sure_of(7), prediction=prediction)
+    widths, forward = [], Batch.forward
+
+    def seen(self, tokens, starts, causal, groups=None, **more):
+        widths.append((tokens == MASK_ID).sum(1).max().item())
+        return forward(self, tokens, starts, causal, groups, **more)
+
+    monkeypatch.setattr(Batch, "forward", seen)
+    found = lm.generate(prompt(3), **AUTO)
+    assert found.answers == lm.generate(prompt(3), **{**AUTO, "mode": "ar"}).answers
+    assert found.stats.row_forwards["denoise"] > 10
+    assert 0 < max(widths) < 4
+    widths.clear()
+    lm.generate(prompt(3), **AUTO, temperature=1.0)
+    assert max(widths) == 7
+
+
+def test_what_lies_behind_an_end_token_is_not_checked():
+    """However sure it is."""
+    pacer = Pacer(Costs(**CHEAP), 8)
+    row = Row(0, [1], 20, frozenset([7]), answer=[2], draft_length="auto")
+    draft = Draft(torch.tensor([[3, 7, 7, 7]]), [4], chances=torch.ones(1, 4))
+    assert pacer.cut(draft, [row], False).lengths == [2]

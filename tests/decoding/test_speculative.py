@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -59,10 +60,12 @@ def test_the_free_token_is_the_ar_head_s_and_the_block_beside_it_is_denoised_as_
         made.prefill()
         return made
 
-    for chosen in ([0, 1], [1], [0]):  # rows of unequal length, and one alone, whose mask is a template's part
+    # Rows of unequal length, and one alone, whose mask is a template's part; whole blocks and part of one.
+    for chosen, width in itertools.product(([0, 1], [1], [0]), (5, 3)):
         both = batch([Row(i, texts[i][:-2], limit=40, answer=texts[i][-2:-1]) for i in chosen])
         known, starts = both.known()
-        hidden = both.forward(masked_block(both, known), starts, [True] * len(chosen), free_block(both))
+        tokens, groups = masked_block(both, known, width), free_block(both, width)
+        hidden = both.forward(tokens, starts, [True] * len(chosen), groups)
         after = both.forward(
             torch.tensor([texts[i][-1:] for i in chosen]), [n + 1 for n in starts], [True] * len(chosen)
         )
@@ -70,7 +73,7 @@ def test_the_free_token_is_the_ar_head_s_and_the_block_beside_it_is_denoised_as_
             found = lm.decoder.logits(torch.cat([hidden[index, :1], after[index]]))
             torch.testing.assert_close(found, plain[i][-2:], rtol=1e-4, atol=1e-4)
             alone = batch([Row(0, texts[i][:-2], limit=40)])
-            block = torch.tensor([[texts[i][-2]] + [mask] * 4])
+            block = torch.tensor([[texts[i][-2]] + [mask] * (width - 1)])
             expected = alone.forward(block, [len(texts[i]) - 2], [False])[0]
             torch.testing.assert_close(hidden[index, 1:], expected, rtol=1e-4, atol=1e-4)
 

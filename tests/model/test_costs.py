@@ -11,14 +11,17 @@ import pytest
 
 from families import tiny_model
 from nextblock.model.costs import (
+    NOMINAL,
     Costs,
     Pause,
+    Places,
     Share,
     best_length,
     costs_file,
     fingerprint,
     first_pause,
     kept_by,
+    outcome,
     read_costs,
     write_costs,
 )
@@ -35,9 +38,9 @@ def test_expected_kept_drafts_are_those_of_all_outcomes():
     chances = [0.9, 0.5, 0.7, 0.2]
     for length, found in enumerate(kept_by(chances)):
         expected = 0.0
-        for outcome in itertools.product([True, False], repeat=length):
-            odds = math.prod(c if right else 1 - c for c, right in zip(chances, outcome, strict=False))
-            expected += odds * (outcome.index(False) if False in outcome else length)
+        for found_right in itertools.product([True, False], repeat=length):
+            odds = math.prod(c if right else 1 - c for c, right in zip(chances, found_right, strict=False))
+            expected += odds * (found_right.index(False) if False in found_right else length)
         assert found == pytest.approx(expected)
 
 
@@ -49,13 +52,14 @@ def test_no_choice_of_lengths_row_by_row_brings_more_tokens_in_its_time(drafted)
     for _ in range(300):
         kept = [kept_by([rng.random() ** 0.3 for _ in range(rng.randint(0, 4))]) for _ in range(rng.randint(1, 3))]
         check = [0.0, *itertools.accumulate([1.0, *(rng.random() * rng.choice([0.05, 0.5]) for _ in range(4))])]
-        draft = 1 + 2 * rng.random()
+        draft = [*itertools.accumulate([1 + 2 * rng.random(), *(0.2 * rng.random() for _ in range(4))])]
+        made = draft[rng.randint(0, 4)] if drafted else None
         speeds = {}
         for lengths in itertools.product(*(range(len(line)) for line in kept)):
             tokens = sum(1 + 1 + line[n] for line, n in zip(kept, lengths, strict=True))
-            first = draft if drafted or any(lengths) else check[1]
+            first = made or (draft[max(lengths)] if any(lengths) else check[1])
             speeds[lengths] = tokens / (first + check[1 + max(lengths)])
-        speed, best = best_length(kept, check, draft, drafted)
+        speed, best = best_length(kept, check, made or draft)
         assert speed == pytest.approx(max(speeds.values()))
         own = tuple(min(best, len(line) - 1) for line in kept)
         assert speeds[own] == pytest.approx(max(speeds.values()))
@@ -70,14 +74,19 @@ def test_costs_between_measured_sizes_lie_between_their_costs():
         draft={1: 4.0, 8: 9.0},
         alone={1: 3.0, 8: 8.0},
     )
-    assert costs.of_rows(1, 7) == ([0.0, 1.0, 1.5, 2.0, 2.5, 2.75, 3.0, 3.25, 3.5], 4.0, 3.0)
-    check, draft, alone = costs.of_rows(8, 3)
-    assert (check[1], check[4], draft, alone) == (2.0, 6.0, 9.0, 8.0)
-    assert costs.of_rows(16, 0) == ([0.0, 4.0], 18.0, 16.0)
+    check, draft, alone = costs.of_rows(1, 4, 7)
+    assert check == [0.0, 1.0, 1.5, 2.0, 2.5, 2.75, 3.0, 3.25, 3.5]
+    # Of 0 to b - 2 drafts behind the free token, and of 0 to b - 1 without it: over 3 to b + 1, and 1 to b tokens.
+    assert draft == pytest.approx([4 * cost / 2.75 for cost in (2.0, 2.5, 2.75)])
+    assert alone == pytest.approx([3 * cost / 2.5 for cost in (1.0, 1.5, 2.0, 2.5)])
+    check, draft, alone = costs.of_rows(8, 4, 3)
+    assert (check[1], check[4], draft[-1], alone[-1]) == (2.0, 6.0, 9.0, 8.0)
+    check, draft, alone = costs.of_rows(16, 8, 0)
+    assert (check[1], draft[-1], alone[-1]) == (4.0, 18.0, 16.0)
     for rows in range(1, 8):
-        few, more = costs.of_rows(rows, 7), costs.of_rows(rows + 1, 7)
+        few, more = costs.of_rows(rows, 8, 7), costs.of_rows(rows + 1, 8, 7)
         assert all(a < b for a, b in zip(few[0][1:], more[0][1:], strict=True))
-        assert few[1] < more[1]
+        assert few[1][-1] < more[1][-1]
 
 
 def test_drafting_that_does_not_pay_is_tried_less_and_less_often():
@@ -97,6 +106,37 @@ def test_tries_take_about_a_hundredth_of_the_time(draft):
     assert (draft - 1) / (2 * cycles) <= 0.0101
 
 
+def test_by_nominal_costs_a_draft_fills_its_block():
+    check, draft, alone = NOMINAL.of_rows(1, 16, 16)
+    assert len(check) == 18
+    assert draft == [2.0] * 15
+    assert alone == [2.0] * 16
+
+
+def test_chances_of_places_are_those_of_drafts_whose_checks_end_where_they_are_unsure():
+    """Drafts of which only the sure part is checked: what was not checked counts by its own chances."""
+    rng, places = random.Random(1), Places(memory=1.0)
+    for _ in range(4000):
+        own = [1.0, 1.0, rng.choice([1.0, 0.5]), 0.5]
+        checked = 2 + 2 * (own[2] == 1.0)
+        kept = next((n for n, chance in enumerate(own[:checked]) if rng.random() >= chance), checked)
+        places.learn(outcome(kept, checked, own[checked:]))
+    assert places.chances(4) == pytest.approx([1.0, 1.0, 0.75, 0.5], abs=0.03)
+
+
+def test_a_place_that_was_never_tried_is_as_good_as_the_one_before_it():
+    places = Places(prior=0.8)
+    assert places.chances(3) == [0.8] * 3
+    places.learn(outcome(0, 0, []))
+    places.learn(outcome(1, 5, []))  # the first was kept, the second was not
+    first, second, third = places.chances(3)
+    assert first == pytest.approx((1 + 2 * 0.8) / 3)
+    assert third == second == pytest.approx(2 * first / 3)
+    places.learn(outcome(2, 2, [0.5, 0.25]))
+    assert places.kept == pytest.approx([1.97, 1.0, 0.5, 0.125])
+    assert places.tried == pytest.approx([1.97, 1.97, 1.0, 0.5])
+
+
 def test_the_share_of_kept_drafts_is_theirs_and_older_ones_count_less():
     share = Share(memory=0.5)
     assert share.chance(prior=0.3) == pytest.approx(0.3)
@@ -109,7 +149,7 @@ def test_the_share_of_kept_drafts_is_theirs_and_older_ones_count_less():
 
 def test_costs_are_kept_for_the_same_model_on_the_same_machine(recwarn):
     assert read_costs(OF) == Costs(of=OF)
-    costs = Costs(of=OF, check={1: {1: 0.5, 8: 1.5}}, draft={1: 2.0}, alone={1: 1.5}, share=Share(1.0, 9.0))
+    costs = Costs(of=OF, check={1: {1: 0.5, 8: 1.5}}, draft={1: 2.0}, alone={1: 1.5}, share=Places([1.0], [9.0]))
     write_costs(costs)
     assert read_costs(OF) == costs.model_copy(update={"share": Costs().share})
     assert not recwarn.list

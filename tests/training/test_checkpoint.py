@@ -19,7 +19,7 @@ from limits import largest_file
 from nextblock.config.errors import UsageError
 from nextblock.config.sections import BlockDiffusionSettings
 from nextblock.decoding.lm import load
-from nextblock.decoding.request import end_tokens
+from nextblock.model.decoder import end_tokens
 from nextblock.model.loading import load_model, load_tokenizer
 from nextblock.model.parent import byte_tokenizer
 from nextblock.training import checkpoint

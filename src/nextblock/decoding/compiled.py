@@ -25,6 +25,7 @@ from nextblock.attention.masks import decode_mask
 from nextblock.decoding.cache import SlotCache
 from nextblock.decoding.masks import Masks
 from nextblock.decoding.sampling import on_device
+from nextblock.model.costs import rounded_capacity, rounded_rows, rounded_width
 from nextblock.model.decoder import Decoder
 from nextblock.model.draft_adapter import Gate
 
@@ -33,21 +34,6 @@ LIMITS = {"recompile_limit": 256, "accumulated_recompile_limit": 256}
 
 _lock = threading.Lock()
 cuda_graphs = partial(torch.compile, mode="reduce-overhead", fullgraph=True, dynamic=False)
-
-
-def rounded_rows(rows: int) -> int:
-    """The next power of two: a batch that shrinks row by row meets few sizes."""
-    return 1 << (rows - 1).bit_length()
-
-
-def rounded_width(width: int) -> int:
-    """1, or a multiple of 8 tokens: a draft's pass is one wider than a block."""
-    return width if width == 1 else -(-width // 8) * 8
-
-
-def rounded_capacity(slots: int) -> int:
-    """A power of two, 256 or more: each size is compiled for each number of rows and tokens."""
-    return max(256, 1 << (slots - 1).bit_length())
 
 
 class StaticPasses:

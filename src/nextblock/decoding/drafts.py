@@ -18,6 +18,7 @@ from torch import Tensor
 
 from nextblock.attention.groups import Groups
 from nextblock.decoding.batch import Batch
+from nextblock.decoding.compiled import StaticCache
 from nextblock.decoding.sampling import draw, on_device, probability_of, without
 from nextblock.model.trees import Found, best_continuations, likeliest_tree, paths_of
 
@@ -49,6 +50,7 @@ class Draft:
     distribution: when sampling, what they were drawn from, [B, k, V].
     chances: float32 [B, k], how likely each is to be kept, given those before it, by the draft's own probabilities.
     tree: of each row the drafts that the paths consist of, the likeliest first.
+    beyond: chances, as above, of what was proposed behind each row's drafts and is not checked.
     """
 
     tokens: Tensor
@@ -57,6 +59,7 @@ class Draft:
     branches: Branches | None = None
     chances: Tensor | None = None
     tree: list[list[Found]] | None = None
+    beyond: list[list[float]] | None = None
 
     def own_slots(self, row: int, path: int) -> tuple[int, int]:
         """Where the check has the first token that a row's path does not share with the trunk, and its depth."""
@@ -115,25 +118,36 @@ def draft_lengths(batch: Batch, free: int) -> list[int]:
     return lengths
 
 
-def free_block(batch: Batch) -> Groups:
-    """The pass of a draft, b + 1 wide: the known token as the AR head sees it, then the block that begins with it.
+def drafting_block(batch: Batch, longest: int) -> int:
+    """Tokens of the block in which drafts are made, up to `longest` behind its first one.
+
+    As few as these need, where that is up to the machine; else the block, as what is drawn depends on it.
+    """
+    narrow = not batch.config.draft_ahead and all(row.paced for row in batch.rows)
+    # Each width is compiled apart: two of them, then.
+    step = -(-batch.block_size // 2) if isinstance(batch.cache, StaticCache) else 1
+    return min(-(-(longest + 1) // step) * step, batch.block_size) if narrow else batch.block_size
+
+
+def free_block(batch: Batch, width: int) -> Groups:
+    """The pass of a draft: the known token as the AR head sees it, then a block of `width` that begins with it.
 
     The first is plainly causal: it gives the next token for nothing, and its keys stay. The block sees what lies
     before the known token, and itself, as in training; its own copy of that token is part of it.
     """
-    block = batch.masks.span(batch.block_size)[None]
+    block = batch.masks.span(width)[None]
     position = torch.cat([block[:, :1], block], dim=1)
     before = torch.full_like(block, -1)
     group = torch.cat([before[:, :1], torch.zeros_like(block)], dim=1)
     return Groups(position, torch.cat([block[:, :1], before], dim=1), group, noised=True, kept=True)
 
 
-def masked_block(batch: Batch, known: Tensor, free: int = 1) -> Tensor:
-    """The tokens of `free_block`: the known one twice, and mask tokens behind it, int64 [B, 1 + b].
+def masked_block(batch: Batch, known: Tensor, width: int, free: int = 1) -> Tensor:
+    """The tokens of `free_block`: the known one twice, and mask tokens behind it, int64 [B, 1 + `width`].
 
-    With `free` = 0 the block alone, int64 [B, b].
+    With `free` = 0 the block alone.
     """
-    tokens = known.new_full((len(known), free + batch.block_size), batch.mask_token_id)
+    tokens = known.new_full((len(known), free + width), batch.mask_token_id)
     tokens[:, : free + 1] = known
     return tokens
 
@@ -160,7 +174,8 @@ def draft_alone(batch: Batch, lengths: list[int]) -> Draft:
     What the pass writes to the cache is overwritten by the check, which begins with the known token.
     """
     known, starts = batch.known()
-    hidden = batch.forward(masked_block(batch, known, free=0), starts, [False] * len(starts))
+    block = masked_block(batch, known, drafting_block(batch, max(lengths)), free=0)
+    hidden = batch.forward(block, starts, [False] * len(starts))
     first = 0 if batch.shifted else 1
     places = hidden[:, first : first + max(lengths)]
     logits = batch.head.logits(places.flatten(0, 1)).unflatten(0, places.shape[:2])
@@ -217,8 +232,8 @@ def grow(batch: Batch, logits: Tensor, lengths: list[int]) -> Draft:
     last = on_device([row.answer[-1] for row in batch.rows], logits.device)
     best, room = best_continuations(logits, last, batch.decoder.correction), batch.config.draft_paths
     names, value, choice = (part.tolist() for part in best)
-    lines = zip(names, value, choice, lengths, strict=True)
-    return planted([likeliest_tree(t, v, c, n, n * room) for t, v, c, n in lines], logits.device)
+    lines = zip(names, value, choice, lengths, (row.end_tokens for row in batch.rows), strict=True)
+    return planted([likeliest_tree(t, v, c, n, n * room, ends) for t, v, c, n, ends in lines], logits.device)
 
 
 def planted(tree: list[list[Found]], device: torch.device) -> Draft:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
+from functools import cache, partial
 from itertools import accumulate, pairwise
 
 import torch
@@ -14,7 +12,7 @@ from rich.console import Console
 
 from nextblock.config.sections import BlockDiffusionSettings
 from nextblock.decoding.batch import Batch
-from nextblock.decoding.compiled import StaticPasses, rounded_rows
+from nextblock.decoding.compiled import StaticPasses
 from nextblock.decoding.drafts import Draft, candidates, choose_drafts, draft_alone, free_block, masked_block
 from nextblock.decoding.events import Stats
 from nextblock.decoding.options import DecodingConfig
@@ -28,13 +26,17 @@ from nextblock.model.costs import (
     fingerprint,
     first_pause,
     kept_by,
+    least_times,
+    outcome,
     read_costs,
+    rounded_rows,
     write_costs,
 )
 from nextblock.model.decoder import Decoder
+from nextblock.model.trees import trunk_chances
 
-LEAST, MOST, ENOUGH, CONTEXT = 3, 30, 0.6, 64
-"""Passes of each kind after one that warms up: few, and more for so many seconds; tokens in front of them."""
+CONTEXT = 64
+"""Tokens in front of passes that are timed."""
 
 _known: dict[str, Costs] = {}
 """Of this process, by the whole fingerprint."""
@@ -51,8 +53,14 @@ class Pacer:
     """
 
     costs: Costs
-    widest: int
-    _looked_up: dict[tuple[bool, int], tuple[list[float], float, float]] = field(default_factory=dict, repr=False)
+    block_size: int
+    paths: int = 1
+
+    def __post_init__(self) -> None:
+        longest = self.block_size * self.paths
+        # Looked up once for each number of rows: a cycle asks twice.
+        self._passes = cache(lambda rows: self.costs.of_rows(rows, self.block_size, longest))
+        self._nominal = cache(lambda rows: NOMINAL.of_rows(rows, self.block_size, longest))
 
     def lengths(self, rows: list[Row], most: list[int]) -> tuple[list[int], bool]:
         """Drafts of the next cycle, for each row `most` behind the free token at most: before they are made.
@@ -62,39 +70,34 @@ class Pacer:
         """
         lengths, paced, alone = list(most), list(most), False
         for index, (row, n) in enumerate(zip(rows, most, strict=True)):
-            if row.draft_length != "auto" or not (row.random is None or row.free):
+            if not row.paced:
                 paced[index] = 0
                 own = n and row.draft_length == "auto"
                 lengths[index] = self._best(NOMINAL, [row], [n], row.pause)[0] if own else n
         # Where others draft anyway, the pass is as wide as it gets.
         if any(paced) and not any(n for n, own in zip(lengths, paced, strict=True) if not own):
             best, alone = self._best(self.costs, rows, paced, self.costs.pause)
-            for index, (row, n) in enumerate(zip(rows, paced, strict=True)):
-                lengths[index] = 0 if not best else n if row.random is None else min(n, best)  # `cut` is for greedy
+            lengths = [min(n, best) for n in paced]
         return lengths, alone
-
-    def _passes(self, costs: Costs, rows: int) -> tuple[list[float], float, float]:
-        """`Costs.of_rows` for all lengths, looked up once: a cycle asks twice."""
-        key = costs is NOMINAL, rows
-        if key not in self._looked_up:
-            self._looked_up[key] = costs.of_rows(rows, self.widest)
-        return self._looked_up[key]
 
     def _best(self, costs: Costs, rows: list[Row], most: list[int], pause: Pause) -> tuple[int, bool]:
         longest = max(most)
         if longest < 1:
             return 0, False
-        prior, first = costs.share.chance(0.0, weight=0.0), costs.first.chance(0.0, weight=0.0)
-        chances = [[row.share.chance(prior)] * n for row, n in zip(rows, most, strict=True)]
-        check, draft, alone = self._passes(costs, len(rows))
+        if costs is NOMINAL:
+            chances = [[row.share.chance(costs.share.prior)] * n for row, n in zip(rows, most, strict=True)]
+        else:
+            line = costs.share.chances(longest)
+            chances = [line[:n] for n in most]
+        check, draft, alone = (self._nominal if costs is NOMINAL else self._passes)(len(rows))
         speed, best = best_length([*map(kept_by, chances)], check, draft)
+        first = costs.first.chance(0.0, weight=0.0)
         without = [kept_by([first, *line]) for line in chances]
-        other, _ = best_length(without, check, alone, drafted=True, sure=1)
+        other, by_itself = best_length(without, check, alone, sure=1)
         greedy = all(row.random is None and row.draft_length == "auto" for row in rows)
         if greedy and other > speed:
-            pause.decide(longest, longest, 1)
-            return longest, True
-        return pause.decide(best, longest, first_pause(check, draft)), False
+            return pause.decide(max(1, by_itself - 1), longest, 1), True
+        return pause.decide(best, longest, first_pause(check, draft[longest])), False
 
     def cut(self, draft: Draft, rows: list[Row], alone: bool) -> Draft:
         """As much of a draft of greedy rows as is worth checking, by its own probabilities; of a tree the likeliest.
@@ -106,27 +109,30 @@ class Pacer:
         if any(fixed) or (draft.tree is None and (draft.branches or draft.chances is None)):
             return draft
         if draft.chances is not None:
-            kept = [kept_by(line[:n]) for line, n in zip(draft.chances.tolist(), draft.lengths, strict=True)]
+            told = zip(rows, draft.tokens.tolist(), draft.chances.tolist(), draft.lengths, strict=True)
+            own = [line[: row.ends_at(tokens[:n]) + 1] for row, tokens, line, n in told]
+            kept = [*map(kept_by, own)]
         else:
+            own = [*map(trunk_chances, draft.tree or [])]
             kept = [[0.0, *accumulate(found.chance for found in line)] for line in draft.tree or []]
-        check, *passes = self._passes(self.costs, len(rows))
-        _, n = best_length(kept, check, passes[alone], drafted=True, sure=1 if alone else 2)
+        check, *passes = self._passes(len(rows))
+        made = passes[alone][max(draft.lengths, default=0)]
+        _, n = best_length(kept, check, made, sure=1 if alone else 2)
+        part = draft.part([n] * len(rows))
+        part.beyond = [line[length:] for line, length in zip(own, part.lengths, strict=True)]
         if not n:  # a check would say no more
-            for row, line in zip(rows, kept, strict=True):
-                self._take_in(row, *(line[1], 1.0) if line[1:] else (0.0, 0.0))
-        return draft.part([n] * len(rows))
+            self.learn(rows, part, part.lengths, alone)
+        return part
 
-    def learn(self, rows: list[Row], draft: Draft, kept: list[int]) -> None:
-        """Take in what a check has kept of a draft."""
-        for row, length, number in zip(rows, draft.lengths, kept, strict=True):
-            self._take_in(row, number, min(number + 1, length))
-
-    def _take_in(self, row: Row, kept: float, tried: float) -> None:
-        if tried:
-            row.share.learn(kept, tried)
-            if self.costs is not NOMINAL:
-                self.costs.share.learn(kept, tried)
-                self.costs.first.learn(min(kept, 1), 1)
+    def learn(self, rows: list[Row], draft: Draft, kept: list[int], alone: bool) -> None:
+        """Take in what a check has kept of a draft; `alone`: made without the free token."""
+        beyond = draft.beyond or [[]] * len(rows)
+        for row, number, checked, more in zip(rows, kept, draft.lengths, beyond, strict=True):
+            if found := outcome(number, checked, more):
+                row.share.learn(sum(part for part, _ in found), sum(part for _, part in found))
+                if self.costs is not NOMINAL:
+                    self.costs.first.learn(*found[0])
+                    self.costs.share.learn(found[alone:])
 
 
 def costs_of(
@@ -166,7 +172,7 @@ def measure(batch: Batch, costs: Costs) -> None:
     """Time the passes of a batch whose rows have one token of an answer: the least of some times each, in turns."""
     batch.prefill()
     rows, block = len(batch.rows), batch.block_size
-    (known, starts), free = batch.known(), free_block(batch)
+    (known, starts), free = batch.known(), free_block(batch, block)
 
     def check(width: int) -> None:
         hidden = batch.forward(known.expand(-1, width), starts, [True] * rows)
@@ -174,7 +180,7 @@ def measure(batch: Batch, costs: Costs) -> None:
 
     def draft() -> None:
         lengths = [max(0, block - 2)] * rows
-        hidden = batch.forward(masked_block(batch, known), starts, [True] * rows, free)
+        hidden = batch.forward(masked_block(batch, known, block), starts, [True] * rows, free)
         hidden = torch.cat([hidden[:, :1], candidates(batch, hidden, [1] * rows, lengths[0])], dim=1)
         logits = batch.head.logits(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])
         logits[:, 0].argmax(-1).tolist()
@@ -183,18 +189,7 @@ def measure(batch: Batch, costs: Costs) -> None:
     widest = block * batch.config.draft_paths
     widths = [*(1 << n for n in range((widest - 1).bit_length())), widest]
     kinds: list[Callable[[], object]] = [partial(check, width) for width in widths]
-    kinds += [draft, partial(draft_alone, batch, [max(0, block - 1)] * rows)]
-    least, number = [math.inf] * len(kinds), 0
-    began = time.perf_counter()
-    while number <= LEAST or (number <= MOST and time.perf_counter() - began < ENOUGH):
-        for index, kind in enumerate(kinds):
-            before = time.perf_counter()
-            kind()
-            least[index] = min(least[index], time.perf_counter() - before)
-        if not number:
-            left = max(min(ENOUGH, MOST * (time.perf_counter() - began)), LEAST * (time.perf_counter() - began))
-            Console(stderr=True).print(f"passes are timed, once for this model and machine: about {left:.1f} s")
-        number += 1
+    least = least_times([*kinds, draft, partial(draft_alone, batch, [max(0, block - 1)] * rows)])
     line = dict(zip(widths, least, strict=False))
     for wider, width in pairwise(reversed(widths)):  # no pass costs more than a wider one
         line[width] = min(line[width], line[wider])

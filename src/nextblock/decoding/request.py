@@ -19,7 +19,7 @@ from nextblock.decoding.events import Finish
 from nextblock.decoding.options import DecodingConfig, resolve_config
 from nextblock.decoding.rows import Row
 from nextblock.decoding.sampling import Denoising, Sampling, generator
-from nextblock.model.decoder import Decoder
+from nextblock.model.decoder import Decoder, end_tokens
 from nextblock.model.loading import no_tokenizer
 
 Message = Mapping[str, Any]
@@ -113,15 +113,6 @@ def make_request(
         for i, (padding, ids) in enumerate(encoded)
     ]
     return Request(config, rows, stops)
-
-
-def end_tokens(decoder: Decoder, tokenizer: Any) -> list[int]:
-    """The model's end tokens: of its generation config, its config or its tokenizer."""
-    for source in (getattr(decoder.model, "generation_config", None), decoder.model.config, tokenizer):
-        found = getattr(source, "eos_token_id", None)
-        if found is not None:
-            return list(found) if isinstance(found, list | tuple) else [int(found)]
-    return []
 
 
 def _encode(

@@ -48,6 +48,15 @@ class Row:
     pause: Pause = field(default_factory=Pause)
     _numbers: list[float] = field(default_factory=list, repr=False)
 
+    @property
+    def paced(self) -> bool:
+        """Whether the number of its drafts may depend on the machine and on the rows beside it."""
+        return self.draft_length == "auto" and (self.random is None or self.free)
+
+    def ends_at(self, tokens: list[int]) -> int:
+        """The index of the first end token, else how many tokens there are."""
+        return next((n for n, token in enumerate(tokens) if token in self.end_tokens), len(tokens))
+
     def push(self, token: int) -> bool:
         """Append the next decided token; True if the answer ends with it."""
         self.answer.append(token)

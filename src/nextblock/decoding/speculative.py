@@ -31,6 +31,7 @@ from nextblock.decoding.drafts import (
     choose_drafts,
     draft_alone,
     draft_lengths,
+    drafting_block,
     free_block,
     lay_out,
     masked_block,
@@ -47,8 +48,8 @@ def speculative(batch: Batch) -> Iterator[list[Event]]:
     When sampling, rejection sampling decides. What was not kept is dropped by counting less far in the cache. So the
     answer is that of `autoregressive`, greedy, and has its distribution, sampling.
     """
-    pacer = Pacer(batch.costs, batch.block_size * batch.config.draft_paths)
-    ahead, free = batch.config.draft_ahead, free_block(batch)
+    pacer = Pacer(batch.costs, batch.block_size, batch.config.draft_paths)
+    ahead = batch.config.draft_ahead
     draft: Draft | None = None  # a cycle begins
     alone = False  # whether it drafts without the free token
     while rows := batch.admit() if draft is None else batch.rows:  # rows join where a cycle begins
@@ -59,7 +60,8 @@ def speculative(batch: Batch) -> Iterator[list[Event]]:
             if not ahead:
                 lengths, alone = pacer.lengths(rows, lengths)
             if alone and any(lengths):
-                draft = draft_alone(batch, draft_lengths(batch, free=0))
+                most = draft_lengths(batch, free=0)
+                draft = draft_alone(batch, [min(1 + n, own) for n, own in zip(lengths, most, strict=True)])
                 batch.stats.count("denoise", len(rows))
                 draft = pacer.cut(draft, rows, alone)
                 continue
@@ -75,7 +77,8 @@ def speculative(batch: Batch) -> Iterator[list[Event]]:
         width = tree.tokens.shape[1]
         tokens, groups = tree.tokens, tree.groups
         if any(lengths):
-            tokens, groups = masked_block(batch, known), free
+            block = drafting_block(batch, 1 + max(lengths))
+            tokens, groups = masked_block(batch, known, block), free_block(batch, block)
         elif draft is not None and ahead:
             points = likeliest_points(checked.chances, checked.lengths, ahead, batch.device)
             tokens, groups = with_masks(batch, tokens, points)
@@ -87,7 +90,8 @@ def speculative(batch: Batch) -> Iterator[list[Event]]:
         logits = batch.head.logits(read.flatten(0, 1)).unflatten(0, read.shape[:2])
         gains = verify(batch, logits[:, :width], checked, tree, points)
         settle(batch, checked, gains, starts)
-        pacer.learn(rows, checked, [gain.kept for gain in gains])
+        useful = [row.ends_at(gain.tokens[: gain.kept]) for row, gain in zip(rows, gains, strict=True)]
+        pacer.learn(rows, checked, useful, alone)
         yield [*append(batch, gains)]
         order = batch.leave()
         if not order:

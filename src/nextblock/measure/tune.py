@@ -17,11 +17,11 @@ from nextblock.config.errors import UsageError, nearest
 from nextblock.config.progress import Update, counter
 from nextblock.decoding.lm import BlockDiffusionLM
 from nextblock.decoding.options import DecodingConfig, resolve_config
-from nextblock.decoding.request import end_tokens
 from nextblock.measure.bench.contest import Round, alternate, compared, make_batches, our_mode
 from nextblock.measure.bench.decoding import check_length
 from nextblock.measure.bench.prompts import Options, Prompts, variant_name
 from nextblock.measure.statistics import mcnemar, wilson
+from nextblock.model.decoder import end_tokens
 from nextblock.model.stored import writable_folder as writable_folder
 from nextblock.model.stored import write_decoding as write_decoding
 

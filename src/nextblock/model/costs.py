@@ -9,18 +9,25 @@ import hashlib
 import json
 import os
 import platform
+import time
 import warnings
 from bisect import bisect_left
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, islice, repeat, zip_longest
+from math import inf
 from pathlib import Path
 from typing import Annotated, Any, Self
 
 import torch
 from pydantic import BaseModel, Field, ValidationError, model_validator
+from rich.console import Console
 from torch import nn
 
 from nextblock.config.files import write_whole
+
+LEAST, MOST, ENOUGH = 3, 30, 0.6
+"""How often passes of a kind are timed: few times, and more for so many seconds."""
 
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -44,6 +51,45 @@ class Share:
     def chance(self, prior: float, weight: float = 4.0) -> float:
         """Of a draft to be kept, if all before it are; with a prior that counts as many drafts as `weight` says."""
         return (self.kept + weight * prior) / (self.tried + weight)
+
+
+@dataclass
+class Places:
+    """How many drafts were kept at each place of a draft, of those that were kept or rejected there.
+
+    Each time before counts `memory` as much. A place starts from the one before it, the first from `prior`.
+    """
+
+    kept: list[float] = field(default_factory=list)
+    tried: list[float] = field(default_factory=list)
+    memory: float = 0.97
+    prior: float = 0.8
+
+    def learn(self, found: Sequence[tuple[float, float]]) -> None:
+        """Take in what became of a draft, from its first place on: from `outcome`."""
+        for part, own in ((self.kept, [kept for kept, _ in found]), (self.tried, [tried for _, tried in found])):
+            part[:] = [self.memory * old + new for old, new in zip_longest(part, own, fillvalue=0.0)]
+
+    def chances(self, count: int) -> list[float]:
+        """Of a draft to be kept at each place, if all before it are."""
+        found, chance = [], self.prior
+        for kept, tried in islice(chain(zip(self.kept, self.tried, strict=True), repeat((0.0, 0.0))), count):
+            chance = (kept + 2 * chance) / (tried + 2)
+            found.append(chance)
+        return found
+
+
+def outcome(kept: int, checked: int, beyond: Sequence[float]) -> list[tuple[float, float]]:
+    """Of each place of a draft: how much was kept, and how much was tried.
+
+    Where all that was checked was kept, what would have become of the drafts `beyond` counts as far as it is likely,
+    by the draft's own chances. Without these only sure drafts would ever count, as others are not checked.
+    """
+    found, reached = [(float(place < kept), 1.0) for place in range(min(kept + 1, checked))], 1.0
+    for chance in beyond if kept == checked else ():
+        found.append((reached * chance, reached))
+        reached *= chance
+    return found
 
 
 @dataclass
@@ -72,15 +118,15 @@ class Costs(BaseModel):
     of: the model and the machine, from `fingerprint`.
     check: rows -> width -> a causal pass. draft: rows -> the pass that drafts, with the free token.
     alone: rows -> the pass that drafts without it.
-    share, first, pause: what was kept lately, of all drafts and of the first ones that were checked, and when drafting
-        is tried again, in all greedy calls of this process.
+    share, first, pause: what was kept lately, of drafts behind the free token and of those in its place, and when
+        drafting is tried again, in all greedy calls of this process.
     """
 
     of: dict[str, str] = Field(default_factory=dict)
     check: dict[Count, dict[Count, Seconds]] = Field(default_factory=dict)
     draft: dict[Count, Seconds] = Field(default_factory=dict)
     alone: dict[Count, Seconds] = Field(default_factory=dict)
-    share: Share = Field(default_factory=lambda: Share(1.6, 2.0, memory=0.97), exclude=True)
+    share: Places = Field(default_factory=Places, exclude=True)
     first: Share = Field(default_factory=lambda: Share(1.9, 2.0, memory=0.97), exclude=True)
     pause: Pause = Field(default_factory=Pause, exclude=True)
 
@@ -92,14 +138,22 @@ class Costs(BaseModel):
             raise ValueError("some passes are missing")
         return self
 
-    def of_rows(self, rows: int, longest: int) -> tuple[list[float], float, float]:
-        """For so many rows: causal passes over 0 ... 1 + `longest` tokens (0: for nothing), `draft` and `alone`."""
-        widths = range(1, longest + 2)
-        here = {
-            width: _between({number: _between(line, width) for number, line in self.check.items()}, rows)
-            for width in widths
-        }
-        return [0.0, *here.values()], _between(self.draft, rows), _between(self.alone, rows)
+    def of_rows(self, rows: int, block: int, longest: int) -> tuple[list[float], list[float], list[float]]:
+        """For so many rows: causal passes over 0 ... 1 + `longest` tokens, and passes that make 0, 1, ... drafts.
+
+        Passes over 0 tokens cost nothing. A pass that drafts, with the free token and without, is measured for a whole
+        `block`; over fewer tokens it costs less in the proportion in which a causal one does. By nominal costs each
+        draft fills its block.
+        """
+        check = [
+            _between({number: _between(line, width) for number, line in self.check.items()}, rows)
+            for width in range(1, max(block + 1, longest + 1) + 1)
+        ]
+        draft = [_between(self.draft, rows) * cost / check[block] for cost in check[2 : block + 1]]
+        alone = [_between(self.alone, rows) * cost / check[block - 1] for cost in check[:block]]
+        if self is NOMINAL:
+            draft, alone = ([line[-1]] * len(line) for line in (draft, alone))
+        return [0.0, *check], draft, alone
 
 
 NOMINAL = Costs(
@@ -130,7 +184,7 @@ def kept_by(chances: Sequence[float]) -> list[float]:
 
 
 def best_length(
-    kept: Sequence[Sequence[float]], check: Sequence[float], draft: float, drafted: bool = False, sure: int = 2
+    kept: Sequence[Sequence[float]], check: Sequence[float], draft: Sequence[float] | float, sure: int = 2
 ) -> tuple[float, int]:
     """The most tokens that a cycle brings in its time, and the number n of drafts for which it does; 0: none.
 
@@ -138,14 +192,16 @@ def best_length(
 
     Args:
         kept: of each row, from `kept_by`.
-        check: cost of a causal pass over 0, 1, ... tokens; draft: that of the pass that drafts.
-        drafted: the draft is made already. Else n = 0 stands for two plain passes.
+        check: cost of a causal pass over 0, 1, ... tokens.
+        draft: cost of the pass that makes 0, 1, ... drafts, where 0 stands for a plain pass; a number: that of the
+            pass that has made them already.
         sure: tokens that a cycle brings whatever is kept: 2 with the free token, else 1.
     """
 
     def speed(n: int) -> float:
         tokens = sum(sure + line[min(n, len(line) - 1)] for line in kept)
-        return tokens / (check[1 + n] + (draft if n or drafted else check[1]))
+        before = draft if isinstance(draft, int | float) else draft[n] if n else check[1]
+        return tokens / (check[1 + n] + before)
 
     best = max(range(max(map(len, kept))), key=speed)
     return speed(best), best
@@ -172,6 +228,21 @@ def _processors() -> str:
 def busy(device: torch.device) -> bool:
     """Whether other work would spoil the times: of narrow and wide passes not alike."""
     return device.type == "cpu" and hasattr(os, "getloadavg") and os.getloadavg()[0] > (os.cpu_count() or 1) + 0.5
+
+
+def rounded_rows(rows: int) -> int:
+    """The next power of two: a batch that shrinks row by row meets few sizes."""
+    return 1 << (rows - 1).bit_length()
+
+
+def rounded_width(width: int) -> int:
+    """1, or a multiple of 8 tokens: a draft's pass is one wider than a block."""
+    return width if width == 1 else -(-width // 8) * 8
+
+
+def rounded_capacity(slots: int) -> int:
+    """A power of two, 256 or more: each size is compiled for each number of rows and tokens."""
+    return max(256, 1 << (slots - 1).bit_length())
 
 
 def costs_file(of: dict[str, str]) -> Path:
@@ -202,6 +273,21 @@ def read_costs(of: dict[str, str]) -> Costs:
         why = "cannot be read"
     warnings.warn(f"the costs of passes in {path} {why}; they are measured again", stacklevel=2)
     return Costs(of=of)
+
+
+def least_times(kinds: Sequence[Callable[[], object]]) -> list[float]:
+    """Seconds that each takes: the least of some times each, in turns, after one that warms up."""
+    least, number, began = [inf] * len(kinds), 0, time.perf_counter()
+    while number <= LEAST or (number <= MOST and time.perf_counter() - began < ENOUGH):
+        for index, kind in enumerate(kinds):
+            before = time.perf_counter()
+            kind()
+            least[index] = min(least[index], time.perf_counter() - before)
+        if not number:
+            left = max(min(ENOUGH, MOST * (time.perf_counter() - began)), LEAST * (time.perf_counter() - began))
+            Console(stderr=True).print(f"passes are timed, once for this model and machine: about {left:.1f} s")
+        number += 1
+    return least
 
 
 def write_costs(costs: Costs) -> None:

@@ -183,3 +183,12 @@ class Decoder:
     def by_kind(self, masks: dict[str, Any]) -> AttentionMask:
         """One mask for a model with one kind of layer, a dict by kind for the others."""
         return next(iter(masks.values())) if len(masks) == 1 else masks
+
+
+def end_tokens(decoder: Decoder, tokenizer: Any) -> list[int]:
+    """The model's end tokens: of its generation config, its config or its tokenizer."""
+    for source in (getattr(decoder.model, "generation_config", None), decoder.model.config, tokenizer):
+        found = getattr(source, "eos_token_id", None)
+        if found is not None:
+            return list(found) if isinstance(found, list | tuple) else [int(found)]
+    return []

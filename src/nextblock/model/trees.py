@@ -7,7 +7,9 @@ acceptance.
 from __future__ import annotations
 
 import math
+from collections.abc import Container
 from heapq import heappop, heappush
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -58,6 +60,7 @@ def likeliest_tree(
     choice: list[list[list[int]]],
     length: int,
     budget: int,
+    ends: Container[int] = (),
 ) -> list[Found]:
     """The `budget` drafts that are likeliest to be kept, of all that leave the likeliest path at most once.
 
@@ -67,6 +70,7 @@ def likeliest_tree(
     Args:
         names, value, choice: of a row, from `best_continuations`.
         length: places.
+        ends: tokens behind which nothing is drafted.
     """
     found, paths = list[Found](), 1
     # -log P, place, path (0: the trunk, -1: a new one), rank, candidate before. A draft is kept only if all before it
@@ -87,9 +91,15 @@ def likeliest_tree(
             path, paths = paths, paths + 1
         chosen = choice[place][before][rank]
         found.append(Found(path, place, names[place][chosen], math.exp(-cost)))
-        if place + 1 < length:
+        if place + 1 < length and found[-1].token not in ends:
             add(place + 1, chosen, path, cost)
     return found
+
+
+def trunk_chances(tree: list[Found]) -> list[float]:
+    """Of each draft of the trunk to be kept, if all before it are."""
+    reached = [1.0, *(draft.chance for draft in tree if not draft.path)]
+    return [after / before if before else 0.0 for before, after in pairwise(reached)]
 
 
 def paths_of(trees: list[list[Found]]) -> tuple[list[list[list[int]]], list[list[int]], list[list[int]]]:

@@ -12,7 +12,8 @@ from typing import Any
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from nextblock.decoding.lm import BlockDiffusionLM
-from nextblock.decoding.request import end_tokens, make_request
+from nextblock.decoding.request import make_request
+from nextblock.model.decoder import end_tokens
 from nextblock.server.limits import Limits
 from nextblock.server.load import Ask, Seen
 

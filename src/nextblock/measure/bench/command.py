@@ -14,12 +14,12 @@ from rich.console import Console
 from nextblock.config.errors import UsageError
 from nextblock.config.progress import counter, progress
 from nextblock.decoding.lm import BlockDiffusionLM
-from nextblock.decoding.request import end_tokens
 from nextblock.measure.bench.decoding import bench_decode, compares_compiled, count_calls
 from nextblock.measure.bench.forwards import POSITIONS, random_prompts, time_forwards
 from nextblock.measure.bench.prompts import Options, Prompts
 from nextblock.measure.bench.prompts import read_prompts as read_prompts
 from nextblock.measure.machine import MEMORY_MEANING, environment
+from nextblock.model.decoder import end_tokens
 
 
 def wide_console() -> Console:

@@ -8,10 +8,10 @@ from typing import Any
 
 from nextblock.config.progress import Update, counter
 from nextblock.decoding.lm import BlockDiffusionLM
-from nextblock.decoding.request import end_tokens
 from nextblock.measure.accuracy import score_task
 from nextblock.measure.bench.contest import alternate, compared, our_mode
 from nextblock.measure.bench.prompts import Options, task_prompts
+from nextblock.model.decoder import end_tokens
 from nextblock.tasks import Task
 
 TIMED, ROUNDS = 4, 4  # prompts of a round, decoded one at a time; rounds
