@@ -63,7 +63,12 @@ def assert_same(ordinary, static, batch=None, **options):
     expected, found = (lm.generate(**batch, **options) for lm in (ordinary, static))
     assert found.answers == expected.answers
     assert found.finish == expected.finish
-    assert found.stats.row_forwards == expected.stats.row_forwards
+    greedy_auto = options.get("mode") == "speculative" and not options.get("temperature")
+    if not greedy_auto or options.keys() & {
+        "draft_length",
+        "draft_ahead",
+    }:  # else blocks are of two widths
+        assert found.stats.row_forwards == expected.stats.row_forwards
     assert static.passes._compiled
     assert not static.passes.failed
     return found
@@ -262,15 +267,15 @@ def test_compiled_passes_give_the_same_tokens_and_their_number_does_not_grow_wit
     ordinary, static = pair(tiny_model("llama", num_hidden_layers=1), passes)
     for mode in ("ar", "diffusion", "speculative"):
         assert_same(ordinary, static, prompts(9), mode=mode, max_new_tokens=12, eos_token_id=[])
-    assert len(graphs) == 3  # of 1 token, of 8, and of 16
+    assert len(graphs) == 4  # of 1 token, of 8, and of drafts in half a block and in a whole one
     for mode, tokens in (("ar", 40), ("diffusion", 50), ("speculative", 60)):
         assert_same(ordinary, static, prompts(7, seed=1), mode=mode, max_new_tokens=tokens, eos_token_id=[])
         assert_same(ordinary, static, prompts(3), mode=mode, max_new_tokens=tokens, temperature=1.0)
-    assert len(graphs) == 3
+    assert len(graphs) == 4
     rows = {"eos_token_id": [], "max_new_tokens": [30, 22, 9]}
     for _ in range(2):
         assert_same(ordinary, static, prompts(5, 3, 8), mode="ar", **rows)
-        assert len(graphs) == 5  # of 1 token for 4 rows and for 2; the one for 1 row is there
+        assert len(graphs) == 6  # of 1 token for 4 rows and for 2; the one for 1 row is there
 
 
 @pytest.mark.parametrize("merged", [False, True])

@@ -95,6 +95,14 @@ def test_the_probe_refuses_a_model_that_stays_causal(llama):
         probe(Decoder(llama))
 
 
+@pytest.mark.parametrize(("dtype", "part"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-3)])
+def test_the_probe_passes_a_model_whose_tokens_hardly_heed_later_ones(llama, dtype, part):
+    """As one may be that was trained on blocks for long: what it says of a clean token is what the AR head says."""
+    for layer in llama.model.layers:
+        layer.self_attn.o_proj.weight.data *= part
+    probe(Decoder(llama.to(dtype)))
+
+
 def test_the_probe_refuses_a_head_that_does_more_than_the_config_says(llama):
     head = llama.lm_head.forward
     llama.lm_head.forward = lambda hidden: head(hidden)
