@@ -14,9 +14,13 @@ from nextblock.decoding import lm as calls
 from nextblock.decoding import pace
 from nextblock.decoding.batch import Batch
 from nextblock.decoding.drafts import Draft, planted
+from nextblock.decoding.engine import decode
+from nextblock.decoding.events import Stats
 from nextblock.decoding.options import DecodingConfig
 from nextblock.decoding.pace import Pacer
+from nextblock.decoding.request import make_request
 from nextblock.decoding.rows import Row
+from nextblock.decoding.sampling import GREEDY, generator
 from nextblock.model.costs import Costs, costs_file
 from nextblock.model.trees import likeliest_tree
 
@@ -253,3 +257,51 @@ def test_what_lies_behind_an_end_token_is_not_checked():
     row = Row(0, [1], 20, frozenset([7]), answer=[2], draft_length="auto")
     draft = Draft(torch.tensor([[3, 7, 7, 7]]), [4], chances=torch.ones(1, 4))
     assert pacer.cut(draft, [row], False).lengths == [2]
+
+
+def test_chances_are_learned_from_drafts_that_were_there():
+    """Not from places behind a shorter row's draft, nor for a row that must not depend on the machine."""
+    pacer = Pacer(Costs(**CHEAP), 8)
+    rows = [Row(n, [1], 20, answer=[2], draft_length="auto") for n in range(2)]
+    drawn = Row(2, [1], 20, answer=[2], draft_length="auto", random=generator(0))
+    draft = Draft(torch.full((3, 4), 5), [4, 1, 0], chances=torch.full((3, 4), 0.9))
+    part = pacer.cut(draft, [*rows, drawn], False)
+    assert part.lengths == [4, 1, 0]
+    assert part.beyond == [[], [], []]
+    part.beyond = [[], [], [0.9]]
+    pacer.learn([*rows, drawn], part, [1, 1, 0], False)
+    assert drawn.share.tried == 0
+    assert pacer.costs.first.tried == 2  # in the place of the free token nothing was drafted
+    assert pacer.costs.share.tried == pytest.approx([1.97, 0.97])
+    rows[0].finish = "end_token"  # with the last draft that was kept
+    pacer.learn(rows[:1], Draft(draft.tokens[:1], [4]), [3], False)
+    assert pacer.costs.share.tried == pytest.approx([1.97 * 0.97 + 1, 0.97**2 + 1, 1.0])
+    assert pacer.costs.share.kept[1:] == pytest.approx([1.0, 1.0])
+    pacer.learn(rows[1:], Draft(draft.tokens[:1], [4]), [0], True)
+    assert pacer.costs.first.tried == pytest.approx(2 * 0.97 + 1)
+
+
+@pytest.mark.parametrize("beside", ["greedy", "free", "number"])
+def test_a_seeded_row_draws_beside_any_other_what_it_draws_alone(beside):
+    """The server batches such rows, and costs and chances are for those that may depend on them."""
+    costs = {"check": {1: {1: 1.0, 64: 1.0}}, "draft": {1: 1.0}, "alone": {1: 9.0}}
+    for std, seed in ((0.02, 6), (0.1, 0), (0.1, 6)):
+        lm, answers = language_model(tiny_model("llama", std=std)), []
+        for kinds in (["seeded"], [beside, "seeded"]):
+            rows = []
+            for number, kind in enumerate(kinds):
+                tokens, how = prompt(5 if kind == "seeded" else 7), {**AUTO, "temperature": 1.0, "max_new_tokens": 120}
+                request = make_request(lm.decoder, None, lm.settings, tokens, {**how, "seed": seed})
+                row = request.rows[0]
+                row.number, row.free = number, kind == "free"
+                if kind in ("greedy", "number"):
+                    row.random, row.sampling = None, GREEDY
+                row.draft_length = 3 if kind == "number" else "auto"
+                rows.append(row)
+            with torch.inference_mode():
+                batch = Batch(lm.decoder, lm.settings, request.config, rows, Stats(), costs=Costs(**costs))
+                batch.begin()
+                for _ in decode(batch):
+                    pass
+            answers.append(rows[-1].answer)
+        assert answers[0] == answers[1]

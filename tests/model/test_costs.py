@@ -106,11 +106,15 @@ def test_tries_take_about_a_hundredth_of_the_time(draft):
     assert (draft - 1) / (2 * cycles) <= 0.0101
 
 
-def test_by_nominal_costs_a_draft_fills_its_block():
-    check, draft, alone = NOMINAL.of_rows(1, 16, 16)
+def test_costs_of_drafts_are_those_of_blocks_of_whole_steps():
+    check, draft, alone = NOMINAL.of_rows(1, 16, 16, step=16)
     assert len(check) == 18
     assert draft == [2.0] * 15
     assert alone == [2.0] * 16
+    exact = NOMINAL.of_rows(1, 16, 16)
+    for found, fine, more in zip(NOMINAL.of_rows(1, 16, 16, step=8)[1:], exact[1:], (2, 1), strict=True):
+        # n drafts need n + 2 tokens, or n + 1 without the free one: 8 or 16 here.
+        assert found == [fine[8 - more]] * (9 - more) + [fine[-1]] * 8
 
 
 def test_chances_of_places_are_those_of_drafts_whose_checks_end_where_they_are_unsure():

@@ -290,3 +290,28 @@ def _pieces_of(places: Sequence[tuple[int, int]], pieces: Pieces) -> np.ndarray 
         if generated and ((first < border) & (border < stop)).any():
             return None
     return np.minimum(np.searchsorted(borders, first, side="right"), len(pieces) - 1)
+
+
+def prompts_of_ids(tokens: Any, attention_mask: Any) -> list[tuple[list[int], list[int]]]:
+    """Rows of token ids, padded or not, as (left padding, ids); one row may come without its list."""
+    rows = _rows("input_ids", tokens)
+    if attention_mask is None:
+        return [([], ids) for ids in rows]
+    masks = _rows("attention_mask", attention_mask)
+    if [len(ids) for ids in rows] != [len(mask) for mask in masks]:
+        raise UsageError("attention_mask and the prompts have different shapes; they must be equal")
+    encoded = []
+    for number, (ids, mask) in enumerate(zip(rows, masks, strict=True)):
+        low = mask.index(1) if 1 in mask else len(mask)
+        high = low + mask.count(1)
+        if not all(mask[low:high]):
+            raise UsageError(f"attention_mask of prompt {number} has holes; pad on the left or on the right only")
+        encoded.append((ids[:low], ids[low:high]))
+    return encoded
+
+
+def _rows(name: str, value: Any) -> list[list[int]]:
+    rows = [value] if isinstance(value, list) and value and not isinstance(value[0], list) else value
+    if isinstance(rows, list) and all(isinstance(row, list) and all(isinstance(n, int) for n in row) for row in rows):
+        return rows
+    raise UsageError(f"{name} holds something else than whole numbers; give int64 [B, T]")

@@ -118,15 +118,21 @@ def draft_lengths(batch: Batch, free: int) -> list[int]:
     return lengths
 
 
-def drafting_block(batch: Batch, longest: int) -> int:
-    """Tokens of the block in which drafts are made, up to `longest` behind its first one.
+def drafting_step(batch: Batch) -> int:
+    """Blocks in which drafts are made have a multiple of it in tokens, where their width is up to the machine.
 
-    As few as these need, where that is up to the machine; else the block, as what is drawn depends on it.
+    Else the block, as what is drawn depends on its width.
     """
-    narrow = not batch.config.draft_ahead and all(row.paced for row in batch.rows)
-    # Each width is compiled apart: two of them, then.
-    step = -(-batch.block_size // 2) if isinstance(batch.cache, StaticCache) else 1
-    return min(-(-(longest + 1) // step) * step, batch.block_size) if narrow else batch.block_size
+    if batch.config.draft_ahead or not all(row.paced for row in batch.rows):
+        return batch.block_size
+    # Each width is compiled separately, so only two are used: half a block and the whole one.
+    return -(-batch.block_size // 2) if isinstance(batch.cache, StaticCache) and batch.cache.compiled else 1
+
+
+def drafting_block(batch: Batch, longest: int) -> int:
+    """Tokens of the block in which drafts are made, up to `longest` behind its first one."""
+    step = drafting_step(batch)
+    return min(-(-(longest + 1) // step) * step, batch.block_size)
 
 
 def free_block(batch: Batch, width: int) -> Groups:

@@ -50,17 +50,19 @@ class Pacer:
 
     Greedy and `free` rows decide together, by what passes over all rows cost; another sampled row as if it were alone
     on a nominal machine.
+
+    step: widths of blocks in which drafts are made are multiples of it.
     """
 
     costs: Costs
     block_size: int
     paths: int = 1
+    step: int = 1
 
     def __post_init__(self) -> None:
-        longest = self.block_size * self.paths
+        of_rows, size = {True: NOMINAL.of_rows, False: self.costs.of_rows}, self.block_size
         # Looked up once for each number of rows: a cycle asks twice.
-        self._passes = cache(lambda rows: self.costs.of_rows(rows, self.block_size, longest))
-        self._nominal = cache(lambda rows: NOMINAL.of_rows(rows, self.block_size, longest))
+        self._passes = cache(lambda nominal, rows, step: of_rows[nominal](rows, size, size * self.paths, step))
 
     def lengths(self, rows: list[Row], most: list[int]) -> tuple[list[int], bool]:
         """Drafts of the next cycle, for each row `most` behind the free token at most: before they are made.
@@ -84,12 +86,13 @@ class Pacer:
         longest = max(most)
         if longest < 1:
             return 0, False
-        if costs is NOMINAL:
+        nominal = costs is NOMINAL
+        if nominal:
             chances = [[row.share.chance(costs.share.prior)] * n for row, n in zip(rows, most, strict=True)]
         else:
             line = costs.share.chances(longest)
             chances = [line[:n] for n in most]
-        check, draft, alone = (self._nominal if costs is NOMINAL else self._passes)(len(rows))
+        check, draft, alone = self._passes(nominal, len(rows), self.block_size if nominal else self.step)
         speed, best = best_length([*map(kept_by, chances)], check, draft)
         first = costs.first.chance(0.0, weight=0.0)
         without = [kept_by([first, *line]) for line in chances]
@@ -110,12 +113,12 @@ class Pacer:
             return draft
         if draft.chances is not None:
             told = zip(rows, draft.tokens.tolist(), draft.chances.tolist(), draft.lengths, strict=True)
-            own = [line[: row.ends_at(tokens[:n]) + 1] for row, tokens, line, n in told]
+            own = [line[:n][: row.ends_at(tokens[:n]) + 1] for row, tokens, line, n in told]
             kept = [*map(kept_by, own)]
         else:
             own = [*map(trunk_chances, draft.tree or [])]
             kept = [[0.0, *accumulate(found.chance for found in line)] for line in draft.tree or []]
-        check, *passes = self._passes(len(rows))
+        check, *passes = self._passes(False, len(rows), self.step)
         made = passes[alone][max(draft.lengths, default=0)]
         _, n = best_length(kept, check, made, sure=1 if alone else 2)
         part = draft.part([n] * len(rows))
@@ -125,13 +128,16 @@ class Pacer:
         return part
 
     def learn(self, rows: list[Row], draft: Draft, kept: list[int], alone: bool) -> None:
-        """Take in what a check has kept of a draft; `alone`: made without the free token."""
+        """Take in what a check has kept of a draft and the answer has taken; `alone`: made without the free token."""
         beyond = draft.beyond or [[]] * len(rows)
         for row, number, checked, more in zip(rows, kept, draft.lengths, beyond, strict=True):
-            if found := outcome(number, checked, more):
+            if row.finish:  # what lies behind an answer's end was neither right nor wrong
+                checked, more = number, []
+            if found := outcome(number, checked, more if row.paced else ()):
                 row.share.learn(sum(part for part, _ in found), sum(part for _, part in found))
-                if self.costs is not NOMINAL:
+                if self.costs is not NOMINAL and alone:
                     self.costs.first.learn(*found[0])
+                if self.costs is not NOMINAL and found[alone:]:
                     self.costs.share.learn(found[alone:])
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nextblock.config.errors import UsageError
 from nextblock.config.sections import BlockDiffusionSettings, validate
-from nextblock.data.encode import encode_prompt
+from nextblock.data.encode import encode_prompt, prompts_of_ids
 from nextblock.data.records import check_characters
 from nextblock.data.text import TextStream
 from nextblock.decoding.events import Finish
@@ -121,11 +121,11 @@ def _encode(
     """(left padding, prompt ids) of every row. `model_path`: to say why there is no tokenizer."""
     if isinstance(prompts, Mapping) and "input_ids" in prompts:  # what a tokenizer returns
         attention_mask = prompts.get("attention_mask") if attention_mask is None else attention_mask
-        return _from_ids(_plain(prompts["input_ids"]), _plain(attention_mask))
+        return prompts_of_ids(_plain(prompts["input_ids"]), _plain(attention_mask))
     if isinstance(prompts, Tensor):
         if prompts.ndim not in (1, 2) or prompts.is_floating_point() or prompts.dtype == torch.bool:
             raise UsageError(f"prompts is a {prompts.dtype} tensor of shape {tuple(prompts.shape)}; give int64 [B, T]")
-        return _from_ids(prompts.tolist(), _plain(attention_mask))
+        return prompts_of_ids(prompts.tolist(), _plain(attention_mask))
     if attention_mask is not None:
         raise UsageError("attention_mask goes with token ids alone; texts and chats need none")
     if tokenizer is None:
@@ -148,31 +148,6 @@ def _from_text(tokenizer: Any, number: int, item: Any) -> list[int]:
     if not isinstance(item, str) and not chat:
         raise UsageError(f"prompt {number} is neither a text nor a list of chat messages with role and content")
     return encode_prompt(item, tokenizer, f"prompt {number}")
-
-
-def _from_ids(tokens: Any, attention_mask: Any) -> list[tuple[list[int], list[int]]]:
-    """Rows of token ids, padded or not, as (left padding, ids); one row may come without its list."""
-    rows = _rows("input_ids", tokens)
-    if attention_mask is None:
-        return [([], ids) for ids in rows]
-    masks = _rows("attention_mask", attention_mask)
-    if [len(ids) for ids in rows] != [len(mask) for mask in masks]:
-        raise UsageError("attention_mask and the prompts have different shapes; they must be equal")
-    encoded = []
-    for number, (ids, mask) in enumerate(zip(rows, masks, strict=True)):
-        low = mask.index(1) if 1 in mask else len(mask)
-        high = low + mask.count(1)
-        if not all(mask[low:high]):
-            raise UsageError(f"attention_mask of prompt {number} has holes; pad on the left or on the right only")
-        encoded.append((ids[:low], ids[low:high]))
-    return encoded
-
-
-def _rows(name: str, value: Any) -> list[list[int]]:
-    rows = [value] if isinstance(value, list) and value and not isinstance(value[0], list) else value
-    if isinstance(rows, list) and all(isinstance(row, list) and all(isinstance(n, int) for n in row) for row in rows):
-        return rows
-    raise UsageError(f"{name} holds something else than whole numbers; give int64 [B, T]")
 
 
 def _check_prompts(decoder: Decoder, prompts: list[list[int]]) -> int:

@@ -32,6 +32,7 @@ from nextblock.decoding.drafts import (
     draft_alone,
     draft_lengths,
     drafting_block,
+    drafting_step,
     free_block,
     lay_out,
     masked_block,
@@ -58,6 +59,7 @@ def speculative(batch: Batch) -> Iterator[list[Event]]:
         if draft is None:
             lengths = draft_lengths(batch, free=1)
             if not ahead:
+                pacer.step = drafting_step(batch)
                 lengths, alone = pacer.lengths(rows, lengths)
             if alone and any(lengths):
                 most = draft_lengths(batch, free=0)
@@ -90,9 +92,11 @@ def speculative(batch: Batch) -> Iterator[list[Event]]:
         logits = batch.head.logits(read.flatten(0, 1)).unflatten(0, read.shape[:2])
         gains = verify(batch, logits[:, :width], checked, tree, points)
         settle(batch, checked, gains, starts)
-        useful = [row.ends_at(gain.tokens[: gain.kept]) for row, gain in zip(rows, gains, strict=True)]
-        pacer.learn(rows, checked, useful, alone)
-        yield [*append(batch, gains)]
+        before = [len(row.answer) for row in rows]
+        events = [*append(batch, gains)]
+        taken = [len(row.answer) - n for row, n in zip(rows, before, strict=True)]
+        pacer.learn(rows, checked, [min(gain.kept, n) for gain, n in zip(gains, taken, strict=True)], alone)
+        yield events
         order = batch.leave()
         if not order:
             draft = None

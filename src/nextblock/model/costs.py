@@ -73,7 +73,7 @@ class Places:
     def chances(self, count: int) -> list[float]:
         """Of a draft to be kept at each place, if all before it are."""
         found, chance = [], self.prior
-        for kept, tried in islice(chain(zip(self.kept, self.tried, strict=True), repeat((0.0, 0.0))), count):
+        for kept, tried in islice(chain(zip(self.kept, self.tried, strict=False), repeat((0.0, 0.0))), count):
             chance = (kept + 2 * chance) / (tried + 2)
             found.append(chance)
         return found
@@ -138,21 +138,21 @@ class Costs(BaseModel):
             raise ValueError("some passes are missing")
         return self
 
-    def of_rows(self, rows: int, block: int, longest: int) -> tuple[list[float], list[float], list[float]]:
+    def of_rows(
+        self, rows: int, block: int, longest: int, step: int = 1
+    ) -> tuple[list[float], list[float], list[float]]:
         """For so many rows: causal passes over 0 ... 1 + `longest` tokens, and passes that make 0, 1, ... drafts.
 
         Passes over 0 tokens cost nothing. A pass that drafts, with the free token and without, is measured for a whole
-        `block`; over fewer tokens it costs less in the proportion in which a causal one does. By nominal costs each
-        draft fills its block.
+        `block`; over fewer tokens, a multiple of `step`, it costs less in the proportion in which a causal one does.
         """
         check = [
             _between({number: _between(line, width) for number, line in self.check.items()}, rows)
             for width in range(1, max(block + 1, longest + 1) + 1)
         ]
-        draft = [_between(self.draft, rows) * cost / check[block] for cost in check[2 : block + 1]]
-        alone = [_between(self.alone, rows) * cost / check[block - 1] for cost in check[:block]]
-        if self is NOMINAL:
-            draft, alone = ([line[-1]] * len(line) for line in (draft, alone))
+        widths = [min(-(-width // step) * step, block) for width in range(1, block + 1)]
+        draft = [_between(self.draft, rows) * check[width] / check[block] for width in widths[1:]]
+        alone = [_between(self.alone, rows) * check[width - 1] / check[block - 1] for width in widths]
         return [0.0, *check], draft, alone
 
 

@@ -86,8 +86,8 @@ def _costs(lm: BlockDiffusionLM, options: dict[str, Any], limits: Limits) -> Cos
     """What passes cost here, alone and under load, if drafts go by that; before the server listens."""
     if lm.settings is None or options.get("draft_length", "auto") != "auto":
         return None
-    drafting = {"mode": "speculative", "draft_length": "auto", "block_size": lm.settings.block_size}
-    config = validate(DecodingConfig, drafting)
+    drafting = {"mode": "speculative", "block_size": lm.settings.block_size}
+    config = validate(DecodingConfig, {**drafting, "draft_paths": options.get("draft_paths", 1)})
     return [costs_of(lm.decoder, lm.settings, config, min(rows, limits.max_rows)) for rows in (8, 2**62)][-1]
 
 
