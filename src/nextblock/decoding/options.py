@@ -60,7 +60,7 @@ class DecodingConfig(Section):
     draft_paths: int = Field(
         default=1,
         ge=1,
-        description="speculative: check at most as many drafts as so many paths have, in a tree that branches where unsure",
+        description="speculative: check at most the drafts of so many paths, as a tree that branches where unsure",
     )
 
     @field_validator("draft_length", mode="before")
