@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -231,7 +232,7 @@ def test_tables_of_costs_reach_as_far_as_the_widest_check(tmp_path, monkeypatch)
 @pytest.mark.parametrize("alone", [False, True])
 def test_where_width_is_dear_drafts_are_few_and_the_pass_that_makes_them_is_narrow(monkeypatch, prediction, alone):
     """And the answers stay; what is drawn comes from whole blocks."""
-    passes = {"draft": {1: 9.0 if alone else 1.3}, "alone": {1: 1.3 if alone else 9.0}}
+    passes: dict[str, Any] = {"draft": {1: 9.0 if alone else 1.3}, "alone": {1: 1.3 if alone else 9.0}}
     costs = Costs(check={1: {1: 1.0, 3: 1.02, 8: 8.0}}, **passes)
     monkeypatch.setattr(calls, "costs_of", lambda *_: costs)
     lm = language_model(sure_of(7), prediction=prediction)
