@@ -92,11 +92,7 @@ def speculative(batch: Batch) -> Iterator[list[Event]]:
         logits = batch.head.logits(read.flatten(0, 1)).unflatten(0, read.shape[:2])
         gains = verify(batch, logits[:, :width], checked, tree, points)
         settle(batch, checked, gains, starts)
-        before = [len(row.answer) for row in rows]
-        events = [*append(batch, gains)]
-        taken = [len(row.answer) - n for row, n in zip(rows, before, strict=True)]
-        pacer.learn(rows, checked, [min(gain.kept, n) for gain, n in zip(gains, taken, strict=True)], alone)
-        yield events
+        yield grown(batch, pacer, checked, gains, alone)
         order = batch.leave()
         if not order:
             draft = None
@@ -128,6 +124,15 @@ def settle(batch: Batch, draft: Draft, gains: list[Gain], starts: list[int]) -> 
         if gain.path:
             slot, depth = draft.own_slots(index, gain.path)
             batch.cache.move(index, start + slot, start + depth + 1, gain.kept - depth)
+
+
+def grown(batch: Batch, pacer: Pacer, draft: Draft, gains: list[Gain], alone: bool) -> list[Event]:
+    """Append what was gained, and let the pacer learn how much of the draft the answers have taken."""
+    before = [len(row.answer) for row in batch.rows]
+    events = [*append(batch, gains)]
+    grown_by = [len(row.answer) - n for row, n in zip(batch.rows, before, strict=True)]
+    pacer.learn(batch.rows, draft, [min(gain.kept, n) for gain, n in zip(gains, grown_by, strict=True)], alone)
+    return events
 
 
 def drafted(batch: Batch, hidden: Tensor, hits: list[int], width: int) -> Draft:

@@ -148,7 +148,7 @@ class Costs(BaseModel):
         """
         check = [
             _between({number: _between(line, width) for number, line in self.check.items()}, rows)
-            for width in range(1, max(block + 1, longest + 1) + 1)
+            for width in range(1, max(block, longest) + 2)
         ]
         widths = [min(-(-width // step) * step, block) for width in range(1, block + 1)]
         draft = [_between(self.draft, rows) * check[width] / check[block] for width in widths[1:]]
