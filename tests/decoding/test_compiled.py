@@ -267,15 +267,102 @@ def test_compiled_passes_give_the_same_tokens_and_their_number_does_not_grow_wit
     ordinary, static = pair(tiny_model("llama", num_hidden_layers=1), passes)
     for mode in ("ar", "diffusion", "speculative"):
         assert_same(ordinary, static, prompts(9), mode=mode, max_new_tokens=12, eos_token_id=[])
-    assert len(graphs) == 4  # of 1 token, of 8, and of drafts in half a block and in a whole one
+    assert len(graphs) == 5  # of 1 token, of 8, of drafts in half a block and in a whole one, and of a prompt
     for mode, tokens in (("ar", 40), ("diffusion", 50), ("speculative", 60)):
         assert_same(ordinary, static, prompts(7, seed=1), mode=mode, max_new_tokens=tokens, eos_token_id=[])
         assert_same(ordinary, static, prompts(3), mode=mode, max_new_tokens=tokens, temperature=1.0)
-    assert len(graphs) == 4
+    assert len(graphs) == 5
     rows = {"eos_token_id": [], "max_new_tokens": [30, 22, 9]}
     for _ in range(2):
         assert_same(ordinary, static, prompts(5, 3, 8), mode="ar", **rows)
-        assert len(graphs) == 6  # of 1 token for 4 rows and for 2; the one for 1 row is there
+        assert len(graphs) == 7  # of 1 token for 4 rows and for 2; the one for 1 row is there
+
+
+def watched(compiler=lambda f: f) -> tuple[StaticPasses, list[int]]:
+    """Passes, and how many tokens each of those that read prompts had."""
+    widths: list[int] = []
+
+    def watch(function):
+        compiled = compiler(function)
+
+        def run(decoder, cache, tokens, *rest):
+            if not cache.seen:
+                widths.append(tokens.shape[1])
+            return compiled(decoder, cache, tokens, *rest)
+
+        return run
+
+    return StaticPasses(watch), widths
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+def test_prompts_of_every_length_are_read_by_one_compiled_pass(family):
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    passes, widths = watched(lambda f: torch.compile(f, backend=count, fullgraph=True, dynamic=False))
+    sizes = {} if family == "gpt2" else {"sliding_window": 4}
+    ordinary, static = pair(tiny_model(family, **sizes), passes)
+    options = {"mode": "ar", "max_new_tokens": 3, "eos_token_id": []}
+    assert_same(ordinary, static, prompts(9), **options)
+    assert widths == []  # what a layer keeps is not known yet
+    before = len(graphs)
+    for length in (9, 2, 14, 5):
+        assert_same(ordinary, static, prompts(length), **options)
+    assert widths == [9, 2, 14, 5]
+    assert len(graphs) == before + 1
+    assert_same(ordinary, static, prompts(7, 3), **options)  # padded to the longer one
+    assert widths[4:] == [7]
+
+
+def test_what_is_no_prompt_for_a_compiled_pass_is_read_by_an_ordinary_one(llama, monkeypatch):
+    passes, widths = watched()
+    ordinary, static = pair(llama, passes)
+    options = {"mode": "speculative", "max_new_tokens": 4, "eos_token_id": []}
+    monkeypatch.setattr("nextblock.decoding.compiled.LONG", 8)
+    for lengths in ((5,), (9,), (1,), (5, 6, 7), (8,)):
+        assert_same(ordinary, static, prompts(*lengths), **options)
+    assert widths == [8]
+
+
+def test_a_prompt_pass_that_cannot_be_compiled_costs_the_other_passes_nothing(llama):
+    reads = []
+
+    def fails_on_prompts(function):
+        def run(decoder, cache, *rest):
+            if not cache.seen:
+                reads.append(cache)
+                raise RuntimeError("no dynamic shapes")
+            return function(decoder, cache, *rest)
+
+        return run
+
+    ordinary, static = pair(llama, StaticPasses(fails_on_prompts))
+    with warnings.catch_warnings(action="error"):
+        for _ in range(3):
+            assert_same(ordinary, static, prompts(5, 8), mode="diffusion", max_new_tokens=9)
+    assert len(reads) == 1
+
+
+def test_a_pass_sees_slots_up_to_where_something_may_be(llama):
+    """More slots are seen as the answer grows, never the whole of a long cache at once."""
+    seen: list[tuple[int, int]] = []
+
+    def watch(function):
+        def run(decoder, cache, *rest):
+            seen.append((cache.end, cache.seen))
+            return function(decoder, cache, *rest)
+
+        return run
+
+    ordinary, static = pair(tiny_model("llama", max_position_embeddings=600), StaticPasses(watch))
+    assert_same(ordinary, static, prompts(250), mode="ar", max_new_tokens=300, eos_token_id=[])
+    assert {size for _, size in seen} == {256, 512, 1024}
+    assert all(end <= size <= max(256, 2 * end) for end, size in seen)
 
 
 @pytest.mark.parametrize("merged", [False, True])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from decoders import LENGTHS, language_model, padded, prompt, reference
 from families import MASK_ID, tiny_model
-from nextblock.decoding.cache import SlotCache
+from nextblock.attention.cache import SlotCache
 from nextblock.decoding.events import Committed
 
 # ------------------------------------------------------------------------------- ar and speculative

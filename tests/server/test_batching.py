@@ -14,7 +14,7 @@ import torch
 import nextblock as nb
 from decoders import LENGTHS, language_model, prompt
 from families import tiny_model
-from nextblock.decoding.cache import SlotCache
+from nextblock.attention.cache import SlotCache
 from nextblock.decoding.request import make_request
 from nextblock.server.batching import Engine, Job, Progress
 from serving import until

@@ -16,10 +16,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from nextblock.attention.cache import SlotCache
 from nextblock.attention.groups import Groups
 from nextblock.attention.split import running_split
 from nextblock.config.sections import BlockDiffusionSettings
-from nextblock.decoding.cache import SlotCache
 from nextblock.decoding.compiled import StaticCache, StaticPasses
 from nextblock.decoding.events import Event, Prefilled, Stats
 from nextblock.decoding.head import Head, Processor
@@ -72,8 +72,7 @@ class Batch:
         starts: list[int],
         causal: list[bool],
         groups: Groups | None = None,
-        *,
-        compiled: bool = True,
+        prompt: bool = False,
     ) -> Tensor:
         """One pass over Q tokens of every row.
 
@@ -82,7 +81,7 @@ class Batch:
             starts: first slot of each row's tokens, and the position of the first one.
             causal: for each row, whether its tokens see up to themselves or the whole Q.
             groups: other positions, and who sees whom, in place of `causal`.
-            compiled: whether the pass may be a compiled one, if the batch has these.
+            prompt: whether the tokens are those of prompts; one that is long no compiled pass reads.
         Returns:
             Final hidden states [B, Q, D].
         """
@@ -90,20 +89,23 @@ class Batch:
         for row in self.rows:
             row.passes += 1
         with running_split(self.decoder.model):
-            if compiled and isinstance(self.cache, StaticCache) and self.cache.compiled:
-                hidden = self.cache.passes.run(self.decoder, self.cache, self.masks, tokens, starts, causal, groups)
+            cache, width = self.cache, tokens.shape[1]
+            if isinstance(cache, StaticCache) and cache.compiled:
+                passes, hidden = cache.passes, None
+                if not prompt or passes.can_read(cache, width, starts[0]):
+                    hidden = passes.run(self.decoder, cache, self.masks, tokens, starts, causal, groups, prompt)
                 if hidden is not None:
                     return hidden
-            view = self.masks.view(starts, tokens.shape[1], causal, groups)
-            self.cache.aim(starts, tokens.shape[1], view.slots)
-            return self.decoder.hidden(tokens, view.position, view.mask, self.cache, view.noised)
+            view = self.masks.view(starts, width, causal, groups)
+            cache.aim(starts, width, view.slots)
+            return self.decoder.hidden(tokens, view.position, view.mask, cache, view.noised)
 
     def read(self, start: int, end: int) -> Tensor:
         """Read the tokens `start` ... `end` - 1 of every prompt in one causal pass: hidden states [B, Q, D]."""
         count = len(self.rows)
         # Padding stands behind the prompt, where no token of it looks, and is overwritten by the answer.
         tokens = torch.tensor([(row.prompt + [0] * (end - len(row.prompt)))[start:end] for row in self.rows])
-        hidden = self.forward(tokens.to(self.device), [start] * count, [True] * count, compiled=False)
+        hidden = self.forward(tokens.to(self.device), [start] * count, [True] * count, prompt=True)
         self.stats.count("prefill", count)
         return hidden
 

@@ -1,8 +1,9 @@
 """Passes whose shapes do not change: compiled, and on CUDA replayed as CUDA graphs.
 
-A recorded graph reads and writes the same addresses in the same shapes each time. So here a pass sees all
-allocated slots under a mask; rows, tokens and slots are rounded up to a few sizes, each compiled once; and the
-cache's memory outlives the batch. Prompts, which come in every length, are read by ordinary passes.
+A recorded graph reads and writes the same addresses in the same shapes each time. So here a pass sees slots that
+nothing is in, under a mask; rows, tokens and slots are rounded up to a few sizes, each compiled once; and the
+cache's memory outlives the batch. Prompts come in every length: on a CPU, where one compiled pass can serve all, short
+ones are read by it, elsewhere and behind `LONG` by ordinary passes.
 
 Letters: B rows, Q tokens of a pass, H key-value heads, C slots, D hidden or head size; B and Q rounded up.
 """
@@ -20,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nextblock.attention.cache import SlotCache
 from nextblock.attention.groups import Groups
 from nextblock.attention.masks import decode_mask
-from nextblock.decoding.cache import SlotCache
 from nextblock.decoding.masks import Masks
 from nextblock.decoding.sampling import on_device
 from nextblock.model.costs import rounded_capacity, rounded_rows, rounded_width
@@ -31,6 +32,12 @@ from nextblock.model.draft_adapter import Gate
 
 LIMITS = {"recompile_limit": 256, "accumulated_recompile_limit": 256}
 """Shapes that may be compiled; torch stops at 8."""
+
+LONG = 512
+"""Most tokens of a prompt that a compiled pass reads: its mask is dense, and arithmetic is soon all that counts."""
+LEAST_SEEN = {"cpu": 256}
+"""Fewest slots that a compiled pass sees, by kind of device. More elsewhere, where each size costs a long compilation
+and keys that a mask hides cost less than weights."""
 
 _lock = threading.Lock()
 cuda_graphs = partial(torch.compile, mode="reduce-overhead", fullgraph=True, dynamic=False)
@@ -44,6 +51,7 @@ class StaticPasses:
 
     def __init__(self, compiler: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] = cuda_graphs) -> None:
         self.failed = False
+        self._reads = True
         self._pass = compiler(_pass)
         self._user: weakref.ref[StaticCache] | None = None
         self._memory: dict[tuple[int, str], Tensor] = {}
@@ -103,6 +111,19 @@ class StaticPasses:
             self._slots[key] = slots
         return self._slots[key]
 
+    def can_read(self, cache: StaticCache, width: int, start: int) -> bool:
+        """Whether prompts of `width` tokens can be read by a compiled pass into slots `start` on.
+
+        What a layer keeps is known from an earlier batch.
+        """
+        rows, like = cache.rows, {key[:2]: slots for key, slots in self._slots.items()}
+        alike = rounded_rows(rows) == rows and start == 0 and 1 < width <= LONG and not len(cache)
+        if not (alike and self._reads and like and next(iter(like.values())).device.type == "cpu"):
+            return False
+        for (layer, part), slots in sorted(like.items()):
+            (cache.keys if part == "keys" else cache.values).append(cache.allocate(layer, part, slots))
+        return True
+
     def run(
         self,
         decoder: Decoder,
@@ -112,18 +133,20 @@ class StaticPasses:
         starts: list[int],
         causal: list[bool],
         groups: Groups | None = None,
+        prompt: bool = False,
     ) -> Tensor | None:
-        """One pass, as `Batch.forward` describes it.
+        """One pass, as `Batch.forward` describes it; `prompt`: as `can_read` allows it.
 
         Returns:
             Final hidden states [B, Q, D], or None if the pass could not be compiled.
         """
         (rows, width), device = tokens.shape, tokens.device
-        shape, end = (rounded_rows(rows), rounded_width(width)), max(starts) + width
+        shape, end = (rounded_rows(rows), width if prompt else rounded_width(width)), max(starts) + width
         # The last slot that all tokens of a row see; -1: each sees up to itself.
         last = [-1 if alone else start + width - 1 for start, alone in zip(starts, causal, strict=True)]
         lines = [*zip(starts, last, strict=True), *[(0, -1)] * (shape[0] - rows)]
         lines = on_device(lines, device)
+        cache.aim_static(shape[0], end, 0 if prompt else self._seen(cache, end, device))
         noised: Gate | None = None if any(causal) and not all(causal) else not all(causal)
         position = seen = None
         if groups is not None:
@@ -131,35 +154,41 @@ class StaticPasses:
             groups = groups.placed(slots[:, :1])
             noised, position = groups.gate, _filled_up(groups.position, shape)
             found = groups.seen(slots, end, masks.windows.values())
-            seen = {window: _filled_up(part, (*shape, cache.capacity)) for window, part in found.items()}
+            seen = {window: _filled_up(part, (*shape, cache.seen)) for window, part in found.items()}
         opens_at = None
         if decoder.adapter is None:
             noised = False
         elif isinstance(noised, Tensor):
             opens_at, noised = decoder.adapter.first_open(noised), _filled_up(noised, shape)
-        cache.aim_static(shape[0], end)
         windows, max_positions = dict(masks.windows), masks.max_positions
         acts = "by token" if isinstance(noised, Tensor) else noised
-        key = (*shape, cache.capacity, *windows.values(), max_positions, acts, opens_at, seen is None)
+        seen_as = shape[0], cache.seen and shape[1], cache.seen, cache.capacity
+        key = (*seen_as, *windows.values(), max_positions, acts, opens_at, seen is None)
         try:
             if device.type == "cuda":
                 torch.compiler.cudagraph_mark_step_begin()
             # Where nothing is to be compiled, the limits need not be looked at: setting them takes 0.1 ms.
             with nullcontext() if key in self._compiled else torch._dynamo.config.patch(LIMITS):
                 filled = _filled_up(tokens, shape)
+                if prompt:
+                    torch._dynamo.mark_dynamic(filled, 1)
                 gate = (noised, opens_at)
                 hidden = self._pass(decoder, cache, filled, lines, position, seen, gate, windows, max_positions)
             self._compiled.add(key)
         except Exception as error:  # of many kinds; what is no fault of the compiler comes again in the ordinary pass
-            self._fail(error, cache, decoder.model.config.model_type)
+            cache.target, self._reads = None, self._reads and not prompt
+            if not prompt:
+                self._fail(error, cache, decoder.model.config.model_type)
             return None
         return hidden[:rows, :width].clone()  # the next replay writes where `hidden` is
+
+    def _seen(self, cache: StaticCache, end: int, device: torch.device) -> int:
+        return min(cache.capacity, rounded_capacity(max(end, LEAST_SEEN.get(device.type, 1024))))
 
     def _fail(self, error: Exception, cache: StaticCache, kind: str) -> None:
         """Let the batch of `cache` go on with ordinary passes, and all later ones unless memory ran out; warn."""
         cause = getattr(error, "inner_exception", error)  # what the compiler stumbled over
         self.failed = not isinstance(cause, torch.OutOfMemoryError)
-        cache.target = None
         self.release(cache)
         self._memory.clear()  # this batch keeps its own until it ends
         self._slots.clear()
@@ -170,9 +199,9 @@ class StaticPasses:
 
 
 class StaticCache(SlotCache):
-    """A `SlotCache` in the memory of `StaticPasses`; a static pass writes to `target` and sees every slot.
+    """A `SlotCache` in the memory of `StaticPasses`; a static pass writes to `target` and sees the first slots.
 
-    compiled: whether passes may still be static ones.
+    compiled: whether passes may still be static ones. seen: how many slots; 0: as many as it has tokens.
     """
 
     def __init__(self, passes: StaticPasses, rows: int, capacity: int) -> None:
@@ -180,16 +209,16 @@ class StaticCache(SlotCache):
         self.passes = passes
         self.compiled = True
         self.target: Tensor | None = None
-        self._rounded = 0
+        self.seen = self._rounded = 0
         self._layers: list[tuple[Tensor, ...]] = []
 
     def allocate(self, layer: int, part: str, states: Tensor) -> Tensor:
         """As in `SlotCache`."""
         return self.passes.allocate(layer, part, rounded_rows(self.rows), self.capacity, states)[: self.rows]
 
-    def aim_static(self, rows: int, end: int) -> None:
-        """Set the rounded number of rows of the next static pass, and the end of what it writes."""
-        self._end = end
+    def aim_static(self, rows: int, end: int, seen: int) -> None:
+        """Set the rounded number of rows of the next static pass, the end of what it writes, and what it sees."""
+        self._end, self.seen = end, seen
         if rows != self._rounded:
             self._rounded, parts = rows, {"keys": self.keys, "values": self.values}
             found = [
@@ -200,14 +229,15 @@ class StaticCache(SlotCache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Write [B, H, Q, D] keys and values of one layer; return those of all slots in a static pass."""
+        """Write [B, H, Q, D] keys and values of one layer; return those of the slots that a static pass sees."""
         if self.target is None:
             return super().update(key_states, value_states, layer_idx)
         keys, values = self._layers[layer_idx]
         row = torch.arange(keys.shape[0], device=keys.device)[:, None]
         keys[row, :, self.target] = key_states.transpose(1, 2)
         values[row, :, self.target] = value_states.transpose(1, 2)
-        return keys, values
+        seen = self.seen or key_states.shape[2]
+        return keys.narrow(2, 0, seen), values.narrow(2, 0, seen)
 
 
 def _pass(
@@ -232,7 +262,7 @@ def _pass(
         position = slots
         # Slots beyond the model's positions are scratch: nobody looks there.
         visible = torch.where(last < 0, slots, last).clamp_max(max_positions - 1)
-        masks = {w: decode_mask(slots, visible, cache.capacity, w) for w in windows.values()}
+        masks = {w: decode_mask(slots, visible, cache.seen or tokens.shape[1], w) for w in windows.values()}
     else:
         masks = {w: part.unsqueeze(1) for w, part in seen.items()}
     if noised is None:

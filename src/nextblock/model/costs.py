@@ -14,6 +14,7 @@ import warnings
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import chain, islice, repeat, zip_longest
 from math import inf
 from pathlib import Path
@@ -218,6 +219,7 @@ def fingerprint(model: nn.Module, *more: Any) -> dict[str, str]:
     }
 
 
+@cache
 def _processors() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nextblock.decoding.cache import SlotCache
+from nextblock.attention.cache import SlotCache
 
 
 def states(rows, width, seed):
