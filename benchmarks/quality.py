@@ -20,7 +20,7 @@ import nextblock as nb
 import real_prompts
 from nextblock.config.progress import progress
 from nextblock.decoding.lm import BlockDiffusionLM
-from nextblock.decoding.request import end_tokens
+from nextblock.model.decoder import end_tokens
 from nextblock.measure.bench.contest import (
     Round,
     alternate,
