@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -315,8 +316,10 @@ def test_prompts_of_every_length_are_read_by_one_compiled_pass(family):
         assert_same(ordinary, static, prompts(length), **options)
     assert widths == [9, 2, 14, 5]
     assert len(graphs) == before + 1
-    assert_same(ordinary, static, prompts(7, 3), **options)  # padded to the longer one
-    assert widths[4:] == [7]
+    for lengths in ((7, 3), (4, 6)):  # padded to the longer one
+        assert_same(ordinary, static, prompts(*lengths), **options)
+    assert widths[4:] == [7, 6]
+    assert len(graphs) == before + 3  # and one of decoding, for two rows
 
 
 def test_what_is_no_prompt_for_a_compiled_pass_is_read_by_an_ordinary_one(llama, monkeypatch):
@@ -329,27 +332,89 @@ def test_what_is_no_prompt_for_a_compiled_pass_is_read_by_an_ordinary_one(llama,
     assert widths == [8]
 
 
-def test_a_prompt_pass_that_cannot_be_compiled_costs_the_other_passes_nothing(llama):
+def test_a_model_of_another_dtype_is_read_by_an_ordinary_pass_first():
+    passes, widths = watched()
+    model: Any = tiny_model("llama")
+    ordinary, static = pair(model, passes)
+    options = {"mode": "ar", "max_new_tokens": 4, "eos_token_id": []}
+    with warnings.catch_warnings(action="error"):
+        for dtype, read in ((torch.float32, [5]), (torch.float64, [5, 5]), (torch.float32, [5, 5, 5])):
+            model.to(dtype)
+            for _ in range(2):
+                assert_same(ordinary, static, prompts(5), **options)
+            assert widths == read
+        model.to(torch.float32)
+        with torch.autocast("cpu", torch.bfloat16):
+            for _ in range(2):
+                static.generate(**prompts(5), **options)
+    assert widths == [5, 5, 5]
+    assert not passes.failed
+
+
+@pytest.mark.parametrize(
+    ("error", "said", "tries"),
+    [
+        (RuntimeError("no dynamic shapes\nand more"), "without torch.compile: no dynamic shapes$", 1),
+        (torch.OutOfMemoryError("out of memory"), "without torch.compile in this call: out of memory$", 3),
+    ],
+)
+def test_a_prompt_pass_that_fails_costs_the_other_passes_nothing(llama, error, said, tries):
     reads = []
 
     def fails_on_prompts(function):
         def run(decoder, cache, *rest):
             if not cache.seen:
                 reads.append(cache)
-                raise RuntimeError("no dynamic shapes")
+                raise error
             return function(decoder, cache, *rest)
 
         return run
 
     ordinary, static = pair(llama, StaticPasses(fails_on_prompts))
+    options = {"mode": "diffusion", "max_new_tokens": 9}
+    assert_same(ordinary, static, prompts(5, 8), **options)
+    for number in range(1, 4):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert_same(ordinary, static, prompts(5, 8), **options)
+        assert len(caught) == (number <= tries)
+        assert all(re.search("prompts of 'llama' are read " + said, str(one.message)) for one in caught)
+    assert len(reads) == tries
+
+
+@pytest.mark.parametrize("failing", range(6))
+def test_a_call_that_ended_while_its_cache_was_made_harms_no_later_one(failing, monkeypatch):
+    """Three layers have six tensors: the first, and the first that is larger, end at each of them."""
+    ordinary, static = pair(tiny_model("llama", num_hidden_layers=3))
+    options = {"mode": "speculative", "max_new_tokens": 6, "eos_token_id": []}
+    make = StaticPasses.allocate
+
+    def interrupted(batch):
+        left = [failing]
+
+        def allocate(self, *arguments):
+            if not left[0]:
+                raise KeyboardInterrupt
+            left[0] -= 1
+            return make(self, *arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(StaticPasses, "allocate", allocate)
+            with pytest.raises(KeyboardInterrupt):
+                static.generate(**batch, **options)
+
     with warnings.catch_warnings(action="error"):
-        for _ in range(3):
-            assert_same(ordinary, static, prompts(5, 8), mode="diffusion", max_new_tokens=9)
-    assert len(reads) == 1
+        interrupted(prompts(5))
+        for batch in (prompts(5), prompts(9)):
+            assert_same(ordinary, static, batch, **options)
+        interrupted(prompts(5, 6))
+        for batch in (prompts(5), prompts(5, 6), prompts(9)):
+            assert_same(ordinary, static, batch, **options)
+    assert static.passes.reads
 
 
-def test_a_pass_sees_slots_up_to_where_something_may_be(llama):
-    """More slots are seen as the answer grows, never the whole of a long cache at once."""
+def test_a_pass_is_given_the_slots_up_to_where_something_may_be():
+    """More of them as the answer grows, never the whole of a long cache at once."""
     seen: list[tuple[int, int]] = []
 
     def watch(function):
@@ -363,6 +428,14 @@ def test_a_pass_sees_slots_up_to_where_something_may_be(llama):
     assert_same(ordinary, static, prompts(250), mode="ar", max_new_tokens=300, eos_token_id=[])
     assert {size for _, size in seen} == {256, 512, 1024}
     assert all(end <= size <= max(256, 2 * end) for end, size in seen)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_tokens_that_see_nothing_do_no_harm_in_float64(attention):
+    model = tiny_model("llama").double()
+    model.set_attn_implementation(attention)
+    options = {"mode": "speculative", "draft_paths": 2, "draft_length": None, "max_new_tokens": 20}
+    assert_same(*pair(model, block_size=3), prompts(5), eos_token_id=[], **options)
 
 
 @pytest.mark.parametrize("merged", [False, True])

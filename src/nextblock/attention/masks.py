@@ -22,7 +22,9 @@ def to_dense(rule: Rule, query: Places, key: Places | None = None) -> Tensor:
 
 def additive(allowed: Tensor, dtype: torch.dtype, elsewhere: float | None = None) -> Tensor:
     """bool of any shape, True where a query may look -> 0 there; else `elsewhere`, by default the lowest number."""
-    elsewhere = torch.finfo(dtype).min if elsewhere is None else elsewhere
+    # Eager attention takes its softmax in float32, where the lowest float64 would be -inf.
+    lowest = torch.finfo(torch.float32 if dtype == torch.float64 else dtype).min
+    elsewhere = lowest if elsewhere is None else elsewhere
     return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, elsewhere)
 
 

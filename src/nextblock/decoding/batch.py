@@ -3,8 +3,8 @@
 Every pass is one call of `Batch.forward`: the same number Q of tokens for each row, at the row's own position,
 either causal (it reads and extends the context) or with the whole block visible (denoising: what it writes to
 the cache is overwritten by the next pass). Rows of one batch may be in different phases, and those of another batch
-may `join` between two steps. A batch that is given `StaticPasses` runs compiled passes, all but the one that reads the
-prompts; no row can join it.
+may `join` between two steps. A batch that is given `StaticPasses` runs compiled passes, at times for the prompts, too;
+no row can join it.
 
 Letters: B rows, Q tokens of a pass, D hidden size.
 """
@@ -81,7 +81,7 @@ class Batch:
             starts: first slot of each row's tokens, and the position of the first one.
             causal: for each row, whether its tokens see up to themselves or the whole Q.
             groups: other positions, and who sees whom, in place of `causal`.
-            prompt: whether the tokens are those of prompts; one that is long no compiled pass reads.
+            prompt: whether the tokens are those of prompts; `StaticPasses.can_read` says which a compiled pass reads.
         Returns:
             Final hidden states [B, Q, D].
         """
@@ -90,15 +90,19 @@ class Batch:
             row.passes += 1
         with running_split(self.decoder.model):
             cache, width = self.cache, tokens.shape[1]
-            if isinstance(cache, StaticCache) and cache.compiled:
-                passes, hidden = cache.passes, None
-                if not prompt or passes.can_read(cache, width, starts[0]):
-                    hidden = passes.run(self.decoder, cache, self.masks, tokens, starts, causal, groups, prompt)
-                if hidden is not None:
-                    return hidden
+            static = cache if isinstance(cache, StaticCache) and cache.compiled else None
+            if static is not None:
+                passes, dtype = static.passes, self.decoder.model.dtype
+                if not prompt or passes.can_read(tokens, starts[0], dtype):
+                    hidden = passes.run(self.decoder, static, self.masks, tokens, starts, causal, groups, prompt)
+                    if hidden is not None:
+                        return hidden
             view = self.masks.view(starts, width, causal, groups)
             cache.aim(starts, width, view.slots)
-            return self.decoder.hidden(tokens, view.position, view.mask, cache, view.noised)
+            hidden = self.decoder.hidden(tokens, view.position, view.mask, cache, view.noised)
+            if prompt and static is not None:
+                static.passes.learn(static)
+            return hidden
 
     def read(self, start: int, end: int) -> Tensor:
         """Read the tokens `start` ... `end` - 1 of every prompt in one causal pass: hidden states [B, Q, D]."""

@@ -1,9 +1,9 @@
 """Passes whose shapes do not change: compiled, and on CUDA replayed as CUDA graphs.
 
-A recorded graph reads and writes the same addresses in the same shapes each time. So here a pass sees slots that
-nothing is in, under a mask; rows, tokens and slots are rounded up to a few sizes, each compiled once; and the
-cache's memory outlives the batch. Prompts come in every length: on a CPU, where one compiled pass can serve all, short
-ones are read by it, elsewhere and behind `LONG` by ordinary passes.
+A recorded graph reads and writes the same addresses in the same shapes each time. So here a pass is given more
+slots than are filled, and a mask hides the rest; rows, tokens and slots are rounded up to a few sizes, each compiled
+once; and the cache's memory outlives the batch. Prompts come in every length, and are read by ordinary passes; on a
+CPU, where a compiled pass can serve any length, `StaticPasses.can_read` says which need none.
 
 Letters: B rows, Q tokens of a pass, H key-value heads, C slots, D hidden or head size; B and Q rounded up.
 """
@@ -30,14 +30,11 @@ from nextblock.model.costs import rounded_capacity, rounded_rows, rounded_width
 from nextblock.model.decoder import Decoder
 from nextblock.model.draft_adapter import Gate
 
-LIMITS = {"recompile_limit": 256, "accumulated_recompile_limit": 256}
+LIMITS = {"recompile_limit": 512, "accumulated_recompile_limit": 512}
 """Shapes that may be compiled; torch stops at 8."""
 
 LONG = 512
 """Most tokens of a prompt that a compiled pass reads: its mask is dense, and arithmetic is soon all that counts."""
-LEAST_SEEN = {"cpu": 256}
-"""Fewest slots that a compiled pass sees, by kind of device. More elsewhere, where each size costs a long compilation
-and keys that a mask hides cost less than weights."""
 
 _lock = threading.Lock()
 cuda_graphs = partial(torch.compile, mode="reduce-overhead", fullgraph=True, dynamic=False)
@@ -47,16 +44,17 @@ class StaticPasses:
     """Compiled passes of one model, and the memory of the cache that they are compiled for.
 
     failed: a pass could not be compiled; from then on all are ordinary ones. Memory that ran out is no such failure.
+    reads: likewise, False when a pass that reads prompts could not be compiled; from then on these are ordinary ones.
     """
 
     def __init__(self, compiler: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] = cuda_graphs) -> None:
-        self.failed = False
-        self._reads = True
+        self.failed, self.reads = False, True
         self._pass = compiler(_pass)
         self._user: weakref.ref[StaticCache] | None = None
         self._memory: dict[tuple[int, str], Tensor] = {}
         self._slots: dict[tuple[int, str, int, int], Tensor] = {}
         self._compiled: set[tuple[Any, ...]] = set()
+        self._like: list[tuple[Tensor, ...]] = []  # keys and values of each layer, without any slot
 
     def cache(self, rows: int, capacity: int, widest: int) -> SlotCache:
         """A cache of at least `capacity` slots for a new batch whose passes have at most `widest` tokens.
@@ -111,18 +109,21 @@ class StaticPasses:
             self._slots[key] = slots
         return self._slots[key]
 
-    def can_read(self, cache: StaticCache, width: int, start: int) -> bool:
-        """Whether prompts of `width` tokens can be read by a compiled pass into slots `start` on.
+    def learn(self, cache: StaticCache) -> None:
+        """Take in what each layer keeps, from a cache to which an ordinary pass has written."""
+        pairs = zip(cache.keys, cache.values, strict=True)
+        self._like = [tuple(part.new_empty(1, part.shape[1], 0, part.shape[3]) for part in pair) for pair in pairs]
 
-        What a layer keeps is known from an earlier batch.
+    def can_read(self, tokens: Tensor, start: int, dtype: torch.dtype) -> bool:
+        """Whether prompts int64 [B, Q] can be read by a compiled pass into slots `start` on; `dtype`: of the model.
+
+        On a CPU alone, from slot 0 on, 2 to `LONG` tokens, and without rows for filling up. What the layers keep must
+        be known, so the first prompts of a model, of another dtype or on another device are read by an ordinary pass.
         """
-        rows, like = cache.rows, {key[:2]: slots for key, slots in self._slots.items()}
-        alike = rounded_rows(rows) == rows and start == 0 and 1 < width <= LONG and not len(cache)
-        if not (alike and self._reads and like and next(iter(like.values())).device.type == "cpu"):
-            return False
-        for (layer, part), slots in sorted(like.items()):
-            (cache.keys if part == "keys" else cache.values).append(cache.allocate(layer, part, slots))
-        return True
+        (rows, width), device = tokens.shape, tokens.device
+        fits = rounded_rows(rows) == rows and start == 0 and 1 < width <= LONG
+        known = bool(self._like) and (self._like[0][0].dtype, self._like[0][0].device) == (dtype, device)
+        return self.reads and fits and known and device.type == "cpu" and not torch.is_autocast_enabled("cpu")
 
     def run(
         self,
@@ -135,8 +136,10 @@ class StaticPasses:
         groups: Groups | None = None,
         prompt: bool = False,
     ) -> Tensor | None:
-        """One pass, as `Batch.forward` describes it; `prompt`: as `can_read` allows it.
+        """One pass, as `Batch.forward` describes it.
 
+        Args:
+            prompt: the tokens are those of prompts that `can_read` allows.
         Returns:
             Final hidden states [B, Q, D], or None if the pass could not be compiled.
         """
@@ -146,7 +149,11 @@ class StaticPasses:
         last = [-1 if alone else start + width - 1 for start, alone in zip(starts, causal, strict=True)]
         lines = [*zip(starts, last, strict=True), *[(0, -1)] * (shape[0] - rows)]
         lines = on_device(lines, device)
-        cache.aim_static(shape[0], end, 0 if prompt else self._seen(cache, end, device))
+        if prompt:
+            cache.fill(self._like)
+        # Elsewhere than on a CPU all slots, which makes fewer sizes to compile.
+        seen = min(cache.capacity, rounded_capacity(end)) if device.type == "cpu" else cache.capacity
+        cache.aim_static(shape[0], end, 0 if prompt else seen)
         noised: Gate | None = None if any(causal) and not all(causal) else not all(causal)
         position = seen = None
         if groups is not None:
@@ -176,32 +183,36 @@ class StaticPasses:
                 hidden = self._pass(decoder, cache, filled, lines, position, seen, gate, windows, max_positions)
             self._compiled.add(key)
         except Exception as error:  # of many kinds; what is no fault of the compiler comes again in the ordinary pass
-            cache.target, self._reads = None, self._reads and not prompt
-            if not prompt:
-                self._fail(error, cache, decoder.model.config.model_type)
+            self._fail(error, cache, decoder.model.config.model_type, prompt)
             return None
         return hidden[:rows, :width].clone()  # the next replay writes where `hidden` is
 
-    def _seen(self, cache: StaticCache, end: int, device: torch.device) -> int:
-        return min(cache.capacity, rounded_capacity(max(end, LEAST_SEEN.get(device.type, 1024))))
+    def _fail(self, error: Exception, cache: StaticCache, kind: str, prompt: bool) -> None:
+        """Let the batch of `cache` go on with ordinary passes, and all later ones unless memory ran out; warn.
 
-    def _fail(self, error: Exception, cache: StaticCache, kind: str) -> None:
-        """Let the batch of `cache` go on with ordinary passes, and all later ones unless memory ran out; warn."""
+        prompt: this is so for passes that read prompts alone.
+        """
         cause = getattr(error, "inner_exception", error)  # what the compiler stumbled over
-        self.failed = not isinstance(cause, torch.OutOfMemoryError)
-        self.release(cache)
-        self._memory.clear()  # this batch keeps its own until it ends
-        self._slots.clear()
-        self._compiled.clear()
+        lasts, cache.target = not isinstance(cause, torch.OutOfMemoryError), None
+        if prompt:
+            self.reads, what = not lasts, f"prompts of '{kind}' are read"
+            cache.empty()
+        else:
+            self.failed, what = lasts, f"decoding of '{kind}' goes on"
+            self._memory.clear()  # this batch keeps its own until it ends
+            self._slots.clear()
+            self._compiled.clear()
+            self.release(cache)
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        until = "" if self.failed else " to the end of this call"
-        warnings.warn(f"decoding of '{kind}' goes on without torch.compile{until}: {reason[0]}", stacklevel=3)
+        until = "" if lasts else " in this call" if prompt else " to the end of this call"
+        warnings.warn(f"{what} without torch.compile{until}: {reason[0]}", stacklevel=3)
 
 
 class StaticCache(SlotCache):
-    """A `SlotCache` in the memory of `StaticPasses`; a static pass writes to `target` and sees the first slots.
+    """A `SlotCache` in the memory of `StaticPasses`; a static pass writes to `target`.
 
-    compiled: whether passes may still be static ones. seen: how many slots; 0: as many as it has tokens.
+    compiled: whether passes may still be static ones.
+    seen: slots that a static pass is given, the first ones; 0: as many as the pass has tokens.
     """
 
     def __init__(self, passes: StaticPasses, rows: int, capacity: int) -> None:
@@ -215,6 +226,18 @@ class StaticCache(SlotCache):
     def allocate(self, layer: int, part: str, states: Tensor) -> Tensor:
         """As in `SlotCache`."""
         return self.passes.allocate(layer, part, rounded_rows(self.rows), self.capacity, states)[: self.rows]
+
+    def fill(self, like: list[tuple[Tensor, ...]]) -> None:
+        """Allocate all layers; `like`: for each, tensors like its keys and values."""
+        for layer, (keys, values) in enumerate(like):
+            self.keys.append(self.allocate(layer, "keys", keys))
+            self.values.append(self.allocate(layer, "values", values))
+
+    def empty(self) -> None:
+        """Forget what is allocated: the pass that was to write to it did not come to its end."""
+        self.keys.clear()
+        self.values.clear()
+        self._rounded = 0
 
     def aim_static(self, rows: int, end: int, seen: int) -> None:
         """Set the rounded number of rows of the next static pass, the end of what it writes, and what it sees."""
