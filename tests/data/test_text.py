@@ -85,3 +85,15 @@ def test_a_stop_string_sees_special_tokens_which_the_text_does_not_show(stop, te
     pieces, stopped = shown(tokenizer, tokenizer("abc<t>def<t>gh")["input_ids"], [stop])
     assert "".join(pieces) == text
     assert stopped == (text != "abcdefgh")
+
+
+@pytest.mark.parametrize(
+    ("stop", "text"), [("<t>", "ab\ufffd"), ("b\ufffd<t>", "a"), ("<t>x", "ab\ufffdcd"), ("é", "ab\ufffdcd")]
+)
+def test_a_special_token_ends_a_text_whose_last_character_is_not_whole(stop, text):
+    tokenizer = byte_level()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<t>"]})
+    begin, special, rest = (tokenizer(part)["input_ids"] for part in ("abé", "<t>", "cd"))
+    pieces, stopped = shown(tokenizer, begin[:-1] + special + rest, [stop])
+    assert "".join(pieces) == text
+    assert stopped == (text != "ab\ufffdcd")

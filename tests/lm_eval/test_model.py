@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import statistics
 from importlib import resources
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ import nextblock as nb
 import nextblock.lm_eval
 from lm_eval import simple_evaluate
 from nextblock.lm_eval.__main__ import main
+from nextblock.lm_eval.generation import TOP_K
 from nextblock.lm_eval.model import NextblockLM
 from nextblock.tasks import get_task
 
@@ -182,7 +185,131 @@ def test_in_blocks_of_one_the_bound_is_the_exact_likelihood_and_in_larger_ones_i
     results, _ = evaluate(manager, ["choices"], ours(likelihood="diffusion", block_size=8, mc_num=4), limit=2)
     told = results["config"]["nextblock"]
     assert told["likelihood"] == "diffusion (bound, 4 draws)"
-    assert 0 < told["likelihood_standard_error"] < math.inf
+    assert list(told["likelihood_standard_error"]) == ["choices"]
+    assert 0 < told["likelihood_standard_error"]["choices"] < math.inf
+
+
+def request(*args: Any, task: str = "t") -> Any:
+    return SimpleNamespace(args=args, task_name=task)
+
+
+def test_the_error_of_a_long_text_is_that_of_the_sum_of_its_windows():
+    model = ours(likelihood="diffusion", block_size=16, mc_num=4, max_length=40)
+    text = PROBLEMS[0].prompt + PROBLEMS[0].completion
+    values = []
+    for number in range(24):  # other texts of the same kind have other noise
+        values.append(model.loglikelihood_rolling([request(text + " " * (number % 3) + "x" * number)])[0])
+    one = model.loglikelihood_rolling([request(text, task="one"), request(text, task="two")])
+    told = model.get_model_info()["nextblock"]["likelihood_standard_error"]
+    assert one[0] == one[1]
+    assert told["one"] == told["two"] > 0
+    windows = len(model.tok_encode(text)) / 39
+    assert windows > 2
+    model.loglikelihood_rolling([request(text[:30], task="one")])
+    assert told["one"] > model.get_model_info()["nextblock"]["likelihood_standard_error"]["one"]
+    assert statistics.stdev(values) > 0
+
+
+def test_no_score_and_no_sample_depends_on_what_else_is_asked(manager, tmp_path):
+    bound = {"likelihood": "diffusion", "mc_num": 2}
+    alone = evaluate(manager, ["sentences"], ours(**bound), limit=2)[1]
+    beside = evaluate(manager, ["choices", "sentences"], ours(**bound), limit=2)[1]
+    assert alone["sentences"] == beside["sentences"]
+    cache = str(tmp_path / "cache")
+    evaluate(manager, ["sentences"], ours(**bound), limit=1, use_cache=cache)
+    assert evaluate(manager, ["sentences"], ours(**bound), limit=2, use_cache=cache)[1] == alone
+
+
+def sampled(torch_seed: int, count: int, **more: Any) -> list[str]:
+    torch.manual_seed(torch_seed)
+    given = {"until": [], "do_sample": True, "temperature": 20.0, "max_gen_toks": 8, **more}
+    return ours(mode="ar").generate_until([request(PROBLEMS[0].prompt, given)] * count)
+
+
+def test_samples_of_neighbouring_seeds_are_not_the_same_ones():
+    found = [sampled(seed, 4) for seed in (1, 2, 3)]
+    assert len({text for texts in found for text in texts}) > 10
+    assert sampled(1, 4) == found[0]
+    assert sampled(5, 2, seed=7) == sampled(6, 2, seed=7)
+    assert sampled(5, 2, seed=7) != sampled(5, 2, seed=8)
+
+
+def test_figures_are_those_of_the_last_run_alone(manager):
+    model = ours(mode="speculative")
+    evaluate(manager, ["answers"], model, limit=2)
+    again = evaluate(manager, ["answers"], model, limit=1, gen_kwargs="max_gen_toks=4,mode=ar")[0]
+    told = again["config"]["nextblock"]
+    assert told["tokens_per_forward"] == {"answers": 1.0}
+    assert told["mode"] == "ar"
+    assert model.get_model_info()["nextblock"]["tokens_per_forward"] == {}
+
+
+@pytest.fixture(scope="module")
+def copied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """tiny-bd with values in its generation config that change answers."""
+    folder = tmp_path_factory.mktemp("copied") / "model"
+    shutil.copytree(ASSETS / "tiny-bd", folder)
+    values = {"repetition_penalty": 1.3, "no_repeat_ngram_size": 5, "top_k": 2, "temperature": 1.5}
+    config = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps(config | values))
+    return folder
+
+
+@pytest.mark.parametrize("mode", ["ar", "speculative"])
+def test_penalties_of_the_generation_config_act_as_in_the_harness_s_own_model(manager, copied, mode):
+    arguments = {"pretrained": str(copied), "dtype": "float32"}
+    theirs = evaluate(manager, ["answers"], "hf", model_args=arguments, device="cpu")[1]
+    model = ours(pretrained=str(copied), mode=mode, batch_size=2)
+    assert evaluate(manager, ["answers"], model)[1] == theirs
+    plain = evaluate(manager, ["answers"], model, gen_kwargs="repetition_penalty=1.0,no_repeat_ngram_size=0")[1]
+    assert plain != theirs
+
+
+def test_sampling_values_left_out_are_the_checkpoint_s_and_then_those_of_transformers(copied, caplog):
+    def first(folder: Any, count: int, **more: Any) -> set[str]:
+        torch.manual_seed(0)
+        given = {"until": [], "do_sample": True, "max_gen_toks": 1, "repetition_penalty": 1.0, **more}
+        return set(
+            ours(pretrained=str(folder), mode="ar", batch_size=64).generate_until([request("a", given)] * count)
+        )
+
+    assert len(first(copied, 64)) == 2
+    assert len(first(copied, 64, top_k=3, temperature=100.0)) == 3
+    assert 30 < len(first(ASSETS / "tiny-bd", 400, temperature=100.0)) <= TOP_K
+    assert len(first(ASSETS / "tiny-bd", 400, temperature=100.0, top_k=0)) > TOP_K
+    model = ours(pretrained=str(copied), mode="diffusion")
+    with caplog.at_level("WARNING"):
+        model.generate_until([request("a", {"until": [], "max_gen_toks": 4})])
+    assert "repetition_penalty=1.3 of generation_config.json does not act in diffusion mode" in caplog.text
+    with pytest.raises(nb.UsageError, match=r"repetition_penalty=1\.1 acts in ar and speculative mode alone"):
+        model.generate_until([request("a", {"until": [], "repetition_penalty": 1.1})])
+
+
+def test_a_draft_adapter_drafts_and_thoughts_end_at_a_text_or_a_token():
+    model = ours(pretrained="tiny-ar", draft_adapter="tiny-draft")
+    assert model.config_of_mode.mode == "speculative"
+    given = {"until": None, "stop": "\n", "max_gen_toks": 40}
+    whole = model.generate_until([request(PROBLEMS[0].prompt, given)])[0]
+    assert "=" in whole
+    assert "\n" not in whole
+    ids = model.tok_encode("=")
+    for end in (ids[0], "="):
+        thinking = ours(pretrained="tiny-ar", draft_adapter="tiny-draft", think_end_token=end)
+        assert thinking.generate_until([request(PROBLEMS[0].prompt, given)])[0] == whole.split("=")[-1].lstrip()
+
+
+@pytest.mark.parametrize("pair", [("a", ""), ("", ""), ("", "<eos>")])
+def test_a_continuation_without_a_token_is_named(pair):
+    model = ours(mode="ar")
+    context, continuation = (part.replace("<eos>", model.tokenizer.eos_token) for part in pair)
+    with pytest.raises(nb.UsageError, match="a continuation has no token of its own"):
+        model.loglikelihood([request(context, continuation)])
+
+
+def test_an_error_stands_on_a_line_of_its_own_behind_the_progress_bar(capfd):
+    with pytest.raises(nb.UsageError):
+        ours().generate_until([request("a", {"until": [], "unknown_key": 1})])
+    assert capfd.readouterr().err.endswith("\n")
 
 
 def test_few_shot_chat_templates_limit_and_cache_work_and_cached_answers_cost_no_pass(manager, tmp_path):
@@ -209,7 +336,15 @@ def test_few_shot_chat_templates_limit_and_cache_work_and_cached_answers_cost_no
         ({"mod": "ar"}, "unknown key 'mod'; did you mean 'mode'?"),
         ({"draft_adaptor": "x"}, "did you mean 'draft_adapter'?"),
         ({"mode": "fast"}, "mode='fast': unknown mode"),
-        ({"temperature": 1}, "--gen_kwargs temperature=1"),
+        ({"temperature": 1}, "--gen_kwargs do_sample=true,temperature=1"),
+        ({"max_new_tokens": 9}, "--gen_kwargs max_gen_toks=9"),
+        ({"max_gen_toks": 9}, "--gen_kwargs max_gen_toks=9"),
+        ({"tokenizer": "x"}, "unknown key 'tokenizer'; choose from"),
+        ({"device": "foo"}, "device=foo: "),
+        ({"prefix_token_id": 9999}, "prefix_token_id=9999 is outside the vocabulary of 264"),
+        ({"enable_thinking": True}, "think_end_token is required"),
+        ({"pretrained": "tiny-ar", "mode": "speculative"}, "give a draft adapter"),
+        ({"batch_size": "auto:x"}, "batch_size=auto:x is unknown"),
         ({"mc_num": 1}, "mc_num=1 must be at least 2"),
         ({"batch_size": "many"}, "batch_size=many is unknown"),
         ({"pretrained": "tiny-ar", "mode": "diffusion"}, "has no block_diffusion settings"),
@@ -232,6 +367,15 @@ def test_unknown_generation_arguments_and_a_prompt_without_room_end_in_one_line(
         evaluate(manager, ["answers"], ours(), gen_kwargs="treshold=0.5")
     with pytest.raises(nb.UsageError, match="max_gen_toks=48 leaves no room"):
         evaluate(manager, ["answers"], ours(max_length=40))
+
+
+def test_an_input_longer_than_the_context_is_cut_to_it(caplog):
+    with caplog.at_level("WARNING"):
+        model = ours(mode="ar", max_length=4000, batch_size="auto:4")
+    assert "max_length=4000 is more than the model's context; 2048 is taken" in caplog.text
+    assert model.max_length == 2048
+    assert model.batch_size == "auto"
+    assert len(model.generate_until([request("a " * 1500, {"until": [], "max_gen_toks": 2})])) == 1
 
 
 def test_a_checkpoint_without_a_tokenizer_is_named(tmp_path):

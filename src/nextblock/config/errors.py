@@ -15,7 +15,7 @@ class TrainingStopped(UsageError):
     """A run that cannot go on, after steps that were well: what it has written is worth a look."""
 
 
-def nearest(word: str, choices: Sequence[str], likeness: float = 0.5) -> str:
+def nearest(word: str, choices: Sequence[str], likeness: float = 0.6) -> str:
     """`; did you mean 'x'?` for the choice most like `word`, or the list of all choices."""
     close = difflib.get_close_matches(word, choices, n=1, cutoff=likeness)
     return f"; did you mean '{close[0]}'?" if close else f"; choose from {', '.join(choices)}"

@@ -41,8 +41,14 @@ class TextStream:
         self.offset = self._characters
         before = self._decode(self.tokens[self._window : self._read])
         now = self._decode(self.tokens[self._window :])
-        if self.stop and self.skip and now == before and not self._decode([token]):
-            return self._release(self.tokenizer.decode([token]), hidden=True)
+        pending = now[len(before) :]
+        if self.stop and self.skip and not pending.strip(INCOMPLETE) and not self._decode([token]):
+            special = self.tokenizer.decode([token])
+            if not pending:
+                return self._release(special, hidden=True)
+            if any(one in self._held + pending + special for one in self.stop):
+                self._window = self._read = len(self.tokens)  # what was no whole character will not become one
+                return self._release(pending) + ("" if self.stopped else self._release(special, hidden=True))
         if now.endswith(INCOMPLETE) or len(now) <= len(before):
             return ""
         if self._read < len(self.tokens) - 1:  # bytes in front of it may have been no character after all

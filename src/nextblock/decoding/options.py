@@ -130,7 +130,7 @@ def resolve_config(
         if config.mode != "ar":
             raise UsageError(
                 f"mode={config.mode!r}: this checkpoint has no block_diffusion settings, so it works in ar mode "
-                "only; use mode='ar', or adapt it with `nextblock adapt`"
+                "only; use mode='ar', give a draft adapter, or adapt it with `nextblock adapt`"
             )
         return config
     size = config.block_size or settings.block_size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 
 from nextblock.config.errors import UsageError, require
 
@@ -19,6 +20,9 @@ def main() -> None:
             if (said := str(error)).startswith("Tasks not found"):
                 cure = "`lm_eval ls tasks` lists the harness's own, --include_path FOLDER adds yours"
                 raise UsageError(f"{said}; {cure}") from None
+            where = traceback.extract_tb(error.__traceback__)[-1].filename
+            if any(f"/{package}/" in where for package in ("lm_eval", "transformers")):  # what they refuse
+                raise UsageError(said) from None
             raise
     except UsageError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

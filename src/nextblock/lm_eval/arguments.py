@@ -11,8 +11,14 @@ from nextblock.config.errors import UsageError
 from nextblock.config.sections import Section, validate
 from nextblock.decoding.options import DecodingConfig
 
-OF_A_TASK = ("max_new_tokens", "temperature", "top_p", "top_k")
-"""Decoding options that tasks set for themselves, and `--gen_kwargs` for all of them."""
+OF_A_TASK = {
+    "max_new_tokens": "max_gen_toks={}",
+    "max_gen_toks": "max_gen_toks={}",
+    "temperature": "do_sample=true,temperature={}",
+    "top_p": "do_sample=true,top_p={}",
+    "top_k": "do_sample=true,top_k={}",
+}
+"""What tasks set for themselves, and how `--gen_kwargs` sets it for all of them."""
 
 
 class ModelArguments(Section):
@@ -40,8 +46,12 @@ class ModelArguments(Section):
         default=None, description="token in front of an empty context; default: the begin token, else the end token"
     )
     enable_thinking: bool | None = Field(default=None, description="handed to the chat template")
-    think_end_token: str | None = Field(default=None, description="text up to which an answer is thought and cut")
-    batch_size: int | str = Field(default=1, description="prompts decoded together; auto: as many as memory holds")
+    think_end_token: int | str | None = Field(
+        default=None, description="text, or id of a token, up to which an answer is thought and cut"
+    )
+    batch_size: int | str = Field(
+        default=1, description="prompts decoded together; auto, or auto:N: as many as memory holds"
+    )
     max_batch_size: int = Field(default=64, ge=1, description="of batch_size=auto")
 
 
@@ -51,19 +61,24 @@ def read_arguments(given: Mapping[str, Any]) -> tuple[ModelArguments, dict[str, 
     Raises:
         UsageError: an unknown argument, one that belongs elsewhere, or a value out of its limits.
     """
-    for name in OF_A_TASK:
+    for name, form in OF_A_TASK.items():
         if name in given:
             raise UsageError(
                 f"{name}={given[name]} is not a model argument: tasks set it; replace it in all of them with "
-                f"--gen_kwargs {name}={given[name]}"
+                f"--gen_kwargs {form.format(given[name])}"
             )
     own = {name for name in DecodingConfig.model_fields if name not in OF_A_TASK}
     # A class made here, so that an unknown name is compared with all of them.
     both = type("Arguments", (DecodingConfig, ModelArguments), {})
     values = {name: None if value == "none" else value for name, value in given.items()}
+    if values.get("draft_adapter") is not None:
+        values.setdefault("mode", "speculative")  # what a draft adapter is for
+    if (told := values.get("batch_size")) is not None:
+        size, _, again = str(told).partition(":")  # auto:N looks anew N times, for which there is no need here
+        if again and size == "auto" and again.isdecimal():
+            values["batch_size"] = size
+        elif again or (size != "auto" and not (size.isdecimal() and int(size))):
+            raise UsageError(f"batch_size={told} is unknown; use a number of 1 or more, or auto")
     checked = validate(both, values)
     arguments = ModelArguments(**{name: getattr(checked, name) for name in ModelArguments.model_fields})
-    size = str(arguments.batch_size)
-    if size != "auto" and not (size.isdecimal() and int(size)):
-        raise UsageError(f"batch_size={size} is unknown; use a number of 1 or more, or auto")
     return arguments, {name: getattr(checked, name) for name in checked.model_fields_set & own}

@@ -1,8 +1,8 @@
 """`NextblockLM`: what the harness asks of a model, answered by this package's decoding and likelihoods.
 
 Tokenisation, truncation, chat templates and stop strings are those of the harness's own `hf` model, whose class it
-extends; what differs is how tokens are generated and scored. No score depends on the batch size: sampled answers draw
-from a seed of their own, and the passes that score a request are chosen by the request.
+extends; what differs is how tokens are generated and scored. No score depends on the batch size, or on what else is
+asked: sampled answers and draws of noise have a seed made of the request, and so are the passes that score one.
 """
 
 from __future__ import annotations
@@ -11,22 +11,27 @@ import json
 import logging
 import math
 import os
+import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from lm_eval.models.huggingface import HFLM
-from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.models.utils import postprocess_generated_text
 from tqdm import tqdm
 
 from lm_eval import utils
-from nextblock.config.errors import UsageError
+from nextblock.config.errors import UsageError, one_line
 from nextblock.data.rows import Document, collate
-from nextblock.decoding.lm import load
-from nextblock.decoding.options import resolve_config
-from nextblock.lm_eval.arguments import read_arguments
+from nextblock.decoding.lm import BlockDiffusionLM, load
+from nextblock.decoding.options import DecodingConfig, resolve_config
+from nextblock.decoding.request import make_request
+from nextblock.lm_eval.arguments import ModelArguments, read_arguments
+from nextblock.lm_eval.generation import Asked, asked, seed_of
 from nextblock.model.loading import no_tokenizer
 from nextblock.recipe.cross_entropy import chunk_rows, cross_entropy
 from nextblock.recipe.likelihood import bound_nats
@@ -35,6 +40,11 @@ PASS_TOKENS = 2**14
 """Tokens of one pass that scores requests on a GPU. On CPU each goes alone, which is as fast and rounds alike."""
 VIEW_TOKENS, MOST_VIEWS = 2**11, 16
 """Noised tokens of one pass of the diffusion bound, and draws in it."""
+
+NOTHING = (
+    "a continuation has no token of its own: it is empty, or the tokenizer joins it with its context; let it begin "
+    "where a token begins"
+)
 
 log = logging.getLogger(__name__)
 Item = TypeVar("Item")
@@ -76,36 +86,41 @@ class NextblockLM(Base):
         if lm.settings is None:
             decoding.setdefault("mode", "ar")
         config = resolve_config(lm.settings, decoding)
-        with _quiet("lm_eval.models.huggingface"):
-            super().__init__(
-                pretrained=lm.model,
-                tokenizer=None if arguments.add_bos_token is not None else lm.tokenizer,
-                backend="causal",
-                batch_size=arguments.batch_size,
-                **{
-                    name: getattr(arguments, name)
-                    for name in (
-                        "revision",
-                        "trust_remote_code",
-                        "max_length",
-                        "add_bos_token",
-                        "prefix_token_id",
-                        "enable_thinking",
-                        "think_end_token",
-                        "max_batch_size",
-                    )
-                },
-            )
-        lm.tokenizer = self.tokenizer
-        self.lm, self.arguments, self.decoding, self.config_of_mode = lm, arguments, decoding, config
-        self.likelihood = arguments.likelihood
-        self.spent: dict[str, list[int]] = {}
-        self.bound_errors: list[float] = []
-        if self.likelihood == "diffusion" and lm.settings is None:
+        if arguments.likelihood == "diffusion" and lm.settings is None:
             raise UsageError(
                 "likelihood=diffusion: this checkpoint has no block_diffusion settings; use likelihood=ar, or adapt "
                 "it with `nextblock adapt`"
             )
+        self._init_base(lm, arguments)
+        lm.tokenizer = self.tokenizer
+        self.lm, self.arguments, self.decoding, self.config_of_mode = lm, arguments, decoding, config
+        self.likelihood = arguments.likelihood
+        self.spent: dict[str, list[int]] = {}
+        self.used: dict[str, DecodingConfig] = {}
+        self.errors: dict[str, list[float]] = {}
+
+    def _init_base(self, lm: BlockDiffusionLM, arguments: ModelArguments) -> None:
+        """Let the harness's own model take its arguments; what it refuses is a UsageError."""
+        longest, context = arguments.max_length, lm.decoder.max_positions
+        if longest is not None and context is not None and longest > context:
+            log.warning("max_length=%d is more than the model's context; %d is taken", longest, context)
+            longest = context
+        names = ("revision", "trust_remote_code", "add_bos_token", "prefix_token_id", "enable_thinking")
+        names = (*names, "think_end_token", "max_batch_size", "batch_size")
+        try:
+            with _quiet("lm_eval.models.huggingface"):
+                super().__init__(
+                    pretrained=lm.model,
+                    tokenizer=None if arguments.add_bos_token is not None else lm.tokenizer,
+                    backend="causal",
+                    max_length=longest,
+                    **{name: getattr(arguments, name) for name in names},
+                )
+        except ValueError as error:
+            raise UsageError(one_line(error)) from None
+        prefix = arguments.prefix_token_id
+        if prefix is not None and not 0 <= prefix < lm.decoder.vocabulary:
+            raise UsageError(f"prefix_token_id={prefix} is outside the vocabulary of {lm.decoder.vocabulary}")
 
     # Answers --------------------------------------------------------------------------------------
 
@@ -115,62 +130,77 @@ class NextblockLM(Base):
         Requests of one task with equal arguments are decoded together, longest contexts first. The tokens that a
         forward pass gained are kept for `get_model_info`.
         """
+        self.spent, self.used = {}, {}
         groups: dict[tuple[str, str], list[int]] = {}
         for i, request in enumerate(requests):
             groups.setdefault((request.task_name or "", json.dumps(request.args[1], default=str)), []).append(i)
-        texts, start = [""] * len(requests), torch.initial_seed() % 2**62
-        bar = tqdm(total=len(requests), disable=disable_tqdm, desc="Running generate_until requests")
-        for (task, _), members in groups.items():
-            until, limit, options = self._options(requests[members[0]].args[1])
-            room = self.max_length - limit
-            if room < 1:
-                raise UsageError(
-                    f"max_gen_toks={limit} leaves no room for a prompt in the {self.max_length} tokens of the model; "
-                    "use less (--gen_kwargs max_gen_toks=...)"
-                )
-            encoded = {i: self._context(requests[i].args[0], room) for i in members}
-            members.sort(key=lambda i: -len(encoded[i]))
-
-            def answer(
-                batch: list[int],
-                encoded: dict[int, list[int]] = encoded,
-                options: dict[str, Any] = options,
-                task: str = task,
-            ) -> list[list[int]]:
-                seeds = [start + i for i in batch]
-                out = self.lm.generate({"input_ids": [encoded[i] for i in batch]}, seed=seeds, **options)  # pyright: ignore
-                spent = self.spent.setdefault(task, [0, 0])
-                spent[0] += out.stats.new_tokens
-                spent[1] += sum(out.stats.row_forwards.values())
-                return out.answers
-
-            for i, ids in self._in_batches(members, answer):
-                text = postprocess_generated_text(self.tok_decode(ids), until, self.arguments.think_end_token)
-                texts[i] = text
-                self.cache_hook.add_partial("generate_until", requests[i].args, text)
-                bar.update(1)
-        bar.close()
+        texts, met = [""] * len(requests), Counter[str]()
+        with tqdm(total=len(requests), disable=disable_tqdm, desc="Running generate_until requests") as bar:
+            for (task, said), members in groups.items():
+                wish = self._asked(requests[members[0]].args[1])
+                room = self.max_length - wish.limit
+                if room < 1:
+                    raise UsageError(
+                        f"max_gen_toks={wish.limit} leaves no room for a prompt in the {self.max_length} tokens of "
+                        "the model; use less (--gen_kwargs max_gen_toks=...)"
+                    )
+                prompts = {i: self._context(requests[i].args[0], room) for i in members}
+                start = torch.initial_seed() if wish.seed is None else wish.seed
+                seeds = {}
+                for i in members:  # each repetition of a request has a seed of its own
+                    key = f"{said} {prompts[i]}"
+                    seeds[i] = seed_of(start, said, prompts[i], met[key])
+                    met[key] += 1
+                members.sort(key=lambda i: -len(prompts[i]))
+                for i, ids in self._in_batches(members, partial(self._answer, task, wish, prompts, seeds)):
+                    texts[i] = self._text(ids, wish.until)
+                    self.cache_hook.add_partial("generate_until", requests[i].args, texts[i])
+                    bar.update(1)
         for task, (tokens, forwards) in self.spent.items():
             log.info("%s: %.3f tokens per forward (%d / %d)", task, tokens / forwards, tokens, forwards)
         return texts
 
-    def _options(self, given: dict[str, Any]) -> tuple[list[str], int, dict[str, Any]]:
-        """Stop strings, the most new tokens, and the options of `generate`, from a task's generation arguments."""
-        kwargs: dict[str, Any] = dict(normalize_gen_kwargs(given, self.max_gen_toks))
-        until = handle_stop_sequences(kwargs.pop("until"), eos=self.tok_decode(self.eot_token_id, False))
-        limit, sampled = kwargs.pop("max_gen_toks"), kwargs.pop("do_sample")
-        temperature = float(kwargs.pop("temperature", 1.0 if sampled else 0.0))
-        if kwargs.get("num_beams") == 1:
-            del kwargs["num_beams"]
-        options = {**self.decoding, **kwargs, "temperature": temperature if sampled else 0.0, "max_new_tokens": limit}
-        return until, limit, {**options, "stop": [one for one in until if one]}
+    def _asked(self, given: dict[str, Any]) -> Asked:
+        end = None if self.eot_token_id is None else self.tok_decode(self.eot_token_id, False)
+        config, mode = self.lm.model.generation_config, self.config_of_mode.mode
+        return asked(given, self.decoding, config, mode, end, self.max_gen_toks)
+
+    def _answer(
+        self, task: str, wish: Asked, prompts: dict[int, list[int]], seeds: dict[int, int], batch: list[int]
+    ) -> list[list[int]]:
+        """The token ids with which these requests are answered."""
+        lm, options = self.lm, {**wish.options, "seed": [seeds[i] for i in batch]}
+        given: Any = {"input_ids": [prompts[i] for i in batch]}
+        request = make_request(lm.decoder, lm.tokenizer, lm.settings, given, options)
+        stream = lm.run(request, time.perf_counter(), wish.processor)
+        for _ in stream:
+            pass
+        self.used[task] = request.config
+        spent = self.spent.setdefault(task, [0, 0])
+        spent[0] += stream.stats.new_tokens
+        spent[1] += sum(stream.stats.row_forwards.values())
+        return [row.answer for row in stream.rows]
+
+    def _text(self, ids: list[int], until: list[str]) -> str:
+        """The text of an answer, without what was thought in front of it, and cut before the first stop string."""
+        end = self.think_end_token
+        if isinstance(end, int):
+            last = max((n + 1 for n, token in enumerate(ids) if token == end), default=0)
+            return postprocess_generated_text(self.tok_decode(ids[last:]).lstrip(), until, None)
+        return postprocess_generated_text(self.tok_decode(ids), until, end)
 
     def _context(self, text: str, room: int) -> list[int]:
         """Token ids of a context, cut on the left."""
         ids = self.tok_batch_encode([text])[0][0].tolist() if text else []
         if len(ids) > room:
             log.warning("a context of %d tokens is cut on the left to the last %d", len(ids), room)
-        return ids[-room:] or [self.prefix_token_id]
+        return ids[-room:] or [self._prefix()]
+
+    def _prefix(self) -> int:
+        """The token in front of an empty context."""
+        if self.prefix_token_id is None:
+            raise UsageError("the tokenizer has neither a begin nor an end token: set prefix_token_id")
+        return self.prefix_token_id
 
     def _in_batches(
         self, items: Sequence[Item], run: Callable[[list[Item]], Iterable[Result]]
@@ -193,23 +223,36 @@ class NextblockLM(Base):
 
     # Likelihoods ----------------------------------------------------------------------------------
 
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """(log p of the continuation, whether it is what greedy decoding gives) of each request   (as `hf`)."""
+        self._owners = [(request.task_name or "", i) for i, request in enumerate(requests)]
+        if any(not request.args[0] for request in requests):
+            self._prefix()
+        if any(not request.args[1] for request in requests):
+            raise UsageError(NOTHING)
+        try:
+            return super().loglikelihood(requests, disable_tqdm)
+        except ValueError as error:  # thinking, which no likelihood allows for
+            raise UsageError(one_line(error)) from None
+
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """log p of each whole text, each token scored once, in windows of the longest input   (as `hf`)."""
         windows: list[Encoded] = []
-        owners: list[int] = []
+        owners: list[tuple[str, int]] = []
         longest = self.max_length - (self._measure() == "diffusion")
         for i, request in enumerate(requests):
             pairs = utils.get_rolling_token_windows(
                 token_list=self.tok_encode(request.args[0]),
-                prefix_token=self.prefix_token_id,
+                prefix_token=self._prefix(),
                 max_seq_len=longest,
                 context_len=1,
             )
             for context, continuation in map(utils.make_disjoint_window, pairs):
                 windows.append((None, context, continuation))
-                owners.append(i)
+                owners.append((request.task_name or "", i))
+        self._owners = owners
         totals = [0.0] * len(requests)
-        for i, (value, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm), strict=True):
+        for (_, i), (value, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm), strict=True):
             totals[i] += value
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
@@ -236,6 +279,8 @@ class NextblockLM(Base):
         diffusion = self._measure() == "diffusion"
         sequences: dict[tuple[int, ...], list[int]] = {}
         for i, (_, context, continuation) in enumerate(requests):
+            if not continuation:
+                raise UsageError(NOTHING)
             if len(continuation) > self.max_length - diffusion:
                 raise UsageError(
                     f"a continuation has {len(continuation)} tokens, more than the {self.max_length} of the model; "
@@ -245,19 +290,23 @@ class NextblockLM(Base):
             sequences.setdefault(seen, []).append(i)  # one pass for continuations that differ in the last token
         order = sorted(sequences, key=lambda tokens: (-len(tokens), tokens))
         found: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-        bar = tqdm(total=len(requests), disable=disable_tqdm, desc="Running loglikelihood requests")
-        for batch in _by_size(order, PASS_TOKENS if self.lm.decoder.device.type != "cpu" else 1):
-            for row, hidden in zip(batch, self._states(batch), strict=True):
-                for i in sequences[row]:
-                    texts, _, continuation = requests[i]
-                    value, greedy = self._score(hidden[-len(continuation) :], continuation, texts is None)
-                    if diffusion:
-                        value = self._bound([*row, continuation[-1]], len(continuation), i)
-                    found[i] = (value, greedy)
-                    if texts is not None:
-                        self.cache_hook.add_partial("loglikelihood", texts, found[i])
-                    bar.update(1)
-        bar.close()
+        squares: dict[tuple[str, int], float] = {}
+        with tqdm(total=len(requests), disable=disable_tqdm, desc="Running loglikelihood requests") as bar:
+            for batch in _by_size(order, PASS_TOKENS if self.lm.decoder.device.type != "cpu" else 1):
+                for row, hidden in zip(batch, self._states(batch), strict=True):
+                    for i in sequences[row]:
+                        texts, _, continuation = requests[i]
+                        value, greedy = self._score(hidden[-len(continuation) :], continuation, texts is None)
+                        if diffusion:
+                            value, error = self._bound([*row, continuation[-1]], len(continuation))
+                            owner = self._owners[i]
+                            squares[owner] = squares.get(owner, 0.0) + error**2
+                        found[i] = (value, greedy)
+                        if texts is not None:
+                            self.cache_hook.add_partial("loglikelihood", texts, found[i])
+                        bar.update(1)
+        for task in {task for task, _ in squares}:
+            self.errors[task] = [math.sqrt(square) for (of, _), square in squares.items() if of == task]
         return found
 
     @torch.inference_mode()
@@ -280,36 +329,43 @@ class NextblockLM(Base):
         likeliest = torch.cat([decoder.logits(part).argmax(-1) for part in hidden.split(chunk_rows(decoder))])
         return value, bool((likeliest == target).all())
 
-    def _bound(self, tokens: list[int], scored: int, number: int) -> float:
-        """The mean of `mc_num` draws of the diffusion bound on log p of the last `scored` tokens."""
+    def _bound(self, tokens: list[int], scored: int) -> tuple[float, float]:
+        """The diffusion bound on log p of the last `scored` tokens: mean of `mc_num` draws, and its standard error."""
         if self.lm.refusal:
             raise UsageError(self.lm.refusal)
         settings = self.lm.settings
         assert settings is not None
         context = len(tokens) - scored
         offset = np.concatenate([np.full(context, -1), np.arange(scored)])
-        rows = collate([[Document(np.array(tokens), offset)]], len(tokens), 0, 0, number)
+        rows = collate([[Document(np.array(tokens), offset)]], len(tokens), 0, 0, seed_of(scored, tokens))
         settings = settings.model_copy(update={"block_size": self.config_of_mode.block_size or settings.block_size})
         views = max(1, min(MOST_VIEWS, VIEW_TOKENS // scored))
         drawn = bound_nats(self.lm.decoder, settings, rows, self.arguments.mc_num, views=views)[:, 0]
-        self.bound_errors.append(float(drawn.std()) / math.sqrt(len(drawn)))
-        return -float(drawn.mean())
+        return -float(drawn.mean()), float(drawn.std()) / math.sqrt(len(drawn))
 
     # What stands with the results -----------------------------------------------------------------
 
     def get_model_info(self) -> dict[str, Any]:
-        """Of the results' `config`: the mode, what a likelihood is, and the tokens that a forward pass gained."""
-        decoding, likelihood = self.config_of_mode, self.likelihood or "ar"
+        """Of the results' `config`: how was decoded and scored, since this was asked last.
+
+        `nextblock` holds for each task the tokens that a forward pass gained, and, for the diffusion bound, the mean
+        standard error of a request.
+        """
+        default, likelihood = self.config_of_mode, self.likelihood or "ar"
+        used = {(one.mode, one.block_size) for one in self.used.values()} or {(default.mode, default.block_size)}
+        modes, sizes = zip(*sorted(used, key=str), strict=True)
         own = {
-            "mode": decoding.mode,
-            "block_size": None if decoding.mode == "ar" else decoding.block_size,
+            "mode": ", ".join(dict.fromkeys(modes)),
+            "block_size": None if set(modes) == {"ar"} else sizes[0] if len(used) == 1 else list(sizes),
             "draft_adapter": self.arguments.draft_adapter,
             "tokens_per_forward": {task: tokens / passes for task, (tokens, passes) in self.spent.items()},
             "likelihood": "ar (exact)" if likelihood == "ar" else f"diffusion (bound, {self.arguments.mc_num} draws)",
-            "likelihood_standard_error": float(np.mean(self.bound_errors)) if self.bound_errors else None,
+            "likelihood_standard_error": {task: float(np.mean(errors)) for task, errors in self.errors.items()},
         }
-        model = self.lm.model
-        return {"model_num_parameters": model.num_parameters(), "model_dtype": str(model.dtype), "nextblock": own}
+        self.spent, self.used, self.errors = {}, {}, {}
+        model, revision = self.lm.model, self.arguments.revision
+        sizes_of = {"model_num_parameters": model.num_parameters(), "model_dtype": str(model.dtype)}
+        return {**sizes_of, "model_revision": revision, "nextblock": own}
 
     @property
     def tokenizer_name(self) -> str:

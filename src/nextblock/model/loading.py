@@ -212,6 +212,16 @@ def check_architecture(config: PreTrainedConfig) -> None:
     layer_windows(config)
 
 
+def usable_device(device: str | torch.device | None) -> torch.device:
+    """The device that is named; None: CUDA if there is one. UsageError for one that is not there."""
+    try:
+        target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=target)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UsageError(f"device={device}: {one_line(error)}; use cpu, or a device that this machine has") from None
+    return target
+
+
 def load_model(
     path: str | Path,
     *,
@@ -236,7 +246,7 @@ def load_model(
         UsageError: what cannot be loaded or adapted.
     """
     config = read_config(path, revision, trust_remote_code, override)
-    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    target = usable_device(device)
     wanted: Any = dtype or (torch.float32 if target.type == "cpu" else "auto")
     source, options = located(path, revision)
     file = Path(source) / options["gguf_file"] if "gguf_file" in options else None

@@ -37,7 +37,7 @@ _OWN_WARPERS = {
     logits_process.TopKLogitsWarper: "top_k",
     logits_process.TopPLogitsWarper: "top_p",
 }
-_SETTINGS = {  # transformers' processors: the setting that each is made of, and the value that makes none
+SETTINGS_OF_PROCESSORS = {  # transformers' processors: the setting that each is made of, and the value that makes none
     "EncoderNoRepeatNGramLogitsProcessor": ("encoder_no_repeat_ngram_size", 0),
     "EncoderRepetitionPenaltyLogitsProcessor": ("encoder_repetition_penalty", 1.0),
     "EpsilonLogitsWarper": ("epsilon_cutoff", 0.0),
@@ -187,7 +187,7 @@ def _check_processors(processors: list[Any], mode: str, config: Any) -> None:
     """UsageError for a processor that could not act in this mode as it does in plain `generate`."""
     for kind in map(type, processors):
         known = kind.__name__ if kind.__module__ == logits_process.__name__ else ""
-        setting, neutral = _SETTINGS.get(known, ("", None))
+        setting, neutral = SETTINGS_OF_PROCESSORS.get(known, ("", None))
         stateless = bool(setting) and setting != "guidance_scale"
         if mode == "diffusion":
             source, cure = "", "leave it out"
