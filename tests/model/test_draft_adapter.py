@@ -580,7 +580,8 @@ def test_the_gate_decides_position_by_position(llama):
 
 
 @pytest.mark.parametrize(
-    ("device", "words"), [("cpu", "needs a CUDA device"), ("cuda", "requires bitsandbytes|not compiled with CUDA|NVIDIA")]
+    ("device", "words"),
+    [("cpu", "needs a CUDA device"), ("cuda", "requires bitsandbytes|not compiled with CUDA|NVIDIA")],
 )
 def test_a_parent_in_4_bits_says_in_one_line_what_is_missing(tmp_path, monkeypatch, device, words):
     monkeypatch.setattr("transformers.quantizers.quantizer_bnb_4bit.is_bitsandbytes_available", lambda: False)
