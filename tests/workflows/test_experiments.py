@@ -136,6 +136,40 @@ def test_a_killed_experiment_goes_on_to_the_same_figures(tmp_path):
     assert resumed["figures"] == undisturbed["figures"]
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_run_ends_with_the_process_that_started_it_and_the_next_one_goes_on(tmp_path, number):
+    longer = {
+        **TINY["base"],
+        "training": {"steps": 4000, "batch_rows": 2, "evaluate_rows": 0, "checkpoint_every": 4000},
+    }
+    source = written(tmp_path, base=longer, seeds=[0], arms={"causal": None}, score={})
+    run = place_of(source, tmp_path / "runs").run("causal", 0)
+    command = [sys.executable, "-m", "nextblock", "experiment", str(source), "--runs", str(tmp_path / "runs")]
+    for begun in (0, 1):  # the second goes on at once from where the first was
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        deadline, log = time.monotonic() + 120, run / "log.jsonl"
+        before = len(log.read_text().splitlines()) if begun else 0
+        while not log.exists() or len(log.read_text().splitlines()) <= before + 3:
+            assert process.poll() is None, process.stderr and process.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(number)
+        assert process.wait(60) in (-number, 128 + number)
+        if process.stderr:
+            process.stderr.close()
+    ended = time.monotonic() + 60
+    while True:
+        try:
+            with locked(run):
+                break
+        except UsageError:
+            assert time.monotonic() < ended
+            time.sleep(0.1)
+    steps = [json.loads(line)["step"] for line in log.read_text().splitlines() if line.startswith('{"step"')]
+    assert steps == list(range(len(steps)))
+    assert list((run / "checkpoints").iterdir())
+
+
 def test_a_run_that_fails_is_named_with_its_reason(tmp_path):
     source = written(tmp_path, base={**TINY["base"], "data": {"sources": [{"path": "none.txt"}], "row_length": 64}})
     place = place_of(source, tmp_path / "runs")

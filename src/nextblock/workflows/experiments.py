@@ -1,7 +1,8 @@
 """Runs every arm of an experiment with every seed: what is finished is skipped, what was stopped goes on.
 
 Each run is a process of its own with one thread, so that a machine runs as many side by side as it has cores, and
-so that the figures of a run do not depend on what ran before it.
+so that the figures of a run do not depend on what ran before it. A run ends, and saves where it is, when the process
+that started it is gone, however that ended.
 """
 
 from __future__ import annotations
@@ -9,10 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +37,10 @@ from nextblock.workflows.adapt import adapt
 from nextblock.workflows.experiment import Experiment, Score
 
 LAST_SHARE = 4  # the last quarter of a run: its losses are told
+STARTER = "NEXTBLOCK_EXPERIMENT_PID"
+"""Environment variable of a run: the process that started it."""
+LOCKED = 60
+"""Seconds in which a run whose starter is gone is sure to have ended."""
 
 
 @dataclass(frozen=True)
@@ -131,8 +139,9 @@ def run_experiment(
             measured = sum(place.result(arm, seed).is_file() for arm, seed in missing)
             on_step(min(steps + measured, total), total, ", ".join(folder.name for folder in at_work))
 
-        for part in (parents, runs):  # an arm may start from any of the parents
-            _run_processes(place, part, jobs, tell)
+        with _leaving_on_sigterm():
+            for part in (parents, runs):  # an arm may start from any of the parents
+                _run_processes(place, part, jobs, tell)
 
 
 def _steps(config: AdaptConfig) -> int:
@@ -148,7 +157,7 @@ def _steps_done(folder: Path) -> int:
 def _run_processes(place: Place, wanted: Sequence[tuple[list[str], Path]], jobs: int, tell: Any) -> None:
     """Run each in a process of its own, at most `jobs` at a time; the first that fails ends the others."""
     waiting, running = list(wanted), {}
-    environ = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", STARTER: str(os.getpid())}
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
@@ -174,8 +183,43 @@ def _run_processes(place: Place, wanted: Sequence[tuple[list[str], Path]], jobs:
             process.wait()
 
 
+@contextmanager
+def _leaving_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM unwind the stack, so that what runs is ended; without it Python would be gone at once."""
+
+    def leave(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave) if threading.current_thread() is threading.main_thread() else None
+    try:
+        yield
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _begin(folder: Path) -> None:
+    """In a run's own process: wait for one before it in this folder, and end with the process that started it."""
+    if (starter := os.environ.get(STARTER)) is None:
+        return
+
+    def watch() -> None:
+        while os.getppid() == int(starter):
+            time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)  # a run that is told so saves where it is
+
+    threading.Thread(target=watch, daemon=True).start()
+    for _ in range(2 * LOCKED):
+        try:
+            with locked(folder):
+                return
+        except UsageError:
+            time.sleep(0.5)
+
+
 def run_parent(experiment: Experiment, place: Place, name: str) -> None:
     """Train one of the experiment's own parents."""
+    _begin(place.parents / name)
     adapt(experiment.parent(name, place.parents / name), resume=True)
 
 
@@ -186,6 +230,7 @@ def run_one(experiment: Experiment, place: Place, arm: str, seed: int) -> dict[s
         What was written: `figures` is name -> number.
     """
     folder = place.run(arm, seed)
+    _begin(folder)
     config = experiment.config(arm, seed, folder, place.parents)
     make_folder(place.results)
     folder, results = _trained_before(place, config) or (folder, None)
