@@ -20,7 +20,6 @@ import nextblock as nb
 import real_prompts
 from nextblock.config.progress import progress
 from nextblock.decoding.lm import BlockDiffusionLM
-from nextblock.model.decoder import end_tokens
 from nextblock.measure.bench.contest import (
     Round,
     alternate,
@@ -32,6 +31,7 @@ from nextblock.measure.bench.contest import (
 from nextblock.measure.bench.prompts import Prompts, task_prompts
 from nextblock.measure.machine import environment
 from nextblock.measure.statistics import wilson
+from nextblock.model.decoder import end_tokens
 from nextblock.tasks import Example, Task
 
 KINDS = ("chat", "code", "prose")
