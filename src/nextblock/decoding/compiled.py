@@ -147,8 +147,7 @@ class StaticPasses:
         shape, end = (rounded_rows(rows), width if prompt else rounded_width(width)), max(starts) + width
         # The last slot that all tokens of a row see; -1: each sees up to itself.
         last = [-1 if alone else start + width - 1 for start, alone in zip(starts, causal, strict=True)]
-        lines = [*zip(starts, last, strict=True), *[(0, -1)] * (shape[0] - rows)]
-        lines = on_device(lines, device)
+        lines = on_device([*zip(starts, last, strict=True), *[(0, -1)] * (shape[0] - rows)], device)
         if prompt:
             cache.fill(self._like)
         # Elsewhere than on a CPU all slots, which makes fewer sizes to compile.

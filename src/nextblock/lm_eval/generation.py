@@ -78,10 +78,10 @@ def asked(
     if kwargs.get("num_beams") == 1:
         del kwargs["num_beams"]
     values = {"temperature": 1.0, "top_k": TOP_K, "top_p": 1.0}
-    for name, value in values.items():
-        value = value if getattr(config, name, None) is None else getattr(config, name)
-        values[name] = float(kwargs.pop(name, value))
-    sampling = {"temperature": values["temperature"], "top_k": int(values["top_k"]) or None, "top_p": values["top_p"]}
+    for name in values:
+        said = [one for one in (kwargs.pop(name, None), getattr(config, name, None)) if one is not None]
+        values[name] = float([*said, values[name]][0])
+    sampling = {**values, "top_k": int(values["top_k"]) or None}
     options = {**decoding, **kwargs, **(sampling if sampled else {"temperature": 0.0})}
     processor = _processor(options, config, options.get("mode", mode))
     stops = [one for one in until if one]

@@ -2,7 +2,7 @@
 
 Tokenisation, truncation, chat templates and stop strings are those of the harness's own `hf` model, whose class it
 extends; what differs is how tokens are generated and scored. No score depends on the batch size, or on what else is
-asked: sampled answers and draws of noise have a seed made of the request, and so are the passes that score one.
+asked: seeds of sampled answers and of noise are made of the request, and the passes that score it are chosen by it.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ class NextblockLM(Base):
         groups: dict[tuple[str, str], list[int]] = {}
         for i, request in enumerate(requests):
             groups.setdefault((request.task_name or "", json.dumps(request.args[1], default=str)), []).append(i)
-        texts, met = [""] * len(requests), Counter[str]()
+        texts = [""] * len(requests)
         with tqdm(total=len(requests), disable=disable_tqdm, desc="Running generate_until requests") as bar:
             for (task, said), members in groups.items():
                 wish = self._asked(requests[members[0]].args[1])
@@ -146,11 +146,10 @@ class NextblockLM(Base):
                     )
                 prompts = {i: self._context(requests[i].args[0], room) for i in members}
                 start = torch.initial_seed() if wish.seed is None else wish.seed
-                seeds = {}
+                seeds, met = {}, Counter[tuple[int, ...]]()
                 for i in members:  # each repetition of a request has a seed of its own
-                    key = f"{said} {prompts[i]}"
-                    seeds[i] = seed_of(start, said, prompts[i], met[key])
-                    met[key] += 1
+                    seeds[i] = seed_of(start, said, prompts[i], met[tuple(prompts[i])])
+                    met[tuple(prompts[i])] += 1
                 members.sort(key=lambda i: -len(prompts[i]))
                 for i, ids in self._in_batches(members, partial(self._answer, task, wish, prompts, seeds)):
                     texts[i] = self._text(ids, wish.until)
