@@ -168,6 +168,14 @@ def test_true_is_no_number_and_one_is_no_text():
         validate(BlockDiffusionSettings, {"mask_token_id": True})
 
 
+def test_a_bare_no_in_yaml_is_the_name_no_where_that_is_a_choice(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("data: {sources: [{path: text}], row_length: 64}\ntraining: {mixed_precision: no}\n")
+    assert load_config(file).training.mixed_precision == "no"
+    assert load_config(MINIMAL, {"training.mixed_precision": read_yaml("no")}).training.mixed_precision == "no"
+    assert "mixed_precision" in refusal({"training.mixed_precision": True})
+
+
 @pytest.mark.parametrize("key", ["optimizer.lr", "optimizer.weight_decay", "data.sources.0.weight"])
 def test_numbers_are_finite(key):
     assert refusal({key: float("inf")}) == f"{key}=inf is not a finite number"

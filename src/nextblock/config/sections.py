@@ -25,8 +25,11 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuse true and false where a number is meant; Python takes them for 1 and 0."""
-        if isinstance(value, bool) and "number" in type_in_words(cls.model_fields[str(info.field_name)].annotation):
+        """Refuse true and false where a number is meant (Python takes them for 1 and 0); YAML's `no` may be a name."""
+        kind = cls.model_fields[str(info.field_name)].annotation
+        if value is False and "no" in get_args(kind):
+            return "no"
+        if isinstance(value, bool) and "number" in type_in_words(kind):
             raise PydanticCustomError("number_type", "not a number")
         return value
 
