@@ -447,6 +447,25 @@ def test_values_that_are_text_by_their_key_or_no_yaml_are_taken_as_they_stand():
 
 
 @pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("data.sources.0.split", "2024", "2024"),
+        ("data.sources.0.path", "x #y", "x #y"),
+        ("data.sources.0.path", "'a b'", "a b"),
+        ("model.gguf_file", "1:2", "1:2"),
+        ("machine.gpu", "4090", "4090"),
+        ("model.mask_token", "010", "010"),
+        ("lora.target_modules", "no", "no"),
+        ("lora.target_modules", "[a, b]", ["a", "b"]),
+        ("model.scratch.tie_word_embeddings", "no", False),
+        ("optimizer.lr", "1:30", "1:30"),
+    ],
+)
+def test_the_type_of_a_key_says_how_its_value_is_read(key, text, value):
+    assert train.read_value(key, text) == value
+
+
+@pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["--threshold", "x"], "threshold=x is not a number"),
@@ -454,6 +473,11 @@ def test_values_that_are_text_by_their_key_or_no_yaml_are_taken_as_they_stand():
         (["--batch-size", "0"], "batch_size=0 must be at least 1"),
         (["--output", "no/such/folder/x.json"], "does not exist"),
         (["--mode", "foo"], "unknown mode"),
+        (["--block-sizes", "4"], "--block-sizes is an option of --likelihood; for a task give --block-size"),
+        (["--row-length", "9"], "--row-length is an option of --likelihood; leave it out"),
+        (["--likelihood", "a.txt", "--block-size", "4"], "--block-size is an option of a task; give --block-sizes"),
+        (["--likelihood", "a.txt", "--mode", "ar"], "--mode is an option of a task; leave it out"),
+        (["--likelihood", "/no/such.txt"], "data source /no/such.txt does not exist"),
     ],
 )
 def test_evaluate_refuses_bad_options_in_one_line(run, tmp_path, arguments, words):

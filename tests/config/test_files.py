@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from limits import largest_file
-from nextblock.config.files import unwritten, whole_folder, write_whole
+from nextblock.config.errors import UsageError
+from nextblock.config.files import read_yaml, to_yaml, unwritten, whole_folder, write_whole
 from nextblock.model.parent import byte_tokenizer
 
 TOKENIZER: Any = byte_tokenizer().backend_tokenizer
@@ -47,6 +48,24 @@ def test_a_full_disk_is_told_by_its_number_alone():
 )
 def test_other_errors_are_not_taken_for_a_full_disk(error):
     assert unwritten(error) is None
+
+
+@pytest.mark.parametrize("text", ["a: 1\nb: 2\na: 3", "x:\n  t: {s: 1}\n  t: {b: 2}", "[{p: 1, p: 2}]"])
+def test_a_key_that_comes_twice_is_refused_with_its_line(text):
+    with pytest.raises(UsageError, match=r"the key '[atp]' comes twice .*line [13]"):
+        read_yaml(text)
+
+
+def test_a_merged_mapping_may_replace_keys():
+    assert read_yaml("a: &x {p: 1, q: 2}\nb: {<<: *x, p: 3}") == {"a": {"p": 1, "q": 2}, "b": {"p": 3, "q": 2}}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("010", "010"), ("1:30", "1:30"), ("0x1f", 31), ("-1_000", -1000), ("0", 0)]
+)
+def test_whole_numbers_are_read_as_everywhere_else(text, value):
+    assert read_yaml(text) == value
+    assert read_yaml(to_yaml(value)) == value
 
 
 def test_a_file_is_replaced_whole_or_left_as_it_was(tmp_path):

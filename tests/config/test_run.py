@@ -82,6 +82,12 @@ def test_a_file_that_is_not_a_configuration_stops_with_one_line(tmp_path, conten
     assert said in refusal({}, path)
 
 
+def test_an_override_may_begin_a_list():
+    assert load_config({"data": {"row_length": 64}}, {"data.sources.0.path": "a"}).data.sources[0].path == "a"
+    stages = load_config(MINIMAL, {"stages.0.name": "x", "stages.1.name": "y", "training.steps": 999}).stages
+    assert [stage.name for stage in stages] == ["x", "y"]
+
+
 def test_a_missing_file_is_named(tmp_path):
     assert "absent.yaml" in refusal({}, tmp_path / "absent.yaml")
 

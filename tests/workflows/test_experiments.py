@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,14 +18,25 @@ import yaml
 
 from nextblock.config.errors import UsageError
 from nextblock.config.files import LOCK, locked
+from nextblock.config.run import load_config
 from nextblock.workflows import experiments
-from nextblock.workflows.evidence import Estimate, differences, estimate, estimates, filled, markdown_table, plot
+from nextblock.workflows.evidence import (
+    Estimate,
+    differences,
+    estimate,
+    estimates,
+    filled,
+    markdown_table,
+    plot,
+    student,
+)
 from nextblock.workflows.experiment import Experiment, find_experiment, load_experiment
 from nextblock.workflows.experiments import (
     place_of,
     read_results,
     run_experiment,
     run_one,
+    run_parent,
     training_figures,
     wanted_runs,
 )
@@ -192,12 +204,68 @@ def test_a_run_that_fails_is_named_with_its_reason(tmp_path):
         ({"score": {"a": {"mode": "diffusio"}}}, "score a: .*did you mean 'diffusion'"),
         ({"score": {"a": {"task": "algebr"}}}, "score a: task 'algebr' does not exist"),
         ({"score": {"a": {"mode": "ar", "tresh": 1}}}, "score a: .*tresh"),
+        ({"seeds": [0, 1, 0]}, "one comes twice"),
+        ({"arms": {"a": {"training.seed": 7}}}, "arm a: training.seed is set for each run"),
+        ({"arms": {"a": {"training": {"seed": 7}}}}, "arm a: training.seed is set for each run"),
+        ({"arms": {"a": {"output": "x"}}}, "arm a: output is set for each run"),
+        ({"arms": {"b/c": None}}, "'b/c' cannot be the name of a folder"),
+        ({"parents": {"../p": {}}}, "cannot be the name of a folder"),
     ],
 )
 def test_a_bad_experiment_is_refused_in_one_line_before_anything_runs(tmp_path, changes, words):
     with pytest.raises(UsageError, match=words) as error:
         load_experiment(written(tmp_path, **changes))
     assert "\n" not in str(error.value)
+
+
+def test_a_section_in_an_arm_leaves_the_other_keys_of_the_base(tmp_path):
+    base = {**TINY["base"], "optimizer": {"lr": 1.0e-4, "schedule": "constant", "weight_decay": 0.5}}
+    experiment = load_experiment(written(tmp_path, base=base, arms={"a": {"optimizer": {"lr": 1.0e-3}}}))
+    found = experiment.config("a", 0, Path("o"), Path("p")).optimizer
+    assert (found.lr, found.schedule, found.weight_decay) == (1e-3, "constant", 0.5)
+    same = load_experiment(written(tmp_path, base=base, arms={"a": {"optimizer.lr": 1.0e-3}}))
+    assert experiments.fingerprint(experiment, "a") == experiments.fingerprint(same, "a")
+
+
+def test_a_run_of_another_version_of_an_arm_is_neither_taken_nor_gone_on_with(tmp_path):
+    source = written(tmp_path, seeds=[0], arms={"a": {"optimizer.lr": 1.0e-3}}, score={})
+    place = place_of(source, tmp_path / "runs")
+    run_one(load_experiment(source), place, "a", 0)
+    written(tmp_path, seeds=[0], arms={"a": {"optimizer.lr": 1.0e-7}}, score={})
+    changed = load_experiment(source)
+    with pytest.raises(UsageError, match=f"move it and the run's folder {place.run('a', 0)} away"):
+        read_results(changed, place)
+    with pytest.raises(UsageError, match=f"the run in {place.run('a', 0)} was begun by another version"):
+        run_one(changed, place, "a", 0)
+    shutil.rmtree(place.run("a", 0))
+    run_one(changed, place, "a", 0)
+    assert load_config(place.run("a", 0) / "nextblock.yaml").optimizer.lr == 1e-7
+
+
+def test_a_changed_parent_is_trained_anew_and_so_are_its_arms(tmp_path):
+    def experiment(lr: float) -> Experiment:
+        parents = {"p": {**TINY["base"], "optimizer": {"lr": lr}}}
+        arms = {"a": {"model.path": "parent:p", "model.scratch": None, "model.tokenizer": None}}
+        return load_experiment(written(tmp_path, seeds=[0], arms=arms, parents=parents, score={}))
+
+    place = place_of(tmp_path / "tiny.yaml", tmp_path / "runs")
+    with pytest.raises(UsageError, match=r"the parent 'p' is not trained yet; .*--parent p"):
+        run_one(experiment(1e-3), place, "a", 0)
+    run_experiment(experiment(1e-3), place, jobs=1)
+    place.result("a", 0).unlink()
+    run_parent(experiment(0.3), place, "p")
+    with pytest.raises(UsageError, match="was begun by another version"):
+        run_one(experiment(0.3), place, "a", 0)
+    assert len([path for path in place.parents.iterdir() if path.is_dir()]) == 2
+    with pytest.raises(UsageError, match="there is no parent 'q'"):
+        run_parent(experiment(1e-3), place, "q")
+
+
+def test_what_a_run_prints_has_a_file_of_its_own(tmp_path):
+    source = written(tmp_path, seeds=[0], arms={"0.06": {"training.steps": 1}, "0.2": {"training.steps": 2}}, score={})
+    place = place_of(source, tmp_path / "runs")
+    run_experiment(load_experiment(source), place, jobs=2)
+    assert {path.name for path in place.runs.glob("*.out")} == {"0.06-0.out", "0.2-0.out"}
 
 
 def test_an_experiment_is_found_by_its_name_or_named_as_missing(tmp_path, monkeypatch):
@@ -236,8 +304,17 @@ def test_intervals_are_those_of_the_textbook():
     assert found.mean == 3
     assert found.half == pytest.approx(2.776 * math.sqrt(2.5 / 5), rel=1e-3)
     assert math.isnan(estimate([1.0]).half)
+    # 2.131, 2.120 and 1.980 with 15, 16 and 120 degrees of freedom.
+    assert [student(n) for n in (15, 16, 120)] == pytest.approx([2.131, 2.120, 1.980], abs=1e-3)
     assert Estimate(1, 0.4, 5).apart(Estimate(2, 0.5, 5))
     assert not Estimate(1, 0.6, 5).apart(Estimate(2, 0.5, 5))
+
+
+def test_a_figure_that_no_run_has_is_named_once_every_arm_has_run():
+    experiment = Experiment.model_validate({**TINY, "figures": ["los"]})
+    with pytest.raises(UsageError, match="no run has 'los'; did you mean 'loss'"):
+        estimates(experiment, fake({"causal": [1.0], "block": [2.0]}))
+    assert estimates(experiment, fake({"causal": [1.0]})) == {"los": {}}
 
 
 def test_differences_are_paired_by_seed(tmp_path):

@@ -31,6 +31,10 @@ def experiment(
     checked = load_experiment(source)
     if (arm is None) != (seed is None):
         raise UsageError("--arm and --seed go together; give both or none")
+    if sum((table, arm is not None, parent is not None)) > 1:
+        raise UsageError("--table, --arm and --parent each ask for something else; give one")
+    if seed is not None and seed not in checked.seeds:
+        raise UsageError(f"seed={seed} is none of the experiment's seeds {list(checked.seeds)}; add it there")
 
     from rich.markdown import Markdown
     from transformers.utils.logging import disable_progress_bar

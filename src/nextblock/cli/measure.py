@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from nextblock.cli.options import (
+    TASK_NAMES,
     GgufFile,
     MaxNewTokens,
     Model,
@@ -42,14 +42,16 @@ BlockSizes = Annotated[
 @takes_loading_options
 def evaluate(
     model: Model,
-    task: TaskName = "word_problems",
+    task: Annotated[str | None, typer.Option(help=f"{TASK_NAMES}; default: word_problems")] = None,
     mode: Modes = None,
     threshold: Thresholds = None,
     block_size: Annotated[int | None, typer.Option(help="tokens in a block; default: the checkpoint's")] = None,
     examples: Annotated[
         int | None, typer.Option(help="held-out prompts (default: 200), or documents of --likelihood (default: all)")
     ] = None,
-    first: Annotated[int, typer.Option(help="number of the first; choose settings on others than you report")] = 0,
+    first: Annotated[
+        int | None, typer.Option(help="number of the first (default: 0); choose settings on others than you report")
+    ] = None,
     temperature: Annotated[str | None, typer.Option(help="of sampled answers; default: 0, greedy")] = None,
     top_p: Annotated[str | None, typer.Option(help="nucleus of sampled answers")] = None,
     batch_size: Annotated[
@@ -57,10 +59,18 @@ def evaluate(
     ] = None,
     likelihood: Likelihood = None,
     block_sizes: BlockSizes = None,
-    draws: Annotated[int, typer.Option(help="of the noise of each block, for the bound", rich_help_panel=TEXT)] = 8,
-    row_length: Annotated[int, typer.Option(help="longest context, in tokens", rich_help_panel=TEXT)] = 1024,
-    text_field: Annotated[str, typer.Option(help="of JSONL, Parquet and Hub rows", rich_help_panel=TEXT)] = "text",
-    split: Annotated[str, typer.Option(help="of a Hub data set or a built-in task", rich_help_panel=TEXT)] = "test",
+    draws: Annotated[
+        int | None, typer.Option(help="of the noise of each block, for the bound; default: 8", rich_help_panel=TEXT)
+    ] = None,
+    row_length: Annotated[
+        int | None, typer.Option(help="longest context, in tokens; default: 1024", rich_help_panel=TEXT)
+    ] = None,
+    text_field: Annotated[
+        str | None, typer.Option(help="of JSONL, Parquet and Hub rows; default: text", rich_help_panel=TEXT)
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option(help="of a Hub data set or a built-in task; default: test", rich_help_panel=TEXT)
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="write the figures as JSON")] = None,
     **given: Any,
 ) -> None:
@@ -70,21 +80,23 @@ def evaluate(
     """
     counts = {"examples": examples, "batch_size": batch_size, "draws": draws, "row_length": row_length}
     at_least_one(**{name: value for name, value in counts.items() if value is not None})
+    of_text = {"block_sizes": block_sizes, "draws": draws, "row_length": row_length, "text_field": text_field}
+    of_task = {"task": task, "mode": mode, "threshold": threshold, "block_size": block_size, "first": first}
     if likelihood is not None:
+        _refuse("a task", **of_task, temperature=temperature, top_p=top_p)
         source = {"path": likelihood, "examples": examples, "text_field": text_field, "split": split}
-        options = {"draws": draws, "row_length": row_length, "batch_rows": batch_size or 4}
+        options = {"draws": draws or 8, "row_length": row_length or 1024, "batch_rows": batch_size or 4}
         _evaluate_text(model, source, block_sizes, options, output, given)
         return
-    if block_sizes is not None:
-        raise UsageError(f"block_sizes={block_sizes} are those of --likelihood; for a task give --block-size")
+    _refuse("--likelihood", **of_text, split=split)
     from nextblock.config.progress import progress
-    from nextblock.measure.bench.command import check_output, wide_console
+    from nextblock.measure.bench.command import check_output, wide_console, write_json
     from nextblock.measure.bench.prompts import make_variants
     from nextblock.measure.bench.scores import score_modes
     from nextblock.measure.report.page import decoding_table
     from nextblock.tasks import get_task
 
-    chosen, batch_size = get_task(task), batch_size or 25
+    chosen, batch_size, first = get_task(task or "word_problems"), batch_size or 25, first or 0
     examples = examples or min(200, chosen.count or 200)
     chosen.example("test", first + examples - 1)  # refused before a model is loaded
     thresholds = thresholds_of(threshold or ["none", "0.9"])
@@ -98,8 +110,15 @@ def evaluate(
         wanted = [(model, lm, {**options, **sampling}) for options in variants]
         rows = score_modes(wanted, chosen, examples=examples, first=first, batch_size=batch_size, on_prompt=update)
     wide_console().print(decoding_table({"decoding": rows}))
-    if output is not None:
-        output.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    write_json(rows, output)
+
+
+def _refuse(kind: str, **options: Any) -> None:
+    """UsageError for an option that is given and belongs to the other kind of evaluation."""
+    for name, value in options.items():
+        if value is not None:
+            cure = {"block_size": "give --block-sizes", "block_sizes": "for a task give --block-size"}
+            raise UsageError(f"--{name.replace('_', '-')} is an option of {kind}; {cure.get(name, 'leave it out')}")
 
 
 def _evaluate_text(
@@ -117,7 +136,8 @@ def _evaluate_text(
 
     from nextblock.config.progress import progress
     from nextblock.config.sections import Source, validate
-    from nextblock.measure.bench.command import check_output
+    from nextblock.data.sources import place_of
+    from nextblock.measure.bench.command import check_output, write_json
     from nextblock.measure.likelihood import likelihood_table
     from nextblock.workflows.text_likelihood import text_likelihood
 
@@ -126,13 +146,22 @@ def _evaluate_text(
     except ValueError:
         raise UsageError(f"block_sizes={block_sizes} are not whole numbers; write 1,4,32") from None
     check_output(output)
+    source = {name: value for name, value in source.items() if value is not None}
+    if place_of(validate(Source, source)) in ("hub", "task"):
+        source = {"split": "test", **source}
     lm = load_lm(model, given)
     with progress("scoring text") as update:
         found = text_likelihood(lm, validate(Source, source), block_sizes=sizes, on_documents=update, **options)
-    Console().print(likelihood_table(found))
-    if output is not None:
-        results = {"model": model, "source": source, **options, "likelihood": [asdict(one) for one in found]}
-        output.write_text(json.dumps(results, indent=1), encoding="utf-8")
+    Console().print(likelihood_table(found.measures))
+    read = {"documents": found.documents, "truncated": found.truncated, "skipped": found.skipped}
+    if found.truncated or found.skipped:
+        print(
+            f"of {found.documents} documents {found.truncated} were cut at --row-length {found.row_length}, and "
+            f"{found.skipped} left out, as nothing of them is generated within it"
+        )
+    options["row_length"] = found.row_length
+    likelihood = [asdict(one) for one in found.measures]
+    write_json({"model": model, "source": source, **options, **read, "likelihood": likelihood}, output)
 
 
 Forwards = Annotated[bool, typer.Option("--forwards", help="also time one pass of 1 to 160 positions")]

@@ -41,9 +41,8 @@ LOADING: dict[str, Any] = {
 Seed = Annotated[int | None, typer.Option(help="of the random draws")]
 Stop = Annotated[list[str] | None, typer.Option(help="text that ends an answer; may be given again")]
 
-TaskName = Annotated[
-    str, typer.Option(help="built-in task: word_problems, algebra, functions, human_eval or planted_fact")
-]
+TASK_NAMES = "built-in task: word_problems, algebra, functions, human_eval or planted_fact"
+TaskName = Annotated[str, typer.Option(help=TASK_NAMES)]
 PromptFile = Annotated[
     Path | None, typer.Option(help="prompts of a file instead: one a line, or .jsonl with `prompt` or `messages`")
 ]

@@ -15,7 +15,7 @@ from nextblock.cli.options import at_least_one
 from nextblock.config.errors import UsageError
 from nextblock.config.files import read_yaml
 from nextblock.config.run import AdaptConfig
-from nextblock.config.sections import Section
+from nextblock.config.sections import Section, said_type
 
 
 def _explain_config(section: type[Section] = AdaptConfig, prefix: str = "") -> list[str]:
@@ -105,15 +105,16 @@ def parse_overrides(arguments: list[str]) -> dict[str, Any]:
 
 
 def read_value(key: str, text: str) -> Any:
-    """An option's value, read as YAML; what is text by its key, or is no YAML, is taken as it stands."""
-    is_text = key.rpartition(".")[2] in ("path", "tokenizer", "text_field", "output", "revision", "mask_token")
+    """An option's value, read as YAML; where a text is wanted, or it is no YAML, it is taken as it stands."""
     try:
         value = read_yaml(text)
     except UsageError:
         return text
-    if is_text and value is not None and not (isinstance(value, int) and key.endswith("mask_token")):
-        return value if isinstance(value, str) else text
-    return value
+    kind = said_type(AdaptConfig, key)
+    other = (isinstance(value, int) and "number" in kind) or (isinstance(value, list) and "list" in kind)
+    if value is None or other or "a text" not in kind or text[:1] in ("'", '"'):
+        return value
+    return text
 
 
 def plan(

@@ -36,7 +36,19 @@ UNWRITTEN = {
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1, but `1e-4` is a number, as everywhere else."""
+    """YAML 1.1, but `1e-4` is a number and `010` and `1:30` are none, as everywhere else, and no key comes twice."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        """The node of a mapping, before merge keys are laid out."""
+        node = super().compose_mapping_node(anchor)
+        seen = set[str]()
+        for key, _ in node.value:
+            name = str(key.value)
+            if name in seen and isinstance(key, yaml.ScalarNode):
+                where = key.start_mark
+                raise yaml.constructor.ConstructorError(None, None, f"the key '{name}' comes twice", where)
+            seen.add(name)
+        return node
 
 
 class _Dumper(yaml.SafeDumper):
@@ -46,6 +58,11 @@ class _Dumper(yaml.SafeDumper):
 for _yaml in (_Loader, _Dumper):
     _number = re.compile(r"[-+]?(\d[\d_]*(\.[\d_]*)?|\.[\d_]+)[eE][-+]?\d+$")
     _yaml.add_implicit_resolver("tag:yaml.org,2002:float", _number, list("-+.0123456789"))
+for _first, _kinds in _Loader.yaml_implicit_resolvers.items():  # without octal numbers and those of base 60
+    _Loader.yaml_implicit_resolvers[_first] = [one for one in _kinds if not one[0].endswith(":int")]
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9][\d_]*|0x[\da-fA-F]+)$"), list("-+0123456789")
+)
 
 
 def read_yaml(text: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from nextblock.config.errors import UsageError, nearest
@@ -29,6 +30,9 @@ def find_config(argument: str) -> Path:
     path = Path(argument)
     if path.is_file():
         return path
-    if path.suffix in (".yaml", ".yml") and path.parent.name not in ("", "presets"):
-        raise UsageError(f"configuration {argument} does not exist; give a YAML file or a preset's name")
-    return preset(path.stem if path.suffix in (".yaml", ".yml") else path.name)
+    if path.suffix not in (".yaml", ".yml"):
+        return preset(path.name)
+    if path.parent.name in ("", "presets"):
+        with suppress(UsageError):
+            return preset(path.stem)
+    raise UsageError(f"configuration {argument} does not exist; give a YAML file or a preset's name")

@@ -285,6 +285,8 @@ def _assign(node: Any, parts: list[str], value: Any, key: str) -> Any:
         items = [*node, {}] if int(head) == len(node) else list(node)
         items[int(head)] = _assign(items[int(head)], rest, value, key)
         return items
+    if node is None and head == "0":
+        return [_assign({} if rest else None, rest, value, key)]
     if node is not None and not isinstance(node, Mapping):
         raise UsageError(f"--{key}: '{head}' lies below a plain value")
     return {**(node or {}), head: _assign((node or {}).get(head), rest, value, key)}

@@ -344,6 +344,14 @@ def type_in_words(annotation: Any) -> str:
     return " or ".join(dict.fromkeys(parts))
 
 
+def said_type(section: type[Section], key: str) -> str:
+    """The type of the option at a dotted key, in words; "" where there is none, or where a mapping takes any key."""
+    location = [int(part) if part.isdigit() else part for part in key.split(".")]
+    keys, holder = _place(section, location)
+    field = holder.model_fields.get(str(location[-1]))
+    return type_in_words(field.annotation) if field and len(keys) == len(location) else ""
+
+
 def limits_in_words(field: FieldInfo) -> str:
     """The limits of a number: "must be at least 1", "must lie in (0, 1]"."""
     limits = {name: getattr(rule, name) for rule in field.metadata for name in LIMITS if hasattr(rule, name)}

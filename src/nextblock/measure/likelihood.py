@@ -117,9 +117,21 @@ def _scored(rows: Rows, tokenizer: Any, first: bool = False) -> tuple[int, int]:
         for index in range(int(document.max()) + 1):
             scored = (document == index) & (offset >= 0)
             scored &= first | ~((offset == 0) & (rows.position[row] == 0))
-            text = tokenizer.decode(tokens[scored].tolist(), skip_special_tokens=True)
-            size, count = size + len(text.encode("utf-8")), count + int(scored.sum())
+            text = tokenizer.decode(
+                tokens[scored].tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+            size, count = size + _bytes(text), count + int(scored.sum())
     return size, count
+
+
+def _bytes(text: str) -> int:
+    """UTF-8 bytes that stand behind a decoded text, whose first and last character may be cut.
+
+    A byte that begins no character decodes to U+FFFD by itself; so do the bytes of an unfinished one, together: they
+    count as one, which is at most two too few for each end of a row.
+    """
+    inner = text.strip("\ufffd")
+    return len(inner.encode("utf-8")) + len(text) - len(inner)
 
 
 def likelihood_table(found: Sequence[BitsPerByte]) -> Table:

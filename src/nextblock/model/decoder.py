@@ -153,7 +153,7 @@ class Decoder:
         """
         longest = clean.view.shape[1]
         if self.attention == SPLIT and noised.view.shape[1]:
-            dtype = self.model.dtype
+            dtype = torch.promote_types(self.model.dtype, torch.float32)  # that of the scores
             return self._of_each_kind(rule, longest, lambda rule: split_mask(rule, noised, clean, dtype, cached))
         if cached:
             return self.masks(rule, noised, clean.followed_by(noised), longest)

@@ -79,7 +79,7 @@ def fake_mask(decoder: Decoder, rows: int, queries: int, keys: int, noised: int)
 
     def mask() -> Tensor:
         if decoder.attention == SPLIT and noised:
-            return fake_split_mask(rows, queries, keys, noised, decoder.model.dtype)
+            return fake_split_mask(rows, queries, keys, noised, torch.float32)
         return torch.zeros(rows, 1, queries, keys, dtype=decoder.model.dtype)
 
     masks = {window: mask() for window in {None if w is None or w >= keys else w for w in decoder.windows.values()}}

@@ -60,8 +60,8 @@ def adapt(
     Raises:
         UsageError: bad input, in one line; nothing is left behind.
     """
-    if not isinstance(config, AdaptConfig):
-        config = load_config(config, overrides)
+    if overrides or not isinstance(config, AdaptConfig):
+        config = load_config(config.model_dump() if isinstance(config, AdaptConfig) else config, overrides)
     say = on_stage or (lambda words: None)
     say("reading data and model")
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
-from nextblock.config.errors import UsageError
+from nextblock.config.errors import UsageError, nearest
 from nextblock.measure.style import BLUE, LABEL, MUTED, ORANGE, canvas
 from nextblock.measure.words import DASH
 from nextblock.workflows.experiment import Experiment
@@ -46,14 +46,24 @@ def estimate(values: list[float]) -> Estimate:
     count = len(values)
     if count < 2:
         return Estimate(values[0], math.nan, count)
-    quantile = STUDENT[count - 2] if count - 2 < len(STUDENT) else 1.96
-    return Estimate(statistics.mean(values), quantile * statistics.stdev(values) / math.sqrt(count), count)
+    return Estimate(statistics.mean(values), student(count - 1) * statistics.stdev(values) / math.sqrt(count), count)
+
+
+def student(freedom: int) -> float:
+    """The 0.975 quantile of Student's t; beyond the table the Cornish-Fisher expansion, right to 1e-3 there."""
+    if freedom <= len(STUDENT):
+        return STUDENT[freedom - 1]
+    z = statistics.NormalDist().inv_cdf(0.975)
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
 
 
 def estimates(experiment: Experiment, results: Results) -> dict[str, dict[str, Estimate]]:
     """For each figure, in the order to be shown, the estimate of each arm that has it."""
     names = list(dict.fromkeys(name for one in results.values() for name in one["figures"]))
     found = {}
+    for name in experiment.figures if {arm for arm, _ in results} == {*experiment.arms} else ():
+        if name not in names:
+            raise UsageError(f"figures: no run has '{name}'{nearest(name, names)}")
     for name in experiment.figures or names:
         values: dict[str, list[float]] = {arm: [] for arm in experiment.arms}
         for (arm, _), one in results.items():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,9 @@ from nextblock.tasks import Task, get_task
 
 PARENT = "parent:"
 """In front of the name of one of the experiment's own parents, in `model.path`."""
+
+SET_FOR_EACH_RUN = ("training.seed", "output")
+"""Keys that no arm can change."""
 
 
 class Score(DecodingConfig):
@@ -60,9 +65,32 @@ class Experiment(Section):
 
     @field_validator("arms", mode="before")
     @classmethod
-    def _empty(cls, arms: Any) -> Any:
-        """An arm that differs in nothing is written as a name alone."""
-        return {str(name): keys or {} for name, keys in arms.items()} if isinstance(arms, Mapping) else arms
+    def _arms(cls, arms: Any) -> Any:
+        """An arm that differs in nothing is written as a name alone; a section in it leaves the base's other keys."""
+        if not isinstance(arms, Mapping):
+            return arms
+        flat = {str(name): _dotted(keys) if isinstance(keys, Mapping) else keys or {} for name, keys in arms.items()}
+        for name, keys in flat.items():
+            for key in SET_FOR_EACH_RUN:
+                if key in keys:
+                    raise UsageError(f"arm {name}: {key} is set for each run, by seeds and --runs; leave it out")
+        return flat
+
+    @field_validator("arms", "parents")
+    @classmethod
+    def _names(cls, named: dict[str, Any]) -> dict[str, Any]:
+        """Names are those of folders."""
+        for name in named:
+            if not name.strip() or "/" in name or name.startswith(".") or "\0" in name:
+                raise UsageError(f"'{name}' cannot be the name of a folder; give it one without / and a dot in front")
+        return named
+
+    @field_validator("seeds")
+    @classmethod
+    def _seeds(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(seeds)) < len(seeds):
+            raise UsageError(f"seeds={list(seeds)}: one comes twice, and would count as two runs")
+        return seeds
 
     def config(self, arm: str, seed: int, output: Path, parents: Path) -> AdaptConfig:
         """The run of one arm with one seed. `parents`: the folder that holds the experiment's own parents.
@@ -83,14 +111,32 @@ class Experiment(Section):
         name = path.removeprefix(PARENT)
         if name not in self.parents:
             raise UsageError(f"arm {arm}: there is no parent '{name}'{nearest(name, [*self.parents])}")
-        return load_config(self.base, {**keys, "model.path": str(parents / name)})
+        return load_config(self.base, {**keys, "model.path": str(self.parent_folder(name, parents))})
+
+    def parent_folder(self, name: str, parents: Path) -> Path:
+        """Where a parent is: one of another configuration has another folder, so no run mistakes it for its own."""
+        said = json.dumps(self.parents[name], sort_keys=True, default=str)
+        return parents / f"{name}-{hashlib.sha256(said.encode()).hexdigest()[:8]}"
 
     def parent(self, name: str, output: Path) -> AdaptConfig:
         """The run that trains one of the experiment's own parents."""
+        if name not in self.parents:
+            raise UsageError(f"there is no parent '{name}'{nearest(name, [*self.parents])}")
         try:
             return load_config(self.parents[name], {"output": str(output)})
         except UsageError as error:
             raise UsageError(f"parent {name}: {error}") from None
+
+
+def _dotted(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """`{optimizer: {lr: 1}}` -> `{"optimizer.lr": 1}`; what stands below a dotted key stays as it is."""
+    flat: dict[str, Any] = {}
+    for key, value in keys.items():
+        if isinstance(value, Mapping) and "." not in str(key):
+            flat |= {f"{key}.{inner}": below for inner, below in value.items()}
+        else:
+            flat[str(key)] = value
+    return flat
 
 
 def find_experiment(argument: str) -> Path:

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from nextblock.config.errors import UsageError
 from nextblock.config.files import locked, make_folder, write_whole
@@ -32,7 +31,8 @@ from nextblock.decoding.lm import BlockDiffusionLM, load
 from nextblock.measure.accuracy import score_task
 from nextblock.measure.machine import environment
 from nextblock.measure.report import read_log
-from nextblock.training.run import LOG
+from nextblock.model.loading import usable_device
+from nextblock.training.run import LOG, RESOLVED_CONFIG
 from nextblock.workflows.adapt import adapt
 from nextblock.workflows.experiment import Experiment, Score
 
@@ -100,7 +100,7 @@ def read_results(experiment: Experiment, place: Place) -> dict[tuple[str, int], 
         if not same:
             raise UsageError(
                 f"{path} was made by another version of {place.source}: base, arm, parents or scores differ; "
-                "move it away and run again, or take the changes back"
+                f"move it and the run's folder {place.run(arm, seed)} away and run again, or take the changes back"
             )
         found[arm, seed] = stored
     return found
@@ -124,18 +124,18 @@ def run_experiment(
     make_folder(place.results)
     with locked(place.runs):
         make_folder(place.parents)
-        names = [name for name in experiment.parents if not (place.parents / name / "config.json").is_file()]
-        parents = [(["--parent", name], place.parents / name) for name in names]
+        folders = {name: experiment.parent_folder(name, place.parents) for name in experiment.parents}
+        names = [name for name, folder in folders.items() if not (folder / "config.json").is_file()]
+        parents = [(["--parent", name], folders[name]) for name in names]
         done = read_results(experiment, place)
         missing = [one for one in wanted_runs(experiment) if one not in done]
         runs = [(["--arm", arm, "--seed", str(seed)], place.run(arm, seed)) for arm, seed in missing]
         total = sum(_steps(experiment.parent(name, Path("output"))) for name in names)
         total += sum(_steps(experiment.config(arm, seed, Path("o"), Path("p"))) for arm, seed in missing)
         total += len(runs)  # for measuring, which counts as one more step
-        folders = [folder for _, folder in parents + runs]
 
         def tell(at_work: Sequence[Path]) -> None:
-            steps = sum(_steps_done(folder) for folder in folders)
+            steps = sum(_steps_done(folder) for _, folder in parents + runs)
             measured = sum(place.result(arm, seed).is_file() for arm, seed in missing)
             on_step(min(steps + measured, total), total, ", ".join(folder.name for folder in at_work))
 
@@ -163,7 +163,7 @@ def _run_processes(place: Place, wanted: Sequence[tuple[list[str], Path]], jobs:
             while waiting and len(running) < jobs:
                 arguments, folder = waiting.pop(0)
                 command = [sys.executable, "-m", "nextblock", "experiment", str(place.source), *arguments]
-                with folder.with_suffix(".out").open("ab") as out:
+                with _printed(folder).open("ab") as out:
                     process = subprocess.Popen(
                         [*command, "--runs", str(place.runs.parent)], stdout=out, stderr=out, env=environ
                     )
@@ -173,14 +173,19 @@ def _run_processes(place: Place, wanted: Sequence[tuple[list[str], Path]], jobs:
             for process in [one for one in running if one.poll() is not None]:
                 folder = running.pop(process)
                 if process.returncode:
-                    said = folder.with_suffix(".out").read_text(encoding="utf-8", errors="replace").splitlines()
+                    said = _printed(folder).read_text(encoding="utf-8", errors="replace").splitlines()
                     reason = next((line for line in reversed(said) if line.strip()), "it said nothing")
-                    raise UsageError(f"the run {folder.name} failed ({folder.with_suffix('.out')}): {reason}")
+                    raise UsageError(f"the run {folder.name} failed ({_printed(folder)}): {reason}")
     finally:
         for process in running:
             process.terminate()  # a run that is told so saves where it is
         for process in running:
             process.wait()
+
+
+def _printed(folder: Path) -> Path:
+    """The file of what a run's process prints."""
+    return folder.with_name(f"{folder.name}.out")
 
 
 @contextmanager
@@ -219,8 +224,10 @@ def _begin(folder: Path) -> None:
 
 def run_parent(experiment: Experiment, place: Place, name: str) -> None:
     """Train one of the experiment's own parents."""
-    _begin(place.parents / name)
-    adapt(experiment.parent(name, place.parents / name), resume=True)
+    folder = experiment.parent_folder(name, place.parents) if name in experiment.parents else place.parents / name
+    config = experiment.parent(name, folder)
+    _begin(folder)
+    _trained(config)
 
 
 def run_one(experiment: Experiment, place: Place, arm: str, seed: int) -> dict[str, Any]:
@@ -228,27 +235,43 @@ def run_one(experiment: Experiment, place: Place, arm: str, seed: int) -> dict[s
 
     Returns:
         What was written: `figures` is name -> number.
+    Raises:
+        UsageError: the run's folder holds one of another version of the experiment, or its parent is not trained.
     """
     folder = place.run(arm, seed)
-    _begin(folder)
     config = experiment.config(arm, seed, folder, place.parents)
+    parent = Path(config.model.path)
+    if parent.is_relative_to(place.parents) and not (parent / "config.json").is_file():
+        name = parent.name.rpartition("-")[0]
+        raise UsageError(
+            f"the parent '{name}' is not trained yet; run the experiment without --arm, or --parent {name}"
+        )
+    _begin(folder)
     make_folder(place.results)
     folder, results = _trained_before(place, config) or (folder, None)
     if results is None:
-        result = adapt(config, resume=True)
-        if not result.finished:
-            raise UsageError(f"the run {folder.name} was stopped at step {result.steps}; run the experiment again")
-        results = result.results
+        results = _trained(config)
     stored = {
         "arm": arm,
         "seed": seed,
         "fingerprint": fingerprint(experiment, arm),
         "figures": {**training_figures(folder, results), **score_figures(experiment, load(folder))},
         "training": {name: results["training"][name] for name in ("steps", "tokens", "seconds")},
-        "environment": environment(torch.device("cpu")),
+        "environment": results["environment"],
     }
     write_whole(place.result(arm, seed), (json.dumps(stored, indent=1) + "\n").encode())
     return stored
+
+
+def _trained(config: AdaptConfig) -> dict[str, Any]:
+    """Train a run, or go on with it if it is of this very configuration. Its `results.json`."""
+    folder = Path(config.output)
+    if (said := folder / RESOLVED_CONFIG).is_file() and load_config(said, {"output": config.output}) != config:
+        raise UsageError(f"the run in {folder} was begun by another version of this experiment; delete that folder")
+    result = adapt(config, resume=True)
+    if not result.finished:
+        raise UsageError(f"the run {folder.name} was stopped at step {result.steps}; run the experiment again")
+    return result.results
 
 
 def _trained_before(place: Place, config: AdaptConfig) -> tuple[Path, dict[str, Any]] | None:
@@ -256,8 +279,8 @@ def _trained_before(place: Place, config: AdaptConfig) -> tuple[Path, dict[str, 
 
     Experiments have arms in common, which need not be trained twice: a run of one thread comes out the same again.
     """
-    here = environment(torch.device("cpu"))
-    for said in sorted(place.runs.parent.glob("*/*/nextblock.yaml")):
+    here = environment(usable_device(None))
+    for said in sorted(place.runs.parent.glob(f"*/*/{RESOLVED_CONFIG}")):
         try:
             same = load_config(said, {"output": config.output}) == config
             found = json.loads(said.with_name("results.json").read_text(encoding="utf-8"))

@@ -81,12 +81,22 @@ def run_bench(
     }
 
 
+def write_json(figures: Any, output: Path | None) -> None:
+    """Write plain values as JSON, where an output is named. UsageError if it cannot be."""
+    if output is None:
+        return
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"cannot write {output}: {error.strerror}") from None
+
+
 def write_results(results: Mapping[str, Any], figure: Figure, output: Path) -> tuple[Path, Path]:
     """Write the figures as JSON at `output`, the plot beside it as PNG; both paths. UsageError if it cannot be."""
     plot = output.with_suffix(".png")
+    write_json(results, output)
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         figure.savefig(plot)
     except OSError as error:
         raise UsageError(f"cannot write {output}: {error.strerror}") from None

@@ -31,7 +31,7 @@ def score_modes(
 
     Args:
         wanted: name, model and decoding options of each; the models must share a tokenizer. Modes are compared with
-            the answers of the last ar mode before them.
+            the answers of the last ar mode before them, or of the first one at all.
         examples, first, batch_size: as of `score_task`.
         max_new_tokens: default: the task's.
         on_prompt: called with prompts done and prompts in all.
@@ -43,15 +43,17 @@ def score_modes(
     timed, max_new_tokens = min(TIMED, examples), max_new_tokens or task.max_new_tokens
     advance = counter(on_prompt, len(wanted) * (examples + ROUNDS * timed))
     common: Any = {"examples": examples, "first": first, "batch_size": batch_size, "max_new_tokens": max_new_tokens}
-    rows: list[dict[str, Any]] = []
+    in_ar = [options["mode"] == "ar" for _, _, options in wanted]
+    first_ar = in_ar.index(True) if any(in_ar) else None
+    rows: list[dict[str, Any]] = [{} for _ in wanted]
     reference: list[str] | None = None
-    for name, lm, options in wanted:
-        in_ar = options["mode"] == "ar"
+    for i in sorted(range(len(wanted)), key=lambda i: i != first_ar):  # the others are compared with it
+        name, lm, options = wanted[i]
         score, answers = score_task(
-            lm, task, reference=None if in_ar else reference, on_example=advance, **common, **options
+            lm, task, reference=None if in_ar[i] else reference, on_example=advance, **common, **options
         )
-        reference = answers if in_ar else reference
-        rows.append({"model": name, **asdict(score)})
+        reference = answers if in_ar[i] else reference
+        rows[i] = {"model": name, **asdict(score)}
 
     lm = wanted[0][1]
     prompts = [[ids] for ids in task_prompts(task.name, "test", timed).encode(lm)]
@@ -60,7 +62,6 @@ def score_modes(
     for contestant in contestants:
         contestant.run(prompts[0])  # warm up
     results = alternate(contestants, [prompts] * ROUNDS, advance)
-    first_ar = next((i for i, (_, _, options) in enumerate(wanted) if options["mode"] == "ar"), None)
     for row, own in zip(rows, results, strict=True):
         figures = compared(own, results[first_ar or 0])
         row |= figures if first_ar is not None else {"tokens_per_second": figures["tokens_per_second"]}
