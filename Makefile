@@ -32,7 +32,8 @@ demo: $(PACKAGE_STAMP) ## set up, then adapt the shipped AR model and show the r
 	$(OFFLINE) $(BIN)/python -m nextblock demo
 
 .PHONY: test
-test: lint types imports wheel docs ## set up, then run every check: what CI runs
+test: $(DEV_STAMP) ## set up, then run every check: what CI runs
+	@$(MAKE) --jobs=2 --output-sync=recurse types checks
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .PHONY: real
@@ -49,6 +50,11 @@ install: $(PACKAGE_STAMP) ## make .venv with the package in it
 
 .PHONY: dev
 dev: $(DEV_STAMP) ## the same, with the tools that the checks need
+
+# One after the other, beside `types`, which takes as long as all of them.
+.PHONY: checks
+checks: $(DEV_STAMP)
+	@for check in lint imports wheel docs; do $(MAKE) $$check || exit 1; done
 
 .PHONY: lint
 lint: $(DEV_STAMP) ## ruff: rules and format

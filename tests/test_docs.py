@@ -143,7 +143,7 @@ def test_every_command_line_parses(page, call):
     elif command == "generate":
         validate(DecodingConfig, decoding_options(given))
     elif command == "evaluate":
-        get_task(given["task"])
+        get_task(given["task"] or "word_problems")
         assert set(given["mode"] or ()) <= set(MODES)
         assert all(value == "none" or 0 < float(value) <= 1 for value in given["threshold"] or ())
     for text in given.get("variant") or ():
