@@ -56,18 +56,26 @@ def rotary_order(weight: np.ndarray, heads: int) -> np.ndarray:
     return weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
 
 
+def write_header(
+    folder: Path, architecture: str, values: Mapping[str, Any], model: LlamaForCausalLM | None = None
+) -> Path:
+    """A file of an architecture with such values in its header, without its name in front, and llama's weights."""
+    named = {f"{architecture}.{name}": value for name, value in values.items()}
+    return write_gguf(folder / "header.gguf", model or source_model(), architecture=architecture, values=named)
+
+
 def write_gguf(
     file: Path,
     model: LlamaForCausalLM,
     *,
     kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
     architecture: str = "llama",
-    values: Mapping[str, str | int] | None = None,
+    values: Mapping[str, Any] | None = None,
     more: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write `model`, matrices in `kind`; of a quantized kind the model takes the rounded weights too.
 
-    values: further values of the header. more: further tensors.
+    values: further values of the header, or others in place of the model's. more: further tensors.
     """
     config: Any = model.config
     writer: Any = gguf.GGUFWriter(str(file), architecture)
@@ -91,7 +99,8 @@ def write_gguf(
     writer.add_eos_token_id(END)
     writer.add_chat_template("{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}")
     for name, value in (values or {}).items():
-        (writer.add_string if isinstance(value, str) else writer.add_uint32)(name, value)
+        add = {str: writer.add_string, float: writer.add_float32, bool: writer.add_bool, list: writer.add_array}
+        add.get(type(value), writer.add_uint32)(name, value)
     for name, tensor in named_tensors(model):
         weight = tensor.detach().numpy()
         heads = config.num_attention_heads if "attn_q" in name else config.num_key_value_heads

@@ -17,10 +17,10 @@ from transformers import PreTrainedModel
 
 from nextblock.config.errors import UsageError, one_line
 from nextblock.config.sections import BlockDiffusionSettings, DraftAdapterConfig, validate
+from nextblock.gguf.files import gguf_fingerprint
 from nextblock.model.correction import has_correction, load_correction, save_correction
 from nextblock.model.decoder import Decoder
 from nextblock.model.draft_adapter import DraftAdapter
-from nextblock.model.gguf import gguf_fingerprint
 
 WEIGHTS, PEFT_CONFIG, SETTINGS = "adapter_model.safetensors", "adapter_config.json", "draft_adapter.json"
 MASK_VECTOR = "mask_vector.safetensors"

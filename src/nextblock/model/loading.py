@@ -26,7 +26,7 @@ from transformers.utils.hub import cached_file
 from nextblock.config.errors import UsageError, nearest, one_line
 from nextblock.config.files import read_yaml
 from nextblock.config.sections import BlockDiffusionSettings, validate
-from nextblock.model.gguf import find_gguf, gguf_config, unpacked, unpacking
+from nextblock.gguf.files import find_gguf, gguf_config, has_tokenizer, unpacked, unpacking
 from nextblock.model.positions import layer_windows, text_config
 from nextblock.model.shapes import shape_values
 
@@ -130,6 +130,8 @@ def read_config(
             config = gguf_config(Path(source) / where["gguf_file"])
         else:
             config = config_as_stored(source, trust_remote_code=trust_remote_code, **where)
+    except UsageError:
+        raise
     except Exception as error:  # transformers raises many kinds here; each means the same to the user
         suggestion = nearest(str(path), SHIPPED) if "/" not in str(path) else ""
         there = (
@@ -276,7 +278,7 @@ def load_model(
             reason = f"architecture '{config.model_type}' has no attention with a block mask; it is not supported"
         raise UsageError(f"cannot load model {path}: {reason}") from None
     model, found = loaded
-    _check_complete(found, f"cannot load model {path}: its files", config.model_type)
+    _check_complete(found, f"cannot load model {path}: its files", config.model_type, gguf=file is not None)
     model = model if file is None else unpacked(model, file)
     _keep_own_head(model)
     return model.eval() if quantization else cast(Any, model).to(target).eval()
@@ -290,15 +292,16 @@ def _keep_own_head(model: PreTrainedModel) -> None:
                 part.tie_word_embeddings = False
 
 
-def _check_complete(found: Mapping[str, Any], files: str, kind: str) -> None:
+def _check_complete(found: Mapping[str, Any], files: str, kind: str, gguf: bool = False) -> None:
     """UsageError, which begins with `files`, for weights that transformers would make up."""
-    cure = "restore them, or repair config.json"
+    cure = "use the model's safetensors folder" if gguf else "restore them, or repair config.json"
     if missing := sorted(found["missing_keys"]):
         needed = f"{len(missing)} of the weights that architecture '{kind}' needs, the first {missing[0]}"
         raise UsageError(f"{files} lack {needed}; {cure}")
     if other := sorted(found["mismatched_keys"]):
         name, stored, wanted = other[0]
-        raise UsageError(f"{files} hold {name} of shape {tuple(stored)}, config.json says {tuple(wanted)}; {cure}")
+        says = "what transformers makes of the header" if gguf else "config.json"
+        raise UsageError(f"{files} hold {name} of shape {tuple(stored)}, {says} says {tuple(wanted)}; {cure}")
 
 
 def choose_attention(config: PreTrainedConfig, wanted: str, device: torch.device) -> str:
@@ -337,7 +340,7 @@ def load_tokenizer(
     found = str(path) not in SHIPPED and any((own / name).is_file() for name in names)
     source, where = (str(own), {"revision": revision}) if found else located(path, revision)
     bare = Path(source).is_dir() and not any((Path(source) / name).is_file() for name in names)
-    if bare and "gguf_file" not in where:
+    if not has_tokenizer(Path(source) / where["gguf_file"]) if "gguf_file" in where else bare:
         return None
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, **where)

@@ -19,8 +19,8 @@ from transformers import (
 
 from nextblock.config.errors import UsageError, nearest, one_line
 from nextblock.config.sections import ModelConfig
+from nextblock.gguf.files import find_gguf
 from nextblock.model.decoder import Decoder
-from nextblock.model.gguf import find_gguf
 from nextblock.model.loading import (
     check_architecture,
     choose_attention,

@@ -14,8 +14,16 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils.hub import cached_file
 
 from nextblock.config.errors import UsageError, nearest, one_line, require
+from nextblock.gguf.values import take_values
 
 SUFFIX = ".gguf"
+NOT_READ = {
+    *("general", "tokenizer"),  # no architectures
+    *("deci", "mistral"),  # listed by transformers, but their weights are not read
+    *("t5", "umt5", "mamba", "lfm2", "qwen35", "qwen35moe"),  # no decoders, or with a recurrent state
+    *("bloom", "gpt_oss"),  # without a mask of queries and keys; with positions that are always scaled
+}
+"""Names among those of transformers' architectures that are none that can be adapted."""
 
 
 def find_gguf(path: str | Path, revision: str | None = None) -> Path | None:
@@ -28,6 +36,8 @@ def find_gguf(path: str | Path, revision: str | None = None) -> Path | None:
     if not name.lower().endswith(SUFFIX):
         return None
     file = Path(name).expanduser()
+    if file.is_dir():  # of a model, with a name that ends so
+        return None
     hub_id, inside = "/".join(name.split("/")[:2]), "/".join(name.split("/")[2:])
     if not file.is_file() and inside and not name.startswith((".", "/", "~")) and not file.parent.is_dir():
         try:
@@ -44,9 +54,15 @@ def find_gguf(path: str | Path, revision: str | None = None) -> Path | None:
 
 def _check(file: Path) -> None:
     """UsageError for a file that transformers cannot read whole."""
-    with file.open("rb") as stream:
-        if stream.read(4) != b"GGUF":
-            raise UsageError(f"model file {file} is no GGUF file: it does not begin with GGUF; download it again")
+    try:
+        with file.open("rb") as stream:
+            begins = stream.read(4)
+    except OSError as error:
+        raise UsageError(
+            f"model file {file} cannot be read: {error.strerror}; change its rights, or copy it"
+        ) from None
+    if begins != b"GGUF":
+        raise UsageError(f"model file {file} is no GGUF file: it does not begin with GGUF; download it again")
     require("gguf", "gguf", f"model file {file}")
     found = header(file)
     count = int(found.value("split.count") or 1)
@@ -55,14 +71,8 @@ def _check(file: Path) -> None:
     architecture, readable = str(found.value("general.architecture")), architectures()
     if re.sub("[-_]", "", architecture) not in (re.sub("_", "", name) for name in readable):
         raise UsageError(
-            f"model file {file} holds architecture '{architecture}', which transformers cannot read from GGUF; it "
-            f"reads {', '.join(readable)}"
-        )
-    scaling = found.value(f"{architecture}.rope.scaling.type")
-    if scaling not in (None, "none"):
-        raise UsageError(
-            f"model file {file} scales its rotary positions (rope.scaling.type={scaling}), which transformers does "
-            "not read from GGUF; use the model's safetensors folder"
+            f"model file {file} holds architecture '{architecture}', which cannot be read from GGUF as a decoder with "
+            f"softmax attention; these can: {', '.join(readable)}"
         )
     kinds = quantizations()
     if others := sorted({tensor.tensor_type.name for tensor in found.tensors} - set(kinds)):
@@ -114,18 +124,30 @@ def _header(file: Path, size: int, time: int) -> Header:
 
 
 def gguf_config(file: Path) -> PreTrainedConfig:
-    """The config that transformers makes of a file's header; it takes seconds, so a second call copies the first's."""
+    """The config of a file's header, by transformers and `take_values`; a second call copies the first's: it is slow.
+
+    Raises:
+        UsageError: a value that changes what the model computes, and that transformers does not compute.
+    """
     stat = file.stat()
     return copy.deepcopy(_gguf_config(file, stat.st_size, stat.st_mtime_ns))
 
 
 @functools.lru_cache(maxsize=2)
 def _gguf_config(file: Path, size: int, time: int) -> PreTrainedConfig:
-    return AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+    config, found = AutoConfig.from_pretrained(file.parent, gguf_file=file.name), header(file)
+    architecture = found.value("general.architecture")
+    take_values(config, lambda key: found.value(f"{architecture}.{key}"), file)
+    return config
+
+
+def has_tokenizer(file: Path) -> bool:
+    """Whether a file holds a vocabulary."""
+    return header(file).value("tokenizer.ggml.model") not in (None, "none", "no_vocab")
 
 
 def architectures() -> list[str]:
-    """Names of the architectures that transformers reads from GGUF."""
+    """Names of the architectures that transformers reads from GGUF, of those that can be adapted."""
     from transformers import modeling_gguf_pytorch_utils as reading
 
     kinds = set(reading.GGUF_SUPPORTED_ARCHITECTURES)
@@ -133,7 +155,7 @@ def architectures() -> list[str]:
         from transformers.integrations.gguf.gguf_config_mapping import GGUF_CONFIG_ARCHS
     except ImportError:
         GGUF_CONFIG_ARCHS = ()
-    return sorted(kinds.union(GGUF_CONFIG_ARCHS) - {"general", "tokenizer"})
+    return sorted(kinds.union(GGUF_CONFIG_ARCHS) - NOT_READ)
 
 
 @functools.cache

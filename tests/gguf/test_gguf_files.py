@@ -16,9 +16,9 @@ from gguf_files import END, source_model, write_gguf
 from nextblock.config.errors import UsageError
 from nextblock.config.run import load_config
 from nextblock.config.sections import with_gguf
+from nextblock.gguf.files import architectures, quantizations
 from nextblock.measure.identities import verify
 from nextblock.measure.plan import plan
-from nextblock.model.gguf import architectures, quantizations
 from nextblock.model.loading import load_model, load_tokenizer, read_config
 from nextblock.workflows.adapt import adapt
 from nextblock.workflows.answers import write_answers
@@ -119,8 +119,12 @@ def test_an_architecture_that_transformers_cannot_read_is_named_with_those_it_ca
     assert {"llama", "qwen2", "gemma3"} <= set(architectures())
 
 
-def test_an_encoder_is_refused_as_from_any_file(source, tmp_path):
-    refused(write_gguf(tmp_path / "a.gguf", source, architecture="t5"), "not a causal decoder")
+@pytest.mark.parametrize("architecture", ["t5", "mamba", "deci", "mistral", "bloom"])
+def test_what_is_refused_is_in_no_list_of_what_can_be_read(architecture, source, tmp_path):
+    file = write_gguf(tmp_path / "a.gguf", source, architecture=architecture)
+    with pytest.raises(UsageError, match=f"architecture '{architecture}'") as error:
+        read_config(file)
+    assert architecture not in str(error.value).split("these can: ")[1].split(", ")
 
 
 def test_weights_of_a_kind_that_nobody_unpacks_are_named(source, tmp_path):
@@ -157,6 +161,35 @@ def test_what_is_no_gguf_file_is_refused(file, tmp_path):
 
 def test_a_folder_of_gguf_files_says_how_to_name_one(file):
     refused(file.parent, "has no config.json; name its file: .*tiny.gguf")
+
+
+def test_a_model_folder_may_have_a_name_like_a_gguf_file(source, tmp_path):
+    source.save_pretrained(tmp_path / "model.gguf")
+    assert load_model(tmp_path / "model.gguf").config.hidden_size == source.config.hidden_size
+
+
+def test_weights_that_a_file_lacks_are_not_laid_to_a_config_json(source, tmp_path):
+    wider = {"llama.feed_forward_length": 128}
+    with pytest.raises(UsageError, match=r"header says .*; use the model's safetensors folder") as error:
+        load_model(write_gguf(tmp_path / "a.gguf", source, values=wider))
+    assert "config.json" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["none", "no_vocab"])
+def test_a_file_without_a_vocabulary_takes_token_ids(kind, source, tmp_path):
+    lm = nb.load(write_gguf(tmp_path / "a.gguf", source, values={"tokenizer.ggml.model": kind}))
+    assert lm.tokenizer is None
+    prompt = torch.arange(5, 9)[None]
+    expected = source.generate(prompt, max_new_tokens=4, do_sample=False)[0, 4:].tolist()
+    assert lm.generate(prompt, mode="ar", max_new_tokens=4).sequences[0, 4:].tolist() == expected
+
+
+def test_a_file_that_may_not_be_read_says_so(file, monkeypatch):
+    def denied(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(type(file), "open", denied)
+    refused(file, "tiny.gguf cannot be read: Permission denied")
 
 
 def test_a_missing_package_names_the_extra(file, monkeypatch):
