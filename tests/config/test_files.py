@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import errno
+import os
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from limits import largest_file
-from nextblock.config.errors import UsageError
+from nextblock.config.errors import UsageError, require
 from nextblock.config.files import read_yaml, to_yaml, unwritten, whole_folder, write_whole
 from nextblock.model.parent import byte_tokenizer
 
@@ -76,6 +79,42 @@ def test_a_file_is_replaced_whole_or_left_as_it_was(tmp_path):
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("file", b"first")]
     write_whole(path, b"second")
     assert path.read_bytes() == b"second"
+
+
+def test_two_that_write_one_file_at_once_do_not_write_into_each_others_parts(tmp_path, monkeypatch):
+    path, replace = tmp_path / "file", os.replace
+
+    def meanwhile(part: Path, whole: Path) -> None:
+        monkeypatch.setattr(os, "replace", replace)
+        thread = threading.Thread(target=write_whole, args=(path, b"other"))
+        thread.start()
+        thread.join()
+        assert path.read_bytes() == b"other"
+        replace(part, whole)
+
+    monkeypatch.setattr(os, "replace", meanwhile)
+    write_whole(path, b"own")
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("file", b"own")]
+
+
+def test_parts_of_killed_processes_go_and_those_of_others_at_work_stay(tmp_path):
+    for name, age in (
+        (".file.part", 7200),
+        (".file.1-2.part", 7200),
+        (".file.3-4.part", 5),
+        (".files.1-2.part", 7200),
+    ):
+        (tmp_path / name).write_text("cut")
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    write_whole(tmp_path / "file", b"whole")
+    assert {path.name for path in tmp_path.iterdir()} == {"file", ".file.3-4.part", ".files.1-2.part"}
+
+
+def test_a_folder_in_the_way_is_no_package(tmp_path, monkeypatch):
+    (tmp_path / "no_such_package_here").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(UsageError, match="key needs no_such_package_here, which is not installed"):
+        require("no_such_package_here", "extra", "key")
 
 
 def model_in(folder: Path, weights: str, text: str) -> None:

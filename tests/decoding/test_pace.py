@@ -10,7 +10,7 @@ import torch
 
 from decoders import LENGTHS, language_model, padded, prompt
 from families import MASK_ID, tiny_model
-from nextblock.config.sections import validate
+from nextblock.config.sections import CorrectionConfig, validate
 from nextblock.decoding import lm as calls
 from nextblock.decoding import pace
 from nextblock.decoding.batch import Batch
@@ -22,6 +22,7 @@ from nextblock.decoding.pace import Pacer
 from nextblock.decoding.request import make_request
 from nextblock.decoding.rows import Row
 from nextblock.decoding.sampling import GREEDY, generator
+from nextblock.model.correction import Correction
 from nextblock.model.costs import Costs, costs_file
 from nextblock.model.trees import likeliest_tree
 
@@ -214,18 +215,45 @@ def test_greedy_trees_of_automatic_size_give_the_answers_of_ar_in_fewer_passes_t
     assert passes[0] > passes[2]
 
 
-def test_tables_of_costs_reach_as_far_as_the_widest_check(tmp_path, monkeypatch):
-    """A wider tree has the passes timed again, a narrower one has not."""
+def test_trees_have_costs_of_their_own_that_reach_as_far_as_their_widest_check(tmp_path, monkeypatch):
+    """A pass that grows a tree costs more than one that drafts a chain: neither stands for the other."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(pace, "_known", {})
     monkeypatch.setattr(calls, "costs_of", pace.costs_of)
     monkeypatch.setattr(pace, "busy", lambda device: False)
-    lm, widths = language_model(tiny_model("llama")), []
-    for paths in (1, 3, 2, 1):
+    lm = language_model(tiny_model("llama"))
+    for paths in (1, 3, 1):
         lm.generate(prompt(3), **{**AUTO, "max_new_tokens": 4}, draft_paths=paths)
-        (costs,) = pace._known.values()
-        widths.append([*costs.check[1]])
-    assert widths == [[1, 2, 4, 8], *[[1, 2, 4, 8, 16, 24]] * 3]
+    assert [[*costs.check[1]] for costs in pace._known.values()] == [[1, 2, 4, 8], [1, 2, 4, 8, 16, 24]]
+
+
+def test_a_head_that_corrects_drafts_has_its_passes_timed_apart(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(pace, "_known", {})
+    monkeypatch.setattr(pace, "busy", lambda device: False)
+    lm, config = language_model(tiny_model("llama")), DecodingConfig(mode="speculative", block_size=4)
+    found = [pace.costs_of(lm.decoder, lm.settings, config, 1)]
+    vars(lm.model)["correction"] = Correction(lm.decoder.vocabulary, CorrectionConfig(rank=2, candidates=3))
+    found.append(pace.costs_of(lm.decoder, lm.settings, config, 1))
+    assert found[0].of != found[1].of
+    assert [costs.block for costs in found] == [4, 4]
+
+
+def test_passes_that_are_stopped_while_they_are_timed_hold_no_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(pace, "_known", {})
+    monkeypatch.setattr(pace, "busy", lambda device: False)
+    closed = []
+    monkeypatch.setattr(pace.Batch, "close", lambda batch: closed.append(batch))
+
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pace, "measure", stopped)
+    lm = language_model(tiny_model("llama"))
+    with pytest.raises(KeyboardInterrupt):
+        pace.costs_of(lm.decoder, lm.settings, DecodingConfig(mode="speculative", block_size=4), 1)
+    assert len(closed) == 1
 
 
 @pytest.mark.parametrize("prediction", ["shifted", "aligned"])

@@ -89,6 +89,17 @@ def test_costs_between_measured_sizes_lie_between_their_costs():
         assert few[1][-1] < more[1][-1]
 
 
+def test_a_smaller_block_costs_what_its_share_of_the_measured_one_does():
+    """As for the block that was measured, at the same number of drafts."""
+    lines = {"check": {1: {1: 1.0, 4: 2.5, 16: 9.0}}, "draft": {1: 12.0}, "alone": {1: 10.0}}
+    costs = Costs(of=OF, **lines, block=16)
+    (check, draft, alone), (few, short, lone) = costs.of_rows(1, 16, 16), costs.of_rows(1, 4, 4)
+    assert few == check[: len(few)]
+    assert short == pytest.approx(draft[: len(short)])
+    assert lone == pytest.approx(alone[: len(lone)])
+    assert costs.of_rows(1, 32, 0)[2][-1] > alone[-1]
+
+
 def test_drafting_that_does_not_pay_is_tried_less_and_less_often():
     pause = Pause()
     tried = [cycle for cycle in range(1, 320) if pause.decide(0, 6, first=10) == 6]
@@ -157,6 +168,26 @@ def test_costs_are_kept_for_the_same_model_on_the_same_machine(recwarn):
     write_costs(costs)
     assert read_costs(OF) == costs.model_copy(update={"share": Costs().share})
     assert not recwarn.list
+
+
+def test_what_two_processes_measure_is_kept_of_both():
+    one, other = (Costs(of=OF, check={n: {1: n, 8: 9.0}}, draft={n: 2.0}, alone={n: 1.5}) for n in (1, 4))
+    write_costs(one)
+    write_costs(other)
+    assert [*read_costs(OF).check] == [*other.check] == [4, 1]
+    assert read_costs(OF).check == {1: {1: 1, 8: 9.0}, 4: {1: 4, 8: 9.0}}
+
+
+def test_without_a_home_folder_costs_are_measured_and_not_kept(monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+
+    def homeless() -> None:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr("nextblock.model.costs.Path.home", homeless)
+    assert read_costs(OF) == Costs(of=OF)
+    with pytest.warns(UserWarning, match="could not be kept .*: there is no home folder; set XDG_CACHE_HOME"):
+        write_costs(Costs(of=OF))
 
 
 def test_costs_of_another_machine_are_not_taken():

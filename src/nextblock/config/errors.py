@@ -23,7 +23,8 @@ def nearest(word: str, choices: Sequence[str], likeness: float = 0.6) -> str:
 
 def require(package: str, extra: str, key: str) -> None:
     """Stop in one line where `key` of the configuration needs an optional package that is not installed."""
-    if importlib.util.find_spec(package) is None:
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:  # None: a folder of that name, which is no package
         raise UsageError(f"{key} needs {package}, which is not installed; run `pip install 'nextblock[{extra}]'`")
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import errno
+import glob
 import os
 import re
 import shutil
 import socket
+import threading
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +27,9 @@ MARKS = ("config.json", "adapter_config.json")
 
 LOCK = ".lock"
 """File in a run's folder that names the process which writes there."""
+
+STALE_SECONDS = 3600.0
+"""After which a part of a file is of a process that was killed."""
 
 UNWRITTEN = {
     errno.ENOSPC: "free space",
@@ -168,7 +174,13 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file complete or not at all, on the disk itself; in place of one of that name, whose rights it keeps."""
-    part = path.with_name(f".{path.name}.part")
+    part = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.part")  # others may write it too
+    try:
+        for old in path.parent.glob(f".{glob.escape(path.name)}.*part"):
+            if time.time() - old.stat().st_mtime > STALE_SECONDS:
+                old.unlink(missing_ok=True)
+    except OSError:  # another has just moved or removed it
+        pass
     try:
         with part.open("wb") as stream:
             stream.write(content)

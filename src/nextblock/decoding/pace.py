@@ -155,10 +155,12 @@ def costs_of(
     if config.mode != "speculative" or config.draft_length != "auto" or config.draft_ahead or config.temperature:
         return NOMINAL
     kind = (a := decoder.adapter) and (a.config.rank, *a.names, a.layers[0].merged is not None)
-    of = fingerprint(decoder.model, config.block_size, decoder.attention, kind, passes is not None)
+    head = decoder.correction and decoder.correction.config  # both change the pass that drafts
+    more = config.draft_paths, head
+    of = fingerprint(decoder.model, config.block_size, decoder.attention, kind, passes is not None, *more)
     costs = _known[str(of)] = _known.get(str(of)) or read_costs(of)
-    widest = (config.block_size or 1) * config.draft_paths
-    missing = [n for n in sorted({1, rounded_rows(rows)}) if max(costs.check.get(n, (0,))) < widest]
+    costs.block = config.block_size
+    missing = [n for n in sorted({1, rounded_rows(rows)}) if n not in costs.check]
     if missing and busy(decoder.device):
         if str(of) not in _untimed:
             Console(stderr=True).print("the machine is busy, so passes are not timed: drafts go by nominal costs")
@@ -167,8 +169,10 @@ def costs_of(
     for size in missing:
         prompts = [Row(number, [0] * max(1, context), CONTEXT, answer=[0]) for number in range(size)]
         batch = Batch(decoder, settings, config, prompts, Stats(), passes=passes)
-        measure(batch, costs)
-        batch.close()
+        try:
+            measure(batch, costs)
+        finally:
+            batch.close()
     if missing:
         write_costs(costs)
     return costs

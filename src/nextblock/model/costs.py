@@ -5,6 +5,7 @@ The costs are kept in the user's cache folder.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -119,6 +120,7 @@ class Costs(BaseModel):
     of: the model and the machine, from `fingerprint`.
     check: rows -> width -> a causal pass. draft: rows -> the pass that drafts, with the free token.
     alone: rows -> the pass that drafts without it.
+    block: tokens of the block for which `draft` and `alone` were measured; None: whichever is asked for.
     share, first, pause: what was kept lately, of drafts behind the free token and of those in its place, and when
         drafting is tried again, in all greedy calls of this process.
     """
@@ -127,6 +129,7 @@ class Costs(BaseModel):
     check: dict[Count, dict[Count, Seconds]] = Field(default_factory=dict)
     draft: dict[Count, Seconds] = Field(default_factory=dict)
     alone: dict[Count, Seconds] = Field(default_factory=dict)
+    block: int | None = Field(default=None, exclude=True)
     share: Places = Field(default_factory=Places, exclude=True)
     first: Share = Field(default_factory=lambda: Share(1.9, 2.0, memory=0.97), exclude=True)
     pause: Pause = Field(default_factory=Pause, exclude=True)
@@ -145,16 +148,17 @@ class Costs(BaseModel):
         """For so many rows: causal passes over 0 ... 1 + `longest` tokens, and passes that make 0, 1, ... drafts.
 
         Passes over 0 tokens cost nothing. A pass that drafts, with the free token and without, is measured for a whole
-        `block`; over fewer tokens, a multiple of `step`, it costs less in the proportion in which a causal one does.
+        block; over other tokens, a multiple of `step`, it costs as much more or less as a causal one does.
         """
+        whole = self.block or block
         check = [
             _between({number: _between(line, width) for number, line in self.check.items()}, rows)
-            for width in range(1, max(block, longest) + 2)
+            for width in range(1, max(block, longest, whole) + 2)
         ]
         widths = [min(-(-width // step) * step, block) for width in range(1, block + 1)]
-        draft = [_between(self.draft, rows) * check[width] / check[block] for width in widths[1:]]
-        alone = [_between(self.alone, rows) * check[width - 1] / check[block - 1] for width in widths]
-        return [0.0, *check], draft, alone
+        draft = [_between(self.draft, rows) * check[width] / check[whole] for width in widths[1:]]
+        alone = [_between(self.alone, rows) * check[width - 1] / check[whole - 1] for width in widths]
+        return [0.0, *check[: max(block, longest) + 1]], draft, alone
 
 
 NOMINAL = Costs(
@@ -248,8 +252,11 @@ def rounded_capacity(slots: int) -> int:
 
 
 def costs_file(of: dict[str, str]) -> Path:
-    """Where they are kept: nextblock/ in XDG_CACHE_HOME, or in ~/.cache."""
-    folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    """Where they are kept: nextblock/ in XDG_CACHE_HOME, or in ~/.cache. OSError where there is no such place."""
+    try:
+        folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:  # no HOME, and a user whom the system does not know
+        raise FileNotFoundError(errno.ENOENT, "there is no home folder; set XDG_CACHE_HOME") from None
     return Path(folder) / "nextblock" / f"costs-{of['model']}.json"
 
 
@@ -263,18 +270,25 @@ def first_pause(check: Sequence[float], draft: float) -> int:
 
 def read_costs(of: dict[str, str]) -> Costs:
     """What is kept for this model and machine; else empty costs, after a warning if there is something of no use."""
-    path = costs_file(of)
+    costs, why = _kept(of)
+    if why:
+        warnings.warn(f"the costs of passes in {costs_file(of)} {why}; they are measured again", stacklevel=2)
+    return costs
+
+
+def _kept(of: dict[str, str]) -> tuple[Costs, str]:
+    """What is kept for this model and machine, else empty costs; and why what is there is of no use."""
+    why = ""
     try:
-        costs, why = Costs.model_validate_json(path.read_bytes()), ""
+        costs = Costs.model_validate_json(costs_file(of).read_bytes())
         if costs.of == of:
-            return costs
+            return costs, ""
         why = f"are of another machine ({costs.of.get('machine', 'unknown')})"
     except FileNotFoundError:
-        return Costs(of=of)
+        pass
     except (OSError, ValidationError):
         why = "cannot be read"
-    warnings.warn(f"the costs of passes in {path} {why}; they are measured again", stacklevel=2)
-    return Costs(of=of)
+    return Costs(of=of), why
 
 
 def least_times(kinds: Sequence[Callable[[], object]]) -> list[float]:
@@ -293,9 +307,14 @@ def least_times(kinds: Sequence[Callable[[], object]]) -> list[float]:
 
 
 def write_costs(costs: Costs) -> None:
-    """Keep them for later processes, where the disk lets us."""
-    path = costs_file(costs.of)
+    """Keep them for later processes, where the disk lets us, with what others have kept since they were read."""
+    path: Path | str = "the cache folder"
     try:
+        path = costs_file(costs.of)
+        kept, _ = _kept(costs.of)
+        for rows, line in kept.check.items():
+            if rows not in costs.check:
+                costs.check[rows], costs.draft[rows], costs.alone[rows] = line, kept.draft[rows], kept.alone[rows]
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(costs.model_dump(), indent=1).encode())
     except OSError as error:

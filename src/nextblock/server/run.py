@@ -11,9 +11,8 @@ from typing import Any
 import uvicorn
 
 from nextblock.config.errors import UsageError
-from nextblock.config.sections import validate
 from nextblock.decoding.lm import BlockDiffusionLM
-from nextblock.decoding.options import DecodingConfig
+from nextblock.decoding.options import DecodingConfig, with_stored
 from nextblock.decoding.pace import costs_of
 from nextblock.model.costs import Costs
 from nextblock.server.app import Server
@@ -84,10 +83,13 @@ def run(
 
 def _costs(lm: BlockDiffusionLM, options: dict[str, Any], limits: Limits) -> Costs | None:
     """What passes cost here, alone and under load, if drafts go by that; before the server listens."""
-    if lm.settings is None or options.get("draft_length", "auto") != "auto":
+    if lm.settings is None:
         return None
-    drafting = {"mode": "speculative", "block_size": lm.settings.block_size}
-    config = validate(DecodingConfig, {**drafting, "draft_paths": options.get("draft_paths", 1)})
+    default = with_stored(lm.settings, options)
+    if default.draft_length != "auto":
+        return None
+    size = default.block_size or lm.settings.block_size
+    config = DecodingConfig(mode="speculative", block_size=size, draft_paths=default.draft_paths)
     return [costs_of(lm.decoder, lm.settings, config, min(rows, limits.max_rows)) for rows in (8, 2**62)][-1]
 
 
