@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 
+import numpy as np
 import pytest
+import torch
 import typer
 
 import nextblock as nb
@@ -39,6 +41,13 @@ def test_a_command_has_each_option_with_its_meaning(command):
     for name, field in FIELDS.items():
         assert options[name].opts == [f"--{name.replace('_', '-')}"]
         assert options[name].help.startswith(field.description)
+
+
+def test_a_number_of_torch_or_numpy_is_a_number():
+    for number in (torch.tensor(4), np.int64(4), np.array(4)):
+        assert validate(DecodingConfig, {"draft_length": number}).draft_length == 4
+    with pytest.raises(UsageError, match="draft_length=0 must be at least 1"):
+        validate(DecodingConfig, {"draft_length": torch.tensor(0)})
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,8 @@ class DecodingConfig(Section):
     @field_validator("draft_length", mode="before")
     @classmethod
     def _length(cls, value: Any) -> Any:
+        if getattr(value, "ndim", None) == 0:  # a number of torch or numpy
+            value = value.item()
         if value in (None, "auto"):
             return value
         if isinstance(value, str) and value.isdecimal():  # as the command line gives it
