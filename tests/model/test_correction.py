@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import shutil
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -24,8 +26,8 @@ from nextblock.config.sections import (
     RecipeConfig,
 )
 from nextblock.decoding.lm import BlockDiffusionLM
-from nextblock.model.adapter_files import save_adapter
-from nextblock.model.correction import Correction
+from nextblock.model.adapter_files import fingerprint, save_adapter
+from nextblock.model.correction import Correction, save_correction
 from nextblock.model.decoder import Decoder
 from nextblock.model.draft_adapter import new_adapter
 from nextblock.model.loading import weights_folder
@@ -232,6 +234,39 @@ def test_a_head_of_another_parent_or_block_size_or_a_cut_one_is_refused_in_one_l
     with pytest.raises(UsageError, match=words) as refused:
         nb.load(parent, draft_adapter=out.parent)
     assert "\n" not in str(refused.value)
+
+
+@pytest.fixture
+def corrected(tmp_path):
+    """The folder of a full model with a head beside it."""
+    folder, settings = tmp_path / "full", BlockDiffusionSettings(block_size=8, mask_token_id=5)
+    export(folder, tiny_model("llama", vocab_size=264), byte_tokenizer(), settings)
+    head = wild(Correction(264, CONFIG))
+    save_correction(folder, head, settings, "full", fingerprint(folder), torch.float32)
+    return folder
+
+
+def test_a_model_that_is_saved_again_keeps_its_head_beside_plain_weights(corrected, tmp_path):
+    lm = nb.load(corrected)
+    copy.deepcopy(lm.model).save_pretrained(tmp_path / "copy")
+    lm.model.save_pretrained(tmp_path / "again")
+    for name in ("again", "copy"):
+        assert (
+            load_file(tmp_path / name / "model.safetensors").keys()
+            == load_file(corrected / "model.safetensors").keys()
+        )
+        own = nb.load(tmp_path / name).decoder.correction
+        assert own is not None
+        assert torch.equal(own.following, lm.decoder.correction.following)  # pyright: ignore[reportOptionalMemberAccess]
+
+
+def test_weights_that_hold_a_head_are_told(corrected):
+    weights = load_file(corrected / "model.safetensors")
+    more = {f"correction.{name}": torch.zeros(264, 3) for name in ("previous", "following")}
+    save_file(weights | more, corrected / "model.safetensors", metadata={"format": "pt"})
+    shutil.rmtree(corrected / "correction")
+    with pytest.warns(UserWarning, match="hold a correction head that cannot be read from there"):
+        assert nb.load(corrected).decoder.correction is None
 
 
 @pytest.mark.parametrize(

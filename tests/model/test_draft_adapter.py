@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -452,6 +453,26 @@ def test_a_file_of_an_adapter_that_is_cut_or_of_another_program_is_refused_in_on
     save_adapter(tmp_path / "adapter", adapter, settings, "parent", tmp_path / "parent")
     (tmp_path / "adapter" / name).write_bytes(content)
     with pytest.raises(UsageError, match="holds no draft adapter") as refused:
+        nb.load(tmp_path / "parent", draft_adapter=tmp_path / "adapter")
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda config: {"r": 3}, "do not fit r=3"),
+        (lambda config: {"target_modules": config["target_modules"][1:]}, "is of no layer in target_modules"),
+    ],
+)
+def test_an_adapter_whose_config_names_other_updates_than_it_holds_is_refused(tmp_path, llama, change, words):
+    llama.save_pretrained(tmp_path / "parent")
+    adapter = DraftAdapter(llama, DraftAdapterConfig(rank=2))
+    settings = BlockDiffusionSettings(mask_token_id=adapter.mask_token_id)
+    save_adapter(tmp_path / "adapter", adapter, settings, "parent", tmp_path / "parent")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | change(config)))
+    with pytest.raises(UsageError, match=words) as refused:
         nb.load(tmp_path / "parent", draft_adapter=tmp_path / "adapter")
     assert "\n" not in str(refused.value)
 

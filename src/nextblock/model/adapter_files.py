@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from transformers import PreTrainedModel
 from nextblock.config.errors import UsageError, one_line
 from nextblock.config.sections import BlockDiffusionSettings, DraftAdapterConfig, validate
 from nextblock.gguf.files import gguf_fingerprint
-from nextblock.model.correction import has_correction, load_correction, save_correction
+from nextblock.model.correction import Correction, has_correction, load_correction, save_correction
 from nextblock.model.decoder import Decoder
 from nextblock.model.draft_adapter import DraftAdapter
 
@@ -138,6 +139,11 @@ def read_adapter(folder: Path) -> StoredAdapter:
     except Exception as error:  # of whatever kind a file raises that is missing, cut or of another program
         reason = f"{type(error).__name__}: {one_line(error)}"
         raise UsageError(f"{folder} holds no draft adapter ({reason}); make one with `nextblock adapt`") from None
+    if unnamed := sorted(stored.keys() - {key for keys in first_second.values() for key in keys}):
+        raise UsageError(
+            f"{folder / WEIGHTS} holds {unnamed[0]}, which is of no layer in target_modules of {PEFT_CONFIG}; bring "
+            "both files of one adapter"
+        )
     settings = validate(BlockDiffusionSettings, section)
     return StoredAdapter(folder, parent, digest, settings, config, weights, mask_vector)
 
@@ -153,6 +159,13 @@ def load_adapter(
     stored = read_adapter(folder)
     found = stored.check_parent(parent_folder)
     adapter = DraftAdapter(model, stored.config)
+    made = {name: (a.shape, b.shape) for name, a, b in zip(adapter.names, adapter.lora_A, adapter.lora_B, strict=True)}
+    for name, (a, b) in stored.weights.items():
+        if made.get(name) != (a.shape, b.shape):
+            raise UsageError(
+                f"{folder / WEIGHTS} holds updates of {name} of shapes {tuple(a.shape)} and {tuple(b.shape)}, which "
+                f"do not fit r={stored.config.rank} of {PEFT_CONFIG} and the model; bring both files of one adapter"
+            )
     with torch.no_grad():
         for name, first, second in zip(adapter.names, adapter.lora_A, adapter.lora_B, strict=True):
             first.copy_(stored.weights[name][0])
@@ -174,8 +187,21 @@ def _keys(name: str) -> tuple[str, str]:
 
 
 def take_correction(model: Any, folder: Path, settings: BlockDiffusionSettings) -> None:
-    """Put the correction head of a full model's folder on the model, if there is one; UsageError for a foreign one."""
+    """Put the correction head of a full model's folder beside the model, if it has one; UsageError for a foreign one.
+
+    It is no part of the model's weights, which stay those that any program reads; `save_pretrained` writes both.
+    """
     if not has_correction(folder) or hasattr(model, "correction"):
         return
     decoder = Decoder(model)
-    model.correction = load_correction(folder, decoder.device, decoder.vocabulary, settings, fingerprint(folder))
+    head = load_correction(folder, decoder.device, decoder.vocabulary, settings, fingerprint(folder))
+    vars(model).update(correction=head, save_pretrained=partial(_save_with_head, model, head, settings))
+
+
+def _save_with_head(
+    model: Any, head: Correction, settings: BlockDiffusionSettings, save_directory: str | Path, **options: Any
+) -> None:
+    """`save_pretrained` of a model, and its correction head, which belongs to the weights as they are written."""
+    type(model).save_pretrained(model, save_directory, **options)
+    own = Path(save_directory)
+    save_correction(own, head, settings, model.name_or_path, fingerprint(own), head.previous.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -281,6 +282,12 @@ def load_model(
     _check_complete(found, f"cannot load model {path}: its files", config.model_type, gguf=file is not None)
     model = model if file is None else unpacked(model, file)
     _keep_own_head(model)
+    if any(name.startswith("correction.") for name in found["unexpected_keys"]):
+        warnings.warn(
+            f"the weights of {path} hold a correction head that cannot be read from there, so drafts go without it; "
+            "save the model again, from the folder that it was loaded from",
+            stacklevel=2,
+        )
     return model.eval() if quantization else cast(Any, model).to(target).eval()
 
 
