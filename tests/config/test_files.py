@@ -105,7 +105,7 @@ def test_parts_of_killed_processes_go_and_those_of_others_at_work_stay(tmp_path)
         (".files.1-2.part", 7200),
     ):
         (tmp_path / name).write_text("cut")
-        os.utime(tmp_path / name, (time.time() - age,) * 2)
+        os.utime(tmp_path / name, (0, time.time() - age))
     write_whole(tmp_path / "file", b"whole")
     assert {path.name for path in tmp_path.iterdir()} == {"file", ".file.3-4.part", ".files.1-2.part"}
 

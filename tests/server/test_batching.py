@@ -16,7 +16,9 @@ from decoders import LENGTHS, language_model, prompt
 from families import tiny_model
 from nextblock.attention.cache import SlotCache
 from nextblock.decoding.request import make_request
+from nextblock.server import run as server
 from nextblock.server.batching import Engine, Job, Progress
+from nextblock.server.limits import Limits
 from serving import until
 
 MODES: list[dict[str, Any]] = [
@@ -335,3 +337,14 @@ def test_the_shipped_draft_adapter_answers_beside_ar_mode():
         for heard in jobs:
             heard.wait()
         assert jobs[0].tokens == jobs[1].tokens == lm.generate(ids, mode="ar", max_new_tokens=20).answers[0]
+
+
+@pytest.mark.parametrize(("stored", "options"), [({}, {"block_size": 2, "draft_paths": 3}), ({"block_size": 2}, {})])
+def test_passes_are_measured_for_the_block_that_requests_get(stored, options, monkeypatch):
+    measured = []
+    monkeypatch.setattr(server, "costs_of", lambda decoder, settings, config, rows: measured.append(config))
+    server._costs(language_model(tiny_model("llama"), decoding=stored), options, Limits())
+    assert {(config.block_size, config.draft_paths) for config in measured} == {(2, options.get("draft_paths", 1))}
+    measured.clear()
+    server._costs(language_model(tiny_model("llama"), decoding={"draft_length": 3}), {}, Limits())
+    assert not measured

@@ -89,7 +89,7 @@ def _rotary(config: PreTrainedConfig, value: Value, refuse: Callable[..., NoRetu
     if kind != "none" and factor not in (None, 0, 1):  # without a type it is linear
         refuse("rope.scaling.factor", factor, why)
     ropes: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
-    by_kind = {name: rope for name, rope in ropes.items() if isinstance(rope, Mapping)}
+    by_kind: dict[str, Any] = {name: rope for name, rope in ropes.items() if isinstance(rope, Mapping)}
     base, sliding = value("rope.freq_base"), value("rope.freq_base_swa")
     for name, rope in by_kind.items() or ([("", ropes)] if ropes else []):
         wanted = sliding if name == "sliding_attention" else base
@@ -116,7 +116,7 @@ def _windows(config: PreTrainedConfig, value: Value, refuse: Callable[..., NoRet
     if not any(slides) and window < (value("context_length") or window + 1):
         refuse("attention.sliding_window", window, f"and architecture '{config.model_type}' has no such window")
     pattern = value("attention.sliding_window_pattern")
-    if isinstance(pattern, int) and not isinstance(pattern, bool):  # every so many layers one sees all
+    if isinstance(pattern, int):  # every so many layers one sees all
         pattern = [not pattern or n % pattern < pattern - 1 for n in range(_layers(config))]
     if pattern is not None and any(slides) and [bool(slide) for slide in pattern] != slides:
         refuse("attention.sliding_window_pattern", value("attention.sliding_window_pattern"), "other layers than here")

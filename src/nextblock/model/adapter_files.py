@@ -194,7 +194,7 @@ def take_correction(model: Any, folder: Path, settings: BlockDiffusionSettings) 
     if not has_correction(folder) or hasattr(model, "correction"):
         return
     decoder = Decoder(model)
-    head = load_correction(folder, decoder.device, decoder.vocabulary, settings, fingerprint(folder))
+    head: Any = load_correction(folder, decoder.device, decoder.vocabulary, settings, fingerprint(folder))
     vars(model).update(correction=head, save_pretrained=partial(_save_with_head, model, head, settings))
 
 

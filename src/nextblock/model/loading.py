@@ -347,7 +347,8 @@ def load_tokenizer(
     found = str(path) not in SHIPPED and any((own / name).is_file() for name in names)
     source, where = (str(own), {"revision": revision}) if found else located(path, revision)
     bare = Path(source).is_dir() and not any((Path(source) / name).is_file() for name in names)
-    if not has_tokenizer(Path(source) / where["gguf_file"]) if "gguf_file" in where else bare:
+    gguf: Any = where.get("gguf_file")
+    if bare if gguf is None else not has_tokenizer(Path(source) / gguf):
         return None
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, **where)
