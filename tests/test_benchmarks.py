@@ -18,9 +18,11 @@ import torch
 import nextblock as nb
 from families import tiny_model
 from nextblock.attention.rule import block_diffusion_rule
+from nextblock.config.errors import UsageError
 from nextblock.config.presets import preset
 from nextblock.config.run import load_config
 from nextblock.config.sections import RecipeConfig
+from nextblock.decoding.lm import BlockDiffusionLM
 from nextblock.model.decoder import Decoder
 from nextblock.model.parent import byte_tokenizer
 from nextblock.recipe.corruption import corrupt
@@ -128,6 +130,53 @@ def test_prompts_to_measure_on_share_nothing_with_those_to_train_on():
     assert [sum(row["kind"] == kind for row in held_out) for kind in ("code", "chat", "prose")] == [10, 10, 10]
     texts = [{json.dumps({**row, "kind": ""}) for row in rows} for rows in (trained, held_out)]
     assert not texts[0] & texts[1]
+
+
+def test_nothing_to_measure_on_stands_in_the_text_to_train_on():
+    made = script("real_prompts")
+    text = "\n".join(row["text"] for row in made.library_text())
+    assert len(text) > 1_000_000
+    words = " ".join(text.split())
+    for row in made.prompts(40, held_out=True, each=True):
+        asked = row.get("prompt") or row["messages"][0]["content"]
+        if row["kind"] != "chat":
+            assert " ".join(asked.split()) not in words
+    assert '"assert": ' not in text  # pages of the documentation
+
+
+def test_the_real_model_script_asks_for_no_more_than_there_is_and_goes_on_after_a_kill(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    real = script("real")
+    monkeypatch.setitem(real.kinds.__globals__, "task_prompts", lambda *_: None)
+    with pytest.raises(UsageError, match=r"REAL_PROMPTS=9999 is more than .*; use at most \d+"):
+        real.kinds(9999)
+    # A parent whose weights were not written, and a trial of which one step was logged.
+    source, tried = Path(nb.__file__).parent / "assets" / "tiny-ar", []
+    (tmp_path / real.FILE).parent.mkdir()
+    (tmp_path / real.FILE).touch()
+    monkeypatch.setattr(real.nb, "load", lambda path: BlockDiffusionLM(tiny_model("llama"), byte_tokenizer(), None))
+    with monkeypatch.context() as killed:
+        killed.setattr(type(byte_tokenizer()), "save_pretrained", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            real.bring_parent(tmp_path)
+    assert not (tmp_path / "parent" / "config.json").is_file()
+    assert sorted(path.name for path in real.bring_parent(tmp_path).glob("*.safetensors")) == ["model.safetensors"]
+    log = tmp_path / "tried-1" / real.LOG
+    log.parent.mkdir()
+    step = {"step": 1, "step_seconds": 1.0}
+    log.write_text(json.dumps(step) + "\n")
+
+    def adapted(config: Any, **_: Any) -> None:
+        tried.append(config.training.steps)
+        log.write_text("".join(json.dumps({**step, "step": n + 1}) + "\n" for n in range(real.HERE.tried_steps)))
+
+    monkeypatch.setitem(real.train.__globals__, "adapt", adapted)
+    real.train(tmp_path, source, tmp_path / "answers.jsonl", 1.0)
+    assert tried == [real.HERE.tried_steps, 60]
+
+
+def stopped(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_the_real_model_script_trains_for_its_minutes_and_compares_with_generate(tmp_path, monkeypatch, capsys):
