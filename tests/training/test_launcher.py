@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+from typing import Any
 
 import pytest
 
 from nextblock.config.errors import UsageError
-from nextblock.training.launcher import check_launcher
+from nextblock.config.run import load_config
+from nextblock.training.launcher import check_launcher, fsdp_of_launcher
 from nextblock.training.loop import train
-from runs import config_of
+from runs import config_of, finish, launch, weights
 
 
 def test_gradient_accumulation_of_a_launcher_changes_nothing(place, tmp_path, monkeypatch):
@@ -57,3 +60,25 @@ def test_settings_of_a_launcher_that_ask_for_nothing_are_taken(place, tmp_path, 
     check_launcher(config_of(place, tmp_path))
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     check_launcher(config_of(place, tmp_path, training__mixed_precision="bf16"))
+
+
+def test_a_second_run_of_a_process_may_have_another_precision(place, tmp_path):
+    for number, precision in enumerate(("no", "bf16", "no")):
+        config = config_of(place, tmp_path / str(number), training__steps=9, training__mixed_precision=precision)
+        run = train(config)
+        assert run.accelerator.mixed_precision == precision
+    assert weights(tmp_path / "0") == weights(tmp_path / "2") != weights(tmp_path / "1")
+
+
+def fsdp_and_then_copies(rank: int, first: dict[str, Any], second: dict[str, Any]) -> None:
+    assert train(load_config(first)).is_sharded
+    assert not train(load_config(second)).is_sharded
+    assert not fsdp_of_launcher()
+
+
+def test_sharding_of_one_run_does_not_reach_the_next(place, tmp_path):
+    options = {"training__steps": 9, "data__shards": 2}
+    configs = [config_of(place, tmp_path / str(n), training__fsdp=not n, **options) for n in range(2)]
+    values = [config.model_dump(mode="json") for config in configs]
+    ranks = launch(multiprocessing.get_context("spawn"), tmp_path, fsdp_and_then_copies, *values)
+    assert finish(ranks) == [0, 0], (tmp_path / "stderr-0").read_text()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import (
     DistributedType,
     FullyShardedDataParallelPlugin,
@@ -81,6 +82,21 @@ def fsdp_of_launcher() -> bool:
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
+_SET_HERE: set[str] = set()
+"""Variables that accelerate has set for the last run of this process, and its launcher had not."""
+
+
+def forget_last_run() -> None:
+    """Take back what accelerate keeps of an earlier run, or stage, of this process; the processes stay as they met."""
+    for name in _SET_HERE:
+        os.environ.pop(name, None)
+    _SET_HERE.clear()
+    state = process_state()
+    if state.distributed_type == DistributedType.FSDP:
+        state.distributed_type = DistributedType.MULTI_GPU if torch.cuda.is_available() else DistributedType.MULTI_CPU
+    AcceleratorState._reset_state()
+
+
 def make_accelerator(config: AdaptConfig) -> Accelerator:
     """The processes of this run and how they share the work: DDP, or FSDP2 if the run or its launcher asks for it.
 
@@ -88,6 +104,7 @@ def make_accelerator(config: AdaptConfig) -> Accelerator:
         UsageError: rows that do not divide over the processes, a launcher that asks for something else, or a tracker
             that is not installed.
     """
+    forget_last_run()
     with errors_on_all_ranks():
         check_batch(config)
         check_launcher(config)
@@ -100,6 +117,8 @@ def make_accelerator(config: AdaptConfig) -> Accelerator:
         check_unsharded(config)
     else:
         check_sharding(config)
+        if not fsdp_of_launcher():
+            _SET_HERE.add("ACCELERATE_USE_FSDP")
         policy = None
         if config.training.mixed_precision == "bf16":
             # accelerate's own would also round the sums of losses, and so every gradient, to 8 bits.
