@@ -595,3 +595,14 @@ def test_a_chat_obeys_commands_and_an_interrupt_ends_an_answer_alone(run, adapte
     status, out, _ = run("chat", adapted)
     assert (status, out) == (0, "model: so far [stopped]\n" * 2)
     assert asked[1] == [*asked[0], {"role": "assistant", "content": "so far"}, {"role": "user", "content": "two"}]
+
+
+@pytest.mark.parametrize(("count", "lines"), [(None, 1), ("1", 1), ("2", 0)])
+def test_a_rank_is_silent_only_beside_others(run, monkeypatch, count, lines):
+    monkeypatch.setenv("RANK", "1")
+    if count is None:
+        monkeypatch.delenv("WORLD_SIZE", raising=False)
+    else:
+        monkeypatch.setenv("WORLD_SIZE", count)
+    status, _, err = run("adapt", "nosuch")
+    assert (status, err.count("\n")) == (2, lines)

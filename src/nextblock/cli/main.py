@@ -85,7 +85,8 @@ def main() -> None:
         said, its = error.format_message().rstrip("."), error.ctx.command_path if error.ctx else "nextblock"
         print(f"error: {' '.join(said.split())}; see {its} --help", file=sys.stderr)
     except UsageError as error:
-        if os.environ.get("RANK", "0") == "0":  # the processes of one run fail together: one line is enough
+        # The processes of one run fail together: one line is enough. A rank without others is of no launcher.
+        if os.environ.get("RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1":
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
