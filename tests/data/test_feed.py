@@ -21,8 +21,8 @@ from nextblock.data.feed import Feed, merged, usual_shards
 from nextblock.data.mixture import part_bytes
 from nextblock.data.records import Record, Records
 from nextblock.data.rows import Rows
-from nextblock.data.store_writer import merge, part_name, write_part
 from nextblock.model.parent import byte_tokenizer
+from nextblock.workflows.store_writer import merge, part_name, write_part
 
 
 @pytest.fixture(scope="module")

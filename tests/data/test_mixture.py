@@ -43,3 +43,11 @@ def test_a_position_of_other_sources_is_refused() -> None:
     state = stream("task:algebra", "task:word_problems").state()
     with pytest.raises(UsageError, match=r"data\.sources"):
         stream("task:algebra").load_state(state)
+
+
+def test_held_out_text_is_drawn_from_the_sources_that_have_some(tmp_path: Path) -> None:
+    many = jsonl(tmp_path / "many.jsonl", texts(300, longest=60))
+    one = jsonl(tmp_path / "one.jsonl", [{"text": "never held out"}])
+    both, alone = (stream(*given, share=0.1, held_out=True) for given in ((one, many), (many,)))
+    assert set(documents_of(both.next(64))) == set(documents_of(alone.next(64)))
+    assert (both.without, alone.without) == ([one], [])

@@ -300,7 +300,7 @@ def test_a_packed_file_is_called_so(tmp_path):
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n'))
     with pytest.raises(UsageError, match=r"a\.jsonl\.gz is packed with gzip; unpack it first"):
         read(tmp_path / "a.jsonl.gz")
-    with pytest.raises(UsageError, match=r"but 1 \.gz; unpack them first"):
+    with pytest.raises(UsageError, match=r"a\.jsonl\.gz is packed; unpack it first"):
         read(tmp_path)
 
 
@@ -359,3 +359,107 @@ def test_data_that_was_replaced_while_a_run_was_stopped_is_named_but_may_be_move
     write(tmp_path / "moved", "two")
     with pytest.raises(UsageError, match="moved holds other text than when the run was stopped; put it back"):
         stream_of(tmp_path / "moved").load_state(state)
+
+
+def test_a_folder_whose_files_are_named_by_split_gives_one_split(tmp_path):
+    (tmp_path / "data").mkdir()
+    for name in ("train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001", "Dev"):
+        json_lines(tmp_path / "data" / f"{name}.jsonl", {"text": name})
+    assert [value["text"][:5] for value in values(tmp_path)] == ["train", "train"]
+    assert values(tmp_path, split=None) == values(tmp_path)
+    assert [value["text"] for value in values(tmp_path, split="test")] == ["test-00000-of-00001"]
+    assert [value["text"] for value in values(tmp_path, split="dev")] == ["Dev"]
+    chosen = cast(Records, read_source(Source(path=str(tmp_path), split=None), usual_split="test"))
+    assert chosen.count == 1
+    with pytest.raises(UsageError, match="has no split valid; set split to one of its own: dev, test, train"):
+        read(tmp_path, split="valid")
+
+
+@pytest.mark.parametrize("names", [("train.jsonl", "train_2.jsonl"), ("train.jsonl", "testing.jsonl"), ("a.jsonl",)])
+def test_a_split_is_refused_where_there_are_none(tmp_path, names):
+    for name in names:
+        json_lines(tmp_path / name, {"text": name})
+    assert len(read(tmp_path)) == len(read(tmp_path, split=None)) == len(names)
+    for path in (tmp_path, tmp_path / "*", tmp_path / names[0]):
+        with pytest.raises(UsageError, match="has no splits, so split=test chooses nothing; leave it out"):
+            read(path, split="test")
+    assert cast(Records, read_source(Source(path=str(tmp_path), split=None), usual_split="test")).count == len(names)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.py"])
+def test_a_text_has_no_fields(tmp_path, name):
+    (tmp_path / name).write_text("a")
+    with pytest.raises(UsageError, match="has no fields, so text_field=body names nothing; leave it out"):
+        read(tmp_path, text_field="body")
+
+
+def test_a_folder_that_datasets_saved_is_called_so(tmp_path):
+    import datasets
+
+    one = datasets.Dataset.from_list([{"text": "a"}])
+    one.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": one}).save_to_disk(tmp_path / "two")
+    for name in ("one", "two"):
+        with pytest.raises(UsageError, match=r"was saved by datasets \(save_to_disk\); give Parquet or JSONL"):
+            read(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["empty.txt", "empty.jsonl"])
+def test_an_empty_file_is_called_empty(tmp_path, name):
+    (tmp_path / name).write_text("")
+    assert "is empty; give at least one document" in refusal(str(tmp_path / name))
+
+
+def test_a_line_that_was_cut_names_the_column_where_it_breaks(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n{"text": "abc"\n')
+    with pytest.raises(UsageError, match=r"a\.jsonl:2: broken JSON line: .* at column 15;"):
+        read(tmp_path / "a.jsonl")
+
+
+def test_parquet_that_is_read_as_text_is_called_so(tmp_path):
+    path = parquet(tmp_path / "x.pq", *texts(20))
+    for kind in ("auto", "text"):
+        with pytest.raises(UsageError, match=r"x\.pq is Parquet and is read as text; set its format to parquet"):
+            read(path, format=kind)
+    assert len(read(path, format="parquet")) == 20
+
+
+@pytest.mark.parametrize("packed", ["x.jsonl.gz", "x.parquet.zst", "x.md.xz"])
+def test_a_packed_file_beside_others_is_never_left_out_in_silence(tmp_path, packed):
+    (tmp_path / packed).write_bytes(gzip.compress(b"a"))
+    (tmp_path / "pictures.zip").write_bytes(b"PK")
+    json_lines(tmp_path / "y.jsonl", {"text": "a"})
+    with pytest.raises(UsageError, match=packed):
+        read(tmp_path)
+    (tmp_path / packed).unlink()
+    assert values(tmp_path) == [{"text": "a"}]
+
+
+def test_a_full_cache_is_no_broken_file(tmp_path, monkeypatch):
+    import errno
+    import os
+
+    import datasets
+    from datasets.exceptions import DatasetGenerationError
+
+    path = parquet(tmp_path / "a.parquet", {"text": "a"})
+
+    def full(*_: Any, **__: Any) -> None:
+        try:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise DatasetGenerationError("An error occurred") from error
+
+    monkeypatch.setattr(datasets.Dataset, "from_parquet", full)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", Path("/the/cache"))
+    with pytest.raises(UsageError, match="cannot be written to /the/cache: No space left on device; free space, or"):
+        read(path)
+
+
+def test_a_streamed_data_set_and_its_files_are_told_apart(tmp_path):
+    (tmp_path / "set").mkdir()
+    path = jsonl(tmp_path / "set" / "train.jsonl", texts(20))
+    hub = {"path": str(tmp_path / "set"), "format": "hub"}
+    for was, now, words in ((hub, path, "was a streamed data set"), (path, hub, "was read from files")):
+        with pytest.raises(UsageError, match=f"{words} when the run was stopped, and is .* now, in another order"):
+            stream(now).load_state(stream(was).state())

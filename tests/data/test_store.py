@@ -11,16 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-import nextblock.data.store_writer as writing
+import nextblock.workflows.store_writer as writing
+from limits import largest_file
 from nextblock.config.errors import UsageError
 from nextblock.config.files import locked
-from nextblock.config.sections import Source
+from nextblock.config.sections import DataConfig, Source
 from nextblock.data.mixture import part_bytes
 from nextblock.data.records import Record
 from nextblock.data.rows import Document
 from nextblock.data.sources import read_source
 from nextblock.data.store import DOCUMENT, MANIFEST, read_store, spans_of
-from nextblock.data.store_writer import merge, part_name, write_part
+from nextblock.data.stream import RowStream
+from nextblock.workflows.store_writer import merge, part_name, write_part
 from samples import CHATML, TALK, assistant, jsonl, marked_bytes, refusal, same, stream, texts, user, words
 
 CHATS = [{"messages": [user(f"{i}?"), assistant("x" * (i % 50) + "y"), user("on"), assistant("é")]} for i in range(90)]
@@ -298,3 +300,45 @@ def test_talk_is_stored_in_its_turns(tmp_path: Path) -> None:
     assert isinstance(found, Record)
     assert found.stored is not None
     assert (found.stored.document.offset == 0).sum() == 2
+
+
+@pytest.mark.filterwarnings("ignore:.*left out, as all")
+def test_a_part_that_a_record_stopped_goes_on_without_it_and_gives_the_rows_of_the_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writing, "BATCH_DOCUMENTS", 8)
+    monkeypatch.setattr(writing, "COMMIT_SECONDS", 0.0)
+    bad = {"messages": [user("2?"), assistant("")]}
+    source = Path(jsonl(tmp_path / "a.jsonl", [*texts(40), bad, *CHATS[:9]]))
+    source.write_text(source.read_text() + '{"text": "cut\n')
+    folder, given = tmp_path / "store" / part_name(0, 0, 1), Source(path=str(source))
+
+    def write(skip: bool) -> None:
+        write_part(folder, given, marked_bytes(), part=(0, 1), part_bytes=part_bytes(64), skip=skip)
+
+    with pytest.raises(UsageError, match=r"a\.jsonl:41: message 2 has no content.*; data\.skip_unusable=true leaves"):
+        write(skip=False)
+    place = json.loads((folder / writing.PART).read_text())["place"]
+    assert place == 40
+    write(skip=True)
+    found = merge(tmp_path / "store", 0)
+    assert (found["documents"], found["unusable"]) == (51, 2)
+    assert "a.jsonl:41" in found["unusable_at"]
+    config = {"sources": [{"path": str(source)}], "row_length": 64, "held_out": 0.3, "skip_unusable": True}
+    live = RowStream(DataConfig.model_validate(config), marked_bytes(), seed=0)
+    assert same(live.next(90), stream(str(tmp_path / "store"), share=0.3).next(90))
+
+
+def test_text_that_was_repaired_in_the_middle_of_a_preparation_is_named_with_the_way_on(tmp_path: Path) -> None:
+    source = jsonl(tmp_path / "a.jsonl", texts(9))
+    put(tmp_path / "store", source, parts=1)
+    jsonl(tmp_path / "a.jsonl", texts(9, seed=1))
+    with pytest.raises(UsageError, match=r"other text; put it back \(data\.skip_unusable=true leaves out"):
+        put(tmp_path / "store", source, parts=1)
+
+
+def test_a_disk_that_does_not_take_the_lock_is_one_line(tmp_path: Path) -> None:
+    source = jsonl(tmp_path / "a.jsonl", texts(9))
+    with largest_file(4), pytest.raises(UsageError, match=r"cannot write .*: File too large; .*it goes on"):
+        put(tmp_path / "store", source, parts=1)
+    put(tmp_path / "store", source, parts=1)

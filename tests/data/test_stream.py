@@ -20,9 +20,12 @@ from nextblock.data.rows import Rows
 from nextblock.data.stream import RowStream
 from nextblock.model.parent import byte_tokenizer
 from samples import (
+    CHAT,
+    TOKENIZER,
     assistant,
     documents_of,
     jsonl,
+    marked_bytes,
     refusal,
     same,
     stream,
@@ -175,3 +178,86 @@ def test_a_stop_in_the_chunk_in_which_sources_were_added_resumes_to_the_same_row
     again = stream(a, b)
     again.load_state(state)
     assert same(again.next(500), bent.next(500))
+
+
+BROKEN = [
+    '{"text": "cut',
+    '{"body": "no field"}',
+    '{"text": "\\ud800"}',
+    json.dumps({"messages": [user("2?"), assistant("")]}),
+    json.dumps({"messages": [user("2?"), assistant("a \U0010a000 b")]}),
+]
+
+
+def with_broken_lines(path: Path, every: int = 10) -> tuple[str, list[dict[str, str]]]:
+    """A file of texts in which lines that cannot be used stand; and the texts."""
+    rows = texts(120, longest=60)
+    lines = [json.dumps(row) for row in rows]
+    for number, line in enumerate(BROKEN):
+        lines.insert(every * (number + 3), line)
+    path.write_text("\n".join(lines))
+    return str(path), rows
+
+
+def skipping(path: str, skip: bool = True) -> RowStream:
+    config = DataConfig.model_validate(
+        {"sources": [{"path": path}], "row_length": 64, "held_out": 0.0, "skip_unusable": skip}
+    )
+    return RowStream(config, TOKENIZER, seed=0)
+
+
+@pytest.mark.parametrize("line", BROKEN)
+def test_a_record_that_cannot_be_tokenised_is_named_before_the_first_row(tmp_path: Path, line: str) -> None:
+    (tmp_path / "a.jsonl").write_text("\n".join([*(json.dumps(row) for row in texts(60)), line]))
+    with pytest.raises(UsageError, match=r"a\.jsonl:61.*; data\.skip_unusable=true leaves such documents out"):
+        skipping(str(tmp_path / "a.jsonl"), skip=False)
+
+
+def test_a_chat_whose_roles_do_not_alternate_is_named_before_the_first_row(tmp_path: Path) -> None:
+    alternate = "{% if messages[0].role != 'user' %}{{ raise_exception('roles') }}{% endif %}"
+    strict = marked_bytes(template=alternate + CHAT)
+    chats = [{"messages": [user("a"), assistant("b")]}, {"messages": [assistant("b"), user("a")]}]
+    with pytest.raises(UsageError, match=r"a\.jsonl:2: the chat template fails: roles; data\.skip_unusable"):
+        stream(jsonl(tmp_path / "a.jsonl", chats), tokenizer=strict)
+
+
+def test_records_that_cannot_be_used_are_left_out_and_counted(tmp_path: Path) -> None:
+    path, rows = with_broken_lines(tmp_path / "a.jsonl")
+    with pytest.warns(UserWarning, match=r"a\.jsonl:\d+.*; left out, as all that cannot be used"):
+        reading = skipping(path)
+    found = reading.next(512)  # some epochs
+    assert set(documents_of(found)) == {row["text"] + "<|end|>" for row in rows}
+    lost = reading.state()["lost"]
+    assert lost["unusable"] == lost["skipped"] > 0
+    assert "a.jsonl:" in lost["unusable_at"]
+
+
+@pytest.mark.filterwarnings("ignore:.*left out, as all")
+def test_a_run_that_a_record_stopped_goes_on_without_it_as_if_it_always_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nextblock.data.sources.CHECKED_DOCUMENTS", 0)  # as large data are: read when drawn
+    monkeypatch.setattr("nextblock.data.stream.CHUNK_ROWS", 4)
+    monkeypatch.setattr("nextblock.data.stream.BATCH_DOCUMENTS", 2)
+    path, _ = with_broken_lines(tmp_path / "a.jsonl")
+    stopped, whole, states = skipping(path, skip=False), skipping(path), []
+
+    def to_the_end() -> None:
+        for _ in range(200):
+            states.append(json.loads(json.dumps(stopped.state())))
+            assert same(stopped.next(1), whole.next(1))
+
+    with pytest.raises(UsageError, match=r"data\.skip_unusable=true leaves such documents out"):
+        to_the_end()
+    assert len(states) > 1
+    again, undisturbed = skipping(path), skipping(path)
+    again.load_state(states[-1])
+    undisturbed.next(len(states) - 1)
+    assert same(again.next(99), undisturbed.next(99))
+    with_broken_lines(tmp_path / "a.jsonl", every=7)
+    with pytest.raises(UsageError, match=r"holds other text .*data\.skip_unusable=true leaves out those"):
+        skipping(path).load_state(states[-1])
+
+
+def test_of_empty_documents_alone_the_run_says_so(tmp_path: Path) -> None:
+    assert "for all are empty" in refusal(jsonl(tmp_path / "a.jsonl", [{"text": ""}, {"text": " "}]))

@@ -42,6 +42,7 @@ TAKEN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # key -> overrides 
     "model.attention": ({}, {"model.attention": "sdpa"}),
     "machine.shard_over": ({"training.fsdp": True}, {"training.fsdp": True, "machine.shard_over": 2}),
     "machine.hold_gradients": ({"training.fsdp": True}, {"training.fsdp": True, "machine.hold_gradients": True}),
+    "data.skip_unusable": ({}, {"data.skip_unusable": True}),
     "training.checkpoint_every": ({}, {"training.checkpoint_every": 3}),
     "training.keep_last": ({}, {"training.keep_last": 5}),
     "training.keep_every": ({}, {"training.keep_every": 2}),

@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 
 from nextblock.config.run import AdaptConfig, load_config
 from nextblock.config.sections import Source
-from nextblock.data.store_writer import merge, part_name, write_part
 from nextblock.model.parent import byte_tokenizer
 from nextblock.training.checkpoint import list_checkpoints
+from nextblock.workflows.store_writer import merge, part_name, write_part
 from runs import adapt_rank, config_of, finish, launch, start, weights
 
 pytestmark = pytest.mark.slow

@@ -19,6 +19,7 @@ from nextblock.data.sources import read_source
 from nextblock.model.parent import byte_tokenizer
 from nextblock.model.training_mode import without_dropout
 from nextblock.training.loop import train
+from nextblock.training.setup import held_out_rows
 from runs import config_of, weights
 
 DROPOUT: dict[str, Any] = {
@@ -144,3 +145,23 @@ def test_what_ends_a_turn_is_no_mask_token(place, tmp_path):
     with pytest.raises(UsageError, match="mask token id 257 ends the turns of the chat template"):
         train(config)
     assert not (tmp_path / "run").exists()
+
+
+def held_out_of(place, tmp_path, capsys, *sources: str) -> tuple[Any, str]:
+    options = {"data__held_out": 0.05, "training__evaluate_rows": 4, "training__evaluate_every": 4}
+    config = config_of(place, tmp_path / "run", data__sources=[{"path": path} for path in sources], **options)
+    return held_out_rows(config, byte_tokenizer()), capsys.readouterr().out
+
+
+def test_a_source_without_held_out_documents_is_named_and_the_others_are_measured(place, tmp_path, capsys):
+    big, one = tmp_path / "big.jsonl", tmp_path / "one.txt"
+    big.write_text("\n".join(json.dumps({"text": f"{n} and {n}"}) for n in range(400)))
+    one.write_text("all of it is trained on")
+    rows, said = held_out_of(place, tmp_path, capsys, str(big), str(one))
+    assert len(rows) == 4
+    assert said.count("\n") == 1
+    assert f"no document of {one} is held out with data.held_out=0.05" in said
+    rows, said = held_out_of(place, tmp_path, capsys, str(one))
+    assert rows is None
+    assert "nothing is measured on it (training.evaluate_every=4): data source" in said
+    assert "change data.held_out or give more documents" in said

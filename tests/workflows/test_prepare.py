@@ -8,13 +8,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import yaml
 
+from limits import largest_file
 from nextblock.config.errors import UsageError
 from nextblock.config.run import AdaptConfig, load_config
+from nextblock.config.sections import Source
+from nextblock.data.records import Records
+from nextblock.data.sources import read_source
 from nextblock.training.loop import train
 from nextblock.workflows.prepare import prepare
 from runs import config_of, weights
@@ -116,3 +120,49 @@ def test_bad_input_is_one_line(
     assert words in said
     assert said.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_the_written_configuration_loads_as_it_was_given_and_reads_stores_of_all_stages(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        jsonl(tmp_path / f"{name}.jsonl", texts(12, seed=ord(name)))
+    (tmp_path / "own").mkdir()
+    jsonl(tmp_path / "own" / "c.jsonl", texts(5))
+    prepare(config_for("own"), tmp_path / "before", processes=1)
+    values = config_for("a.jsonl", revision="12345e7").model_dump(mode="json", exclude_defaults=True)
+    more = [{"path": "b.jsonl", "weight": 2.0}, {"path": "task:algebra"}, {"path": "before/0-own"}]
+    values["stages"] = [{"name": "one"}, {"name": "two", "data": {"sources": more, "row_length": 64}}]
+    found = prepare(load_config(values), Path("out"), processes=1)
+    assert [one.store.name for one in found] == ["0-a", "stage-2-0-b"]
+    monkeypatch.chdir("/")
+    again = load_config(tmp_path / "out" / "nextblock.yaml")
+    assert again.model.revision == "12345e7"
+    assert [source.path for source in again.data.sources] == [str(tmp_path / "out" / "0-a")]
+    sources = again.stages[1].data["sources"]
+    assert [source["path"] for source in sources] == [
+        str(tmp_path / "out" / "stage-2-0-b"),
+        "task:algebra",
+        str(tmp_path / "before" / "0-own"),
+    ]
+    assert again.stages[1].data["row_length"] == 64
+    assert sources[0]["weight"] == 2.0
+    for path in (again.data.sources[0].path, sources[0]["path"]):
+        assert cast(Records, read_source(Source(path=path))).count == 12
+
+
+def test_a_disk_that_does_not_take_the_configuration_is_one_line(tmp_path):
+    config = config_for(jsonl(tmp_path / "a.jsonl", texts(9)))
+    prepare(config, tmp_path / "out", processes=1)
+    with largest_file(4), pytest.raises(UsageError, match=r"cannot write .*out.*: File too large; .*it goes on"):
+        prepare(config, tmp_path / "out", processes=1)
+
+
+def test_what_prepare_leaves_out_is_told(tmp_path):
+    source = Path(jsonl(tmp_path / "a.jsonl", texts(9)))
+    source.write_text(source.read_text() + '{"text": "cut\n')
+    with pytest.raises(UsageError, match=r"a\.jsonl:10: .*; data.skip_unusable=true leaves such documents out"):
+        prepare(config_for(str(source)), tmp_path / "out", processes=1)
+    values = config_for(str(source)).model_dump(mode="json", exclude_defaults=True)
+    config = load_config(values, {"data.skip_unusable": True})
+    with pytest.warns(UserWarning, match=r"1 documents cannot be used and are left out; the first: .*a\.jsonl:10"):
+        prepare(config, tmp_path / "out", processes=1)

@@ -24,7 +24,7 @@ def lm() -> nb.BlockDiffusionLM:
 
 
 def score(lm, path, field="text", **options):
-    source = Source(path=str(path), text_field=field, split="test")
+    source = Source(path=str(path), text_field=field, split=None)
     options = {"block_sizes": [1, 4], "draws": 2, "row_length": 80, **options}
     return text_likelihood(lm, source, **options).measures
 

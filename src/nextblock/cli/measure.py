@@ -146,9 +146,8 @@ def _evaluate_text(
     except ValueError:
         raise UsageError(f"block_sizes={block_sizes} are not whole numbers; write 1,4,32") from None
     check_output(output)
-    source = {name: value for name, value in source.items() if value is not None}
-    if place_of(validate(Source, source)) in ("hub", "task"):
-        source = {"split": "test", **source}
+    source = {name: value for name, value in source.items() if value is not None or name == "split"}
+    place_of(validate(Source, source))  # refused before a model is loaded
     lm = load_lm(model, given)
     with progress("scoring text") as update:
         found = text_likelihood(lm, validate(Source, source), block_sizes=sizes, on_documents=update, **options)

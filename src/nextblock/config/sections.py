@@ -90,7 +90,10 @@ class Source(Section):
     path: str = Field(description="file, folder, glob, `datasets` id, `task:NAME`, or `python-stdlib`")
     format: Literal["auto", "text", "jsonl", "parquet", "hub", "task"] = "auto"
     text_field: str = Field(default="text", description="field of JSONL, Parquet and Hub rows that holds the document")
-    split: str = Field(default="train", description="split of a Hub data set or of a built-in task")
+    split: str | None = Field(
+        default="train",
+        description="split of a Hub data set, of a built-in task, or of a folder whose files are named by split",
+    )
     weight: float = Field(default=1.0, gt=0, description="share of the text that comes from this source")
     examples: int | None = Field(default=None, gt=0, description="read at most this many documents")
 
@@ -102,6 +105,11 @@ class DataConfig(Section):
     row_length: int = Field(default=512, ge=2, description="tokens in a packed row (L)")
     held_out: float = Field(
         default=0.02, ge=0, lt=1, description="share of documents kept for evaluation, chosen by hash of their text"
+    )
+    skip_unusable: bool = Field(
+        default=False,
+        description="leave out records that cannot be used (a broken line, a chat that the template refuses), and "
+        "count them, instead of stopping",
     )
     shards: int | None = Field(
         default=None,

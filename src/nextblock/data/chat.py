@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import Any
 
 from nextblock.config.errors import UsageError, one_line
+from nextblock.data.records import Unusable
 
 Pieces = list[tuple[str, bool]]
 """Consecutive parts of a text: (text, is it generated?)."""
@@ -46,11 +47,11 @@ class Specials:
         """A message or what it holds, with one private character for each special token that its texts spell.
 
         Raises:
-            UsageError: a text holds such a character; `name` says where.
+            Unusable: a text holds such a character; `name` says where.
         """
         if isinstance(value, str):
             if PRIVATE.search(value):
-                raise UsageError(f"{name} holds a private character of Unicode's last plane; leave it out")
+                raise Unusable(f"{name} holds a private character of Unicode's last plane; leave it out")
             return self.pattern.sub(lambda found: chr(HIDDEN + self._names.index(found[0])), value)
         if isinstance(value, Mapping):
             return {key: self.hide(part, name) for key, part in value.items()}
@@ -81,7 +82,8 @@ class Chat:
         where: names the conversation in errors.
         dated: render the day as it is; else as TEMPLATE_DATE, so that data stay the same from day to day.
     Raises:
-        UsageError: not a list of messages, a message without a text, or no template.
+        UsageError: no template.
+        Unusable: not a list of messages, or a message without a text.
     """
 
     def __init__(
@@ -113,7 +115,7 @@ class Chat:
                 add_generation_prompt=prompt,
             )
         except Exception as error:  # templates raise anything
-            raise UsageError(f"{self._where}: the chat template fails: {one_line(error)}") from None
+            raise Unusable(f"{self._where}: the chat template fails: {one_line(error)}") from None
 
     def prompt(self) -> str:
         """The whole conversation, up to where the assistant speaks."""
@@ -131,7 +133,7 @@ class Chat:
         Returns:
             Context alone for a conversation without an assistant turn.
         Raises:
-            UsageError: no turn can be told from the rest.
+            Unusable: no turn can be told from the rest.
         """
         turns = [number for number, message in enumerate(self.messages) if message["role"] == "assistant"]
         whole = self.render(self.messages)
@@ -178,7 +180,7 @@ class Chat:
         opening = self.render(user, prompt=True).removeprefix(self.render(user))
         at = whole.find(opening) if opening else 0
         if at < 0:
-            raise UsageError(
+            raise Unusable(
                 f"{self._where}: the chat template does not open a conversation with the assistant; put another turn "
                 "first"
             )
@@ -211,8 +213,8 @@ class Chat:
                 break
         raise self._refusal(first)
 
-    def _refusal(self, turn: int) -> UsageError:
-        return UsageError(
+    def _refusal(self, turn: int) -> Unusable:
+        return Unusable(
             f"{self._where}: the chat template does not render message {turn + 1} as a continuation of those before "
             "it; begin its content as the template's generation prompt ends, use another template, or prompt and "
             "completion fields"
@@ -231,25 +233,25 @@ def checked(messages: Any, where: str) -> list[dict[str, Any]]:
     """Messages in the form that templates expect: contents are texts, arguments of tool calls are objects.
 
     Raises:
-        UsageError: something else than messages, or a content that is missing or not a text.
+        Unusable: something else than messages, or a content that is missing or not a text.
     """
     if not isinstance(messages, Sequence) or not all(isinstance(m, Mapping) and "role" in m for m in messages):
-        raise UsageError(f"{where}: messages must be a list of objects with role and content")
+        raise Unusable(f"{where}: messages must be a list of objects with role and content")
     found = []
     for number, message in enumerate(messages, 1):
         name, content, calls = f"{where}: message {number}", message.get("content"), message.get("tool_calls")
         if isinstance(content, list | tuple):
             content = "".join(_text_of(part, name) for part in content)
         if content is not None and not isinstance(content, str):
-            raise UsageError(f"{name}: content holds {type(content).__name__}; it must be a text")
+            raise Unusable(f"{name}: content holds {type(content).__name__}; it must be a text")
         speaks = message["role"] == "assistant"
         if not (content or (speaks and calls) or (content is not None and not speaks)):
             cure = " and no tool_calls; give one, or leave it out" if speaks else "; give it one, or leave it out"
-            raise UsageError(f"{name} has no content{cure}")
+            raise Unusable(f"{name} has no content{cure}")
         given: dict[str, Any] = {"content": content} if content is not None else {}
         if calls:
             if not isinstance(calls, list | tuple) or not all(isinstance(call, Mapping) for call in calls):
-                raise UsageError(f"{name}: tool_calls must be a list of objects, one for each call; not {calls!r:.80}")
+                raise Unusable(f"{name}: tool_calls must be a list of objects, one for each call; not {calls!r:.80}")
             given["tool_calls"] = [_call(call, name) for call in calls]
         found.append({**message, **given})
     return found
@@ -263,8 +265,8 @@ def _text_of(part: Any, name: str) -> str:
         return part["text"]
     kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
     if kind == "text":
-        raise UsageError(f"{name}: a part of content has the type 'text' and no text; give it one")
-    raise UsageError(f"{name}: content has a part of type {kind!r}; only parts of type 'text' can be used")
+        raise Unusable(f"{name}: a part of content has the type 'text' and no text; give it one")
+    raise Unusable(f"{name}: content has a part of type {kind!r}; only parts of type 'text' can be used")
 
 
 def _call(call: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -275,6 +277,6 @@ def _call(call: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     try:
         arguments = json.loads(function["arguments"] or "{}")
     except (ValueError, RecursionError):
-        raise UsageError(f"{name}: arguments of a tool call are not JSON: {function['arguments']!r:.80}") from None
+        raise Unusable(f"{name}: arguments of a tool call are not JSON: {function['arguments']!r:.80}") from None
     function = {**function, "arguments": arguments}
     return {**call, "function": function} if "function" in call else function

@@ -14,7 +14,7 @@ import numpy as np
 
 from nextblock.config.errors import UsageError, one_line
 from nextblock.config.sections import Source
-from nextblock.data.records import Record, Records, to_record, without_nulls
+from nextblock.data.records import Record, Records, or_fault, to_record, without_nulls
 
 
 class Shuffle:
@@ -111,16 +111,23 @@ class HubStream:
 
     Args:
         seed: None: in the order of the stream, each row read when it is asked for.
+        skip: rows that cannot be used give a `Record` that says so.
     """
 
     # As those of `Records`.
     count, split_by_hash, digest, size = None, True, "", (0, 0)
 
-    def __init__(self, source: Source, shard: tuple[int, int] = (0, 1), seed: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        source: Source,
+        shard: tuple[int, int] = (0, 1),
+        seed: Sequence[int] | None = None,
+        skip: bool = False,
+    ) -> None:
         from datasets import IterableDataset, load_dataset
         from datasets.distributed import split_dataset_by_node
 
-        self._source, self._shard, self._seed = source, shard, seed
+        self._source, self._shard, self._seed, self._skip = source, shard, seed, skip
         name, _, configuration = os.path.expanduser(source.path).partition(":")
         try:
             stream = load_dataset(name, configuration or None, split=source.split, streaming=True)
@@ -184,7 +191,8 @@ class HubStream:
         size, most = 0, 1 if self._seed is None else SHUFFLED_ROWS
         while len(group) < most and size < SHUFFLED_BYTES and (row := next(self._rows, None)) is not None:
             where = f"{self._source.path} {self._source.split} row {self.index + len(group)}"
-            group.append(to_record(without_nulls(row), self._source, where))
+            given = without_nulls(row), self._source, where
+            group.append(or_fault(to_record, *given) if self._skip else to_record(*given))
             size += group[-1].bytes
 
     def _go_to(self, place: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 
 from nextblock.config.errors import UsageError
 from nextblock.data.chat import MARKER, MEANT, PRIVATE, Chat, Pieces, Specials
-from nextblock.data.records import Record
+from nextblock.data.records import Record, Unusable
 from nextblock.data.rows import Document
 
 GUARDS = ("\n", "0", "a", ".")
@@ -33,7 +33,7 @@ def encode(record: Record | Mapping[str, Any], tokenizer: Any) -> Document:
     return encode_batch([record if isinstance(record, Record) else Record(record, "record")], tokenizer)[0]
 
 
-def encode_batch(records: Sequence[Record], tokenizer: Any) -> list[Document]:
+def encode_batch(records: Sequence[Record], tokenizer: Any, skip: bool = False) -> list[Document]:
     """Tokenise records, in few calls of the tokenizer.
 
     - `{"text"}`: [begin token if the tokenizer adds one] text, end token; offset 0..n-1.
@@ -47,8 +47,11 @@ def encode_batch(records: Sequence[Record], tokenizer: Any) -> list[Document]:
 
     Up to where a span begins, the ids are those of `encode_prompt`.
 
+    Args:
+        skip: a record that cannot be used gives an empty document, whose `fault` says why.
     Raises:
-        UsageError: the tokenizer has no end token, or its chat template fails (file and line named).
+        UsageError: the tokenizer has no end token, or no chat template where one is needed.
+        Unusable: the chat template fails (file and line named).
     """
     end = tokenizer.eos_token_id
     if end is None:
@@ -56,7 +59,7 @@ def encode_batch(records: Sequence[Record], tokenizer: Any) -> list[Document]:
     if not (fresh := [record for record in records if record.stored is None]):
         return [record.stored.document for record in records if record.stored is not None]
     encoder = _Encoder(tokenizer)
-    sources = [encoder.source(record) for record in fresh]
+    sources = [encoder.source(record, skip) for record in fresh]
     documents = []
     for record, source, (ids, piece) in zip(fresh, sources, encoder.run(sources), strict=True):
         if "messages" not in record.value and ids:
@@ -70,9 +73,17 @@ def encode_batch(records: Sequence[Record], tokenizer: Any) -> list[Document]:
             offset = np.where(generated[piece], offset - np.searchsorted(piece, piece), -1)
         elif not generated[0]:
             offset[:] = -1
-        documents.append(Document(np.fromiter(ids, np.int64, len(ids)), offset, source.spelled))
+        documents.append(Document(np.fromiter(ids, np.int64, len(ids)), offset, source.spelled, source.fault))
     made = iter(documents)
     return [next(made) if record.stored is None else record.stored.document for record in records]
+
+
+def check_usable(records: Iterable[Record], tokenizer: Any) -> None:
+    """UsageError as `encode_batch` would raise of all these records; nothing is tokenised."""
+    encode_batch([], tokenizer)
+    encoder = _Encoder(tokenizer)
+    for record in records:
+        encoder.source(record)
 
 
 def encode_prompt(prompt: Any, tokenizer: Any, where: str) -> list[int]:
@@ -115,10 +126,12 @@ class _Source:
 
     spelled: special tokens that are only spelled. Where there are some, those meant are private characters
         (`Specials.mark`).
+    fault: as of `Document`.
     """
 
     pieces: Pieces
     spelled: int
+    fault: str = ""
 
 
 _SPLITTERS: WeakKeyDictionary[Any, tuple[list[int], Any, dict[int, int]]] = WeakKeyDictionary()
@@ -134,8 +147,16 @@ class _Encoder:
         self.begin: list[int] = whole[: next(starts, 0)]
         """What the tokenizer itself puts in front of a text."""
 
-    def source(self, record: Record) -> _Source:
-        """A record as pieces of text."""
+    def source(self, record: Record, skip: bool = False) -> _Source:
+        """A record as pieces of text; none where it cannot be used, if such are to be skipped."""
+        try:
+            return _Source([("", True)], 0, record.fault) if record.fault else self._pieces(record)
+        except Unusable as error:
+            if not skip:
+                raise
+            return _Source([("", True)], 0, str(error))
+
+    def _pieces(self, record: Record) -> _Source:
         value = record.value
         if "text" in value:
             text = self.begun(value["text"]) if value["text"].strip() else ""

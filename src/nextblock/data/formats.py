@@ -13,10 +13,11 @@ from typing import Any, cast
 import numpy as np
 
 from nextblock.config.errors import UsageError, one_line
+from nextblock.config.files import unwritten
 from nextblock.config.sections import Source
-from nextblock.data.files import decode_text, read_bytes
+from nextblock.data.files import check_is_text, decode_text, open_file, read_bytes
 from nextblock.data.lines import MARKS, open_rows
-from nextblock.data.records import Record, Records, check_characters, to_record, without_nulls
+from nextblock.data.records import Record, Records, Unusable, check_characters, to_record, without_nulls
 
 
 def read_texts(files: Sequence[str], part_bytes: int) -> Records:
@@ -42,7 +43,8 @@ def read_texts(files: Sequence[str], part_bytes: int) -> Records:
         start, stop = (border(file, k * part_bytes, size) for k in (part, part + 1))
         text = decode_text(read_bytes(file, start, stop - start), file, start)
         if "\0" in text:
-            raise UsageError(f"data file {file} is not text: it holds a null byte; remove it")
+            check_is_text(file)
+            raise Unusable(f"data file {file} is not text: it holds a null byte; remove it")
         if size <= part_bytes:
             return Record({"text": text}, file)
         head = hashlib.blake2b(read_bytes(file, 0, part_bytes), digest_size=16).hexdigest()
@@ -62,13 +64,13 @@ def read_jsonl(files: Sequence[str], pick: Callable[[Any, str], Record]) -> Reco
         file, where = files[number], f"{files[number]}:{line}"
         text = decode_text(data, file, start)
         try:
-            row = json.loads(text)
+            row = json.loads(text.rstrip("\r\n"))  # with its end, a line that was cut would break behind it
         except json.JSONDecodeError as error:
             cure = "write each object on a line of its own" if text.strip() == "{" else "repair it"
             said = error.msg.removesuffix(" at")
-            raise UsageError(f"{where}: broken JSON line: {said} at column {error.colno}; {cure}") from None
+            raise Unusable(f"{where}: broken JSON line: {said} at column {error.colno}; {cure}") from None
         except (ValueError, RecursionError) as error:  # numbers of thousands of digits, endless nesting
-            raise UsageError(f"{where}: unreadable JSON line: {one_line(error)}; repair it") from None
+            raise Unusable(f"{where}: unreadable JSON line: {one_line(error)}; repair it") from None
         if "\\u" in text:
             check_characters(row, where)
         return pick(row, where)
@@ -77,24 +79,33 @@ def read_jsonl(files: Sequence[str], pick: Callable[[Any, str], Record]) -> Reco
 
 
 def read_parquet(source: Source, files: Sequence[str]) -> Records:
-    """Memory-mapped Parquet rows; files may differ in their columns."""
+    """Memory-mapped rows of a copy in the cache of `datasets`; files may differ in their columns."""
     import pyarrow.parquet
-    from datasets import Dataset, disable_progress_bars  # slow to import, so only where it is needed
+    from datasets import Dataset, config, disable_progress_bars  # slow to import, so only where it is needed
 
     disable_progress_bars()
 
     def columns(file: str) -> Any:
-        found = pyarrow.parquet.ParquetFile(file)
-        return found.schema_arrow.remove_metadata() if found.metadata.num_rows else None
+        with open_file(file) as stream:
+            found = pyarrow.parquet.ParquetFile(stream)
+            return found.schema_arrow.remove_metadata() if found.metadata.num_rows else None
 
     tables: list[Dataset] = []
     try:
         for schema, alike in groupby(files, columns):
             if schema is not None:
                 tables.append(cast(Dataset, Dataset.from_parquet(list(alike))))
+    except UsageError:
+        raise
     except Exception as error:  # the readers raise many kinds
-        cause = one_line(error.__cause__ or error)
-        raise UsageError(f"data source {source.path}: not readable as Parquet: {cause}") from None
+        cause = error.__cause__ or error
+        why = (one_line(cause), "free space") if "enough disk space" in str(cause) else unwritten(cause)
+        if why is not None:
+            raise UsageError(
+                f"data source {source.path}: its rows cannot be written to {config.HF_DATASETS_CACHE}: {why[0]}; "
+                f"{why[1]}, or set HF_DATASETS_CACHE to another folder"
+            ) from None
+        raise UsageError(f"data source {source.path}: not readable as Parquet: {one_line(cause)}") from None
     ends = list(accumulate(map(len, tables)))
 
     def read(index: int) -> Record:

@@ -11,7 +11,7 @@ import numpy as np
 from nextblock.config.errors import UsageError
 from nextblock.config.sections import DataConfig
 from nextblock.data.cursors import Counts, Cursor, HubStream
-from nextblock.data.records import Record, Records
+from nextblock.data.records import Record, Records, naming_the_way_on
 from nextblock.data.sources import read_source
 
 USUAL_BYTES = 1000  # of a document of a source that has not been read yet
@@ -66,22 +66,25 @@ class Mixture:
     ) -> None:
         self._share, self._held_out, self._shard = config.held_out, held_out, shard
         self.seed = [seed] if shard == (0, 1) else [seed, *shard]
+        self.skip_unusable, self.without = config.skip_unusable, list[str]()
         self._parts: list[_Part] = []
         self.weights = [source.weight for source in config.sources] if weights is None else list(weights)
         for k, (source, weight) in enumerate(zip(config.sources, self.weights, strict=False)):
             opened = None if beside is None else beside._parts[k].opened
             if not isinstance(opened, Records):
-                opened = read_source(source, held_out, part_bytes(config.row_length), shard, seed=[seed, k])
+                size, skip = part_bytes(config.row_length), config.skip_unusable
+                opened = read_source(source, held_out, size, shard, seed=[seed, k], skip=skip)
             cursor = Cursor(opened, [seed, k], shard) if isinstance(opened, Records) else opened
             self._parts.append(_Part(source.path, weight, opened, cursor))
         self.counts: list[Counts] = [[[0, part.opened.count]] for part in self._parts]
         self._begin = [part.cursor.state() for part in self._parts]
 
     def check(self, tokenizer: Any) -> None:
-        """UsageError if a token store was made with another tokenizer."""
-        for part in self._parts:
-            if isinstance(part.opened, Records):
-                part.opened.check(tokenizer)
+        """UsageError for what `Records.check` finds."""
+        with naming_the_way_on():
+            for part in self._parts:
+                if isinstance(part.opened, Records):
+                    part.opened.check(tokenizer)
 
     @property
     def digests(self) -> list[str]:
@@ -99,8 +102,23 @@ class Mixture:
         return sum(part.bytes for part in self._parts)
 
     def draw(self) -> Record:
-        """The next document. NoDocument if a source has none on this side of the held-out border."""
-        part = self._choose()
+        """The next document. NoDocument if a source has none for training, or none has any that is held out.
+
+        A source without held-out documents joins `without`, and is drawn from no more.
+        """
+        while (record := self._next_of(part := self._choose())) is None:
+            self.without.append(part.path)
+            part.weight = 0.0
+            if not self._held_out or not any(one.weight for one in self._parts):
+                side = "is held out" if self._held_out else "is left for training"
+                raise NoDocument(
+                    f"data source {', '.join(self.without)}: no document {side} with data.held_out={self._share}; "
+                    "change data.held_out or give more documents"
+                )
+        return record
+
+    def _next_of(self, part: _Part) -> Record | None:
+        """The next document of a source; None if it has none on this side of the held-out border."""
         cursor, epoch, shards = part.cursor, part.cursor.epoch, self._shard[1]
         # One whole epoch at least; a shard meets few documents of each, so it must look through more.
         while cursor.epoch <= epoch + (1 if shards == 1 else 20 * shards):
@@ -109,11 +127,7 @@ class Mixture:
                 part.drawn += 1
                 part.bytes += record.bytes
                 return record
-        side = "is held out" if self._held_out else "is left for training"
-        raise NoDocument(
-            f"data source {part.path}: no document {side} with data.held_out={self._share}; "
-            "change data.held_out or give more documents"
-        )
+        return None
 
     def _choose(self) -> _Part:
         """The source of the next document: a function of (seed, shard) and the documents before it.
@@ -162,6 +176,14 @@ class Mixture:
             UsageError: it is a position of other sources, or of other text.
         """
         start = saved["start"]
+        for part, place in zip(self._parts, start["sources"], strict=False):
+            if ("stream" in place) != isinstance(part.opened, HubStream):
+                kinds = ("a streamed data set", "read from files")
+                was, now = kinds if "stream" in place else reversed(kinds)
+                raise UsageError(
+                    f"data source {part.path} was {was} when the run was stopped, and is {now} now, in another order; "
+                    "put it back, or start in a new --output"
+                )
         if start.get("order") != self._order(len(start["sources"])):
             raise UsageError(
                 "the saved data position is of another version of nextblock, which read documents in another order; "
@@ -185,7 +207,8 @@ class Mixture:
             if other:
                 raise UsageError(
                     f"data source {part.path} holds other text than when the run was stopped; put it back (documents "
-                    "may be added, at its end), or start in a new --output"
+                    "may be added, at its end; data.skip_unusable=true leaves out those that cannot be used), or "
+                    "start in a new --output"
                 )
             if was != one.count:
                 counts[k] = [*(count for count in counts[k] if count[0] < first), [first, one.count]]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,19 @@ from nextblock.config.sections import Source
 
 if TYPE_CHECKING:
     from nextblock.data.rows import Document
+
+
+class Unusable(UsageError):
+    """A record that cannot become a document, whatever the others are."""
+
+
+@contextmanager
+def naming_the_way_on() -> Iterator[None]:
+    """Who may leave out records that cannot be used is told of it."""
+    try:
+        yield
+    except Unusable as error:
+        raise UsageError(f"{error}; data.skip_unusable=true leaves such documents out") from None
 
 
 @dataclass(frozen=True)
@@ -30,7 +44,8 @@ class Record:
 
     `ended` False: the text breaks off and no end token follows, as in a row with `"ended": false`. So does a part
     of a long text if more follows; its `key` is a digest of the whole text, so that all its parts fall on one side
-    of the held-out border. `stored`: it comes from a token store, and `value` is empty.
+    of the held-out border. `stored`: it comes from a token store, and `value` is empty. `fault`: why it cannot be
+    used, where such records are left out; `value` is empty.
     """
 
     value: Mapping[str, Any]
@@ -38,12 +53,15 @@ class Record:
     ended: bool = True
     key: str = ""
     stored: Stored | None = None
+    fault: str = ""
 
     @property
     def digest(self) -> int:
         """Of the contents, or of the whole text of which this is a part: 64 bits."""
         if self.stored is not None:
             return self.stored.digest
+        if self.fault:  # never held out, so that training counts them all
+            return 2**64 - 1
         content = (self.key or json.dumps(self.value, sort_keys=True, default=str)).encode()
         return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
 
@@ -67,7 +85,8 @@ class Records:
     digest: of local files, to notice on resume that they were replaced (`digest_of`); else "".
     size: of local files, for `digest_at`: how many, and bytes of the last. Of a token store: its parts, and 0.
     digest_at: the digest that the source had when it had a given size; "" if nothing can have been added to that.
-    check: of a token store: UsageError if it was made with another tokenizer than the one given.
+    check: UsageError for a token store that was made with another tokenizer than the one given, and for files that are
+        small enough to be read through, if a record is none that it can tokenise.
     """
 
     read: Callable[[int], Record]
@@ -79,19 +98,27 @@ class Records:
     check: Callable[[Any], None] = lambda tokenizer: None
 
 
+def or_fault(read: Callable[..., Record], *given: Any) -> Record:
+    """What `read` gives, or a record that says why it cannot be used."""
+    try:
+        return read(*given)
+    except Unusable as error:
+        return Record({}, "", fault=str(error))
+
+
 def to_record(row: Any, source: Source, where: str) -> Record:
     """Pick the document out of a row: the text field, else prompt and completion, else messages.
 
     A field that is null counts as missing, and so does what is empty where there is something else.
     """
     if not isinstance(row, Mapping):
-        raise UsageError(f"{where}: expected a JSON object, found {type(row).__name__}")
+        raise Unusable(f"{where}: expected a JSON object, found {type(row).__name__}")
     ended = row.get("ended") is not False
     kinds = [(source.text_field,), ("prompt", "completion"), ("messages",)]
     found = [keys for keys in kinds if all(row.get(key) is not None for key in keys)]
     if not found:
         fields = (f"{key} (null)" if value is None else str(key) for key, value in row.items())
-        raise UsageError(
+        raise Unusable(
             f"{where}: no field '{source.text_field}' (nor prompt and completion, nor messages); "
             f"the fields are {', '.join(fields) or 'none'}; set text_field"
         )
@@ -100,7 +127,7 @@ def to_record(row: Any, source: Source, where: str) -> Record:
         return Record({key: row[key] for key in ("messages", "tools") if row.get(key)}, where, ended)
     for key in keys:
         if not isinstance(row[key], str):
-            raise UsageError(f"{where}: field '{key}' holds {type(row[key]).__name__}; it must be a string")
+            raise Unusable(f"{where}: field '{key}' holds {type(row[key]).__name__}; it must be a string")
     return Record({key if len(keys) > 1 else "text": row[key] for key in keys}, where, ended)
 
 
@@ -120,13 +147,13 @@ def without_nulls(value: Any) -> Any:
 
 
 def check_characters(value: Any, where: str) -> None:
-    """UsageError if a text, or one inside of lists and objects, holds half of a surrogate pair.
+    """Unusable if a text, or one inside of lists and objects, holds half of a surrogate pair.
 
     Python stands such halves in for bytes of an argument or of standard input that are not UTF-8.
     """
     try:
         json.dumps(value, ensure_ascii=False, default=str, skipkeys=True).encode()
     except UnicodeEncodeError:
-        raise UsageError(
+        raise Unusable(
             f"{where}: half of a surrogate pair, or a byte that is not UTF-8, which is no character; repair it"
         ) from None

@@ -24,11 +24,13 @@ class Document:
     tokens: int64 [n].
     offset: int64 [n], offset in the generated span, -1 for context.
     spelled: special tokens that its contents spell, which are read as text.
+    fault: why it is empty, if it was made of a record that cannot be used.
     """
 
     tokens: np.ndarray
     offset: np.ndarray
     spelled: int = 0
+    fault: str = ""
 
 
 @dataclass(frozen=True)

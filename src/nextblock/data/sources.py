@@ -14,10 +14,11 @@ from pathlib import Path
 from nextblock.config.errors import UsageError
 from nextblock.config.sections import Source
 from nextblock.data.cursors import HubStream
-from nextblock.data.files import CHECKED_BYTES, CHECKED_DOCUMENTS, digest_of, find_files
+from nextblock.data.encode import check_usable
+from nextblock.data.files import CHECKED_BYTES, CHECKED_DOCUMENTS, check_options, digest_of, find_files
 from nextblock.data.formats import read_jsonl, read_parquet, read_texts
 from nextblock.data.lines import is_between_lines
-from nextblock.data.records import Record, Records, to_record
+from nextblock.data.records import Record, Records, or_fault, to_record
 from nextblock.data.store import is_store, read_store
 from nextblock.tasks import get_task
 
@@ -27,27 +28,32 @@ def read_source(
     held_out: bool = False,
     part_bytes: int = 2**20,
     shard: tuple[int, int] = (0, 1),
-    check: bool = True,
     seed: Sequence[int] | None = None,
+    skip: bool = False,
+    usual_split: str = "train",
 ) -> Records | HubStream:
-    """Open a source and check it: local data up to CHECKED_BYTES and CHECKED_DOCUMENTS is read through.
+    """Open a source. `Records.check` reads local data through, up to CHECKED_BYTES and CHECKED_DOCUMENTS.
 
     Args:
         source: where and what; `source.examples` keeps the first documents only.
         held_out: for a built-in task, take its "test" split.
         part_bytes: longer text files are read in parts of about this size.
         shard: (s, S): the part of a streamed data set to read; other sources are shared out by `Cursor`.
-        check: False: read nothing through, since all is read soon.
         seed: of the order in which a streamed data set is read; None: its own. `Cursor` shuffles other sources.
+        skip: a record that cannot be used is read as one whose `fault` says why.
+        usual_split: where the place has splits and `source.split` is None.
     Raises:
-        UsageError: missing path, nothing there, a file that is not UTF-8 (byte named), a broken line or
-            a missing field (file and line named), an unknown task, an unreadable data set.
+        UsageError: missing path, nothing there, an option that the place does not have, an unknown task, an
+            unreadable data set.
+        Unusable: in reading a record: a file that is not UTF-8 (byte named), a broken line or a missing field (file
+            and line named).
     """
     place = place_of(source)
+    given, source = source, source.model_copy(update={"split": source.split or usual_split})
     if place == "hub":
-        return HubStream(source, shard, seed)
+        return HubStream(source, shard, seed, skip)
     if place == "task":
-        task, split = get_task(source.path.removeprefix("task:")), "test" if held_out else source.split
+        task, split = get_task(source.path.removeprefix("task:")), "test" if held_out else str(source.split)
 
         def read_example(index: int) -> Record:
             example, where = task.example(split, index), f"{source.path} {split} {index}"
@@ -55,9 +61,10 @@ def read_source(
 
         return Records(read_example, source.examples, split_by_hash=False)
     if place == "store":
+        check_options(given)
         stored = read_store(Path(source.path).expanduser())
         return replace(stored, count=min(stored.count or 0, source.examples or stored.count or 0))
-    kind, files = find_files(source)
+    kind, files = find_files(given, usual_split)
     size = (len(files), os.path.getsize(files[-1]))
     with ThreadPoolExecutor(1) as beside:  # the rows are found while it hashes
         digest = beside.submit(_digest_at, kind, files, size)
@@ -68,12 +75,15 @@ def read_source(
         else:
             records = read_texts(files, part_bytes)
     count = min(records.count or 0, source.examples or records.count or 0)
-    if not count:
+    total, read = sum(os.path.getsize(file) for file in files), records.read
+    if not count or not total:
         raise UsageError(f"data source {source.path} is empty; give at least one document")
-    if check and count <= CHECKED_DOCUMENTS and sum(os.path.getsize(file) for file in files) <= CHECKED_BYTES:
-        for index in range(count):
-            records.read(index)
-    return Records(records.read, count, digest=digest.result(), size=size, digest_at=partial(_digest_at, kind, files))
+    found = Records(read, count, digest=digest.result(), size=size, digest_at=partial(_digest_at, kind, files))
+    if skip:
+        return replace(found, read=partial(or_fault, read))
+    if count <= CHECKED_DOCUMENTS and total <= CHECKED_BYTES:
+        return replace(found, check=lambda tokenizer: check_usable(map(read, range(count)), tokenizer))
+    return found
 
 
 def _digest_at(kind: str, files: Sequence[str], size: Sequence[int]) -> str:

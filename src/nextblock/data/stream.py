@@ -5,6 +5,7 @@ Letters: B rows, L tokens in a row.
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -18,6 +19,7 @@ from nextblock.config.sections import DataConfig
 from nextblock.data.cursors import Counts
 from nextblock.data.encode import encode_batch
 from nextblock.data.mixture import Mixture, NoDocument
+from nextblock.data.records import naming_the_way_on
 from nextblock.data.rows import Document, Rows, collate, cut, pack
 
 CHUNK_ROWS = 64  # rows packed together at first: little to make again after a resume
@@ -26,10 +28,17 @@ MOST_ROWS, MOST_TOKENS = 512, 2**21  # of a chunk
 BATCH_DOCUMENTS, BATCH_BYTES = 256, 2**20  # one call of the tokenizer ends at either
 IDLE_BATCHES = 8  # batches without one usable document after which the data counts as empty
 
-NOTHING: dict[str, Any] = {"truncated": 0, "skipped": 0, "spelled": 0, "spelled_at": ""}
+NOTHING: dict[str, Any] = {
+    "truncated": 0,
+    "skipped": 0,
+    "spelled": 0,
+    "spelled_at": "",
+    "unusable": 0,
+    "unusable_at": "",
+}
 """What is counted of documents: those cut short at the end of a row (prompt or chat documents only), those with
-nothing to generate (empty, or a prompt that fills the row), special tokens that contents spell, and the first place
-of these."""
+nothing to generate (empty, unusable, or a prompt that fills the row), special tokens that contents spell, and the
+first place of these; the unusable ones, and what is wrong with the first."""
 
 
 class Cut(NamedTuple):
@@ -76,18 +85,26 @@ class Documents:
 
     def _fill(self) -> None:
         """Read and tokenise the next documents and queue those that have something to generate."""
+        longest = 0
         for _ in range(IDLE_BATCHES):
             records, places, epochs, end = [], [], [], self._mixture.bytes + BATCH_BYTES
-            while len(records) < BATCH_DOCUMENTS and self._mixture.bytes < end:
-                places.append(self._mixture.state())
-                records.append(self._mixture.draw())
-                epochs.append(self._mixture.epochs)
-            documents = encode_batch(records, self._tokenizer)
+            with naming_the_way_on():
+                while len(records) < BATCH_DOCUMENTS and self._mixture.bytes < end:
+                    places.append(self._mixture.state())
+                    records.append(self._mixture.draw())
+                    epochs.append(self._mixture.epochs)
+                documents = encode_batch(records, self._tokenizer, self._mixture.skip_unusable)
             for record, document, place, its in zip(records, documents, places, epochs, strict=True):
                 found, counts = Cut(cut(document, self._length), {**place, **self._counts}, its), self._counts
                 if document.spelled:
                     counts["spelled"] += document.spelled
                     counts["spelled_at"] = counts["spelled_at"] or record.where
+                if document.fault:
+                    counts["unusable"] += 1
+                    if not counts["unusable_at"]:
+                        counts["unusable_at"] = document.fault
+                        warnings.warn(f"{document.fault}; left out, as all that cannot be used", stacklevel=2)
+                longest = max(longest, len(document.tokens))
                 if found.pieces:
                     counts["truncated"] += found.tokens < len(document.tokens)
                     self._queue.append(found)
@@ -95,6 +112,9 @@ class Documents:
                     counts["skipped"] += 1
             if self._queue:
                 return
+        if not longest:
+            first = f"; {self._counts['unusable_at']}" * (self._counts["unusable"] > 0)
+            raise NoDocument(f"data: no document has anything to generate, for all are empty{first}; use other data")
         raise NoDocument(
             f"data: no document has anything to generate within data.row_length={self._length}; "
             "use longer rows or other data"
@@ -123,10 +143,12 @@ class RowStream:
         Args:
             shard: (s, S): shard s of S.
             beside: another shard of the same data; its files need not be opened and checked again.
+            held_out: likewise nothing is checked, for what is left for training has been.
         """
         self._open = partial(Mixture, config, seed, held_out, shard)
         self._mixture = self._open(None if beside is None else beside._mixture)
-        self._mixture.check(tokenizer)
+        if beside is None and not held_out:
+            self._mixture.check(tokenizer)
         self._tokenizer, self._weights = tokenizer, self._mixture.weights  # of the sources, in the chunk in work
         self._documents = Documents(self._mixture, tokenizer, config.row_length)
         self._length = config.row_length
@@ -141,6 +163,11 @@ class RowStream:
     def digests(self) -> list[str]:
         """Of the texts of each source."""
         return self._mixture.digests
+
+    @property
+    def without(self) -> list[str]:
+        """Paths of the sources in which `Mixture.draw` has found nothing held out."""
+        return self._mixture.without
 
     def next(self, rows: int) -> Rows:
         """The next `rows` rows: the next global batch."""

@@ -126,6 +126,7 @@ CHANGES = (
     Change(("training.compile", "training.gradient_checkpointing", "model.attention"), ROUNDED),
     Change(
         (
+            "data.skip_unusable",
             "training.checkpoint_every",
             "training.keep_last",
             "training.keep_every",

@@ -208,14 +208,25 @@ def give_mask(
 
 
 def held_out_rows(config: AdaptConfig, tokenizer: Any) -> Rows | None:
-    """The first held-out rows, or None where none are wanted or left (a single document, `data.held_out` = 0)."""
+    """The first held-out rows, or None where none are wanted or left (a single document, `data.held_out` = 0).
+
+    Prints what is left out of the measurements on them.
+    """
     if not (config.data.held_out and config.training.evaluate_rows):
         return None
     try:
         stream = RowStream(config.data, tokenizer, seed=config.training.seed, held_out=True)
-        return stream.next(config.training.evaluate_rows)
-    except NoDocument:
+        rows = stream.next(config.training.evaluate_rows)
+    except NoDocument as error:
+        every = f" (training.evaluate_every={config.training.evaluate_every})" * bool(config.training.evaluate_every)
+        print(f"held-out text: none, so nothing is measured on it{every}: {error}")
         return None
+    for path in stream.without:
+        print(
+            f"held-out text: no document of {path} is held out with data.held_out={config.data.held_out}, so what is "
+            "measured on it is of the other sources"
+        )
+    return rows
 
 
 def tell_dense_mask(config: AdaptConfig, decoder: Decoder, accelerator: Accelerator) -> None:

@@ -103,7 +103,7 @@ def describe(run: Run, config: AdaptConfig, lost: Mapping[str, Any]) -> dict[str
         "title": f"{config.model.path if config.model.scratch is None else 'A model from scratch'}, "
         f"adapted to blocks of {run.config.growth.b_max}",
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": f"nextblock adapt {Path(config.output) / 'nextblock.yaml'}",
+        "command": f"nextblock adapt {Path(config.output) / 'nextblock.yaml'} --output NEW",
         "environment": environment(run.accelerator.device),
         "parent": {
             "name": config.model.path if config.model.scratch is None else "random weights",
@@ -126,7 +126,8 @@ def cut_documents(run: Run) -> dict[str, Any]:
     """What the data lost on the way to rows, on all ranks together; see `nextblock.data.stream.NOTHING`."""
     lost = [shard["lost"] for shard in merged(gather(run.feed.state()))["shards"].values()]
     found: dict[str, Any] = {
-        name: sum(one.get(name, 0) for one in lost) for name in ("truncated", "skipped", "spelled")
+        name: sum(one.get(name, 0) for one in lost) for name in ("truncated", "skipped", "spelled", "unusable")
     }
-    places = [one["spelled_at"] for one in lost if one.get("spelled_at")]
-    return {**found, "spelled_at": places[0] if places else ""}
+    for name in ("spelled_at", "unusable_at"):
+        found[name] = next((one[name] for one in lost if one.get(name)), "")
+    return found

@@ -98,7 +98,9 @@ def held_out_bits(run: Run, received: list[int]) -> list[dict[str, Any]]:
 
     config, rows, tokenizer, accelerator = run.config, run.held_out, run.tokenizer, run.accelerator
     if rows is None:
-        accelerator.print("no document is held out, so bits per byte are not measured; raise data.held_out")
+        accelerator.print(
+            "no document is held out, so bits per byte are not measured; raise data.held_out, or give more"
+        )
         return []
     measure = functools.partial(bits_per_byte, batch_rows=evaluation_rows(config), on_pass=leave_on_signal)
     fill = config.recipe.fill_last_block

@@ -18,7 +18,7 @@ from nextblock.config.files import locked, unwritten, write_whole
 from nextblock.config.sections import Source
 from nextblock.data.cursors import HubStream
 from nextblock.data.encode import encode_batch
-from nextblock.data.records import Record, Records
+from nextblock.data.records import Record, Records, naming_the_way_on
 from nextblock.data.rows import Document
 from nextblock.data.sources import read_source
 from nextblock.data.store import (
@@ -39,6 +39,8 @@ from nextblock.data.stream import BATCH_BYTES, BATCH_DOCUMENTS
 
 COMMIT_SECONDS = 30.0  # at most so much work is done again after a kill
 COUNTS = ("documents", "tokens", "generated", "spans", "bytes")
+UNUSABLE = {"unusable": 0, "unusable_at": ""}
+"""Documents that were left empty, because they cannot be used, and what is wrong with the first."""
 SAME = {
     "source": "with other options of the source",
     "texts": "from another source, or from other text",
@@ -52,7 +54,7 @@ def identity_of(source: Source, opened: Records | HubStream, part_bytes: int, to
     """What all parts of one run have in common: the documents and the tokenizer."""
     vocabulary = max(tokenizer.get_vocab().values()) + 1
     return {
-        "source": source.model_dump(exclude={"weight", "path"}),
+        "source": source.model_dump(exclude={"weight", "path"}) | {"split": source.split or "train"},
         "texts": opened.digest or source.path,
         "count": opened.count,
         "part_bytes": part_bytes,
@@ -82,20 +84,21 @@ def write_part(
     *,
     part: tuple[int, int],
     part_bytes: int,
+    skip: bool = False,
     tell: Callable[[int, int], None] = lambda documents, tokens: None,
 ) -> None:
     """Write part (i, n) of a source, or go on with it. Does nothing where it is done.
 
     Args:
         folder: of the part.
-        part_bytes: as for `read_source`.
+        part_bytes, skip: as for `read_source`.
         tell: called with the documents and tokens so far.
     Raises:
         UsageError: as `read_source` and `encode_batch`; another process writes here; what is here is of another
             source, tokenizer or division, or was cut; the disk is full.
     """
-    with locked(folder), _disk_errors(folder):
-        opened = read_source(source, part_bytes=part_bytes, shard=part, check=False)
+    with disk_errors(folder), locked(folder), naming_the_way_on():
+        opened = read_source(source, part_bytes=part_bytes, shard=part, skip=skip)
         identity = identity_of(source, opened, part_bytes, tokenizer)
         state = _begun(folder, identity)
         if state["done"]:
@@ -104,7 +107,7 @@ def write_part(
         with _Writer(folder, state) as writer:
             tell(state["documents"], state["tokens"])
             for records, place in _batches(opened, part, state["place"]):
-                writer.add(records, encode_batch(records, tokenizer), place)
+                writer.add(records, encode_batch(records, tokenizer, skip), place)
                 tell(state["documents"], state["tokens"])
             writer.commit(done=True)
 
@@ -113,7 +116,8 @@ def _begun(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
     """The state of a part as it was last committed, or as it begins. UsageError if it is one of something else."""
     path = folder / PART
     if not path.exists():
-        return {**dict.fromkeys(COUNTS, 0), "chats": False, "place": None, "done": False, "identity": identity}
+        counts = {**dict.fromkeys(COUNTS, 0), **UNUSABLE}
+        return {**counts, "chats": False, "place": None, "done": False, "identity": identity}
     state = read_part(folder)
     check_same(state["identity"], identity, folder)
     for name, size in sizes_of(state, identity["dtype"]).items():
@@ -140,6 +144,8 @@ def check_same(there: dict[str, Any], now: dict[str, Any], folder: Path, same_te
     for name, words in SAME.items():
         if same_texts and there[name] != now[name]:
             cure = "choose another --output, or --append to a finished store"
+            if name in ("texts", "count"):
+                cure = f"put it back (data.skip_unusable=true leaves out documents that cannot be used), {cure}"
             raise UsageError(f"token store: {folder} was made {words}; {cure}")
 
 
@@ -221,6 +227,9 @@ class _Writer:
         state["generated"] += int(np.diff(borders).sum())
         state["bytes"] += int(table["bytes"].sum())
         state["chats"] = state["chats"] or any("messages" in record.value for record in records)
+        faults = [document.fault for document in documents if document.fault]
+        state["unusable"] = state.get("unusable", 0) + len(faults)
+        state["unusable_at"] = state.get("unusable_at") or next(iter(faults), "")
         self._place = place
         if monotonic() - self._committed > COMMIT_SECONDS:
             self.commit()
@@ -236,7 +245,7 @@ class _Writer:
 
 
 @contextmanager
-def _disk_errors(folder: Path) -> Iterator[None]:
+def disk_errors(folder: Path) -> Iterator[None]:
     """A disk that does not take a file becomes one line."""
     try:
         yield
@@ -268,7 +277,7 @@ def merge(store: Path, run: int) -> dict[str, Any]:
             raise UsageError(f"token store: part {folder} is not finished; {again}")
         check_same(state["identity"], first, folder)
         check_part(folder, state, first["dtype"], f"delete {folder} and {again}")
-        counts = {key: state[key] for key in (*COUNTS, "chats")}
+        counts = UNUSABLE | {key: state[key] for key in (*COUNTS, "chats", *UNUSABLE) if key in state}
         found.append({"folder": name, **counts, "digest": part_digest(folder)})
     assert first is not None
     manifest = manifest or {"format": FORMAT, "dtype": first["dtype"], "tokenizer": first["tokenizer"]}
@@ -276,6 +285,8 @@ def merge(store: Path, run: int) -> dict[str, Any]:
     manifest["runs"] = [*manifest.get("runs", []), first]
     manifest |= {key: sum(part[key] for part in manifest["parts"]) for key in COUNTS}
     manifest["chats"] = any(part["chats"] for part in manifest["parts"])
-    with _disk_errors(store):
+    manifest["unusable"] = sum(part.get("unusable", 0) for part in manifest["parts"])
+    manifest["unusable_at"] = next((said for part in manifest["parts"] if (said := part.get("unusable_at"))), "")
+    with disk_errors(store):
         write_whole(store / MANIFEST, json.dumps(manifest, indent=1).encode())
     return manifest

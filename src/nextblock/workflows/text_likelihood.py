@@ -49,7 +49,7 @@ def text_likelihood(
     """Score the generated tokens of a source: the whole of texts, completions, assistants' turns.
 
     Args:
-        source: where the text is; `source.examples` keeps the first documents.
+        source: where the text is; `source.examples` keeps the first documents, and a `source.split` of None is "test".
         block_sizes: of the bound; default: the checkpoint's. A model without settings is scored as AR alone.
         draws: of the noise, for each row and block size.
         row_length: longest context; longer texts are cut into parts of it, whose first tokens are given; of longer
@@ -142,7 +142,7 @@ def _records(source: Source, tokenizer: Any) -> tuple[int | None, Iterator[Recor
     if place_of(source) == "task" and source.examples is None:
         count = get_task(source.path.removeprefix("task:")).count
         source = source.model_copy(update={"examples": count})
-    opened = read_source(source)
+    opened = read_source(source, usual_split="test")
     if isinstance(opened, HubStream):
 
         def stream() -> Iterator[Record]:
