@@ -74,6 +74,8 @@ def test_the_seconds_of_a_run_are_those_of_checkpoints_and_evaluations_too(place
     monkeypatch.setattr("nextblock.training.loop.save", slowly)
     options = {"training__steps": 9, "training__checkpoint_every": 3}
     config = config_of(place, tmp_path / "run", **options)
-    seconds = adapt(config, resume=True).results["training"]["seconds"]
+    results = adapt(config, resume=True).results
+    seconds = results["training"]["seconds"]
+    assert results["command"].endswith("nextblock.yaml --output NEW")  # this one is not empty, so it would be refused
     steps = sum(json.loads(line)["step_seconds"] for line in (tmp_path / "run" / "log.jsonl").open())
     assert seconds > steps + 3 * 0.3

@@ -43,13 +43,12 @@ def read_source(
         skip: a record that cannot be used is read as one whose `fault` says why.
         usual_split: where the place has splits and `source.split` is None.
     Raises:
-        UsageError: missing path, nothing there, an option that the place does not have, an unknown task, an
-            unreadable data set.
+        UsageError: missing path, nothing there, an option of other places, an unknown task, an unreadable data set.
         Unusable: in reading a record: a file that is not UTF-8 (byte named), a broken line or a missing field (file
             and line named).
     """
-    place = place_of(source)
-    given, source = source, source.model_copy(update={"split": source.split or usual_split})
+    place, given = place_of(source), source
+    source = source.model_copy(update={"split": source.split or usual_split})
     if place == "hub":
         return HubStream(source, shard, seed, skip)
     if place == "task":
