@@ -92,7 +92,7 @@ def test_a_token_store_of_another_tokenizer_is_refused(lm, tmp_path):
 
 def test_a_task_with_an_end_is_scored_as_a_whole(lm, monkeypatch):
     monkeypatch.setitem(TASKS, "algebra", replace(TASKS["algebra"], count=3))
-    assert text_likelihood(lm, Source(path="task:algebra", split="test"), block_sizes=[1], draws=1).documents == 3
+    assert text_likelihood(lm, Source(path="task:algebra", split=None), block_sizes=[1], draws=1).documents == 3
 
 
 def test_bad_input_ends_in_one_line(lm, tmp_path):

@@ -81,7 +81,8 @@ def adapt(
         print(f"{measure['model']:8s} {measure['measure']:18s} {measure['value']:.3f} bits per byte")
     lost = result.results["training"]
     if lost["truncated"] or lost["skipped"]:
-        print(f"data        {lost['truncated']} documents were cut at data.row_length, {lost['skipped']} left out")
+        bad = f", of these {lost['unusable']} that cannot be used" if lost.get("unusable") else ""
+        print(f"data        {lost['truncated']} documents were cut at data.row_length, {lost['skipped']} left out{bad}")
     if lost["spelled"]:
         print(f"data        {lost['spelled']} special tokens in contents read as text, first in {lost['spelled_at']}")
     print(f"checkpoint  {result.output}\nreport      {result.output / 'report.html'}")
