@@ -459,6 +459,9 @@ def test_values_that_are_text_by_their_key_or_no_yaml_are_taken_as_they_stand():
         ("lora.target_modules", "[a, b]", ["a", "b"]),
         ("model.scratch.tie_word_embeddings", "no", False),
         ("optimizer.lr", "1:30", "1:30"),
+        ("stages.0.data.sources.0.path", "2024", "2024"),
+        ("stages.0.name", "no", "no"),
+        ("stages.0.training.steps", "7", 7),
     ],
 )
 def test_the_type_of_a_key_says_how_its_value_is_read(key, text, value):

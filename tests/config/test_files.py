@@ -64,7 +64,17 @@ def test_a_merged_mapping_may_replace_keys():
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("010", "010"), ("1:30", "1:30"), ("0x1f", 31), ("-1_000", -1000), ("0", 0)]
+    ("text", "value"),
+    [
+        ("010", "010"),
+        ("1:30.5", "1:30.5"),
+        ("0x1f", 31),
+        ("-1_000", -1000),
+        ("-.5", -0.5),
+        ("1e-4", 1e-4),
+        ("3.", 3.0),
+        ("0", 0),
+    ],
 )
 def test_whole_numbers_are_read_as_everywhere_else(text, value):
     assert read_yaml(text) == value

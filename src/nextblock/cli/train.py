@@ -82,7 +82,9 @@ def adapt(
     lost = result.results["training"]
     if lost["truncated"] or lost["skipped"]:
         bad = f", of these {lost['unusable']} that cannot be used" if lost.get("unusable") else ""
-        print(f"data        {lost['truncated']} documents were cut at data.row_length, {lost['skipped']} left out{bad}")
+        print(
+            f"data        {lost['truncated']} documents were cut at data.row_length, {lost['skipped']} left out{bad}"
+        )
     if lost["spelled"]:
         print(f"data        {lost['spelled']} special tokens in contents read as text, first in {lost['spelled_at']}")
     print(f"checkpoint  {result.output}\nreport      {result.output / 'report.html'}")

@@ -42,7 +42,7 @@ UNWRITTEN = {
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1, but `1e-4` is a number and `010` and `1:30` are none, as everywhere else, and no key comes twice."""
+    """YAML 1.1, but `1e-4` is a number, `010`, `0b11` and `1:30` are none, and no key comes twice."""
 
     def compose_mapping_node(self, anchor: Any) -> Any:
         """The node of a mapping, before merge keys are laid out."""
@@ -64,11 +64,14 @@ class _Dumper(yaml.SafeDumper):
 for _yaml in (_Loader, _Dumper):
     _number = re.compile(r"[-+]?(\d[\d_]*(\.[\d_]*)?|\.[\d_]+)[eE][-+]?\d+$")
     _yaml.add_implicit_resolver("tag:yaml.org,2002:float", _number, list("-+.0123456789"))
-for _first, _kinds in _Loader.yaml_implicit_resolvers.items():  # without octal numbers and those of base 60
-    _Loader.yaml_implicit_resolvers[_first] = [one for one in _kinds if not one[0].endswith(":int")]
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9][\d_]*|0x[\da-fA-F]+)$"), list("-+0123456789")
-)
+for _first, _kinds in _Loader.yaml_implicit_resolvers.items():
+    _Loader.yaml_implicit_resolvers[_first] = [one for one in _kinds if not one[0].endswith((":int", ":float"))]
+_NUMBERS = {
+    "int": r"[-+]?(0|[1-9][\d_]*|0x[\da-fA-F]+)$",
+    "float": rf"{_number.pattern}|[-+]?(\d[\d_]*\.[\d_]*|\.\d[\d_]*|\.(inf|Inf|INF))$|\.(nan|NaN|NAN)$",
+}
+for _kind, _form in _NUMBERS.items():
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(_form), list("-+.0123456789"))
 
 
 def read_yaml(text: str) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 
 from nextblock.config.errors import UsageError, nearest
@@ -32,7 +31,10 @@ def find_config(argument: str) -> Path:
         return path
     if path.suffix not in (".yaml", ".yml"):
         return preset(path.name)
-    if path.parent.name in ("", "presets"):
-        with suppress(UsageError):
-            return preset(path.stem)
-    raise UsageError(f"configuration {argument} does not exist; give a YAML file or a preset's name")
+    try:
+        return preset(path.stem if path.parent.name in ("", "presets") else "")
+    except UsageError as error:
+        near = f" ({error})" if "did you mean" in str(error) else ""
+        raise UsageError(
+            f"configuration {argument} does not exist; give a YAML file or a preset's name{near}"
+        ) from None

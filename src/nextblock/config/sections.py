@@ -354,6 +354,7 @@ def type_in_words(annotation: Any) -> str:
 
 def said_type(section: type[Section], key: str) -> str:
     """The type of the option at a dotted key, in words; "" where there is none, or where a mapping takes any key."""
+    key = re.sub(r"^stages\.\d+\.(?=\w+\.)", "", key)  # a stage has the keys of the run
     location = [int(part) if part.isdigit() else part for part in key.split(".")]
     keys, holder = _place(section, location)
     field = holder.model_fields.get(str(location[-1]))

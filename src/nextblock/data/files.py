@@ -87,7 +87,8 @@ def find_files(source: Source, usual_split: str = "train") -> tuple[str, list[st
         raise UsageError(_nothing_there(source, path, found))
     if not named and (packed := [file for file in kinds[kind] if file.lower().endswith(PACKED_SUFFIXES)]):
         raise UsageError(f"data file {packed[0]} is packed; unpack it first, or move it out of the folder")
-    files = kinds[kind] if named else _of_split(kinds[kind], source, usual_split)
+    rows = not named and kind != "text"  # text and source code may be named test_ or train_ for other reasons
+    files = _of_split(kinds[kind], source, usual_split) if rows else kinds[kind]
     check_options(source, fields=kind != "text", splits=files is not kinds[kind])
     return kind, files
 

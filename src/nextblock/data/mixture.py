@@ -42,6 +42,7 @@ class _Part:
     cursor: Cursor | HubStream
     drawn: int = 0
     bytes: int = 0
+    usable: bool = False  # whether one of its documents was
 
 
 class Mixture:
@@ -125,7 +126,10 @@ class Mixture:
             record = cursor.take()
             if not part.opened.split_by_hash or is_held_out(record, self._share) == self._held_out:
                 part.drawn += 1
-                part.bytes += record.bytes
+                part.bytes += USUAL_BYTES if record.fault else record.bytes
+                part.usable |= not record.fault
+                if not part.usable and cursor.epoch:
+                    raise UsageError(f"data source {part.path} has no document that can be used: {record.fault}")
                 return record
         return None
 
@@ -228,5 +232,6 @@ class Mixture:
         for part, begin, its in zip(self._parts, self._begin, self.counts, strict=True):
             place, part.drawn, part.bytes = next(known, (begin, 0, 0))
             part.cursor.load_state(place)
+            part.usable = part.cursor.epoch > 0
             if isinstance(part.cursor, Cursor):
                 part.cursor.counts = its

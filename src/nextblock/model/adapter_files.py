@@ -199,9 +199,14 @@ def take_correction(model: Any, folder: Path, settings: BlockDiffusionSettings) 
 
 
 def _save_with_head(
-    model: Any, head: Correction, settings: BlockDiffusionSettings, save_directory: str | Path, **options: Any
+    model: Any,
+    head: Correction,
+    settings: BlockDiffusionSettings,
+    save_directory: str | Path,
+    *rest: Any,
+    **options: Any,
 ) -> None:
     """`save_pretrained` of a model, and its correction head, which belongs to the weights as they are written."""
-    type(model).save_pretrained(model, save_directory, **options)
+    type(model).save_pretrained(model, save_directory, *rest, **options)
     own = Path(save_directory)
     save_correction(own, head, settings, model.name_or_path, fingerprint(own), head.previous.dtype)

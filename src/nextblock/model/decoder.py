@@ -67,8 +67,11 @@ class Decoder:
 
     @property
     def correction(self) -> Correction | None:
-        """The head that corrects drafts, if there is one."""
-        return getattr(self.model if self.adapter is None else self.adapter, "correction", None)
+        """The head that corrects drafts, if there is one. It stands beside a full model, so it follows that here."""
+        head = getattr(self.model if self.adapter is None else self.adapter, "correction", None)
+        if head is not None and head.previous.device != self.device:
+            head.to(self.device)
+        return head
 
     @property
     def attention(self) -> str:

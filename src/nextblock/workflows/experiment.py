@@ -129,10 +129,10 @@ class Experiment(Section):
 
 
 def _dotted(keys: Mapping[str, Any]) -> dict[str, Any]:
-    """`{optimizer: {lr: 1}}` -> `{"optimizer.lr": 1}`; what stands below a dotted key stays as it is."""
+    """`{optimizer: {lr: 1}}` -> `{"optimizer.lr": 1}`; an empty section, and what stands below a dotted key, stay."""
     flat: dict[str, Any] = {}
     for key, value in keys.items():
-        if isinstance(value, Mapping) and "." not in str(key):
+        if isinstance(value, Mapping) and value and "." not in str(key):
             flat |= {f"{key}.{inner}": below for inner, below in value.items()}
         else:
             flat[str(key)] = value

@@ -22,6 +22,7 @@ from nextblock.data.mixture import part_bytes
 from nextblock.data.records import Records, naming_the_way_on
 from nextblock.data.sources import place_of, read_source
 from nextblock.data.store import MANIFEST, read_manifest
+from nextblock.model.loading import SHIPPED
 from nextblock.model.parent import parent_tokenizer
 from nextblock.workflows.store_writer import (
     check_same,
@@ -121,7 +122,7 @@ def _values(config: AdaptConfig, stores: Mapping[Place, Prepared]) -> dict[str, 
 def _absolute(path: str) -> str:
     """The path of what is on this machine, for any folder; another name as it is."""
     found = Path(path).expanduser()
-    return str(found.absolute()) if found.exists() else path
+    return str(found.absolute()) if found.exists() and path not in SHIPPED else path
 
 
 def _with_sources(config: AdaptConfig) -> dict[int | None, AdaptConfig]:
