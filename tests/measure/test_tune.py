@@ -27,12 +27,11 @@ from nextblock.measure.tune import (
     neighbours,
     setting_name,
     tune,
-    writable_folder,
-    write_decoding,
 )
 from nextblock.model.parent import byte_tokenizer
 from nextblock.tasks import Example, Task
 from nextblock.training.export import export
+from nextblock.workflows.stored import writable_folder, write_decoding
 
 VOCABULARY, MASK, END = 264, 263, 256
 
@@ -240,6 +239,16 @@ def test_what_was_written_are_the_defaults_of_generate(folder):
     assert (config.mode, config.block_size, config.draft_length) == ("speculative", 4, 2)
 
 
+def test_what_was_stored_of_options_that_must_fit_each_other_goes_with_the_first_that_is_written(folder):
+    stored = load(folder).settings.model_copy(update={"decoding": {"steps": 2, "sub_blocks": 2, "threshold": 0.5}})
+    tuned = complete({"mode": "diffusion", "threshold": 0.75}, 8)
+    write_decoding(folder, stored.decoding)
+    write_decoding(folder, tuned)
+    written = load(folder).settings
+    assert resolve_config(written, {}) == resolve_config(stored, tuned).model_copy(update={"temperature": 0.7})
+    assert resolve_config(written, {}).steps is None
+
+
 def test_a_write_that_fails_leaves_the_old_settings(folder, monkeypatch):
     before = (folder / "config.json").read_bytes()
     monkeypatch.setattr("os.fsync", lambda handle: (_ for _ in ()).throw(OSError(28, "No space left on device")))
@@ -255,6 +264,12 @@ def test_models_that_cannot_be_written_are_refused_before_they_load(model):
         writable_folder(model)
     result = CliRunner().invoke(app, ["tune", model, "--write"])
     assert isinstance(result.exception, UsageError)
+
+
+def test_settings_of_a_draft_adapter_are_not_written_into_its_parent(folder):
+    result = CliRunner().invoke(app, ["tune", str(folder), "--write", "--draft-adapter", "no/such/adapter"])
+    assert isinstance(result.exception, UsageError)
+    assert "those of the draft adapter" in str(result.exception)
 
 
 def test_the_command_tunes_and_writes(folder, tmp_path):

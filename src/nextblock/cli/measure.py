@@ -277,12 +277,18 @@ def tune(
     from nextblock.measure.bench.command import check_output, read_prompts, wide_console, write_results
     from nextblock.measure.bench.figures import plot_tuning, tuning_table
     from nextblock.measure.bench.prompts import parse_variant
+    from nextblock.workflows.stored import writable_folder, write_decoding
 
+    if write and given["draft_adapter"]:
+        raise UsageError(
+            "--write changes the settings of MODEL, and what is tuned here are those of the draft adapter; leave "
+            "--write out, and give `generate` the options found"
+        )
     if write and given["settings"]:
         raise UsageError(
             "--write changes settings in config.json; put the block_diffusion section there, not --settings"
         )
-    folder = tuning.writable_folder(model) if write else None
+    folder = writable_folder(model) if write else None
     check_output(output)
     asked = read_prompts(task, prompts, examples, "train")
     extra = [parse_variant(text) for text in variant or ()]
@@ -306,7 +312,7 @@ def tune(
         figure = plot_tuning(results["trials"], found.measure, max_drop)
         print(*write_results({"model": model, **results}, figure, output))
     if folder is not None and found.winner is not None:
-        print(f"wrote {found.decoding()} to {tuning.write_decoding(folder, found.decoding())}")
+        print(f"wrote {found.decoding()} to {write_decoding(folder, found.decoding())}")
 
 
 def verify(

@@ -22,8 +22,6 @@ from nextblock.measure.bench.decoding import check_length
 from nextblock.measure.bench.prompts import Options, Prompts, variant_name
 from nextblock.measure.statistics import mcnemar, wilson
 from nextblock.model.decoder import end_tokens
-from nextblock.model.stored import writable_folder as writable_folder
-from nextblock.model.stored import write_decoding as write_decoding
 
 TUNED = {  # what is tuned of each mode; the values left out of a name are the defaults of `DecodingConfig`
     "diffusion": ("block_size", "threshold", "sampler", "sub_blocks"),

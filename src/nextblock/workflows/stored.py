@@ -10,6 +10,7 @@ from typing import Any
 
 from nextblock.config.errors import UsageError
 from nextblock.config.files import write_whole
+from nextblock.decoding.options import DEPENDENT
 from nextblock.model.loading import SHIPPED
 
 
@@ -34,12 +35,15 @@ def writable_folder(model: str | Path) -> Path:
 def write_decoding(folder: Path, decoding: Mapping[str, Any]) -> Path:
     """Put default arguments of `generate` into a checkpoint's config.json; returns its path.
 
-    Options that `decoding` does not name stay as they are, and so does all else in the file.
+    Options that `decoding` does not name stay as they are, and so does all else in the file. But of options whose
+    values must fit each other none stays beside one that is written: the trial that chose it ran without them.
     """
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     section = config["block_diffusion"]
-    section["decoding"] = {**section.get("decoding", {}), **decoding}
+    replaced = {name for together in DEPENDENT if set(together) & set(decoding) for name in together}
+    kept = {name: value for name, value in section.get("decoding", {}).items() if name not in replaced}
+    section["decoding"] = {**kept, **decoding}
     try:
         write_whole(path, (json.dumps(config, indent=2) + "\n").encode())
     except OSError as error:
