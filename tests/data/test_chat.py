@@ -124,6 +124,17 @@ def test_text_parts_of_a_content_are_its_text() -> None:
     )
 
 
+def test_the_last_turn_may_be_empty() -> None:
+    """Its end-of-turn token is all that is generated, or nothing where the turn was cut off."""
+    talk, tokenizer = [user("A?"), assistant("")], words()
+    document = encode({"messages": talk}, tokenizer)
+    assert spans(document, tokenizer) == [["<|im_end|>"]]
+    cut = encode(Record({"messages": talk}, "a.jsonl:1", ended=False), tokenizer)
+    assert cut.tokens[cut.offset >= 0].tolist() == []
+    with pytest.raises(UsageError, match="message 2 has no content and no tool_calls"):
+        encode({"messages": [*talk, user("B?"), assistant("b")]}, tokenizer)
+
+
 @pytest.mark.parametrize(
     ("messages", "said"),
     [

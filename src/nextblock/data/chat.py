@@ -232,6 +232,8 @@ def _on_template_date() -> str:
 def checked(messages: Any, where: str) -> list[dict[str, Any]]:
     """Messages in the form that templates expect: contents are texts, arguments of tool calls are objects.
 
+    The last turn of an assistant may be empty: a model may say nothing.
+
     Raises:
         Unusable: something else than messages, or a content that is missing or not a text.
     """
@@ -245,7 +247,8 @@ def checked(messages: Any, where: str) -> list[dict[str, Any]]:
         if content is not None and not isinstance(content, str):
             raise Unusable(f"{name}: content holds {type(content).__name__}; it must be a text")
         speaks = message["role"] == "assistant"
-        if not (content or (speaks and calls) or (content is not None and not speaks)):
+        may_be_empty = not speaks or number == len(messages)
+        if not (content or (speaks and calls) or (content is not None and may_be_empty)):
             cure = " and no tool_calls; give one, or leave it out" if speaks else "; give it one, or leave it out"
             raise Unusable(f"{name} has no content{cure}")
         given: dict[str, Any] = {"content": content} if content is not None else {}
