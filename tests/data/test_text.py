@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import random
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from nextblock.data.text import TextStream
-from samples import byte_level
+from nextblock.data.text import TextStream, decode, opening
+from samples import CHATML, ZEPHYR, byte_level, sentencepiece
 
 
 def metaspace():
@@ -45,11 +48,47 @@ def test_bytes_that_never_become_a_character_are_shown_at_the_end():
     assert "".join(pieces) == BYTES.decode(tokens) == "n\ufffd"
 
 
-def test_words_with_leading_spaces_keep_them():
+def test_words_with_leading_spaces_keep_them_from_the_first_on():
     tokenizer = metaspace()
     tokens = [0, 1, 4, 2, 3, 5]
     pieces, _ = shown(tokenizer, tokens)
-    assert "".join(pieces) == tokenizer.decode(tokens) == "a cats is here."
+    assert "".join(pieces) == f" {tokenizer.decode(tokens)}" == " a cats is here."
+
+
+@pytest.mark.parametrize("kind", ["prepend", "first"])
+def test_an_answer_is_what_its_tokens_add_to_the_text_of_the_prompt(kind):
+    tokenizer: Any = sentencepiece(kind)
+    prompt, draw = tokenizer("The Paris")["input_ids"], random.Random(0)
+    before = tokenizer.decode(prompt, skip_special_tokens=True)
+    word = tokenizer.convert_tokens_to_ids("▁Paris")
+    answers = [[word], [word] * 2, *(draw.sample(range(259, len(tokenizer)), 6) for _ in range(30))]
+    for answer in answers:
+        wanted = tokenizer.decode([*prompt, *answer], skip_special_tokens=True).removeprefix(before)
+        assert decode(tokenizer, answer) == wanted
+        assert "".join(shown(tokenizer, answer)[0]) == wanted
+    assert decode(tokenizer, answers[0]) == " Paris"
+    assert [decode(tokenizer, [tokenizer.convert_tokens_to_ids(piece)]) for piece in ("▁5", "5")] == [" 5", "5"]
+
+
+def test_a_space_that_the_template_writes_is_no_part_of_what_the_assistant_says():
+    """A template that writes the space: the content without it is rendered as what the model wrote."""
+    spaced = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
+    spaced += "{% if add_generation_prompt %}[assistant]{% endif %}"
+    tokenizer: Any = sentencepiece("prepend")
+    found = []
+    for template in (CHATML, ZEPHYR, spaced):
+        tokenizer.chat_template = template
+        found.append(opening(tokenizer))
+    assert found == ["", "", " "]
+    answer = tokenizer.convert_tokens_to_ids(["▁Paris", "▁5"])
+    for stop in ((), ("x",)):
+        stream = TextStream(tokenizer, stop, found[2])
+        said = "".join([*map(stream.put, answer), stream.end()])
+        assert said == "Paris 5"
+    talk = [{"role": "user", "content": "A?"}]
+    prompt = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
+    whole = tokenizer.apply_chat_template([*talk, {"role": "assistant", "content": said}], tokenize=False)
+    assert whole.startswith(prompt + decode(tokenizer, answer))
 
 
 @given(st.text(alphabet="ab\n", max_size=25), st.lists(st.text(alphabet="ab\n", min_size=1, max_size=4), max_size=3))

@@ -21,7 +21,7 @@ from nextblock.decoding.request import make_request
 from nextblock.model.parent import byte_tokenizer
 from nextblock.model.probe import why_no_blocks
 from nextblock.training.export import export
-from samples import byte_level
+from samples import byte_level, sentencepiece
 
 MODES = ["ar", "diffusion", "speculative"]
 TOKENIZER = byte_level()
@@ -159,7 +159,31 @@ def test_padding_on_either_side_changes_nothing(side):
     assert out.sequences[1].tolist() == tokens[1] + out.answers[1]
 
 
+def test_a_text_is_what_its_tokens_add_to_the_text_of_the_prompt():
+    """Of a tokenizer whose decoder takes the first space of a text away, too."""
+    tokenizer: Any = sentencepiece("prepend")
+    lm = BlockDiffusionLM(tiny_model("llama", vocab_size=len(tokenizer)), tokenizer)
+    with torch.no_grad():
+        lm.model.lm_head.weight[:259] = 0  # bytes may be no characters
+    prompts = ["The", "What is 5?", "Paris "]
+    for prompt in prompts:
+        out = lm.generate(prompt, mode="ar", max_new_tokens=8, eos_token_id=[])
+        ids = tokenizer(prompt)["input_ids"]
+        before, whole = (tokenizer.decode(part, skip_special_tokens=True) for part in (ids, ids + out.answers[0]))
+        assert whole == before + out.texts[0]
+        assert (
+            "".join(piece for _, piece in lm.stream_text(prompt, mode="ar", max_new_tokens=8, eos_token_id=[]))
+            == (out.texts[0])
+        )
+
+
 # ---------------------------------------------------------------------------------------------- ends
+
+
+@pytest.mark.parametrize("options", [{"stop": [["zzz"], "e 5"]}, {"eos_token_id": [[1], 2]}, {"stop": ["a", ["b"]]}])
+def test_a_bare_item_among_lists_of_each_row_is_refused(lm, options):
+    with pytest.raises(UsageError, match="beside a list; give a list for each prompt, or one for all"):
+        lm.generate(["one", "two"], mode="ar", **options)
 
 
 @pytest.mark.parametrize("mode", MODES)

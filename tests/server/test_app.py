@@ -6,6 +6,7 @@ import http.client
 import itertools
 import json
 import socket
+from typing import Any
 
 import httpx
 import openai
@@ -15,11 +16,15 @@ import torch
 import nextblock as nb
 from nextblock.config.errors import UsageError
 from nextblock.data.text import TextStream
+from nextblock.decoding.events import Committed
 from nextblock.decoding.request import make_request
 from nextblock.server import app
-from nextblock.server.answers import token_bytes
+from nextblock.server.answers import Choice, token_bytes
+from nextblock.server.batching import Progress
+from nextblock.server.bodies import TextBody
 from nextblock.server.limits import Limits
 from nextblock.server.run import listen, run
+from samples import sentencepiece
 from serving import served, until
 
 PROMPT = "Q: Leo has 8 bags with 7 coins in each. He loses 13. How many coins does Leo have?\nA:"
@@ -162,6 +167,21 @@ def test_a_token_that_is_part_of_a_character_is_told_by_its_bytes(lm, client):
     found = client.completions.create(model="tiny-bd", prompt="é€", **drawn).choices[0].logprobs
     assert any(name.startswith("bytes:\\x") for name in found.tokens)
     assert all(name in line and len(line) >= 20 for name, line in zip(found.tokens, found.top_logprobs, strict=True))
+
+
+def test_tokens_join_to_the_text_where_a_decoder_takes_the_first_space_away():
+    tokenizer: Any = sentencepiece("prepend")
+    tokens = tokenizer.convert_tokens_to_ids(["▁Paris", "Paris", "▁5", "5"])
+    body = TextBody(prompt="The", logprobs=2, stream=True, events=True)
+    choice = Choice(0, tokenizer, (), body)
+    likely = tuple((token, -1.0) for token in tokens[:2])
+    decided = [Committed(0, n, token, 0.5, n, likely) for n, token in enumerate(tokens)]
+    choice.take(Progress(decided, tokens, 4, "length"))
+    told = choice.whole()
+    assert "".join(told["logprobs"]["tokens"]) == told["text"] == " ParisParis 55"
+    assert set(told["logprobs"]["top_logprobs"][0]) == {" Paris", "Paris"}
+    assert [told["text"][at:][:6] for at in told["logprobs"]["text_offset"]] == [" Paris", "Paris ", " 55", "5"]
+    assert "".join(event["text"] for event in choice.chunk()[1]) == told["text"]
 
 
 def say(monkeypatch, lm, answer):

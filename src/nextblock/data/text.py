@@ -1,12 +1,59 @@
-"""Token ids of one answer -> text that can be shown while it grows, and is never taken back."""
+"""Token ids of one answer -> text that can be shown while it grows, and is never taken back.
+
+An answer goes on from its prompt. Decoders of SentencePiece take the space of a text's first word away, which an
+answer's first word keeps: so tokens are decoded behind a guard, and its text is cut off.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import takewhile
 from typing import Any
+from weakref import WeakKeyDictionary
+
+from nextblock.config.errors import UsageError
+from nextblock.data.chat import MARKER, Chat, Specials
 
 INCOMPLETE = "\ufffd"
+GUARDS = ("a", "0", ".")
+_GUARDS: WeakKeyDictionary[Any, tuple[list[int], int]] = WeakKeyDictionary()
+
+
+def decode(tokenizer: Any, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
+    """The text of tokens that go on from others: what they add to the text of those."""
+    guard, length = _guard(tokenizer)
+    text = tokenizer.decode(
+        [*guard, *tokens], skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+    )
+    return text[length:]
+
+
+def _guard(tokenizer: Any) -> tuple[list[int], int]:
+    """Ids to decode behind, and the characters of their text; none where the vocabulary knows no guard."""
+    if tokenizer not in _GUARDS:
+        found: tuple[list[int], int] = [], 0
+        for guard in GUARDS:
+            ids = list(tokenizer(guard, add_special_tokens=False)["input_ids"])
+            texts = {tokenizer.decode(ids, skip_special_tokens=skip) for skip in (True, False)}
+            if texts == {guard}:
+                found = ids, len(guard)
+                break
+        _GUARDS[tokenizer] = found
+    return _GUARDS[tokenizer]
+
+
+def opening(tokenizer: Any) -> str:
+    """The space that the chat template itself writes in front of an assistant's content; "" if it writes none.
+
+    A model writes that space, since decoding starts before it; but it is no part of the content.
+    """
+    turns = [{"role": "user", "content": "-"}, {"role": "assistant", "content": MARKER}]
+    try:
+        chat = Chat(tokenizer, Specials(tokenizer), turns, None, "chat template")
+        prompt, whole = chat.render(chat.messages[:1], prompt=True), chat.render(chat.messages)
+    except UsageError:  # a template for other conversations than this one
+        return ""
+    return " " if whole.startswith(f"{prompt} {MARKER}") else ""
 
 
 class TextStream:
@@ -16,12 +63,15 @@ class TextStream:
     stop string. What `put` and `end` return, joined, is the text of the answer, cut before the first stop
     string. A stop string may hold special tokens, also where these are not shown.
 
+    opening: as of `opening`, in an answer to a chat; where the answer begins with it, it is not shown.
     offset: characters in front of the token that was put last, in the text before it is cut. Tokens of an unfinished
         character stand where that character does.
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = (), skip_special_tokens: bool = True) -> None:
-        self.tokenizer = tokenizer
+    def __init__(
+        self, tokenizer: Any, stop: Sequence[str] = (), opening: str = "", skip_special_tokens: bool = True
+    ) -> None:
+        self.tokenizer, self.opening = tokenizer, opening
         self.stop = tuple(stop)
         self.skip = skip_special_tokens
         self.tokens: list[int] = []
@@ -31,7 +81,7 @@ class TextStream:
         self._window = 0  # first token of the stretch that is decoded again
         self._read = 0  # tokens before this one are in `_held` or were returned
         self._held = ""
-        self._hidden: list[bool] = []  # for each character of `_held`: it is a special token's
+        self._hidden: list[bool] = []  # for each character of `_held`: it is a special token's, or the opening
 
     def put(self, token: int) -> str:
         """Append one token; the text that can be shown now, often "". `stopped` tells of a stop string."""
@@ -72,13 +122,14 @@ class TextStream:
         return shown
 
     def _decode(self, tokens: list[int]) -> str:
-        return self.tokenizer.decode(tokens, skip_special_tokens=self.skip, clean_up_tokenization_spaces=False)
+        return decode(self.tokenizer, tokens, self.skip)
 
     def _release(self, text: str, hidden: bool = False) -> str:
         """Cut at a stop string, or hold back a tail that may become one."""
+        opens = bool(self.opening) and not self._characters and not hidden and text.startswith(self.opening)
         self._characters += 0 if hidden else len(text)
+        self._hidden += [hidden or (opens and at < len(self.opening)) for at in range(len(text))]
         text = self._held + text
-        self._hidden += [hidden] * (len(text) - len(self._held))
         found = [at for s in self.stop if (at := text.find(s)) >= 0]
         hold = max(
             (n for s in self.stop for n in range(1, min(len(s), len(text) + 1)) if text.endswith(s[:n])), default=0

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from nextblock.config.errors import UsageError, nearest
 from nextblock.config.sections import BlockDiffusionSettings, with_gguf
 from nextblock.config.signatures import takes
-from nextblock.data.text import TextStream
+from nextblock.data.text import TextStream, decode
 from nextblock.decoding.batch import Batch
 from nextblock.decoding.compiled import StaticPasses
 from nextblock.decoding.engine import run
@@ -74,7 +74,7 @@ class Stream(Iterator[Event], AbstractContextManager["Stream"]):
 
     def __init__(self, request: Request, stats: Stats, events: Generator[Event]) -> None:
         self.rows: list[Row] = request.rows
-        self.stop = request.stop
+        self.stop, self.opening = request.stop, request.opening
         self.stats = stats
         self._events = events
 
@@ -132,9 +132,9 @@ class BlockDiffusionLM:
         stream = self.run(request, began)
         for _ in stream:
             pass
-        rows = stream.rows
+        rows, told = stream.rows, zip(stream.rows, stream.stop, stream.opening, strict=True)
         return Generation(
-            texts=[] if self.tokenizer is None else [self._text(r, s) for r, s in zip(rows, stream.stop, strict=True)],
+            texts=[] if self.tokenizer is None else [self._text(*row) for row in told],
             sequences=sequences(rows, self._padding_id(rows)).to(self.decoder.device),
             answers=[row.answer for row in rows],
             finish=[row.finish for row in rows if row.finish is not None],
@@ -156,7 +156,7 @@ class BlockDiffusionLM:
         return self._pieces(self.run(request, time.perf_counter()))
 
     def _pieces(self, stream: Stream) -> Iterator[tuple[int, str]]:
-        texts = [TextStream(self.tokenizer, stop) for stop in stream.stop]
+        texts = [TextStream(self.tokenizer, *row) for row in zip(stream.stop, stream.opening, strict=True)]
         with stream:
             for event in stream:
                 row, text = stream.rows[event.row], texts[event.row]
@@ -189,11 +189,11 @@ class BlockDiffusionLM:
 
         return Stream(request, stats, run(make, stats, began))
 
-    def _text(self, row: Row, stop: tuple[str, ...]) -> str:
+    def _text(self, row: Row, stop: tuple[str, ...], opening: str) -> str:
         if not stop:
-            return self.tokenizer.decode(row.answer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            return decode(self.tokenizer, row.answer).removeprefix(opening)
         # Whatever ended the row: what only its last bytes made whole may hold a stop string, too.
-        text = TextStream(self.tokenizer, stop)
+        text = TextStream(self.tokenizer, stop, opening)
         return "".join([*map(text.put, row.answer), text.end()])
 
     def _padding_id(self, rows: list[Row]) -> int:

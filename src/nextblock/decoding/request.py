@@ -14,7 +14,7 @@ from nextblock.config.errors import UsageError
 from nextblock.config.sections import BlockDiffusionSettings, validate
 from nextblock.data.encode import encode_prompt, prompts_of_ids
 from nextblock.data.records import check_characters
-from nextblock.data.text import TextStream
+from nextblock.data.text import TextStream, opening
 from nextblock.decoding.events import Finish
 from nextblock.decoding.options import DecodingConfig, resolve_config
 from nextblock.decoding.rows import Row
@@ -54,11 +54,12 @@ class CallOptions(DecodingConfig):
 
 @dataclass
 class Request:
-    """A checked call: options, rows, and the stop strings of each row."""
+    """A checked call: options, rows, and of each row the stop strings and `data.text.opening`."""
 
     config: DecodingConfig
     rows: list[Row]
     stop: list[tuple[str, ...]]
+    opening: list[str]
 
 
 def make_request(
@@ -84,7 +85,7 @@ def make_request(
     longest = decoder.max_positions
     if longest is not None and rest.get("block_size") is not None and (config.block_size or 0) > longest:
         raise UsageError(f"block_size={config.block_size} is larger than the model's context of {longest}; use less")
-    encoded = _encode(tokenizer, prompts, attention_mask, decoder.model.name_or_path or "")
+    encoded, openings = _encode(tokenizer, prompts, attention_mask, decoder.model.name_or_path or "")
     context = _check_prompts(decoder, [ids for _, ids in encoded])
     count = len(encoded)
     limits = _for_each(
@@ -103,7 +104,7 @@ def make_request(
             prompt=ids,
             limit=min(limits[i], context - len(ids)),
             end_tokens=frozenset(ends[i]),
-            stop=_stopper(tokenizer, stops[i]) if stops[i] else None,
+            stop=_stopper(tokenizer, stops[i], openings[i]) if stops[i] else None,
             random=generator(seeds[i]) if config.temperature > 0 else None,
             sampling=Sampling(config.temperature, config.top_k, config.top_p),
             denoising=Denoising(config.sampler, config.threshold, config.sub_blocks, config.steps),
@@ -112,20 +113,21 @@ def make_request(
         )
         for i, (padding, ids) in enumerate(encoded)
     ]
-    return Request(config, rows, stops)
+    return Request(config, rows, stops, openings)
 
 
 def _encode(
     tokenizer: Any, prompts: Any, attention_mask: Tensor | None, model_path: str
-) -> list[tuple[list[int], list[int]]]:
-    """(left padding, prompt ids) of every row. `model_path`: to say why there is no tokenizer."""
-    if isinstance(prompts, Mapping) and "input_ids" in prompts:  # what a tokenizer returns
-        attention_mask = prompts.get("attention_mask") if attention_mask is None else attention_mask
-        return prompts_of_ids(_plain(prompts["input_ids"]), _plain(attention_mask))
+) -> tuple[list[tuple[list[int], list[int]]], list[str]]:
+    """(left padding, prompt ids) and opening of every row. `model_path`: to say why there is no tokenizer."""
     if isinstance(prompts, Tensor):
         if prompts.ndim not in (1, 2) or prompts.is_floating_point() or prompts.dtype == torch.bool:
             raise UsageError(f"prompts is a {prompts.dtype} tensor of shape {tuple(prompts.shape)}; give int64 [B, T]")
-        return prompts_of_ids(prompts.tolist(), _plain(attention_mask))
+        prompts = {"input_ids": prompts}
+    if isinstance(prompts, Mapping) and "input_ids" in prompts:  # what a tokenizer returns
+        attention_mask = prompts.get("attention_mask") if attention_mask is None else attention_mask
+        rows = prompts_of_ids(_plain(prompts["input_ids"]), _plain(attention_mask))
+        return rows, [""] * len(rows)
     if attention_mask is not None:
         raise UsageError("attention_mask goes with token ids alone; texts and chats need none")
     if tokenizer is None:
@@ -139,7 +141,9 @@ def _encode(
         items = [items]  # one chat
     for number, item in enumerate(items):
         check_characters(item, f"prompt {number}")
-    return [([], _from_text(tokenizer, number, item)) for number, item in enumerate(items)]
+    rows = [([], _from_text(tokenizer, number, item)) for number, item in enumerate(items)]
+    in_chats = "" if all(isinstance(item, str) for item in items) else opening(tokenizer)
+    return rows, ["" if isinstance(item, str) else in_chats for item in items]
 
 
 def _from_text(tokenizer: Any, number: int, item: Any) -> list[int]:
@@ -184,11 +188,14 @@ def _lists_for_each(name: str, value: Any, kind: type, count: int) -> list[tuple
     """From one item, items for all rows, or a list of items for each row."""
     value = [] if value is None else _plain(value)
     value = value if isinstance(value, list) else [value]
-    lists = _for_each(name, value, count) if value and isinstance(value[0], list) else [value] * count
+    for_each = any(isinstance(items, list) for items in value)
+    lists = _for_each(name, value, count) if for_each else [value] * count
     for items in lists:
         for item in items if isinstance(items, list) else [items]:
             if not isinstance(item, kind) or isinstance(item, bool):
                 raise UsageError(f"{name} holds {item!r}; give {'whole numbers' if kind is int else 'strings'}")
+        if not isinstance(items, list):
+            raise UsageError(f"{name} holds {items!r} beside a list; give a list for each prompt, or one for all")
     return [tuple(items) for items in lists]
 
 
@@ -209,9 +216,9 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, list | tuple | set | frozenset | range) else value
 
 
-def _stopper(tokenizer: Any, stop: tuple[str, ...]) -> Callable[[list[int]], Finish | None]:
+def _stopper(tokenizer: Any, stop: tuple[str, ...], opening: str) -> Callable[[list[int]], Finish | None]:
     """A check of the growing answer for stop strings; called once for each token."""
-    text = TextStream(tokenizer, stop)
+    text = TextStream(tokenizer, stop, opening)
 
     def check(answer: list[int]) -> Finish | None:
         text.put(answer[-1])

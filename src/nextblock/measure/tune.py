@@ -15,6 +15,7 @@ from typing import Any
 
 from nextblock.config.errors import UsageError, nearest
 from nextblock.config.progress import Update, counter
+from nextblock.data.text import decode
 from nextblock.decoding.lm import BlockDiffusionLM
 from nextblock.decoding.options import DecodingConfig, resolve_config
 from nextblock.measure.bench.contest import Round, alternate, compared, make_batches, our_mode
@@ -276,7 +277,7 @@ class _Runner:
         return [self._grade(index, answer) for index, answer in enumerate(answers)]
 
     def _grade(self, index: int, answer: list[int]) -> bool:
-        text = self.lm.tokenizer.decode(answer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = decode(self.lm.tokenizer, answer)
         if (index, text) not in self.grades:
             assert self.prompts.task is not None
             self.grades[index, text] = self.prompts.task.grade(text, self.prompts.cases[index])

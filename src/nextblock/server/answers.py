@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from nextblock.data.text import INCOMPLETE, TextStream
+from nextblock.data.text import INCOMPLETE, TextStream, decode
 from nextblock.decoding.events import Committed, Finish, Rejected, RowFinished
 from nextblock.server.batching import Progress
 from nextblock.server.bodies import Body, ChatBody
@@ -30,14 +30,14 @@ def as_json(value: Any) -> bytes:
 class Choice:
     """One answer as it grows: text that can be shown, log-probabilities, events."""
 
-    def __init__(self, index: int, tokenizer: Any, stop: Sequence[str], body: Body) -> None:
+    def __init__(self, index: int, tokenizer: Any, stop: Sequence[str], body: Body, opening: str = "") -> None:
         self.index, self.tokenizer, self.body = index, tokenizer, body
         self.text, self.piece, self.finish = "", "", None
         self.tokens = self.forwards = 0
         self.logprobs: list[tuple[dict[str, Any], int]] = []  # of each token, and its place in the text
         self._new: list[tuple[dict[str, Any], int]] = []
         self._events: list[dict[str, Any]] = []
-        self._stream = TextStream(tokenizer, stop)
+        self._stream = TextStream(tokenizer, stop, opening)
 
     def take(self, progress: Progress) -> None:
         """Take in what a step brought."""
@@ -66,7 +66,7 @@ class Choice:
         return self._token(event.token, value) | {"top_logprobs": top}
 
     def _token(self, token: int, logprob: float) -> dict[str, Any]:
-        text = self.tokenizer.decode([token])
+        text = decode(self.tokenizer, [token], skip_special_tokens=False)
         return {"token": text, "logprob": logprob, "bytes": [*token_bytes(self.tokenizer, token, text)]}
 
     def _event(self, event: Any) -> dict[str, Any] | None:
@@ -75,7 +75,7 @@ class Choice:
         if not isinstance(event, Committed | Rejected):
             return None
         told = {"type": "committed", "index": self.index, "offset": event.offset, "step": event.step}
-        told["text"] = self.tokenizer.decode([event.token])
+        told["text"] = decode(self.tokenizer, [event.token], skip_special_tokens=False)
         if isinstance(event, Rejected):
             return told | {"type": "rejected"}
         return told | {"confidence": round(event.confidence, 4)}

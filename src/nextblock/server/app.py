@@ -269,7 +269,8 @@ class Server:
                 loop.call_soon_threadsafe(news.put_nowait, (number, progress))
 
             jobs.append(Job(row, rows.config, tell))
-        choices = [Choice(n, self.lm.tokenizer, stop, body) for n, stop in enumerate(rows.stop)]
+        texts = enumerate(zip(rows.stop, rows.opening, strict=True))
+        choices = [Choice(n, self.lm.tokenizer, stop, body, opening) for n, (stop, opening) in texts]
         prompt_tokens = sum(len(row.prompt) for row in rows.rows[:: body.n])
         self.engine.submit(jobs)
         return Answer(self.name, body, choices, prompt_tokens), news
