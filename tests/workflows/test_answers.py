@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import nextblock as nb
-from families import tiny_model
+from families import longrope_model, tiny_model
 from nextblock.config.errors import UsageError
 from nextblock.config.run import load_config
 from nextblock.config.sections import BlockDiffusionSettings, DraftAdapterConfig, Source
@@ -113,6 +113,49 @@ def test_any_part_of_the_file_is_completed_to_the_same_file(places, tmp_path):
         done = whole[:size].count(b"\n")
         assert answer(places, output, mode="speculative", batch_size=3) == len(PROMPTS) - done
         assert output.read_bytes() == whole
+
+
+def test_prompts_on_both_sides_of_a_change_of_factors_are_answered_as_alone(tmp_path):
+    model = longrope_model(64, vocab_size=264, max_position_embeddings=256)
+    export(tmp_path / "phi", model, byte_tokenizer(), None)
+    prompts = ["short", "longer than 64 " * 7, "six ty", "and seven"]
+    (tmp_path / "p.txt").write_text("\n".join(prompts))
+    given: Any = {"batch_size": 2, "max_new_tokens": 4, "temperature": 1.0}
+    assert write_answers(tmp_path / "phi", str(tmp_path / "p.txt"), tmp_path / "out.jsonl", **given, seed=5) == 4
+    lm, rows = nb.load(tmp_path / "phi"), rows_in(tmp_path / "out.jsonl")
+    del given["batch_size"]
+    alone = [lm.generate(prompt, mode="ar", seed=5 + n, **given).texts[0] for n, prompt in enumerate(prompts)]
+    assert [row["completion"] for row in rows] == [text.rstrip("\ufffd") for text in alone]
+
+
+def test_a_file_belongs_to_one_process_and_holds_no_more_rows_than_prompts(places, tmp_path):
+    output, seen = tmp_path / "data.jsonl", []
+
+    def second(done, total):
+        if not seen:
+            with pytest.raises(UsageError, match=r"output .*data\.jsonl is in use by process") as error:
+                answer(places, output, mode="ar")
+            seen.append(str(error.value))
+
+    answer(places, output, mode="ar", on_batch=second)
+    assert seen
+    assert {path.name for path in tmp_path.iterdir()} == {"data.jsonl", "data.jsonl.settings"}
+    whole = output.read_bytes()
+    output.write_bytes(whole + whole.splitlines(keepends=True)[0])
+    with pytest.raises(UsageError, match="has 12 rows for 11 prompts"):
+        answer(places, output, mode="ar")
+
+
+def test_an_empty_answer_to_a_chat_is_read_back(places, tmp_path):
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "hi"}]}) + "\n")
+    lm = nb.load(places / "parent")
+    first = lm.generate([{"role": "user", "content": "hi"}], mode="ar", max_new_tokens=1).texts[0]
+    answer(places, tmp_path / "out.jsonl", source=tmp_path / "chat.jsonl", mode="ar", temperature=0.0, stop=[first])
+    assert rows_in(tmp_path / "out.jsonl")[0]["messages"][-1] == {"role": "assistant", "content": ""}
+    records = read_source(Source(path=str(tmp_path / "out.jsonl")))
+    assert isinstance(records, Records)
+    document = encode(records.read(0), byte_tokenizer())
+    assert document.tokens[document.offset >= 0].tolist() == [END] * records.read(0).ended
 
 
 def test_a_finished_file_is_left_alone(places, tmp_path):

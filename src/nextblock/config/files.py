@@ -110,8 +110,10 @@ def make_folder(folder: Path) -> None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, name: str = LOCK, what: str = "") -> Iterator[None]:
     """A folder for this process alone; made if missing, and gone again if nothing was put there.
+
+    name: of the lock's file, where not the folder is meant but `what` in it.
 
     The lock ends with the process, however that ends, and holds on all machines that see the folder.
 
@@ -122,7 +124,7 @@ def locked(folder: Path) -> Iterator[None]:
 
     made = not folder.exists()
     make_folder(folder)
-    path = folder / LOCK
+    path = folder / name
     while True:
         file = path.open("a+", encoding="utf-8")
         try:
@@ -132,7 +134,7 @@ def locked(folder: Path) -> Iterator[None]:
             holder = file.read() or "another process"
             file.close()
             raise UsageError(
-                f"output folder {folder} is in use by {holder}; wait for its end, or stop it first"
+                f"{what or f'output folder {folder}'} is in use by {holder}; wait for its end, or stop it first"
             ) from None
         except OSError as error:  # some network file systems
             warnings.warn(f"{folder} cannot be locked ({error.strerror}); start no second run there", stacklevel=3)

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from nextblock.config.errors import UsageError
-from nextblock.config.files import write_whole
+from nextblock.config.files import LOCK, locked, write_whole
+from nextblock.data.encode import encode_prompt
 from nextblock.data.prompts import read_prompts
 from nextblock.data.records import Record
 from nextblock.data.text import INCOMPLETE
@@ -85,20 +86,39 @@ def write_answers(
         options = {"mode": "ar", **options}
     identity = _identity(model, draft_adapter, dtype, records, with_stored(section, options), seed)
     identity |= {"stop": list(stop), **({"settings": section.model_dump()} if section and settings else {})}
-    (done, size), begun = _whole_rows(output), _check_settings(output, identity)
-    if done >= len(records):
-        return 0
     given = {"path": model, "draft_adapter": draft_adapter, "settings": settings, "dtype": dtype, "compile": compile}
-    batches = _answered(given, records, done, batch_size, seed, {**options, "stop": stop}, ray)
+    options["stop"] = stop
+
+    def answered(done: int) -> Iterator[tuple[int, str]]:
+        return _answered(given, records, done, batch_size, seed, options, ray)
+
     try:
-        if not begun:
-            write_whole(_settings_of(output), (json.dumps(identity, indent=2) + "\n").encode())
-        for number in _append(output, size, batches):
-            if on_batch:
-                on_batch(number, len(records))
+        with locked(output.parent, f".{output.name}{LOCK}", f"output {output}"):
+            return _write(output, identity, len(records), answered, on_batch)
     except OSError as error:
         raise UsageError(f"cannot write {output}: {error.strerror}; the same command goes on from there") from None
-    return len(records) - done
+
+
+def _write(
+    output: Path,
+    identity: dict[str, Any],
+    count: int,
+    answered: Callable[[int], Iterator[tuple[int, str]]],
+    on_batch: Callable[[int, int], None] | None,
+) -> int:
+    """Bring the output to `count` rows; how many were missing. `answered`: the lines behind so many rows."""
+    (done, size), begun = _whole_rows(output), _check_settings(output, identity)
+    if done > count:
+        raise UsageError(f"output {output} has {done} rows for {count} prompts, so others were put there; remove it")
+    if done == count:
+        return 0
+    batches = answered(done)
+    if not begun:
+        write_whole(_settings_of(output), (json.dumps(identity, indent=2) + "\n").encode())
+    for number in _append(output, size, batches):
+        if on_batch:
+            on_batch(number, count)
+    return count - done
 
 
 def _check_prompts(lm: BlockDiffusionLM, records: Sequence[Record], options: dict[str, Any]) -> None:
@@ -151,10 +171,19 @@ def _batches(records: Sequence[Record], done: int, size: int) -> list[tuple[int,
 def _answer(
     lm: BlockDiffusionLM, start: int, batch: Sequence[Record], seed: int, options: dict[str, Any]
 ) -> list[str]:
-    """The lines of a batch."""
-    seeds = [seed + start + i for i in range(len(batch))]
-    out = lm.generate([record.item for record in batch], **options, seed=seeds)
-    return [_row(*answer) for answer in zip(batch, out.texts, out.finish, strict=True)]
+    """The lines of a batch, decoded apart where prompts have other contexts than the rest (longrope)."""
+    together: dict[int | None, list[int]] = {}
+    with warnings.catch_warnings(action="ignore"):
+        lengths = [len(encode_prompt(record.item, lm.tokenizer, record.where)) for record in batch]
+    for number, length in enumerate(lengths):
+        together.setdefault(lm.decoder.context(length), []).append(number)
+    lines = [""] * len(batch)
+    for numbers in together.values():
+        seeds = [seed + start + number for number in numbers]
+        out = lm.generate([batch[number].item for number in numbers], **options, seed=seeds)
+        for number, text, finish in zip(numbers, out.texts, out.finish, strict=True):
+            lines[number] = _row(batch[number], text, finish)
+    return lines
 
 
 def _append(output: Path, size: int, batches: Iterable[tuple[int, str]]) -> Iterator[int]:
