@@ -7,6 +7,7 @@ import functools
 import pytest
 import torch
 from transformers import (
+    DynamicCache,
     LogitsProcessor,
     LogitsProcessorList,
     StoppingCriteria,
@@ -374,6 +375,34 @@ def test_what_the_method_does_not_do_is_refused(adapted, option):
             custom_generate=block_diffusion,
             mode="ar",
         )
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_embeddings_are_refused_by_name(adapted, alone):
+    given = left_padded((6,))
+    embeddings = adapted.get_input_embeddings()(given["input_ids"])
+    given = {} if alone else given
+    with pytest.raises(UsageError, match="inputs_embeds: give input_ids"):
+        adapted.generate(**given, inputs_embeds=embeddings, max_new_tokens=4, custom_generate=block_diffusion)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"position_ids": torch.arange(3, 9)[None]},
+        {"past_key_values": DynamicCache()},
+        {"dola_layers": "low"},
+        {"penalty_alpha": 0.6, "top_k": 4},
+        {"cache_implementation": "static"},
+        {"assistant_model": "itself"},
+    ],
+    ids=lambda option: next(iter(option)),
+)
+def test_an_argument_that_plain_generate_heeds_is_refused_by_name(adapted, option):
+    name = next(iter(option))
+    option = {"assistant_model": adapted} if name == "assistant_model" else option
+    with pytest.raises(UsageError, match=f"^{name}: "):
+        adapted.generate(**left_padded((6,)), **option, max_new_tokens=4, custom_generate=block_diffusion, mode="ar")
 
 
 def test_behind_padding_on_the_right_the_answer_stands_where_the_input_ends(adapted):

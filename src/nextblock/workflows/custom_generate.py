@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -65,6 +65,16 @@ SETTINGS_OF_PROCESSORS = {  # transformers' processors: the setting that each is
     "WatermarkLogitsProcessor": ("watermarking_config", None),
 }
 """All but guidance, which has a cache of its own, are functions of prefix and scores alone."""
+_REFUSED = {  # what plain `generate` would heed: what to do
+    "inputs_embeds": "give input_ids, and leave it out",
+    "position_ids": "positions follow from attention_mask; leave it out",
+    "past_key_values": "the prompt is read anew; leave it out",
+    "assistant_model": "block_diffusion drafts by itself; leave it out",
+    "prompt_lookup_num_tokens": "block_diffusion drafts by itself; leave it out",
+    "dola_layers": "block_diffusion contrasts no layers; leave it out",
+    "penalty_alpha": "block_diffusion has no contrastive search; leave it out",
+    "cache_implementation": "block_diffusion has a cache of its own; leave it out",
+}
 _OWN_CRITERIA = (MaxLengthCriteria, EosTokenCriteria)
 _OPTIONS = {
     name: field
@@ -96,21 +106,22 @@ def block_diffusion(
     Returns:
         int64 [B, T] as `generate` returns it, or its dict form where the config asks for that.
     Raises:
-        UsageError: beam search, a logits processor in diffusion mode, one that is not known to be a function of
-            prefix and scores in speculative mode, or what `BlockDiffusionLM` refuses.
+        UsageError: an argument or a processor that could not act as in plain `generate`, or what `BlockDiffusionLM`
+            refuses.
     """
-    streamer = streamer if streamer is not None else _streamer_of_caller()
+    call = _call()
+    streamer = streamer if streamer is not None else call.get("streamer")
+    _check_generation_config(generation_config, {**call, **call.get("kwargs", model_kwargs)})
     options = {name: model_kwargs.pop(name) for name in _OPTIONS if name in model_kwargs}
     adapter = attached_adapter(model)
     settings = read_settings(model.config) if adapter is None else adapter.settings
     if adapter is None and settings is not None and model.name_or_path:
         take_correction(model, Path(model.name_or_path), settings)
     lm = BlockDiffusionLM(model, None, settings, adapter, refusal=why_no_blocks(model))
-    _check_generation_config(generation_config)
     foreign = _foreign(list(logits_processor or ()), lm, generation_config)
     _check_processors(foreign, resolve_config(lm.settings, options).mode, generation_config)
     options |= _sampling_options(generation_config, own_warpers=not foreign)
-    criteria: list[Any] = list(stopping_criteria or ())
+    criteria = list[Any](stopping_criteria or ())
     lengths = [c.max_length for c in criteria if isinstance(c, MaxLengthCriteria)]
     ends = {int(i) for c in criteria if isinstance(c, EosTokenCriteria) for i in c.eos_token_id.tolist()}
     options |= {
@@ -152,15 +163,18 @@ def _sampling_options(config: Any, own_warpers: bool) -> dict[str, Any]:
     return {"temperature": float(config.temperature or 1.0), "top_k": config.top_k or None, "top_p": config.top_p}
 
 
-def _check_generation_config(config: Any) -> None:
-    """UsageError for what `generate` would do by itself and this method does not."""
+def _check_generation_config(config: Any, call: Mapping[str, Any]) -> None:
+    """UsageError for what `generate` would do by itself, or with an argument of the call, and this method does not."""
+    for name, cure in _REFUSED.items():
+        value = call.get(name)
+        value = getattr(config, name, None) if value is None else value
+        if value is not None and not (name == "cache_implementation" and value == "dynamic"):
+            raise UsageError(f"{name}: {cure}")
     if (config.num_beams or 1) > 1:
         raise UsageError(f"num_beams={config.num_beams}: block_diffusion has no beam search; leave it out")
     for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
         if getattr(config, name, None):
             raise UsageError(f"{name}=True: block_diffusion returns sequences alone; leave it out")
-    if getattr(config, "prompt_lookup_num_tokens", None):
-        raise UsageError("prompt_lookup_num_tokens: block_diffusion drafts by itself; leave it out")
 
 
 def _foreign(processors: list[Any], lm: BlockDiffusionLM, config: Any) -> list[Any]:
@@ -241,12 +255,13 @@ def _stop_by(criteria: list[Any], row: Row, device: torch.device) -> Callable[[l
     return check
 
 
-def _streamer_of_caller() -> Any:
-    """The `streamer` argument of the `generate` call that runs us.
+def _call() -> Mapping[str, Any]:
+    """The arguments of the `generate` call that runs us, others under `kwargs`; empty where there is none.
 
-    transformers (5.23) feeds it the prompt, but does not pass it on to a custom decoding method.
+    transformers (5.23) feeds `streamer` the prompt, but does not pass it on to a custom decoding method. And what it
+    passes on has positions and a cache of its own making, which cannot be told from the caller's.
     """
     code, frame = inspect.unwrap(cast(Any, GenerationMixin).generate).__code__, inspect.currentframe()
     while frame is not None and frame.f_code is not code:  # the call, and not a name that resembles it
         frame = frame.f_back
-    return None if frame is None else frame.f_locals["streamer"]
+    return {} if frame is None else dict(frame.f_locals)
