@@ -21,7 +21,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from nextblock.config.errors import UsageError
 from nextblock.decoding.lm import BlockDiffusionLM
-from nextblock.decoding.options import DecodingConfig, with_stored
+from nextblock.decoding.options import DecodingConfig, resolve_config, with_stored
 from nextblock.decoding.request import Request as Rows
 from nextblock.decoding.request import make_request
 from nextblock.model.costs import Costs
@@ -64,6 +64,7 @@ class Server:
 
     name: what clients call the model. options: of `generate`, where a client gives none. key: API key; None: none.
     costs: as for `Engine`. log_prompts: each request is logged as it came, and errors with their messages.
+    UsageError for options that every request without its own would be refused for.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class Server:
         self.limits = limits or Limits()
         self.options = ({} if lm.settings else {"mode": "ar"}) | (options or {})
         self.defaults = with_stored(lm.settings, self.options).model_dump(mode="json")
+        self._check_width(resolve_config(lm.settings, self.options, drafted=lm.adapter is not None))
         self.engine = Engine(lm, self.limits.max_rows, self.limits.pass_tokens, costs, log_prompts)
         self.metrics = Metrics(self.engine)
         self.started = int(time.time())
@@ -149,15 +151,23 @@ class Server:
 
     # ------------------------------------------------------------------------------------------ what answers
 
-    async def answer(self, kind: type[Body], scope: Scope, receive: Receive, send: Send) -> None:
+    async def answer(self, kind: type[Body], scope: Scope, receive: Receive, client: Send) -> None:
         """The ASGI application of an endpoint. Whatever its end, its rows have then left the engine, or soon do."""
-        began, status = time.perf_counter(), 500
-        send = _patient(send, self.limits.send_seconds)
+        began, status, started = time.perf_counter(), 500, False
+        patient = _patient(client, self.limits.send_seconds)
+
+        async def send(message: Message) -> None:
+            nonlocal started
+            started = True
+            await patient(message)
+
         jobs: list[Job] = []
+        stream = False
         try:
             request = Request(scope, receive)
             self._authorize(request)
             body = read_body(kind, await self._content(request))
+            stream = body.stream
             self._check_model(body.model)
             if self.log_prompts:
                 log.info("%s %s", scope["path"], as_json(body.model_dump(exclude_unset=True)).decode())
@@ -185,6 +195,13 @@ class Server:
             await _refused(refusal)(scope, receive, send)
         except (TimeoutError, ClientDisconnect):
             status = 499
+        except asyncio.CancelledError:  # the server stops, and the time that answers then have is over
+            status, refusal = 503, Refusal(503, "the server stops, and cut this answer off; ask again later")
+            with suppress(Exception):
+                if not started:
+                    await _refused(refusal)(scope, receive, send)
+                elif stream:
+                    await send(_error_chunk(refusal))
         except Exception as error:  # raised further, uvicorn would log its message, which may hold the prompt
             await _refused(self._failed(error, "the server failed"))(scope, receive, send)
         finally:
@@ -342,7 +359,7 @@ class Server:
             refusal = self._failed(error, "decoding failed")
             if not stream:
                 raise refusal from None
-            await send(_part(b"data: " + as_json(_shape(refusal)) + b"\n\n", more=False))
+            await send(_error_chunk(refusal))
 
 
 SAFE = {"X-Content-Type-Options": "nosniff"}
@@ -356,6 +373,11 @@ STREAM = [
 
 def _part(content: bytes, more: bool = True) -> Message:
     return {"type": "http.response.body", "body": content, "more_body": more}
+
+
+def _error_chunk(refusal: Refusal) -> Message:
+    """The end of a stream that breaks off."""
+    return _part(b"data: " + as_json(_shape(refusal)) + b"\n\n", more=False)
 
 
 def _patient(send: Send, seconds: float) -> Send:
