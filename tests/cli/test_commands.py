@@ -273,6 +273,12 @@ def refused(run, arguments, words, output):
         (["--draft-paths", "2", "--draft-ahead", "1"], "draft_paths=2 does not go with draft_ahead"),
         (["--dtype", "int8"], "float32 or bfloat16"),
         (["--temperature", "1", "--seed", str(2**70)], f"seed={2**70} must be a whole number"),
+        (["second", "--live"], "--live shows one answer"),
+        (["--live", "--stats"], "--live shows one answer"),
+        (["--live", "--stop", "5"], "--live shows one answer"),
+        (["--batch-size", "0"], "--batch-size and --ray go with --input alone"),
+        (["--examples", "3"], "--batch-size and --ray go with --input alone"),
+        (["--ray", "0"], "--batch-size and --ray go with --input alone"),
         (["caf\udce9"], "prompt 1: half of a surrogate pair, or a byte that is not UTF-8"),
     ],
 )
@@ -569,6 +575,28 @@ def test_documents_that_were_cut_at_the_end_of_a_row_are_told(run, parent, tmp_p
     assert int(told.split()[1]) > 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["training"]["truncated"] == int(told.split()[1])
+
+
+def test_a_turn_that_is_refused_leaves_the_talk_to_be_saved(run, adapted, tmp_path, monkeypatch):
+    file = tmp_path / "talk.jsonl"
+    lines = iter(["hi", "long " * 200, f"/save {file}", ""])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    status, out, _ = run("chat", adapted, "--mode", "ar", "--max-new-tokens", "6")
+    assert status == 0
+    assert "but the model's context is 512" in out.splitlines()[-2]
+    assert out.splitlines()[-1] == f"wrote 2 messages to {file}"
+
+
+def test_a_chat_asks_for_a_template_before_anything_is_typed(run, tmp_path, monkeypatch):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = None
+    export(tmp_path / "bare", tiny_model("llama", vocab_size=264), tokenizer, None)
+    refused(
+        run,
+        ["chat", tmp_path / "bare"],
+        "has no chat template, so it cannot chat; put a chat_template",
+        tmp_path / "x",
+    )
 
 
 def test_a_chat_obeys_commands_and_an_interrupt_ends_an_answer_alone(run, adapted, tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import httpx
@@ -56,15 +57,25 @@ def test_sigterm_lets_answers_end_and_the_status_is_0():
 
 def test_an_answer_that_takes_longer_than_the_deadline_is_given_up():
     with serving("--stop-seconds", "1", "--log-prompts", "--draft-length", "8") as (process, url):
-        with stream(url, n=16, max_tokens=2000, stop="never said") as response:
-            next(response.iter_lines())
+        with stream(url, n=16, max_tokens=2000, stop="never said") as response, ThreadPoolExecutor(1) as pool:
+            lines = response.iter_lines()
+            next(lines)
+            body = {"prompt": "Q:", "max_tokens": 2000, "mode": "ar", "temperature": 2.0, "n": 8, "stop": "never said"}
+            whole = pool.submit(httpx.post, f"{url}/v1/completions", json=body, timeout=60)
+            while "nextblock_rows_running 24" not in httpx.get(f"{url}/metrics").text.replace(".0", ""):
+                pass
             process.send_signal(signal.SIGTERM)
             killer = threading.Timer(60, process.kill)
             killer.start()
+            *_, last = (line for line in lines if line)
             _, err = process.communicate()
             killer.cancel()
+            found = whole.result()
         assert process.returncode == 0
-        (line,) = [line for line in err.splitlines() if "INFO" in line]
+        assert json.loads(last.removeprefix("data: "))["error"]["type"] == "server_error"
+        assert (found.status_code, found.json()["error"]["type"]) == (503, "server_error")
+        assert "Traceback" not in err
+        (line,) = [line for line in err.splitlines() if "INFO" in line and "stream" in line]
         sent = {"prompt": "Q:", "max_tokens": 2000, "mode": "ar", "temperature": 2.0, "seed": 1, "stream": True}
         assert json.loads(line[line.index("{") :]) == {**sent, "n": 16, "stop": "never said"}
 
@@ -86,6 +97,7 @@ def refused(monkeypatch, capsys):
     return call
 
 
+@pytest.mark.filterwarnings("ignore:block_size=1024 is larger")
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -94,11 +106,17 @@ def refused(monkeypatch, capsys):
         (["--max-rows", "0"], "max_rows=0 must be at least 1"),
         (["--port", "99999"], "port=99999"),
         (["--temperature", "-1"], "temperature=-1"),
+        (["--mode", "diffusion", "--sub-blocks", "5", "--draft-length", "8"], "sub_blocks=5 does not divide the block"),
+        (["--block-size", "1024", "--draft-length", "8"], "passes of 1024 tokens; at most 512 go here"),
     ],
     ids=str,
 )
 def test_bad_options_end_in_one_line(arguments, said, refused):
     assert said in refused(*arguments)
+
+
+def test_a_mode_that_the_model_cannot_do_is_told_at_the_start(refused):
+    assert "works in ar mode only" in refused("--mode", "diffusion", "--port", "0", model="tiny-ar")
 
 
 def test_a_port_in_use_is_told_in_one_line_before_the_model_is_loaded(refused):

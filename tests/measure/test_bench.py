@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from nextblock.config.errors import UsageError
 from nextblock.config.sections import BlockDiffusionSettings
 from nextblock.decoding.compiled import StaticPasses
 from nextblock.decoding.lm import BlockDiffusionLM
-from nextblock.measure.bench import scores
+from nextblock.measure.bench import command, scores
 from nextblock.measure.bench.command import run_bench, write_results
 from nextblock.measure.bench.contest import (
     Contestant,
@@ -394,12 +395,55 @@ def test_random_weights_are_timed_without_tokenizer_or_end_tokens():
 
 
 @pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batches": [1, 32]}, "batch=32 is more than the 2 prompts"),
+        ({"batches": [1, 0]}, "batch=0 must be at least 1"),
+        ({"forwards": True, "cache_length": 5000}, "cache_length=5000 and 160 positions exceed"),
+        ({"max_new_tokens": 5000}, "max_new_tokens=5000 does not fit"),
+    ],
+)
+def test_all_that_is_refused_is_refused_before_anything_is_measured(lm, monkeypatch, changes, message):
+    measured = []
+    monkeypatch.setattr(command, "bench_decode", lambda *_, **__: measured.append("decode") or [])
+    options: dict[str, Any] = {"batches": [1], "rounds": 1, "max_new_tokens": 4, "forwards": False, "cache_length": 8}
+    prompts = task_prompts("word_problems", "test", 2)
+    with pytest.raises(UsageError, match=message):
+        run_bench(lm, model="m", prompts=prompts, variants=[{"mode": "ar"}], **{**options, **changes})
+    assert not measured
+
+
+def test_what_was_measured_is_told_where_a_later_part_fails(lm, monkeypatch):
+    def fails(*_, **__):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(command, "time_forwards", fails)
+    told = []
+    prompts = task_prompts("word_problems", "test", 1)
+    sizes: dict[str, Any] = {"batches": [1], "rounds": 1, "max_new_tokens": 2, "cache_length": 8}
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run_bench(lm, model="m", prompts=prompts, variants=[{"mode": "ar"}], forwards=True, tell=told.append, **sizes)
+    ((results,),) = (told,)
+    assert [entry["name"] for entry in results["decode"]] == ["transformers", "ar"]
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], "give either a MODEL or --shape"),
         (["m", "--shape", "qwen3-4b"], "give either a MODEL or --shape"),
         (["m", "--output", "results"], "is not the name of a .json file"),
         (["--shape", "qwen3-4"], "did you mean 'qwen3-4b'"),
+        (["--shape", "qwen3-4b", "--task", "algebra"], "--task: --shape makes a model of random weights"),
+        (["--shape", "qwen3-4b", "--prompts", "p.txt"], "--prompts: --shape makes a model of random weights"),
+        (["--shape", "qwen3-4b", "--draft-adapter", "tiny-draft"], "--draft-adapter: --shape makes"),
+        (["--shape", "qwen3-4b", "--settings", "nbdiff-7b"], "--settings: --shape makes"),
+        (["m", "--mode", "ar", "--threshold", "0.3"], "--threshold: only diffusion mode reads it"),
+        (["m", "--mode", "ar", "--block-size", "8"], "--block-size: ar mode has no blocks"),
+        (["tiny-ar", "--block-size", "8"], "--block-size: ar mode has no blocks"),
+        (["m", "--cache-length", "8"], "--cache-length: only --forwards and --shape read it"),
+        (["m", "--task", "algebra", "--prompts", "p.txt"], "are both given"),
+        (["m", "--output", "/proc/x.json"], "/proc/x.json cannot be written"),
     ],
 )
 def test_the_command_refuses_bad_input_before_it_loads(arguments, message):

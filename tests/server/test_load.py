@@ -113,6 +113,28 @@ def test_transformers_own_continuous_batching_is_asked_in_the_same_way(lm):
     assert all(seen.tokens == 8 and len(seen.arrivals) == 8 and not seen.error for seen in found)
 
 
+def test_a_mode_that_is_refused_is_told_before_another_is_measured_and_figures_are_kept(lm, monkeypatch):
+    told: dict[str, Any] = {"options": {"max_tokens": 2}, "seconds": 0.1, "update": lambda *_: None}
+    entries: list[dict[str, Any]] = []
+    with served(lm, limits=Limits(max_rows=3)) as (_, url):
+        bench = load.bench(url, PROMPTS, modes=["ar", "difusion"], loads=[Load(clients=1)], entries=entries, **told)
+        with pytest.raises(UsageError, match="difusion: status 400"):
+            asyncio.run(bench)
+        assert entries == []
+        kept = load.measure
+
+        async def measure(decoder, *rest):
+            if decoder == "diffusion":
+                raise UsageError("gone")
+            return await kept(decoder, *rest)
+
+        monkeypatch.setattr(load, "measure", measure)
+        bench = load.bench(url, PROMPTS, modes=["ar", "diffusion"], loads=[Load(clients=1)], entries=entries, **told)
+        with pytest.raises(UsageError, match="gone"):
+            asyncio.run(bench)
+    assert [entry["decoder"] for entry in entries] == ["ar"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -123,6 +145,10 @@ def test_transformers_own_continuous_batching_is_asked_in_the_same_way(lm):
         (["tiny-bd", "--clients", "0"], "clients=0 must be at least 1"),
         (["tiny-bd", "--rate", "0"], "above 0"),
         (["tiny-bd", "--output", "a.txt"], "not the name of a .json file"),
+        (["tiny-bd", "--output", "/proc/x.json"], "/proc/x.json cannot be written"),
+        (["tiny-bd", "--compile"], "--compile: a server has no compiled passes"),
+        (["--url", "http://127.0.0.1:9", "--dtype", "float32"], "--dtype: it says how a MODEL is loaded"),
+        (["--url", "http://127.0.0.1:9", "--draft-adapter", "tiny-draft"], "--draft-adapter: it says how"),
     ],
     ids=str,
 )

@@ -48,12 +48,12 @@ def generate(
     prompts: Prompts = None,
     seed: Seed = None,
     stop: Stop = None,
-    live: Annotated[bool, typer.Option("--live", help="watch the first answer being denoised")] = False,
+    live: Annotated[bool, typer.Option("--live", help="watch the answer to one prompt being denoised")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="print forwards and speed to standard error")] = False,
     source: Input = None,
     output: Output = None,
     examples: Annotated[int | None, typer.Option(help="with --input: the first so many prompts")] = None,
-    batch_size: Annotated[int, typer.Option(help="with --input: prompts decoded together")] = 8,
+    batch_size: Annotated[int | None, typer.Option(help="with --input: prompts decoded together; default: 8")] = None,
     ray: Annotated[
         int | None,
         typer.Option(help="with --input: so many copies of the model on a Ray cluster (RAY_ADDRESS, or this machine)"),
@@ -69,10 +69,15 @@ def generate(
     if source is not None and output is not None:
         if prompts or live or stats:
             raise UsageError("--input does not go with prompts on the command line, --live or --stats; leave them out")
+        batch_size = 8 if batch_size is None else batch_size
         options |= {**loading_options(given), "examples": examples, "batch_size": batch_size, "seed": seed or 0}
         options["ray"] = ray
         _answer_file(with_gguf(model, options.pop("gguf_file")), source, output, **options)
         return
+    if (examples, batch_size, ray) != (None, None, None):
+        raise UsageError("--examples, --batch-size and --ray go with --input alone; leave them out")
+    if live and (len(prompts or ()) > 1 or stats or stop):
+        raise UsageError("--live shows one answer, without --stats or --stop; give one prompt, and leave them out")
     from nextblock.data.records import check_characters
 
     texts = prompts or [sys.stdin.read()]
@@ -131,6 +136,11 @@ def chat(model: Model, **given: Any) -> None:
     """
     options = decoding_options(given)
     lm = load_lm(model, given)
+    if not lm.tokenizer.chat_template:
+        raise UsageError(
+            f"{model} has no chat template, so it cannot chat; put a chat_template.jinja into its folder, or use "
+            "`nextblock generate`"
+        )
     options = {**_mode_of(lm), **options}
     messages: list[dict[str, str]] = []
     while True:
@@ -148,18 +158,23 @@ def chat(model: Model, **given: Any) -> None:
                 print(error)
             continue
         messages.append({"role": "user", "content": said})
-        if answer := _answer(lm, messages, options):
+        try:
+            answer = _answer(lm, messages, options)
+        except UsageError as error:  # the talk so far can still be saved
+            print(error)
+            answer = ""
+        if answer:
             messages.append({"role": "assistant", "content": answer})
         else:  # stopped before it began, or nothing was said: a template wants turns that alternate
             messages.pop()
 
 
 def _answer(lm: Any, messages: list[dict[str, str]], options: dict[str, Any]) -> str:
-    """Print an answer as it grows, as far as it is let."""
-    said = ""
+    """Print an answer as it grows, as far as it is let. UsageError for a turn that is refused."""
+    pieces, said = lm.stream_text(messages, **options), ""
     print("model: ", end="", flush=True)
     try:
-        for _, piece in lm.stream_text(messages, **options):
+        for _, piece in pieces:
             said += piece
             print(piece, end="", flush=True)
     except KeyboardInterrupt:

@@ -39,8 +39,8 @@ def experiment(
     from rich.markdown import Markdown
     from transformers.utils.logging import disable_progress_bar
 
+    from nextblock.cli.options import wide_console
     from nextblock.config.progress import progress
-    from nextblock.measure.bench.command import wide_console
     from nextblock.workflows.evidence import markdown_table, plot
     from nextblock.workflows.experiments import place_of, read_results, run_experiment, run_one, run_parent
 

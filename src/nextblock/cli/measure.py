@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from nextblock.cli.options import (
-    TASK_NAMES,
     GgufFile,
     MaxNewTokens,
     Model,
@@ -20,11 +21,14 @@ from nextblock.cli.options import (
     Thresholds,
     Variants,
     at_least_one,
+    check_output,
     decoding_options,
     load_lm,
     loading_options,
+    refuse_given,
     takes_loading_options,
     thresholds_of,
+    wide_console,
 )
 from nextblock.config.errors import UsageError
 from nextblock.config.sections import with_gguf
@@ -42,7 +46,7 @@ BlockSizes = Annotated[
 @takes_loading_options
 def evaluate(
     model: Model,
-    task: Annotated[str | None, typer.Option(help=f"{TASK_NAMES}; default: word_problems")] = None,
+    task: TaskName = None,
     mode: Modes = None,
     threshold: Thresholds = None,
     block_size: Annotated[int | None, typer.Option(help="tokens in a block; default: the checkpoint's")] = None,
@@ -90,7 +94,7 @@ def evaluate(
         return
     _refuse("--likelihood", **of_text, split=split)
     from nextblock.config.progress import progress
-    from nextblock.measure.bench.command import check_output, wide_console, write_json
+    from nextblock.measure.bench.command import write_json
     from nextblock.measure.bench.prompts import make_variants
     from nextblock.measure.bench.scores import score_modes
     from nextblock.measure.report.page import decoding_table
@@ -137,7 +141,7 @@ def _evaluate_text(
     from nextblock.config.progress import progress
     from nextblock.config.sections import Source, validate
     from nextblock.data.sources import place_of
-    from nextblock.measure.bench.command import check_output, write_json
+    from nextblock.measure.bench.command import write_json
     from nextblock.measure.likelihood import likelihood_table
     from nextblock.workflows.text_likelihood import text_likelihood
 
@@ -178,9 +182,9 @@ Shape = Annotated[
 @takes_loading_options
 def bench_decode(
     model: Annotated[str | None, typer.Argument(help="local folder, Hub id, tiny-ar or tiny-bd")] = None,
-    task: TaskName = "word_problems",
+    task: TaskName = None,
     prompts: PromptFile = None,
-    examples: Annotated[int, typer.Option(help="prompts in each round")] = 16,
+    examples: Annotated[int | None, typer.Option(help="prompts in each round; default: 16")] = None,
     mode: Modes = None,
     threshold: Thresholds = None,
     block_size: Annotated[list[int] | None, typer.Option(help="may be given again; default: the checkpoint's")] = None,
@@ -189,7 +193,9 @@ def bench_decode(
     rounds: Annotated[int, typer.Option(help="passes over the prompts; medians are taken over them")] = 5,
     max_new_tokens: MaxNewTokens = 128,
     forwards: Forwards = False,
-    cache_length: Annotated[int, typer.Option(help="cached tokens in front of these passes")] = 256,
+    cache_length: Annotated[
+        int | None, typer.Option(help="cached tokens in front of these passes; default: 256")
+    ] = None,
     prompt_lookup: PromptLookup = False,
     assistant: Assistant = None,
     shape: Shape = None,
@@ -200,24 +206,27 @@ def bench_decode(
 
     With --shape only forward passes are timed, unless --mode or --variant asks for decoding as well.
     """
-    from nextblock.measure.bench.command import check_output, read_prompts, run_bench, write_results
-    from nextblock.measure.bench.figures import plot_bench
+    from nextblock.measure.bench.command import read_prompts, run_bench
     from nextblock.measure.bench.forwards import random_model
     from nextblock.measure.bench.prompts import make_variants, parse_variant
 
     if (model is None) == (shape is None):
         raise UsageError("give either a MODEL or --shape")
+    if shape:
+        of_models = {"task": task, "prompts": prompts, "examples": examples, **given, "dtype": None, "compile": None}
+        refuse_given("--shape makes a model of random weights, which decodes random tokens", **of_models)
+    refuse_given("only --forwards and --shape read it", cache_length=None if forwards or shape else cache_length)
+    modes, sizes = mode or (["ar"] if shape else []), block_size or ()
+    _check_read(modes, threshold, block_size)
     check_output(output)
     extra, thresholds = [parse_variant(text) for text in variant or ()], thresholds_of(threshold or [])
-    asked = None if shape else read_prompts(task, prompts, examples, "test")
-    if shape:
-        loading = loading_options(given)
-        lm = random_model(shape, dtype=loading["dtype"], compile=loading["compile"])
-    else:
-        lm = load_lm(str(model), given)
-    modes, sizes = mode or (["ar"] if shape else ()), block_size or ()
+    asked = None if shape else read_prompts(task, prompts, 16 if examples is None else examples, "test")
+    loading = loading_options(given)
+    kind = {name: loading[name] for name in ("dtype", "compile")}
+    lm = random_model(shape, **kind) if shape else load_lm(str(model), given)
+    _check_read(modes or ([] if lm.settings else ["ar"]), threshold, block_size)
     variants = make_variants(lm.settings, modes=modes, thresholds=thresholds, block_sizes=sizes, extra=extra)
-    results = run_bench(
+    run_bench(
         lm,
         model=model or f"random weights, shape {shape}",
         prompts=asked,
@@ -226,12 +235,18 @@ def bench_decode(
         rounds=rounds,
         max_new_tokens=max_new_tokens,
         forwards=forwards or shape is not None,
-        cache_length=cache_length,
+        cache_length=256 if cache_length is None else cache_length,
         assisted=_assisted(prompt_lookup, assistant, given),
+        tell=partial(_tell_speeds, output),
     )
-    _print_speeds(results)
-    if output is not None:
-        print(*write_results(results, plot_bench(results), output))
+
+
+def _check_read(modes: Sequence[str], threshold: list[str] | None, block_size: list[int] | None) -> None:
+    """UsageError for a threshold or a block size that none of the modes reads; no modes: all that there are."""
+    if modes and "diffusion" not in modes:
+        refuse_given("only diffusion mode reads it", threshold=threshold)
+    if modes and set(modes) <= {"ar"}:
+        refuse_given("ar mode has no blocks", block_size=block_size)
 
 
 def _assisted(prompt_lookup: bool, assistant: str | None, given: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -246,20 +261,22 @@ def _assisted(prompt_lookup: bool, assistant: str | None, given: dict[str, Any])
     return found
 
 
-def _print_speeds(results: dict[str, Any]) -> None:
-    """The tables of a benchmark."""
-    from nextblock.measure.bench.command import wide_console
-    from nextblock.measure.bench.figures import forward_table, speed_table
+def _tell_speeds(output: Path | None, results: dict[str, Any]) -> None:
+    """Print the tables of a benchmark, and write its figures if an output is named."""
+    from nextblock.measure.bench.command import write_results
+    from nextblock.measure.bench.figures import forward_table, plot_bench, speed_table
 
     for kind, table in (("decode", speed_table), ("forwards", forward_table)):
         if results[kind]:
             wide_console().print(table(results[kind]))
+    if output is not None:
+        print(*write_results(results, plot_bench(results), output))
 
 
 @takes_loading_options
 def tune(
     model: Model,
-    task: TaskName = "word_problems",
+    task: TaskName = None,
     prompts: PromptFile = None,
     examples: Annotated[int, typer.Option(help="prompts (of a task: from its training split)")] = 64,
     max_drop: Annotated[float, typer.Option(help="most points of accuracy, or of agreement with AR, to lose")] = 2.0,
@@ -274,7 +291,7 @@ def tune(
     """Find the fastest settings that lose no more than you allow, draw the curve, and save the choice."""
     from nextblock.config.progress import progress
     from nextblock.measure import tune as tuning
-    from nextblock.measure.bench.command import check_output, read_prompts, wide_console, write_results
+    from nextblock.measure.bench.command import read_prompts, write_results
     from nextblock.measure.bench.figures import plot_tuning, tuning_table
     from nextblock.measure.bench.prompts import parse_variant
     from nextblock.workflows.stored import writable_folder, write_decoding
@@ -307,12 +324,22 @@ def tune(
     results = found.as_dict()
     wide_console().print(tuning_table(results["trials"], found.measure))
     for name, trial in found.best.items():
-        print(f"{name}: {tuning.setting_in_words(trial)}")
+        print(f"{name}: {_in_words(trial)}")
     if output is not None:
         figure = plot_tuning(results["trials"], found.measure, max_drop)
         print(*write_results({"model": model, **results}, figure, output))
     if folder is not None and found.winner is not None:
         print(f"wrote {found.decoding()} to {write_decoding(folder, found.decoding())}")
+
+
+def _in_words(trial: Any) -> str:
+    """One line on the choice of a mode."""
+    if trial is None:
+        return "none stays within the allowed drop; allow more with --max-drop, or adapt the model further"
+    return (
+        f"{trial.name}: {trial.speedup:.2f} times AR mode's tokens per second, "
+        f"{trial.tokens_per_forward:.2f} tokens per forward, drop {trial.drop:.1f} ± {trial.drop_error:.1f} points"
+    )
 
 
 def verify(
@@ -326,7 +353,6 @@ def verify(
 ) -> None:
     """Run the identities that define "correct" on your own model, and print a table; exit status 1 if one fails."""
     from nextblock.config.progress import progress
-    from nextblock.measure.bench.command import wide_console
     from nextblock.measure.identities import table
     from nextblock.measure.identities import verify as run
 

@@ -41,8 +41,12 @@ LOADING: dict[str, Any] = {
 Seed = Annotated[int | None, typer.Option(help="of the random draws")]
 Stop = Annotated[list[str] | None, typer.Option(help="text that ends an answer; may be given again")]
 
-TASK_NAMES = "built-in task: word_problems, algebra, functions, human_eval or planted_fact"
-TaskName = Annotated[str, typer.Option(help=TASK_NAMES)]
+TaskName = Annotated[
+    str | None,
+    typer.Option(
+        help="built-in task: word_problems, algebra, functions, human_eval or planted_fact; default: word_problems"
+    ),
+]
 PromptFile = Annotated[
     Path | None, typer.Option(help="prompts of a file instead: one a line, or .jsonl with `prompt` or `messages`")
 ]
@@ -116,11 +120,43 @@ def thresholds_of(texts: list[str]) -> list[float | None]:
     return [decoding_options({"threshold": text})["threshold"] for text in texts]
 
 
+def refuse_given(why: str, **options: Any) -> None:
+    """UsageError for an option that is given and would do nothing."""
+    for name, value in options.items():
+        if value is not None:
+            raise UsageError(f"--{name.replace('_', '-')}: {why}; leave it out")
+
+
 def at_least_one(**counts: int) -> None:
     """UsageError for a count below 1."""
     for name, count in counts.items():
         if count < 1:
             raise UsageError(f"{name}={count} must be at least 1")
+
+
+def check_output(output: Path | None) -> None:
+    """Refuse, before anything is measured, an output that is no JSON file or cannot be written."""
+    if output is None:
+        return
+    if not output.absolute().parent.is_dir():
+        raise UsageError(f"--output {output}: the folder {output.parent} does not exist; make it, or name another")
+    if output.suffix != ".json" or output.is_dir():
+        raise UsageError(f"--output {output} is not the name of a .json file; end it in .json")
+    there = output.exists()
+    try:
+        output.open("ab").close()
+        if not there:
+            output.unlink()
+    except OSError as error:
+        raise UsageError(f"--output {output} cannot be written: {error.strerror}; name another") from None
+
+
+def wide_console() -> Any:
+    """Standard output; where it is no terminal, wide enough for the tables."""
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=140)
 
 
 def loading_options(given: Mapping[str, Any]) -> dict[str, Any]:

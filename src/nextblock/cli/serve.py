@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import sys
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -20,12 +19,15 @@ from nextblock.cli.options import (
     PromptFile,
     TaskName,
     at_least_one,
+    check_output,
     decoding_options,
     given_of,
     load_lm,
+    refuse_given,
     takes_decoding_options,
     takes_loading_options,
     takes_section,
+    wide_console,
 )
 from nextblock.config.errors import UsageError, require
 from nextblock.server.limits import Limits
@@ -62,9 +64,9 @@ def serve(
         print(f"warning: {host} may be reached by others, and no API key is asked for; set --api-key", file=sys.stderr)
     from nextblock.server.run import listen, run
 
-    listener = listen(host, port)  # before the model is loaded
-    lm, name = load_lm(model, given), model.rstrip("/")
-    run(lm, name, listener, options=options, limits=limits, key=api_key, log_prompts=log_prompts)
+    with listen(host, port) as listener:  # before the model is loaded
+        lm, name = load_lm(model, given), model.rstrip("/")
+        run(lm, name, listener, options=options, limits=limits, key=api_key, log_prompts=log_prompts)
 
 
 @takes_loading_options
@@ -82,7 +84,7 @@ def bench_serve(
         list[float] | None, typer.Option(help="requests a second, by a Poisson process; may be given again")
     ] = None,
     seconds: Annotated[float, typer.Option(help="of each mode under each load")] = 30.0,
-    task: TaskName = "word_problems",
+    task: TaskName = None,
     prompts: PromptFile = None,
     examples: Annotated[int, typer.Option(help="prompts that are asked in turns")] = 32,
     max_new_tokens: MaxNewTokens = 96,
@@ -93,7 +95,6 @@ def bench_serve(
     **given: Any,
 ) -> None:
     """Load a server with clients that stream greedy answers: throughput, time to first token, time per token.
-
     Default: 1, 4, 16 and 64 clients, each mode of the server.
     """
     for package in ("starlette", "uvicorn", "prometheus_client", "httpx"):
@@ -102,12 +103,13 @@ def bench_serve(
         raise UsageError("give either a MODEL, which is then served, or the --url of a server")
     if transformers and model is None:
         raise UsageError("--transformers loads the model itself; give a MODEL, not --url")
+    refuse_given("it says how a MODEL is loaded, and --url loads none", **(given if url else {}))
+    refuse_given("a server has no compiled passes", compile=given["compile"] or None)
     if not seconds > 0 or any(not each > 0 for each in rate or ()):
         raise UsageError("--seconds and --rate must be above 0")
     at_least_one(max_new_tokens=max_new_tokens, clients=min(clients or [1]))
-    from nextblock.config.files import write_whole
     from nextblock.config.progress import progress
-    from nextblock.measure.bench.command import check_output, read_prompts, wide_console
+    from nextblock.measure.bench.command import read_prompts, write_json
     from nextblock.server import load
 
     check_output(output)
@@ -116,16 +118,18 @@ def bench_serve(
     loads += [load.Load(rate=each) for each in rate or ()]
     options = {"max_tokens": max_new_tokens, "temperature": 0}
     server = nullcontext((url or "", 0)) if model is None else load.started(model, *_loading_arguments(given))
-    with progress("serving") as update, server as (address, _):
-        told = {"modes": mode or (), "loads": loads, "seconds": seconds, "options": options}
-        entries = asyncio.run(load.bench(address, asked.items, **told, key=api_key, update=update))
-    if model is not None and transformers:
-        entries += _transformers(load_lm(model, given), asked.items, max_new_tokens, loads, seconds)
-    wide_console().print(load.table(entries))
-    if output is not None:
-        results = {"model": model or url, "prompts": asked.source, **options, "seconds": seconds, "entries": entries}
-        write_whole(output, (json.dumps(results, indent=1) + "\n").encode())
-        print(output)
+    told = {"modes": mode or (), "loads": loads, "seconds": seconds, "options": options, "key": api_key}
+    entries = list[dict[str, Any]]()
+    try:
+        with progress("serving") as update, server as (address, _):
+            asyncio.run(load.bench(address, asked.items, **told, update=update, entries=entries))
+        if model is not None and transformers:
+            entries += _transformers(load_lm(model, given), asked.items, max_new_tokens, loads, seconds)
+    finally:  # what was measured is not lost where a later part fails
+        if entries:
+            wide_console().print(load.table(entries))
+            about = {"model": model or url, "prompts": asked.source, **options, "seconds": seconds}
+            write_json({**about, "entries": entries}, output)
 
 
 def _transformers(lm: Any, prompts: list[Any], max_tokens: int, loads: list[Any], seconds: float) -> list[Any]:

@@ -143,9 +143,9 @@ def plan(
 
     Without options: what `nextblock adapt` of the same configuration will do. Exit status 1 if it does not fit.
     """
+    from nextblock.cli.options import wide_console
     from nextblock.config.presets import find_config
     from nextblock.config.run import load_config
-    from nextblock.measure.bench.command import wide_console
     from nextblock.measure.plan import plan_run, shortfall
     from nextblock.measure.plan.table import plan_table
 

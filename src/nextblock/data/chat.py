@@ -93,10 +93,8 @@ class Chat:
         self.messages: list[dict[str, Any]] = specials.hide(checked(messages, where), where)
         self._tools = specials.hide(tools, where) if tools else None
         if not tokenizer.chat_template:
-            raise UsageError(
-                f"{where}: the tokenizer has no chat template for messages; set model.tokenizer to one that has, or "
-                "give plain text"
-            )
+            cure = "put a chat_template.jinja beside it" if dated else "set model.tokenizer to one that has"
+            raise UsageError(f"{where}: the tokenizer has no chat template for messages; {cure}, or give plain text")
         try:
             self._template = tokenizer.get_chat_template(tools=self._tools)
         except Exception as error:  # of several templates none is the default

@@ -301,13 +301,3 @@ class _Runner:
             **speeds,
             tokens_per_forward=sum(r.new_tokens for r in own) / sum(r.row_forwards for r in own),
         )
-
-
-def setting_in_words(trial: Trial | None) -> str:
-    """One line on the choice of a mode."""
-    if trial is None:
-        return "none stays within the allowed drop; allow more with --max-drop, or adapt the model further"
-    return (
-        f"{trial.name}: {trial.speedup:.2f} times AR mode's tokens per second, "
-        f"{trial.tokens_per_forward:.2f} tokens per forward, drop {trial.drop:.1f} ± {trial.drop_error:.1f} points"
-    )

@@ -231,21 +231,29 @@ async def bench(
     options: Mapping[str, Any],
     key: str | None = None,
     update: Update,
+    entries: list[dict[str, Any]] | None = None,
 ) -> list[dict[str, Any]]:
     """Each mode of a server under each load.
 
     Args:
         modes: none: those that the server tells of, or what it does by itself.
         options: fields of each request beside the mode, as `max_tokens`.
+        entries: is filled as figures come, so that none is lost where a later mode fails; returned.
+    Raises:
+        UsageError: no server, or one that refuses a mode: all are tried before the first is measured.
     """
+    entries = [] if entries is None else entries
     async with endpoint(url, key) as (server, told):
         asked: list[str] = list(modes) or told or [""]
-        total, entries = round(len(asked) * len(loads) * seconds), list[dict[str, Any]]()
-        for mode in asked:
-            ask = server.ask({**options, "mode": mode} if mode else options)
+        total = round(len(asked) * len(loads) * seconds)
+        asks = {mode or server.model: server.ask({**options, "mode": mode} if mode else options) for mode in asked}
+        for name, ask in asks.items():
+            if error := (await ask(prompts[0])).error:
+                raise UsageError(f"{name}: {error}")
+        for name, ask in asks.items():
             before = round(len(entries) * seconds)
             entries += await measure(
-                mode or server.model, ask, prompts, loads, seconds, lambda done, _, n=before: update(n + done, total)
+                name, ask, prompts, loads, seconds, lambda done, _, n=before: update(n + done, total)
             )
         return entries
 

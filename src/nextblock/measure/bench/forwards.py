@@ -89,21 +89,16 @@ def time_forwards(
     Widths take turns in each round. Every pass ends with its tokens on the host, as a step of decoding does.
 
     Args:
-        cache_length: tokens in front.
         positions: widths; 1 is always measured, for the others are compared with it.
         on_call: called after each width of each round.
     Raises:
         UsageError: more positions than the model has.
     """
     widths, vocabulary = sorted({1, *positions}), lm.decoder.vocabulary
-    widest, room = widths[-1], lm.decoder.max_positions
+    widest = widths[-1]
     if min(cache_length, batch, rounds, widths[0]) < 1:
         raise UsageError("cache_length, batch, rounds and positions must be at least 1")
-    if room is not None and cache_length + widest > room:
-        raise UsageError(
-            f"cache_length={cache_length} and {widest} positions exceed the model's context of {room}; "
-            f"use a cache_length of at most {room - widest}"
-        )
+    check_widths(lm, cache_length, positions)
     rows = [Row(i, p, widest) for i, p in enumerate(random_prompts(vocabulary, cache_length, batch))]
     config = validate(DecodingConfig, {"mode": "diffusion", "block_size": widest})
     milliseconds: dict[int, list[float]] = {width: [] for width in widths}
@@ -122,6 +117,16 @@ def time_forwards(
         ratio = median(own / one for own, one in zip(took, milliseconds[1], strict=True))
         found.append(ForwardTime(batch, cache_length, width, median(took), ratio))
     return found
+
+
+def check_widths(lm: BlockDiffusionLM, cache_length: int, positions: Sequence[int]) -> None:
+    """UsageError for passes behind a cache that the model's context has no room for."""
+    widest, room = max(positions), lm.decoder.max_positions
+    if room is not None and cache_length + widest > room:
+        raise UsageError(
+            f"cache_length={cache_length} and {widest} positions exceed the model's context of {room}; "
+            f"use a cache_length of at most {room - widest}"
+        )
 
 
 def _pass_milliseconds(runner: Batch, tokens: torch.Tensor, start: int) -> float:

@@ -58,9 +58,11 @@ def file_prompts(path: Path | str, count: int) -> Prompts:
     return Prompts(str(path), [record.item for record in prompt_records(str(path), count)])
 
 
-def read_prompts(task: str, file: Path | None, count: int, split: str) -> Prompts:
-    """The file's prompts if one is given, else the task's."""
-    return task_prompts(task, split, count) if file is None else file_prompts(file, count)
+def read_prompts(task: str | None, file: Path | None, count: int, split: str) -> Prompts:
+    """The file's prompts if one is given, else the task's (None: word problems). UsageError for both."""
+    if task is not None and file is not None:
+        raise UsageError(f"task={task} and prompts={file} are both given; leave one of them out")
+    return task_prompts(task or "word_problems", split, count) if file is None else file_prompts(file, count)
 
 
 def parse_variant(text: str) -> Options:
