@@ -21,6 +21,9 @@ from nextblock.training.run import StepMetrics
 class Letters:
     """A tokenizer whose token is the code of its letter."""
 
+    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": [*map(ord, text)]}
+
     def decode(self, ids: list[int], **_: Any) -> str:
         return "".join(map(chr, ids))
 
