@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import itertools
 import json
@@ -182,6 +183,40 @@ def test_tokens_join_to_the_text_where_a_decoder_takes_the_first_space_away():
     assert set(told["logprobs"]["top_logprobs"][0]) == {" Paris", "Paris"}
     assert [told["text"][at:][:6] for at in told["logprobs"]["text_offset"]] == [" Paris", "Paris ", " 55", "5"]
     assert "".join(event["text"] for event in choice.chunk()[1]) == told["text"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_is_cut_off_ends_in_openais_shape(lm, stream):
+    """As when the time to stop is over: the task of the request is cancelled."""
+    body = json.dumps({"prompt": PROMPT, "max_tokens": 400, "mode": "ar", "temperature": 2.0, "stream": stream})
+    sent: list[dict[str, Any]] = []
+
+    async def ask(server):
+        asked, running = iter([{"type": "http.request", "body": body.encode()}]), asyncio.Event()
+
+        async def receive():
+            return next(asked, None) or await asyncio.Future()
+
+        async def send(message):
+            sent.append(message)
+            running.set()
+
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b""}
+        scope |= {"headers": [(b"content-type", b"application/json")]}
+        task = asyncio.create_task(server.app(scope, receive, send))
+        while not (running.is_set() if stream else server.engine.rows):
+            await asyncio.sleep(0)
+        task.cancel()
+        await task
+
+    server = app.Server(lm, "tiny-bd")
+    asyncio.run(ask(server))
+    until(lambda: not server.engine.rows)
+    server.engine.close()
+    assert sent[0]["status"] == (200 if stream else 503)
+    error = json.loads(sent[-1]["body"].removeprefix(b"data: "))["error"]
+    assert (error["type"], sent[-1].get("more_body", False)) == ("server_error", False)
+    assert "cut this answer off" in error["message"]
 
 
 def say(monkeypatch, lm, answer):
