@@ -240,7 +240,9 @@ def test_what_was_written_are_the_defaults_of_generate(folder):
 
 
 def test_what_was_stored_of_options_that_must_fit_each_other_goes_with_the_first_that_is_written(folder):
-    stored = load(folder).settings.model_copy(update={"decoding": {"steps": 2, "sub_blocks": 2, "threshold": 0.5}})
+    settings = load(folder).settings
+    assert settings is not None
+    stored = settings.model_copy(update={"decoding": {"steps": 2, "sub_blocks": 2, "threshold": 0.5}})
     tuned = complete({"mode": "diffusion", "threshold": 0.75}, 8)
     write_decoding(folder, stored.decoding)
     write_decoding(folder, tuned)

@@ -217,6 +217,9 @@ def run_on(device: str, values: Mapping[str, Any], sharded: bool = False) -> Non
 
             num_processes = 2
 
+            def __getattr__(self, name: str) -> Any:
+                return getattr(state, name)
+
             def __setattr__(self, name: str, value: Any) -> None:
                 setattr(state, name, value)
 

@@ -7,6 +7,7 @@ import io
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import accelerate.tracking
@@ -239,7 +240,7 @@ class FakeTracker(GeneralTracker):
 def test_a_tracker_gets_every_number_of_the_log_and_is_closed(parent, tmp_path, monkeypatch):
     monkeypatch.setitem(accelerate.tracking.LOGGER_TYPE_TO_CLASS, "tensorboard", FakeTracker)
     monkeypatch.setattr(accelerate.tracking, "_available_trackers", [LoggerType.TENSORBOARD])
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(origin="here"))
     train(config_of(parent, tmp_path, trackers=["tensorboard"], profile_every=2))
     fake = FakeTracker.made[-1]
     assert fake.finished
@@ -253,7 +254,7 @@ def test_a_tracker_gets_every_number_of_the_log_and_is_closed(parent, tmp_path, 
 def test_a_run_in_stages_is_one_run_of_a_tracker_whose_steps_go_on(parent, tmp_path, monkeypatch):
     monkeypatch.setitem(accelerate.tracking.LOGGER_TYPE_TO_CLASS, "tensorboard", FakeTracker)
     monkeypatch.setattr(accelerate.tracking, "_available_trackers", [LoggerType.TENSORBOARD])
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(origin="here"))
     stages = [
         {"name": "base"},
         {"name": "more", "training": {"steps": 2}},

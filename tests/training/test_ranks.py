@@ -301,7 +301,7 @@ def test_what_stops_one_of_two_processes_stops_both_with_one_line(place, process
     assert "resume is True on rank 0 and False on rank 1" in refusal(
         processes, tmp_path, [*given, "--resume", "auto"], given
     )
-    assert "no preset 'absent'" in refusal(processes, tmp_path, given, ["absent.yaml"])
+    assert "absent.yaml does not exist" in refusal(processes, tmp_path, given, ["absent.yaml"])
     three = [*given, "--training.batch_rows", "3"]
     assert "training.batch_rows=3 does not divide over 2 processes; use 2" in refusal(
         processes, tmp_path, three, three

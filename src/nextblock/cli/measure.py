@@ -41,6 +41,14 @@ Likelihood = Annotated[
 BlockSizes = Annotated[
     str | None, typer.Option(help="of the bound: 1,4,32; default: the checkpoint's", rich_help_panel=TEXT)
 ]
+Draws = Annotated[
+    int | None, typer.Option(help="of the noise of each block, for the bound; default: 8", rich_help_panel=TEXT)
+]
+RowLength = Annotated[int | None, typer.Option(help="longest context, in tokens; default: 1024", rich_help_panel=TEXT)]
+TextField = Annotated[
+    str | None, typer.Option(help="of JSONL, Parquet and Hub rows; default: text", rich_help_panel=TEXT)
+]
+Split = Annotated[str | None, typer.Option(help="where the data has splits; default: test", rich_help_panel=TEXT)]
 
 
 @takes_loading_options
@@ -63,18 +71,10 @@ def evaluate(
     ] = None,
     likelihood: Likelihood = None,
     block_sizes: BlockSizes = None,
-    draws: Annotated[
-        int | None, typer.Option(help="of the noise of each block, for the bound; default: 8", rich_help_panel=TEXT)
-    ] = None,
-    row_length: Annotated[
-        int | None, typer.Option(help="longest context, in tokens; default: 1024", rich_help_panel=TEXT)
-    ] = None,
-    text_field: Annotated[
-        str | None, typer.Option(help="of JSONL, Parquet and Hub rows; default: text", rich_help_panel=TEXT)
-    ] = None,
-    split: Annotated[
-        str | None, typer.Option(help="of a Hub data set or a built-in task; default: test", rich_help_panel=TEXT)
-    ] = None,
+    draws: Draws = None,
+    row_length: RowLength = None,
+    text_field: TextField = None,
+    split: Split = None,
     output: Annotated[Path | None, typer.Option(help="write the figures as JSON")] = None,
     **given: Any,
 ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -282,13 +282,18 @@ def load_model(
     _check_complete(found, f"cannot load model {path}: its files", config.model_type, gguf=file is not None)
     model = model if file is None else unpacked(model, file)
     _keep_own_head(model)
-    if any(name.startswith("correction.") for name in found["unexpected_keys"]):
+    _warn_of_correction(found["unexpected_keys"], path)
+    return model.eval() if quantization else cast(Any, model).to(target).eval()
+
+
+def _warn_of_correction(unexpected: Iterable[str], path: str | Path) -> None:
+    """Say that a correction head which was saved among a model's weights is not read."""
+    if any(name.startswith("correction.") for name in unexpected):
         warnings.warn(
             f"the weights of {path} hold a correction head that cannot be read from there, so drafts go without it; "
             "save the model again, from the folder that it was loaded from",
-            stacklevel=2,
+            stacklevel=3,
         )
-    return model.eval() if quantization else cast(Any, model).to(target).eval()
 
 
 def _keep_own_head(model: PreTrainedModel) -> None:
