@@ -41,6 +41,12 @@ Likelihood = Annotated[
 BlockSizes = Annotated[
     str | None, typer.Option(help="of the bound: 1,4,32; default: the checkpoint's", rich_help_panel=TEXT)
 ]
+BatchSize = Annotated[
+    int | None, typer.Option(help="prompts (default: 25), or rows of --likelihood (default: 4), of one pass")
+]
+First = Annotated[
+    int | None, typer.Option(help="number of the first (default: 0); choose settings on others than you report")
+]
 Draws = Annotated[
     int | None, typer.Option(help="of the noise of each block, for the bound; default: 8", rich_help_panel=TEXT)
 ]
@@ -61,14 +67,10 @@ def evaluate(
     examples: Annotated[
         int | None, typer.Option(help="held-out prompts (default: 200), or documents of --likelihood (default: all)")
     ] = None,
-    first: Annotated[
-        int | None, typer.Option(help="number of the first (default: 0); choose settings on others than you report")
-    ] = None,
+    first: First = None,
     temperature: Annotated[str | None, typer.Option(help="of sampled answers; default: 0, greedy")] = None,
     top_p: Annotated[str | None, typer.Option(help="nucleus of sampled answers")] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(help="prompts (default: 25), or rows of --likelihood (default: 4), of one pass")
-    ] = None,
+    batch_size: BatchSize = None,
     likelihood: Likelihood = None,
     block_sizes: BlockSizes = None,
     draws: Draws = None,

@@ -64,6 +64,7 @@ class TextStream:
     string. A stop string may hold special tokens, also where these are not shown.
 
     opening: as of `opening`, in an answer to a chat; where the answer begins with it, it is not shown.
+
     offset: characters in front of the token that was put last, in the text before it is cut. Tokens of an unfinished
         character stand where that character does.
     """
