@@ -308,7 +308,7 @@ def test_a_part_that_a_record_stopped_goes_on_without_it_and_gives_the_rows_of_t
 ) -> None:
     monkeypatch.setattr(writing, "BATCH_DOCUMENTS", 8)
     monkeypatch.setattr(writing, "COMMIT_SECONDS", 0.0)
-    bad = {"messages": [user("2?"), assistant("")]}
+    bad = {"messages": [user("2?"), assistant(None)]}
     source = Path(jsonl(tmp_path / "a.jsonl", [*texts(40), bad, *CHATS[:9]]))
     source.write_text(source.read_text() + '{"text": "cut\n')
     folder, given = tmp_path / "store" / part_name(0, 0, 1), Source(path=str(source))

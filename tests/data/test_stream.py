@@ -184,7 +184,7 @@ BROKEN = [
     '{"text": "cut',
     '{"body": "no field"}',
     '{"text": "\\ud800"}',
-    json.dumps({"messages": [user("2?"), assistant("")]}),
+    json.dumps({"messages": [user("2?"), assistant(None)]}),
     json.dumps({"messages": [user("2?"), assistant("a \U0010a000 b")]}),
 ]
 

@@ -124,8 +124,8 @@ def test_answers_end_at_the_models_last_position(family, options):
     assert_same(ordinary, static, prompts(19, 2), max_new_tokens=50, eos_token_id=[], **options)
 
 
-def test_each_row_gets_what_it_gets_alone(llama):
-    _, static = pair(llama)
+def test_each_row_gets_what_it_gets_alone():
+    _, static = pair(tiny_model("llama").double())  # rounding must not decide what is drawn
     batch = prompts(*LENGTHS)
     for options in MODES:
         together = static.generate(**batch, max_new_tokens=LIMITS, seed=5, temperature=1.0, **options)

@@ -223,7 +223,8 @@ def test_a_section_in_an_arm_leaves_the_other_keys_of_the_base(tmp_path):
     experiment = load_experiment(written(tmp_path, base=base, arms={"a": {"optimizer": {"lr": 1.0e-3}}}))
     found = experiment.config("a", 0, Path("o"), Path("p")).optimizer
     assert (found.lr, found.schedule, found.weight_decay) == (1e-3, "constant", 0.5)
-    with_lora = load_experiment(written(tmp_path, base=base, arms={"a": {"lora": {}}}))
+    tiny = {"model.path": "tiny-ar", "model.scratch": None, "model.tokenizer": None}
+    with_lora = load_experiment(written(tmp_path, base=base, arms={"a": {"lora": {}, **tiny}}))
     assert with_lora.config("a", 0, Path("o"), Path("p")).lora is not None
     same = load_experiment(written(tmp_path, base=base, arms={"a": {"optimizer.lr": 1.0e-3}}))
     assert experiments.fingerprint(experiment, "a") == experiments.fingerprint(same, "a")
