@@ -88,7 +88,8 @@ def page() -> str:
         inner = _section(field.annotation, *([] if name == "stages" else get_args(field.annotation)))
         if inner is not None:
             parts += _table(inner, f"{name}.", f"## `{name}`\n\n{_summary(inner)}")
-    parts.append("## Top level\n\n" + _row_head() + _row("AdaptConfig", "output", AdaptConfig.model_fields["output"]))
+    top = "".join(_row("AdaptConfig", name, AdaptConfig.model_fields[name]) for name in ("decoding", "output"))
+    parts.append("## Top level\n\n" + _row_head() + top)
     parts += _table(Stage, "stages.N.", f"## `stages`\n\n{_summary(Stage)} See [distributed](distributed.md#stages).")
     parts.append("\n".join([REFUSED_HEAD, *map(_refused, CONTRADICTIONS)]))
     parts += _table(BlockDiffusionSettings, "", SETTINGS_HEAD)

@@ -51,6 +51,7 @@ TAKEN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # key -> overrides 
     "training.profile_every": ({}, {"training.profile_every": 7}),
     "training.trackers": ({}, {"training.trackers": ["tensorboard"]}),
     "model.export_dtype": ({}, {"model.export_dtype": "bfloat16"}),
+    "decoding": ({}, {"decoding.sub_blocks": 2}),
     "machine.gpu": ({}, {"machine.gpu": "cpu"}),
     "machine.gpus": ({}, {"machine.gpus": 8}),
 }
@@ -112,7 +113,8 @@ def test_every_key_of_the_table_has_a_case_and_the_table_is_in_the_documentation
 @pytest.mark.parametrize("key", TAKEN)
 def test_a_change_of_the_table_is_taken_and_named(place, tmp_path, key):
     (change,) = checked(*pair(place, tmp_path, *TAKEN[key]))
-    assert change.startswith(key.replace(".N", "." + ("1" if key.endswith("N") else "0")) + " was ")
+    place_of_it = key.replace(".N", "." + ("1" if key.endswith("N") else "0"))
+    assert change.startswith((f"{place_of_it} was ", f"{place_of_it}.sub_blocks was "))
 
 
 @pytest.mark.parametrize("what", REFUSED)

@@ -15,10 +15,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from families import MASK_ID, head_rows, tiny_model
 from layouts import make_rows
+from nextblock.config.errors import UsageError
 from nextblock.config.sections import BlockDiffusionSettings
 from nextblock.model.loading import load_tokenizer, read_config, read_settings
 from nextblock.training.export import export, write_parts
 from nextblock.training.loop import train
+from nextblock.workflows.adapt import adapt
 from runs import config_of
 
 
@@ -38,6 +40,31 @@ def test_a_run_leaves_a_folder_that_is_an_ordinary_model_with_its_settings(place
 def test_the_exported_dtype_is_the_one_asked_for(place, tmp_path):
     train(config_of(place, tmp_path, training__steps=9, model__export_dtype="bfloat16"))
     assert {value.dtype for value in load_file(tmp_path / "model.safetensors").values()} == {torch.bfloat16}
+
+
+def test_a_run_stores_the_decoding_defaults_that_it_was_given(place, tmp_path):
+    overrides = {"training__steps": 9, "training__evaluate_rows": 0, "decoding__sub_blocks": 2, "decoding__top_p": 0.9}
+    adapt(config_of(place, tmp_path / "run", **overrides))
+    settings = read_settings(read_config(tmp_path / "run"))
+    assert settings is not None
+    assert settings.decoding == {"sub_blocks": 2, "top_p": 0.9}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ({"decoding__sub_bloks": 2}, "decoding: unknown key 'sub_bloks'"),
+        ({"decoding__sub_blocks": 3}, "decoding: sub_blocks=3"),
+        ({"decoding__draft_paths": 2, "decoding__draft_ahead": 2}, "decoding: draft_"),
+        ({"decoding__sub_blocks": 2, "growth__b_max": 1}, "decoding: the result decodes in ar mode alone"),
+    ],
+)
+def test_decoding_defaults_that_no_call_could_begin_with_are_refused_before_the_run(place, tmp_path, overrides, said):
+    with pytest.raises(UsageError) as refused:
+        adapt(config_of(place, tmp_path / "run", training__steps=9, **overrides))
+    assert said in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "run").exists()
 
 
 SMALL = {

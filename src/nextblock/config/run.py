@@ -63,6 +63,9 @@ class AdaptConfig(Section):
         default=None,
         description="train a correction head: beside the draft adapter, or without one alone, the model left as it is",
     )
+    decoding: dict[str, Any] = Field(
+        default_factory=dict, description="default arguments of `generate`, which the checkpoint is to store"
+    )
     machine: MachineConfig = Field(default_factory=lambda: MachineConfig())
     stages: tuple[Stage, ...] = Field(
         default=(), description="parts of the run, one after another, each from the weights of the one before"

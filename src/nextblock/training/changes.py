@@ -135,6 +135,7 @@ CHANGES = (
             "training.profile_every",
             "training.trackers",
             "model.export_dtype",
+            "decoding",
             "machine.gpu",
             "machine.gpus",
         ),
@@ -174,7 +175,8 @@ def check_differences(
     before = validate(AdaptConfig, {**saved, "training": training})  # keys that are new since have their defaults
     run = Resumed(before, config, step, row)
     for difference in differences(run.before.model_dump(mode="json"), config.model_dump(mode="json")):
-        change = MAY_CHANGE.get(re.sub(r"\.\d+", ".N", difference.key))
+        key = re.sub(r"\.\d+", ".N", difference.key)
+        change = MAY_CHANGE.get("decoding" if key.startswith("decoding.") else key)
         if change is None:
             refused.append(str(difference))
         elif done and change.effect in (AS_BEGUN, ONWARD):

@@ -149,4 +149,5 @@ class Run:
             mask_token_id=self.mask_token_id,
             context=self.config.recipe.context,
             prediction=self.config.recipe.prediction,
+            decoding=self.config.decoding,
         )

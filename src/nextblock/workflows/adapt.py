@@ -8,9 +8,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from nextblock.config.errors import UsageError
 from nextblock.config.files import locked
 from nextblock.config.run import AdaptConfig, load_config, stage_configs
+from nextblock.config.sections import BlockDiffusionSettings
 from nextblock.data.feed import merged
+from nextblock.decoding.options import resolve_config
 from nextblock.measure.machine import environment
 from nextblock.measure.report import read_log, write_report
 from nextblock.recipe import schedules
@@ -62,6 +65,7 @@ def adapt(
     """
     if overrides or not isinstance(config, AdaptConfig):
         config = load_config(config.model_dump() if isinstance(config, AdaptConfig) else config, overrides)
+    check_decoding(config)
     say = on_stage or (lambda words: None)
     say("reading data and model")
 
@@ -89,6 +93,22 @@ def adapt(
                     return RunResult(output, False, steps, {})
             write_report(results, output)
         return RunResult(output, True, steps, results)
+
+
+def check_decoding(config: AdaptConfig) -> None:
+    """Refuse a `decoding` section that no call of `generate` could begin with."""
+    if not config.decoding:
+        return
+    last = stage_configs(config)[-1]
+    if not last.masks:
+        raise UsageError("decoding: the result decodes in ar mode alone and stores no defaults; leave the section out")
+    settings = BlockDiffusionSettings(
+        block_size=last.growth.b_max, mask_token_id=0, prediction=last.recipe.prediction, decoding=config.decoding
+    )
+    try:
+        resolve_config(settings, {}, drafted=config.draft_adapter is not None)
+    except UsageError as error:
+        raise UsageError(f"decoding: {error}") from None
 
 
 def describe(run: Run, config: AdaptConfig, lost: Mapping[str, Any]) -> dict[str, Any]:
