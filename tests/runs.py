@@ -91,7 +91,7 @@ def as_rank(
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     sys.stderr = open(told, "w", encoding="utf-8", buffering=1)  # noqa: SIM115
-    faulthandler.enable(sys.__stderr__)  # where a rank was that the C library ended
+    faulthandler.enable(2)  # tells where a rank was that the C library has ended
     body(rank, *arguments)
 
 
