@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from families import MASK_ID, head_rows, tiny_model
 from layouts import make_rows
 from nextblock.config.errors import UsageError
+from nextblock.config.run import stage_configs
 from nextblock.config.sections import BlockDiffusionSettings
 from nextblock.model.loading import load_tokenizer, read_config, read_settings
 from nextblock.training.export import export, write_parts
@@ -48,6 +49,12 @@ def test_a_run_stores_the_decoding_defaults_that_it_was_given(place, tmp_path):
     settings = read_settings(read_config(tmp_path / "run"))
     assert settings is not None
     assert settings.decoding == {"sub_blocks": 2, "top_p": 0.9}
+
+
+def test_decoding_defaults_are_those_of_the_last_stage(place, tmp_path):
+    stages = [{"name": "short", "growth": {"b_max": 2}}, {"name": "long", "growth": {"b_max": 4}}]
+    short, long = stage_configs(config_of(place, tmp_path / "run", stages=stages, decoding__sub_blocks=4))
+    assert (short.decoding, long.decoding) == ({}, {"sub_blocks": 4})
 
 
 @pytest.mark.parametrize(

@@ -211,7 +211,7 @@ def stage_configs(config: AdaptConfig) -> list[AdaptConfig]:
 
     A stage has what the run has but for what it sets itself. After the first, some things do not start again
     unless they are set: blocks stay at the size reached, mask annealing is over, values of the model's config stay
-    replaced, and an optimizer that is carried over needs no warmup.
+    replaced, and an optimizer that is carried over needs no warmup. `decoding` is the last one's.
 
     Raises:
         UsageError: naming the stage.
@@ -227,6 +227,8 @@ def stage_configs(config: AdaptConfig) -> list[AdaptConfig]:
             if getattr(config, adapter) is not None:
                 raise UsageError(f"{where}: {adapter} is trained in one stage; leave out stages, or {adapter}")
         values = {**whole, "output": str(Path(config.output) / f"stage-{number + 1}-{stage.name}")}
+        if number + 1 < len(config.stages):
+            values["decoding"] = {}  # it need not fit the blocks of a stage on the way
         if found:
             reached = found[-1].growth.b_max
             values = _overlaid(values, {"growth": {"b_0": reached, "b_max": reached}})
