@@ -11,6 +11,7 @@ import itertools
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from typing import Annotated, Any
 
 import torch
@@ -135,6 +136,30 @@ def table(cells: list[Cell]) -> str:
     return "\n".join(lines)
 
 
+def summary(cells: list[Cell]) -> str:
+    """One line for each model, text, temperature and decoder, as Markdown: median and extremes of the templates."""
+    batches = sorted({one.batch for one in cells})
+    head = ["model", "text", "temperature", "decoder", *(f"x generate, batch {batch}" for batch in batches)]
+    lines = [[*head, "tokens per forward", "equal", "right, by template"], ["---"] * (len(head) + 3)]
+    same: dict[tuple[str, str, float, str], list[Cell]] = {}
+    for one in cells:
+        same.setdefault((one.model, one.kind, one.temperature, one.name), []).append(one)
+    for (model, kind, temperature, name), group in same.items():
+        speeds = [spread([one.speedup for one in group if one.batch == batch], "{:.2f}") for batch in batches]
+        forwards = spread([one.tokens_per_forward for one in group if one.batch == batches[0]], "{:.2f}")
+        equal = [100 * one.equal for one in group if one.equal is not None]
+        right = [f"{100 * one.right:.0f}" for one in group if one.batch == batches[0] and one.right is not None]
+        told = [forwards, f"{min(equal):.0f} %" if equal else "", f"{', '.join(right)} %" if right else ""]
+        lines.append([model, kind, f"{temperature:g}", name, *speeds, *told])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def spread(values: list[float], form: str) -> str:
+    """The median, and the lowest and the highest where these differ from it as printed."""
+    low, middle, high = (form.format(value) for value in (min(values), median(values), max(values)))
+    return middle if low == high else f"{middle} ({low} to {high})"
+
+
 def cells_of(name: str, lm: BlockDiffusionLM, shipped: bool, given: dict[str, Any], on_part: Any) -> list[Cell]:
     """All conditions of one model."""
     found = []
@@ -191,7 +216,7 @@ def main(
             lm = nb.load(name, draft_adapter=adapter)
             title = f"{name} + {adapter}" if adapter else name
             cells += cells_of(title, lm, model is None, given, lambda: update(next(done), parts))
-    print(table(cells))
+    print(f"{table(cells)}\n\n{summary(cells)}")
     output.parent.mkdir(parents=True, exist_ok=True)
     results = {
         "environment": environment(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
@@ -199,7 +224,7 @@ def main(
         "cells": [asdict(one) for one in cells],
     }
     output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    output.with_suffix(".md").write_text(table(cells) + "\n", encoding="utf-8")
+    output.with_suffix(".md").write_text(f"{summary(cells)}\n\n{table(cells)}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
