@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 import re
 import warnings
 from collections.abc import Callable
@@ -18,7 +20,7 @@ from families import MASK_ID, tiny_model
 from nextblock.config.sections import BlockDiffusionSettings, DraftAdapterConfig
 from nextblock.decoding import lm as calls
 from nextblock.decoding.compiled import StaticCache, StaticPasses, rounded_capacity, rounded_rows, rounded_width
-from nextblock.decoding.lm import BlockDiffusionLM, compiled_passes
+from nextblock.decoding.lm import PASSES, BlockDiffusionLM, compiled_passes
 from nextblock.decoding.request import make_request
 from nextblock.model.costs import Costs
 from nextblock.model.draft_adapter import DraftAdapter
@@ -211,6 +213,16 @@ def test_a_stream_that_is_given_up_gives_the_memory_back(llama):
         cache = static.passes.cache(1, 10, 1)
         assert isinstance(cache, StaticCache)
         static.passes.release(cache)
+
+
+def test_a_model_with_compiled_passes_is_copied_and_pickled_without_them(llama):
+    _, static = pair(copy.deepcopy(llama))
+    setattr(static.model, PASSES, static.passes)
+    wanted = static.generate(**prompts(5), mode="speculative", max_new_tokens=9).answers
+    for other in (copy.deepcopy(static.model), pickle.loads(pickle.dumps(static.model))):
+        assert vars(other)[PASSES] is not vars(static.model)[PASSES]
+        assert not vars(other)[PASSES]._memory
+        assert pair(other)[0].generate(**prompts(5), mode="speculative", max_new_tokens=9).answers == wanted
 
 
 def test_a_call_that_fails_gives_the_memory_back_even_if_its_exception_is_kept(llama):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -266,6 +268,13 @@ def test_events_tell_the_answers(mode):
             rejected = [e for e in mine if isinstance(e, Rejected)]
             assert rejected
     assert stream.stats.new_tokens == sum(len(row.answer) for row in stream.rows)
+
+
+def test_a_stream_that_is_open_when_python_ends_says_nothing():
+    code = "import nextblock as nb; s = nb.load('tiny-bd').stream('Q', max_new_tokens=9, mode='ar'); next(s)"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ended.stdout == ""
+    assert "Error" not in ended.stderr
 
 
 @pytest.mark.parametrize("mode", MODES)

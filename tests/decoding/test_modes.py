@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from decoders import LENGTHS, language_model, padded, prompt, reference
 from families import MASK_ID, tiny_model
 from nextblock.attention.cache import SlotCache
-from nextblock.decoding.events import Committed
+from nextblock.decoding.batch import Batch
+from nextblock.decoding.events import Committed, Rejected, RowFinished
+from nextblock.decoding.request import make_request
 
 # ------------------------------------------------------------------------------- ar and speculative
 
@@ -78,6 +80,41 @@ def test_right_drafts_are_kept_whole():
     assert out.stats.row_forwards == {"prefill": 1, "denoise": 3, "check": 3}
     assert (out.stats.drafts, out.stats.kept) == (18, 18)
     assert out.stats.tokens_per_forward == 25 / 7
+
+
+def test_drafts_behind_an_answer_s_end_are_neither_kept_nor_rejected():
+    """A model that always says the same token, and a token at which one answer ends in the middle of its drafts."""
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    lm = language_model(model, 8)
+    options = {"mode": "speculative", "max_new_tokens": 40, "draft_length": None, "eos_token_id": []}
+    request = make_request(lm.decoder, None, lm.settings, prompt(3), options)
+    request.rows[0].stop = lambda answer: "criteria" if len(answer) == 13 else None
+    stream = lm.run(request, 0.0)
+    events = [*stream]
+    assert len(request.rows[0].answer) == 13
+    # One token of the prompt's pass; of a whole cycle a free one, six drafts and the check's own; then one and three.
+    assert stream.stats.kept == stream.stats.drafts == 6 + 3
+    assert not [event for event in events if isinstance(event, Rejected)]
+
+
+@pytest.mark.parametrize("mode", ["ar", "speculative", "diffusion"])
+def test_a_row_s_last_event_is_that_it_is_finished(llama, mode):
+    lm = language_model(llama)
+    for count in (2, 9):  # two: the prompt's, and a step without drafts
+        request = make_request(lm.decoder, None, lm.settings, prompt(5), {"mode": mode, "max_new_tokens": count})
+        assert isinstance([*lm.run(request, 0.0)][-1], RowFinished)
+
+
+def test_the_masks_that_are_kept_do_not_grow_with_the_answer(llama, monkeypatch):
+    made: list[Batch] = []
+    monkeypatch.setattr("nextblock.decoding.lm.Batch", lambda *given: made.append(Batch(*given)) or made[-1])
+    for count in (30, 200):
+        options = {"mode": "speculative", "draft_length": 3, "max_new_tokens": count}
+        language_model(llama).generate(prompt(5), eos_token_id=[], **options)
+    short, long = (len(batch.masks._templates) for batch in made)
+    assert short == long
 
 
 # ------------------------------------------------------------------------------------------- filters

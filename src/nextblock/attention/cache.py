@@ -115,6 +115,9 @@ class SlotCache(Cache):
                 store[layer] = slots
         self.rows += other.rows
 
+    def release(self) -> None:
+        """Give memory that outlives the cache back: here there is none."""
+
     # What transformers asks when it builds a mask itself (`attention_mask=None`).
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

@@ -190,5 +190,4 @@ class Batch:
 
     def close(self) -> None:
         """Give memory that outlives the batch back, for the next one."""
-        if isinstance(self.cache, StaticCache):
-            self.cache.passes.release(self.cache)
+        self.cache.release()

@@ -36,7 +36,6 @@ LIMITS = {"recompile_limit": 512, "accumulated_recompile_limit": 512}
 LONG = 512
 """Most tokens of a prompt that a compiled pass reads: its mask is dense, and arithmetic is soon all that counts."""
 
-_lock = threading.Lock()
 cuda_graphs = partial(torch.compile, mode="reduce-overhead", fullgraph=True, dynamic=False)
 
 
@@ -47,6 +46,8 @@ class StaticPasses:
     reads: likewise, False when a pass that reads prompts could not be compiled; from then on these are ordinary ones.
     """
 
+    _lock = threading.Lock()  # of the class: there when a stream is closed by the end of Python
+
     def __init__(self, compiler: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] = cuda_graphs) -> None:
         self.failed, self.reads = False, True
         self._pass = compiler(_pass)
@@ -56,6 +57,10 @@ class StaticPasses:
         self._compiled: set[tuple[Any, ...]] = set()
         self._like: list[tuple[Tensor, ...]] = []  # keys and values of each layer, without any slot
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy of the model, or one from a pickle, has passes and memory of its own."""
+        return StaticPasses, ()
+
     def cache(self, rows: int, capacity: int, widest: int) -> SlotCache:
         """A cache of at least `capacity` slots for a new batch whose passes have at most `widest` tokens.
 
@@ -63,7 +68,7 @@ class StaticPasses:
         """
         if self.failed:
             return SlotCache(rows, capacity)
-        with _lock:
+        with self._lock:
             user = self._user and self._user()
             if user is None or not user.rows:
                 cache = StaticCache(self, rows, rounded_capacity(capacity + rounded_width(widest)))
@@ -79,7 +84,7 @@ class StaticPasses:
     def release(self, cache: StaticCache) -> None:
         """Let the next batch have the memory of this cache, which is not used again."""
         cache.compiled = False
-        with _lock:
+        with self._lock:
             if self._user is not None and self._user() is cache:
                 self._user = None
 
@@ -225,6 +230,10 @@ class StaticCache(SlotCache):
     def allocate(self, layer: int, part: str, states: Tensor) -> Tensor:
         """As in `SlotCache`."""
         return self.passes.allocate(layer, part, rounded_rows(self.rows), self.capacity, states)[: self.rows]
+
+    def release(self) -> None:
+        """Let the next batch have the memory."""
+        self.passes.release(self)
 
     def fill(self, like: list[tuple[Tensor, ...]]) -> None:
         """Allocate all layers; `like`: for each, tensors like its keys and values."""

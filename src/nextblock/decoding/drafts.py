@@ -141,11 +141,14 @@ def free_block(batch: Batch, width: int) -> Groups:
     The first is plainly causal: it gives the next token for nothing, and its keys stay. The block sees what lies
     before the known token, and itself, as in training; its own copy of that token is part of it.
     """
-    block = batch.masks.span(width)[None]
-    position = torch.cat([block[:, :1], block], dim=1)
-    before = torch.full_like(block, -1)
-    group = torch.cat([before[:, :1], torch.zeros_like(block)], dim=1)
-    return Groups(position, torch.cat([block[:, :1], before], dim=1), group, noised=True, kept=True)
+    if width not in batch.masks.drafting:
+        block = batch.masks.span(width)[None]
+        position = torch.cat([block[:, :1], block], dim=1)
+        before = torch.full_like(block, -1)
+        group = torch.cat([before[:, :1], torch.zeros_like(block)], dim=1)
+        context = torch.cat([block[:, :1], before], dim=1)
+        batch.masks.drafting[width] = Groups(position, context, group, noised=True, kept=True)
+    return batch.masks.drafting[width]
 
 
 def masked_block(batch: Batch, known: Tensor, width: int, free: int = 1) -> Tensor:

@@ -80,7 +80,8 @@ class Stats:
     new_tokens: tokens in all answers, end tokens included.
     forwards: calls of the model; rows of a batch share them.
     row_forwards: for each kind, passes times the rows that took part in them.
-    drafts, kept: speculative mode: drafted tokens that were checked, and how many of them agreed.
+    drafts, kept: speculative mode: drafted tokens that were checked, and how many of them agreed; of several paths
+        those of the longest, and none behind an answer's end.
     seconds: whole call, so far. first_token_seconds: until a token was decided.
     """
 

@@ -198,7 +198,7 @@ class BlockDiffusionLM:
 
     def _padding_id(self, rows: list[Row]) -> int:
         for source in (self.tokenizer, self.model.config):
-            if (found := getattr(source, "pad_token_id", None)) is not None:
+            if (found := getattr(source, "pad_token_id", None)) is not None and found >= 0:  # -1 in old configs
                 return int(found)
         return min(rows[0].end_tokens, default=0)
 

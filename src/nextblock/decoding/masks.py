@@ -40,6 +40,7 @@ class Masks:
     Where all rows stand at the same position a mask is a slice of a template that is seldom made anew.
 
     windows: kind of layer -> its sliding window where that is smaller than the cache, else None.
+    drafting: width -> the groups of `drafts.free_block`, one for all passes, so that they share their templates.
     """
 
     def __init__(self, decoder: Decoder, capacity: int, max_positions: int | None = None) -> None:
@@ -52,6 +53,7 @@ class Masks:
         self._skips_masks = can_run_split(decoder.model)
         self._templates: dict[tuple[Any, ...], Tensor] = {}
         self._span = torch.arange(0, device=self.device)
+        self.drafting: dict[int, Groups] = {}
 
     def span(self, count: int) -> Tensor:
         """0 ... `count` - 1, int64."""

@@ -38,7 +38,7 @@ from nextblock.decoding.drafts import (
     masked_block,
     with_masks,
 )
-from nextblock.decoding.events import BlockFinished, Event
+from nextblock.decoding.events import BlockFinished, Event, RowFinished
 from nextblock.decoding.pace import Pacer
 from nextblock.model.trees import likeliest_points
 
@@ -71,7 +71,8 @@ def speculative(batch: Batch) -> Iterator[list[Event]]:
             checked = draft.part(draft_lengths(batch, free=0)) if ahead else draft
         if not (ahead or any(lengths) or any(checked.lengths)):  # without drafts this is a step of ar mode
             events = batch.decide(batch.forward(known, starts, [True] * len(rows)))
-            yield [*events, *(BlockFinished(row.number, len(row.answer) - 1, len(row.answer)) for row in rows)]
+            events += [BlockFinished(row.number, len(row.answer) - 1, len(row.answer)) for row in rows]
+            yield sorted(events, key=lambda event: isinstance(event, RowFinished))
             order = batch.leave()
             draft = Draft(known[order, :0], [0] * len(order)) if order and draft is None else None
             continue
@@ -117,9 +118,7 @@ def count(batch: Batch, checked: Draft, lengths: list[int], ahead: bool) -> None
 
 
 def settle(batch: Batch, draft: Draft, gains: list[Gain], starts: list[int]) -> None:
-    """Book a check, and put what a row kept of a branch, which stands behind the trunk, where the answer goes on."""
-    batch.stats.drafts += sum(draft.lengths)
-    batch.stats.kept += sum(gain.kept for gain in gains)
+    """Put what a row kept of a branch, which stands behind the trunk, where the answer goes on."""
     for index, (start, gain) in enumerate(zip(starts, gains, strict=True)):
         if gain.path:
             slot, depth = draft.own_slots(index, gain.path)
@@ -127,11 +126,18 @@ def settle(batch: Batch, draft: Draft, gains: list[Gain], starts: list[int]) -> 
 
 
 def grown(batch: Batch, pacer: Pacer, draft: Draft, gains: list[Gain], alone: bool) -> list[Event]:
-    """Append what was gained, and let the pacer learn how much of the draft the answers have taken."""
+    """Append what was gained, book the check, and let the pacer learn how much of the draft the answers have taken.
+
+    A draft behind an answer's end is neither kept nor rejected.
+    """
     before = [len(row.answer) for row in batch.rows]
     events = [*append(batch, gains)]
     grown_by = [len(row.answer) - n for row, n in zip(batch.rows, before, strict=True)]
-    pacer.learn(batch.rows, draft, [min(gain.kept, n) for gain, n in zip(gains, grown_by, strict=True)], alone)
+    kept = [min(gain.kept, n) for gain, n in zip(gains, grown_by, strict=True)]
+    batch.stats.kept += sum(kept)
+    for row, length, n in zip(batch.rows, draft.lengths, grown_by, strict=True):
+        batch.stats.drafts += length if row.finish is None else min(length, n)
+    pacer.learn(batch.rows, draft, kept, alone)
     return events
 
 
