@@ -488,6 +488,11 @@ def test_the_type_of_a_key_says_how_its_value_is_read(key, text, value):
         (["--likelihood", "a.txt", "--block-size", "4"], "--block-size is an option of a task; give --block-sizes"),
         (["--likelihood", "a.txt", "--mode", "ar"], "--mode is an option of a task; leave it out"),
         (["--likelihood", "/no/such.txt"], "data source /no/such.txt does not exist"),
+        (["--mode", "ar", "--threshold", "0.5"], "--threshold: only diffusion mode reads it; leave it out"),
+        (["--mode", "ar", "--block-size", "4"], "--block-size: ar mode has no blocks; leave it out"),
+        (["--top-p", "0.5"], "--top-p cuts what is sampled, and answers are greedy; give --temperature as well"),
+        (["--first", "-1"], "first=-1 must be at least 0"),
+        (["--task", "human_eval", "--first", "164"], "human_eval has 164 problems"),
     ],
 )
 def test_evaluate_refuses_bad_options_in_one_line(run, tmp_path, arguments, words):

@@ -32,7 +32,14 @@ from nextblock.measure.bench.contest import (
 from nextblock.measure.bench.decoding import bench_decode, count_calls
 from nextblock.measure.bench.figures import plot_bench
 from nextblock.measure.bench.forwards import random_model, random_prompts, time_forwards
-from nextblock.measure.bench.prompts import file_prompts, make_variants, parse_variant, task_prompts, variant_name
+from nextblock.measure.bench.prompts import (
+    Prompts,
+    file_prompts,
+    make_variants,
+    parse_variant,
+    task_prompts,
+    variant_name,
+)
 from nextblock.model.parent import byte_tokenizer
 from nextblock.model.shapes import SHAPES
 from nextblock.tasks import get_task
@@ -242,6 +249,10 @@ def test_shapes_have_the_parameters_that_their_models_state(shape, billions, wit
 # ---------------------------------------------------------------------------- prompts and variants
 
 
+def test_task_prompts_begin_where_they_are_asked_to():
+    assert task_prompts("algebra", "test", 2, 7).items == task_prompts("algebra", "test", 9).items[7:]
+
+
 def test_task_prompts_carry_their_problems():
     prompts = task_prompts("algebra", "train", 3)
     task = get_task("algebra")
@@ -320,6 +331,35 @@ def test_a_wrong_prompt_file_is_refused_in_one_line(tmp_path, name, text, messag
 
 
 # ------------------------------------------------------------------------------------- scores of a task
+
+
+def test_what_is_timed_is_what_is_scored(monkeypatch):
+    """The same problems, and answers that end at the same stop strings."""
+    lm, timed = nb.load("tiny-bd"), []
+
+    def noted(contestants, rounds, *rest):
+        timed.extend(rounds[0])
+        found.extend(contestants)
+        return alternate(contestants, rounds, *rest)
+
+    found: list[Contestant] = []
+    monkeypatch.setattr(scores, "alternate", noted)
+    task = replace(get_task("word_problems"), stop=("=",))
+    scores.score_modes([("m", lm, {"mode": "ar"})], task, examples=2, first=500)
+    prompts = [task.example("test", 500 + i).prompt for i in range(2)]
+    assert timed == [[ids] for ids in Prompts("", prompts).encode(lm)]
+    answers = lm.generate(prompts, mode="ar", stop=["="], max_new_tokens=task.max_new_tokens).answers
+    assert [found[0].run(batch).answers[0] for batch in timed] == answers
+
+
+def test_the_passes_of_an_assistant_count():
+    lm, assistant = nb.load("tiny-bd"), nb.load("tiny-ar").model
+    own = transformers_generate(lm, 8, [], assisted=("assistant", {"assistant_model": assistant}))
+    call, parents = passes(lm, own, [PROMPTS[0]])
+    calls: list[int] = []
+    assistant.register_forward_hook(lambda *_: calls.append(1))
+    assert own.run([PROMPTS[0]]).forwards == call.forwards == parents + len(calls)
+    assert calls
 
 
 def test_modes_on_a_task_take_turns_for_their_speeds(monkeypatch):
@@ -444,6 +484,8 @@ def test_what_was_measured_is_told_where_a_later_part_fails(lm, monkeypatch):
         (["m", "--cache-length", "8"], "--cache-length: only --forwards and --shape read it"),
         (["m", "--task", "algebra", "--prompts", "p.txt"], "are both given"),
         (["m", "--output", "/proc/x.json"], "/proc/x.json cannot be written"),
+        (["tiny-bd", "--batch", "2", "--prompt-lookup"], "--prompt-lookup: it is timed beside decoding at batch 1"),
+        (["tiny-bd", "--forwards", "--cache-length", "0"], "cache_length=0 and all positions must be at least 1"),
     ],
 )
 def test_the_command_refuses_bad_input_before_it_loads(arguments, message):

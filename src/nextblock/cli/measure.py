@@ -31,6 +31,7 @@ from nextblock.cli.options import (
     wide_console,
 )
 from nextblock.config.errors import UsageError
+from nextblock.config.files import write_json
 from nextblock.config.sections import with_gguf
 
 TEXT = "Scoring text"
@@ -95,26 +96,48 @@ def evaluate(
         _evaluate_text(model, source, block_sizes, options, output, given)
         return
     _refuse("--likelihood", **of_text, split=split)
+    if top_p is not None and temperature is None:
+        raise UsageError("--top-p cuts what is sampled, and answers are greedy; give --temperature as well")
+    sampling = decoding_options({"temperature": temperature, "top_p": top_p})
+    sizes = None if block_size is None else [block_size]
+    _check_read(mode or [], threshold, sizes)
+    limits = {"examples": examples, "first": first or 0, "batch_size": batch_size or 25}
+    check_output(output)
+    _evaluate_task(model, task or "word_problems", mode, threshold, sizes, sampling, limits, output, given)
+
+
+def _evaluate_task(
+    model: str,
+    task: str,
+    modes: list[str] | None,
+    threshold: list[str] | None,
+    sizes: list[int] | None,
+    sampling: dict[str, Any],
+    limits: dict[str, Any],
+    output: Path | None,
+    given: dict[str, Any],
+) -> None:
+    """What `evaluate` does without --likelihood."""
     from nextblock.config.progress import progress
-    from nextblock.measure.bench.command import write_json
     from nextblock.measure.bench.prompts import make_variants
     from nextblock.measure.bench.scores import score_modes
     from nextblock.measure.report.page import decoding_table
     from nextblock.tasks import get_task
 
-    chosen, batch_size, first = get_task(task or "word_problems"), batch_size or 25, first or 0
-    examples = examples or min(200, chosen.count or 200)
-    chosen.example("test", first + examples - 1)  # refused before a model is loaded
+    chosen, first = get_task(task), limits["first"]
+    if first < 0:
+        raise UsageError(f"first={first} must be at least 0")
+    left = max(1, (chosen.count or first + 200) - first)
+    limits["examples"] = limits["examples"] or min(200, left)
+    chosen.example("test", first + limits["examples"] - 1)  # refused before a model is loaded
     thresholds = thresholds_of(threshold or ["none", "0.9"])
-    sampling = decoding_options({"temperature": temperature, "top_p": top_p})
-    check_output(output)
     lm = load_lm(model, given)
-    modes = mode or (["ar", "speculative", "diffusion"] if lm.settings else ["ar"])
-    sizes = [] if block_size is None else [block_size]
-    variants = make_variants(lm.settings, modes=modes, thresholds=thresholds, block_sizes=sizes)
+    modes = modes or (["ar", "speculative", "diffusion"] if lm.settings else ["ar"])
+    _check_read(modes, threshold, sizes)
+    variants = make_variants(lm.settings, modes=modes, thresholds=thresholds, block_sizes=sizes or [])
     with progress("scoring") as update:
         wanted = [(model, lm, {**options, **sampling}) for options in variants]
-        rows = score_modes(wanted, chosen, examples=examples, first=first, batch_size=batch_size, on_prompt=update)
+        rows = score_modes(wanted, chosen, on_prompt=update, **limits)
     wide_console().print(decoding_table({"decoding": rows}))
     write_json(rows, output)
 
@@ -143,7 +166,6 @@ def _evaluate_text(
     from nextblock.config.progress import progress
     from nextblock.config.sections import Source, validate
     from nextblock.data.sources import place_of
-    from nextblock.measure.bench.command import write_json
     from nextblock.measure.likelihood import likelihood_table
     from nextblock.workflows.text_likelihood import text_likelihood
 
@@ -238,7 +260,7 @@ def bench_decode(
         max_new_tokens=max_new_tokens,
         forwards=forwards or shape is not None,
         cache_length=256 if cache_length is None else cache_length,
-        assisted=_assisted(prompt_lookup, assistant, given),
+        assisted=_assisted(prompt_lookup, assistant, given, 1 in (batch or [1]) and bool(model or mode or extra)),
         tell=partial(_tell_speeds, output),
     )
 
@@ -251,8 +273,17 @@ def _check_read(modes: Sequence[str], threshold: list[str] | None, block_size: l
         refuse_given("ar mode has no blocks", block_size=block_size)
 
 
-def _assisted(prompt_lookup: bool, assistant: str | None, given: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Transformers' assisted decodings to time, each with its arguments of `generate`."""
+def _assisted(
+    prompt_lookup: bool, assistant: str | None, given: dict[str, Any], alone: bool
+) -> list[tuple[str, dict[str, Any]]]:
+    """Transformers' assisted decodings to time, each with its arguments of `generate`.
+
+    alone: whether prompts are decoded at batch 1, beside which alone they are timed.
+    """
+    if not alone:
+        refuse_given(
+            "it is timed beside decoding at batch 1", prompt_lookup=prompt_lookup or None, assistant=assistant
+        )
     found: list[tuple[str, dict[str, Any]]] = []
     if prompt_lookup:
         found.append(("prompt lookup", {"prompt_lookup_num_tokens": 10}))

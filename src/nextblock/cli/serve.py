@@ -108,8 +108,9 @@ def bench_serve(
     if not seconds > 0 or any(not each > 0 for each in rate or ()):
         raise UsageError("--seconds and --rate must be above 0")
     at_least_one(max_new_tokens=max_new_tokens, clients=min(clients or [1]))
+    from nextblock.config.files import write_json
     from nextblock.config.progress import progress
-    from nextblock.measure.bench.command import read_prompts, write_json
+    from nextblock.measure.bench.command import read_prompts
     from nextblock.server import load
 
     check_output(output)

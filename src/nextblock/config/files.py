@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import glob
+import json
 import os
 import re
 import shutil
@@ -197,3 +198,14 @@ def write_whole(path: Path, content: bytes) -> None:
     except OSError:
         part.unlink(missing_ok=True)
         raise
+
+
+def write_json(figures: Any, output: Path | None) -> None:
+    """Write plain values as JSON, whole or not at all, where an output is named. UsageError if it cannot be."""
+    if output is None:
+        return
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(output, f"{json.dumps(figures, indent=1)}\n".encode())
+    except OSError as error:
+        raise UsageError(f"cannot write {output}: {error.strerror}") from None

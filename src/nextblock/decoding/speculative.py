@@ -50,9 +50,8 @@ def speculative(batch: Batch) -> Iterator[list[Event]]:
     answer is that of `autoregressive`, greedy, and has its distribution, sampling.
     """
     pacer = Pacer(batch.costs, batch.block_size, batch.config.draft_paths)
-    ahead = batch.config.draft_ahead
+    ahead, alone = batch.config.draft_ahead, False  # alone: whether a cycle drafts without the free token
     draft: Draft | None = None  # a cycle begins
-    alone = False  # whether it drafts without the free token
     while rows := batch.admit() if draft is None else batch.rows:  # rows join where a cycle begins
         known, starts = batch.known()
         checked, lengths, points = Draft(known[:, :0], [0] * len(rows)), [0] * len(rows), None
@@ -71,8 +70,8 @@ def speculative(batch: Batch) -> Iterator[list[Event]]:
             checked = draft.part(draft_lengths(batch, free=0)) if ahead else draft
         if not (ahead or any(lengths) or any(checked.lengths)):  # without drafts this is a step of ar mode
             events = batch.decide(batch.forward(known, starts, [True] * len(rows)))
-            events += [BlockFinished(row.number, len(row.answer) - 1, len(row.answer)) for row in rows]
-            yield sorted(events, key=lambda event: isinstance(event, RowFinished))
+            events += (BlockFinished(row.number, len(row.answer) - 1, len(row.answer)) for row in rows)
+            yield sorted(events, key=is_last)
             order = batch.leave()
             draft = Draft(known[order, :0], [0] * len(order)) if order and draft is None else None
             continue
@@ -104,6 +103,11 @@ def speculative(batch: Batch) -> Iterator[list[Event]]:
             draft = drafted(batch, of_rows(hidden, order), [gains[index].hit for index in order], width)
         else:
             draft = Draft(known[order, :0], [0] * len(order)) if draft is None else None
+
+
+def is_last(event: Event) -> bool:
+    """Whether nothing of its row comes behind an event."""
+    return isinstance(event, RowFinished)
 
 
 def of_rows(part: Tensor, order: list[int]) -> Tensor:

@@ -258,7 +258,8 @@ class _Runner:
         for options in candidates:
             resolve_config(self.lm.settings, options)  # refuse before an hour of decoding, not after
         ends = end_tokens(self.lm.decoder, self.lm.tokenizer)
-        entries = [our_mode(self.lm, o, self.max_new_tokens, ends) for o in [{"mode": "ar"}, *candidates]]
+        limits = self.max_new_tokens, ends, self.prompts.task.stop if self.prompts.task else ()
+        entries = [our_mode(self.lm, options, *limits) for options in [{"mode": "ar"}, *candidates]]
         batches = make_batches(self.encoded[:count], self.batch)
         share = -(-len(batches) // ROUNDS)
         rounds = [batches[start : start + share] for start in range(0, len(batches), share)]

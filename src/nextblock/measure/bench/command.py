@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from nextblock.config.errors import UsageError
+from nextblock.config.files import write_json
 from nextblock.config.progress import counter, progress
 from nextblock.decoding.lm import BlockDiffusionLM
 from nextblock.measure.bench.contest import make_batches
@@ -93,17 +93,6 @@ def _about(lm: BlockDiffusionLM, prompts: str) -> dict[str, Any]:
         "prompts": prompts,
         "memory": MEMORY_MEANING.get(lm.decoder.device.type),
     }
-
-
-def write_json(figures: Any, output: Path | None) -> None:
-    """Write plain values as JSON, where an output is named. UsageError if it cannot be."""
-    if output is None:
-        return
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"cannot write {output}: {error.strerror}") from None
 
 
 def write_results(results: Mapping[str, Any], figure: Figure, output: Path) -> tuple[Path, Path]:

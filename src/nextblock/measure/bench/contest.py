@@ -122,10 +122,12 @@ def compared(rounds: Sequence[Round], reference: Sequence[Round]) -> dict[str, f
     }
 
 
-def our_mode(lm: BlockDiffusionLM, options: Options, max_new_tokens: int, ends: Sequence[int]) -> Contestant:
+def our_mode(
+    lm: BlockDiffusionLM, options: Options, max_new_tokens: int, ends: Sequence[int], stop: Sequence[str] = ()
+) -> Contestant:
     """One of this package's modes, greedy unless `options` say else. `ends`: end tokens, none if empty."""
     device = lm.decoder.device
-    shared: Any = {"temperature": 0.0, "max_new_tokens": max_new_tokens, "eos_token_id": list(ends)}
+    shared: Any = {"temperature": 0.0, "max_new_tokens": max_new_tokens, "eos_token_id": list(ends), "stop": [*stop]}
 
     def run(prompts: TokenLists) -> Round:
         tokens, mask = left_padded(prompts, device)
@@ -193,6 +195,9 @@ def transformers_generate(
     def run(prompts: TokenLists) -> Round:
         tokens, mask = left_padded(prompts, device)
         passes = _Passes()  # a counter inside the model would have it compiled again at each count
+        drafted: list[int] = []
+        assistant: Any = extra.get("assistant_model")
+        hook: Any = assistant and assistant.register_forward_hook(lambda *_: drafted.append(1))
         # generate fills what is unset from the model's own generation config: penalties, say, or sampling.
         own, model.generation_config = model.generation_config, plain
         synchronize(device)
@@ -205,10 +210,13 @@ def transformers_generate(
             synchronize(device)
         finally:
             model.generation_config = own
+            if hook:
+                hook.remove()
         seconds = time.perf_counter() - began
         answers = [_cut(answer, ends) for answer in out[:, tokens.shape[1] :].tolist()]
+        count = passes.count + len(drafted)
         # Rows that have finished are computed on until the last one has: their passes count.
-        return Round(answers, seconds, [passes.first_at - began], passes.count, passes.count * len(answers))
+        return Round(answers, seconds, [passes.first_at - began], count, count * len(answers))
 
     return Contestant(name, {}, run)
 

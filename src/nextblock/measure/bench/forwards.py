@@ -96,8 +96,8 @@ def time_forwards(
     """
     widths, vocabulary = sorted({1, *positions}), lm.decoder.vocabulary
     widest = widths[-1]
-    if min(cache_length, batch, rounds, widths[0]) < 1:
-        raise UsageError("cache_length, batch, rounds and positions must be at least 1")
+    if min(batch, rounds) < 1:
+        raise UsageError("batch and rounds must be at least 1")
     check_widths(lm, cache_length, positions)
     rows = [Row(i, p, widest) for i, p in enumerate(random_prompts(vocabulary, cache_length, batch))]
     config = validate(DecodingConfig, {"mode": "diffusion", "block_size": widest})
@@ -120,7 +120,9 @@ def time_forwards(
 
 
 def check_widths(lm: BlockDiffusionLM, cache_length: int, positions: Sequence[int]) -> None:
-    """UsageError for passes behind a cache that the model's context has no room for."""
+    """UsageError for passes behind a cache that the model's context has no room for, or that is empty."""
+    if min(cache_length, *positions) < 1:
+        raise UsageError(f"cache_length={cache_length} and all positions must be at least 1")
     widest, room = max(positions), lm.decoder.max_positions
     if room is not None and cache_length + widest > room:
         raise UsageError(

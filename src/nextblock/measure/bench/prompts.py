@@ -44,12 +44,12 @@ class Prompts:
         return [row.prompt for row in rows]
 
 
-def task_prompts(name: str, split: str, count: int) -> Prompts:
-    """The first `count` problems of a built-in task; UsageError for an unknown task or split, or fewer than one."""
+def task_prompts(name: str, split: str, count: int, first: int = 0) -> Prompts:
+    """`count` problems of a built-in task, from `first` on; UsageError for an unknown task or split, or no problem."""
     if count < 1:
         raise UsageError(f"examples={count} must be at least 1")
     task = get_task(name)
-    cases = tuple(task.example(split, index) for index in range(count))
+    cases = tuple(task.example(split, index) for index in range(first, first + count))
     return Prompts(f"task {name} ({split} split)", [case.prompt for case in cases], task, cases)
 
 

@@ -56,9 +56,9 @@ def score_modes(
         rows[i] = {"model": name, **asdict(score)}
 
     lm = wanted[0][1]
-    prompts = [[ids] for ids in task_prompts(task.name, "test", timed).encode(lm)]
+    prompts = [[ids] for ids in task_prompts(task.name, "test", timed, first).encode(lm)]
     ends = end_tokens(lm.decoder, lm.tokenizer)
-    contestants = [our_mode(lm, options, max_new_tokens, ends) for _, lm, options in wanted]
+    contestants = [our_mode(lm, options, max_new_tokens, ends, task.stop) for _, lm, options in wanted]
     for contestant in contestants:
         contestant.run(prompts[0])  # warm up
     results = alternate(contestants, [prompts] * ROUNDS, advance)
