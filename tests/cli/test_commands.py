@@ -245,7 +245,8 @@ def test_bad_options_give_one_line_and_no_output(run, parent, texts, tmp_path, o
     places = {"weightless": weightless, "unreadable": unreadable, "mamba": mamba}
     places["letter"] = byte_tokenizer().convert_tokens_to_ids("w")
     options = [option.format(**places) if option.startswith("{") else option for option in options]
-    refused(run, ["adapt", *small(parent, texts, tmp_path / "out"), *options], words, tmp_path / "out")
+    made = tmp_path / "new"
+    refused(run, ["adapt", *small(parent, texts, made / "runs" / "out"), *options], words, made)
 
 
 def refused(run, arguments, words, output):
@@ -367,6 +368,26 @@ def test_report_makes_the_page_again(run, parent, texts, tmp_path):
     page.unlink()
     assert run("report", tmp_path / "out")[0] == 0
     assert page.read_text() == before
+    page.unlink()
+    page.mkdir()
+    status, _, err = run("report", tmp_path / "out")
+    assert (status, err.count("\n")) == (2, 1)
+    assert f"{page} cannot be written: Is a directory" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["generate", "Once upon a time " * 20, "words"], "model 'Once upon .*too long"),
+        (["generate", "~no-such-user/x", "words"], "unknown user"),
+        (["generate", "tiny-ar", "words", "--draft-adapter", "~no-such-user/x"], "draft adapter ~.* unknown user"),
+        (["evaluate", "tiny-ar", "--output", "x" * 300 + ".json"], "--output 'xxx.*too long"),
+        (["plan", "x" * 300], "configuration 'xxx.*too long"),
+        (["report", "x" * 300], "run 'xxx.*too long"),
+    ],
+)
+def test_a_name_that_can_be_no_path_gives_one_line(run, tmp_path, arguments, words):
+    refused(run, arguments, words, tmp_path / "out")
 
 
 def test_what_is_given_on_the_command_line_goes_before_the_checkpoint_and_only_that(run, tmp_path):
@@ -585,12 +606,14 @@ def test_documents_that_were_cut_at_the_end_of_a_row_are_told(run, parent, tmp_p
 
 def test_a_turn_that_is_refused_leaves_the_talk_to_be_saved(run, adapted, tmp_path, monkeypatch):
     file = tmp_path / "talk.jsonl"
-    lines = iter(["hi", "long " * 200, f"/save {file}", ""])
+    monkeypatch.setenv("HOME", str(tmp_path))
+    lines = iter(["hi", "long " * 200, "/save ~/talk.jsonl", ""])
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
     status, out, _ = run("chat", adapted, "--mode", "ar", "--max-new-tokens", "6")
     assert status == 0
     assert "but the model's context is 512" in out.splitlines()[-2]
     assert out.splitlines()[-1] == f"wrote 2 messages to {file}"
+    assert file.is_file()
 
 
 def test_a_chat_asks_for_a_template_before_anything_is_typed(run, tmp_path, monkeypatch):

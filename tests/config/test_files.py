@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from limits import largest_file
 from nextblock.config.errors import UsageError, require
-from nextblock.config.files import read_yaml, to_yaml, unwritten, whole_folder, write_whole
+from nextblock.config.files import locked, read_yaml, to_yaml, unwritten, user_path, whole_folder, write_whole
 from nextblock.model.parent import byte_tokenizer
 
 TOKENIZER: Any = byte_tokenizer().backend_tokenizer
@@ -168,3 +168,37 @@ def test_a_move_that_ends_half_way_leaves_no_folder_that_looks_like_a_model(tmp_
     with pytest.raises(KeyboardInterrupt), whole_folder(tmp_path) as folder:
         model_in(folder, "model.safetensors", "2")
     assert not (tmp_path / "config.json").exists()
+
+
+def test_a_path_may_begin_at_home_and_need_not_exist(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert user_path("~/runs/x") == tmp_path / "runs" / "x"
+    (tmp_path / "file").touch()
+    assert user_path("~/file/below") == tmp_path / "file" / "below"
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("~no-such-user/x", "model ~no-such-user/x is in the home folder of an unknown user; write the whole path"),
+        ("word " * 60, "word ...' cannot be looked up: File name too long; name a file or folder"),
+        ("a\0b", "cannot be looked up: embedded null byte"),
+    ],
+)
+def test_a_path_that_the_system_does_not_take_is_refused_in_one_short_line(name, said):
+    with pytest.raises(UsageError) as refused:
+        user_path(name, "model")
+    assert said in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert len(str(refused.value)) < 200
+
+
+def test_a_lock_takes_away_the_empty_folders_that_it_made_and_no_others(tmp_path):
+    (tmp_path / "there").mkdir()
+    with locked(tmp_path / "there" / "a" / "b"):
+        assert (tmp_path / "there" / "a" / "b").is_dir()
+    assert list(tmp_path.iterdir()) == [tmp_path / "there"]
+    assert not any((tmp_path / "there").iterdir())
+    with locked(tmp_path / "a" / "b" / "c"):
+        (tmp_path / "a" / "kept").touch()
+    assert list((tmp_path / "a").iterdir()) == [tmp_path / "a" / "kept"]

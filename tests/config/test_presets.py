@@ -34,6 +34,8 @@ def test_an_unknown_preset_is_refused_with_the_nearest_name():
         find_config("dem")
     with pytest.raises(UsageError, match="does not exist"):
         find_config("elsewhere/demo.yaml")
+    with pytest.raises(UsageError, match=r"configuration 'nnn.*too long"):
+        find_config("n" * 300)
 
 
 def test_a_preset_is_found_by_the_name_of_its_model():

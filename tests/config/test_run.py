@@ -276,3 +276,11 @@ def test_an_option_that_chose_the_form_of_checkpoints_is_named_as_gone():
     values = {"data": {"sources": [{"path": "task:arithmetic"}]}, "training": {"checkpoint": "sharded"}}
     with pytest.raises(UsageError, match=r"training.checkpoint is no option any more: .*; leave it out"):
         load_config(values)
+
+
+def test_an_output_may_begin_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_config(MINIMAL, {"output": "~/runs/x"}).output == str(tmp_path / "runs" / "x")
+    assert load_config(MINIMAL, {"output": "runs/~x"}).output == "runs/~x"
+    said = "output ~no-such-user/x is in the home folder of an unknown user; write the whole path"
+    assert refusal({"output": "~no-such-user/x"}) == said

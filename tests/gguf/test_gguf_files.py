@@ -16,7 +16,7 @@ from gguf_files import END, source_model, write_gguf
 from nextblock.config.errors import UsageError
 from nextblock.config.run import load_config
 from nextblock.config.sections import with_gguf
-from nextblock.gguf.files import architectures, quantizations
+from nextblock.gguf.files import architectures, find_gguf, quantizations
 from nextblock.measure.identities import verify
 from nextblock.measure.plan import plan
 from nextblock.model.loading import load_model, load_tokenizer, read_config
@@ -157,6 +157,14 @@ def test_what_is_no_gguf_file_is_refused(file, tmp_path):
     refused(tmp_path / "b.gguf", "cut short")
     refused(tmp_path / "c.gguf", "c.gguf does not exist")
     refused(tmp_path / "nowhere" / "c.gguf", "c.gguf does not exist")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("~no-such-user/x.gguf", "unknown user"), ("x" * 300 + ".gguf", "too long")]
+)
+def test_a_file_name_that_can_be_no_path_is_refused(name, said):
+    with pytest.raises(UsageError, match=said):
+        find_gguf(name)
 
 
 def test_a_folder_of_gguf_files_says_how_to_name_one(file):

@@ -19,9 +19,10 @@ from matplotlib.text import Annotation, Text
 from rich.console import Console
 
 from nextblock.config.errors import UsageError
-from nextblock.measure.report import load_results, read_log, write_report
+from nextblock.measure.report import load_results, write_report
 from nextblock.measure.report.figures import plot_losses, plot_profile, plot_tradeoff
 from nextblock.measure.report.page import decoding_table, findings, render, split_blocks
+from nextblock.training.log import read_log
 
 GROWTH = [[0, 1], [100, 2], [200, 4], [300, 8], [400, 16]]
 
@@ -383,6 +384,8 @@ def test_a_folder_without_results_is_refused_in_one_line(tmp_path: Path) -> None
     with pytest.raises(UsageError, match=r"has no results\.json; give") as error:
         load_results(tmp_path)
     assert "\n" not in str(error.value)
+    with pytest.raises(UsageError, match="File name too long"):
+        load_results("n" * 300)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "\udcff"])
@@ -401,6 +404,12 @@ def test_a_broken_line_of_the_log_is_named_and_an_unfinished_last_one_is_not_rea
     assert len(read_log(path)) == 3
     path.write_text("\n".join([lines[0], lines[1][:40], lines[2]]), encoding="utf-8")
     with pytest.raises(UsageError, match=r"log\.jsonl, line 2 is not JSON"):
+        write_report(results, folder)
+    path.write_bytes(lines[0].encode() + b"\n\xff\xfe\n" + lines[1].encode())
+    with pytest.raises(UsageError, match=r"log\.jsonl, line 2 is not JSON.*utf-8"):
+        write_report(results, folder)
+    path.write_text("\n".join([*lines[:2], "5", lines[2]]), encoding="utf-8")
+    with pytest.raises(UsageError, match=r"log\.jsonl, line 3 holds a int, not an object; delete the line"):
         write_report(results, folder)
     assert not (folder / "results.json").exists()
 

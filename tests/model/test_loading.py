@@ -15,7 +15,14 @@ from families import tiny_model
 from nextblock.config.errors import UsageError
 from nextblock.config.sections import BlockDiffusionSettings
 from nextblock.model.decoder import Decoder
-from nextblock.model.loading import load_model, load_tokenizer, read_config, read_settings, replace_values
+from nextblock.model.loading import (
+    load_model,
+    load_tokenizer,
+    read_config,
+    read_settings,
+    replace_values,
+    resolve_adapter,
+)
 from nextblock.model.mask_token import choose_mask_token
 from nextblock.model.parent import byte_tokenizer
 from nextblock.model.probe import probe
@@ -87,6 +94,15 @@ def test_a_missing_model_folder_and_a_file_are_named(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(UsageError, match="is a file"):
         load_model(tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("~no-such-user/x", "unknown user"), ("Once upon a time " * 20, "File name too long")]
+)
+@pytest.mark.parametrize("load", [load_model, load_tokenizer, resolve_adapter])
+def test_a_name_that_can_be_no_path_is_refused(load, name, said):
+    with pytest.raises(UsageError, match=said):
+        load(name)
 
 
 def test_an_openpangu_folder_is_a_llama_with_biases_in_attention_and_runs_no_code_of_its_own(pangu):
@@ -223,6 +239,11 @@ def test_a_config_that_does_not_fit_is_refused_with_its_cause(llama, tmp_path, c
 def test_settings_and_a_tokenizer_config_that_are_no_mappings_are_refused(llama, tmp_path):
     with pytest.raises(UsageError, match="settings is 5; it must be a mapping"):
         read_settings(llama.config, 5)  # pyright: ignore[reportArgumentType]
+    llama.config.block_diffusion = "nbdiff-7b"  # a name, which `settings` alone may be
+    for given in (None, "nbdiff-7b", {"block_size": 4}):
+        with pytest.raises(UsageError, match=r"block_diffusion of config\.json is 'nbdiff-7b'; it must be a mapping"):
+            read_settings(llama.config, given)
+    del llama.config.block_diffusion
     export(tmp_path, llama, byte_tokenizer(), None)
     (tmp_path / "tokenizer_config.json").write_text("[]")
     with pytest.raises(UsageError, match="cannot load the tokenizer"):

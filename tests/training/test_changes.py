@@ -14,11 +14,12 @@ import torch
 from nextblock.config.errors import UsageError
 from nextblock.config.run import AdaptConfig, load_config
 from nextblock.data import stream
-from nextblock.measure.report import read_log, write_report
+from nextblock.measure.report import write_report
 from nextblock.model.parent import byte_tokenizer
 from nextblock.recipe import schedules
 from nextblock.recipe.objective import LossSums, TwoViewLoss
 from nextblock.training.changes import MAY_CHANGE, check_differences, table
+from nextblock.training.log import read_log
 from nextblock.training.loop import train
 from nextblock.training.run import StepMetrics
 from runs import config_of, stopped_run, weights

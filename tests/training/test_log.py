@@ -26,12 +26,11 @@ from nextblock.cli.live import TrainingBar
 from nextblock.config.errors import UsageError
 from nextblock.config.run import load_config
 from nextblock.config.sections import RecipeConfig
-from nextblock.measure.report import read_log
 from nextblock.model.decoder import Decoder
 from nextblock.recipe.corruption import corrupt
 from nextblock.recipe.objective import TwoViewLoss
 from nextblock.training.flops import Products
-from nextblock.training.log import NOISE_LEVELS, LossProfile, scalars, trim_log
+from nextblock.training.log import NOISE_LEVELS, LossProfile, read_log, scalars, trim_log
 from nextblock.training.loop import train
 from nextblock.training.run import StepMetrics
 from nextblock.training.setup import prepare

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 
 from nextblock.config.errors import UsageError
 from nextblock.config.run import AdaptConfig, load_config, stage_configs
-from nextblock.measure.report import read_log
 from nextblock.measure.report.figures import plot_losses
 from nextblock.model.loading import read_config
+from nextblock.training.log import read_log
 from nextblock.training.loop import train
 from nextblock.training.run import StepMetrics
 from nextblock.workflows.adapt import adapt

@@ -20,7 +20,7 @@ from nextblock.cli.options import (
     takes_loading_options,
 )
 from nextblock.config.errors import UsageError
-from nextblock.config.files import write_whole
+from nextblock.config.files import user_path, write_whole
 from nextblock.config.sections import with_gguf
 from nextblock.decoding.options import resolve_config
 
@@ -193,9 +193,10 @@ def _obey(command: str, lm: Any, options: dict[str, Any], messages: list[dict[st
         options |= changed
         return f"mode: {value}"
     if name == "/save" and value:
+        file = user_path(value, "/save")
         try:
-            write_whole(Path(value), (json.dumps({"messages": messages}, ensure_ascii=False) + "\n").encode())
+            write_whole(file, (json.dumps({"messages": messages}, ensure_ascii=False) + "\n").encode())
         except OSError as error:
-            raise UsageError(f"{value} cannot be written: {error.strerror}; choose another file") from None
-        return f"wrote {len(messages)} messages to {value}"
+            raise UsageError(f"{file} cannot be written: {error.strerror}; choose another file") from None
+        return f"wrote {len(messages)} messages to {file}"
     raise UsageError(f"{command!r:.60} is no command; use /mode NAME or /save FILE")

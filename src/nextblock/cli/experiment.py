@@ -9,6 +9,7 @@ import typer
 
 from nextblock.cli.options import at_least_one
 from nextblock.config.errors import UsageError
+from nextblock.config.files import user_path
 
 
 def experiment(
@@ -45,7 +46,7 @@ def experiment(
     from nextblock.workflows.experiments import place_of, read_results, run_experiment, run_one, run_parent
 
     disable_progress_bar()
-    place = place_of(source, runs)
+    place = place_of(source, user_path(runs, "--runs"))
     if parent is not None:
         run_parent(checked, place, parent)
     elif arm is not None and seed is not None:

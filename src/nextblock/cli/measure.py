@@ -102,7 +102,7 @@ def evaluate(
     sizes = None if block_size is None else [block_size]
     _check_read(mode or [], threshold, sizes)
     limits = {"examples": examples, "first": first or 0, "batch_size": batch_size or 25}
-    check_output(output)
+    output = check_output(output)
     _evaluate_task(model, task or "word_problems", mode, threshold, sizes, sampling, limits, output, given)
 
 
@@ -173,7 +173,7 @@ def _evaluate_text(
         sizes = [int(part) for part in block_sizes.split(",")] if block_sizes else []
     except ValueError:
         raise UsageError(f"block_sizes={block_sizes} are not whole numbers; write 1,4,32") from None
-    check_output(output)
+    output = check_output(output)
     source = {name: value for name, value in source.items() if value is not None or name == "split"}
     place_of(validate(Source, source))  # refused before a model is loaded
     lm = load_lm(model, given)
@@ -242,7 +242,7 @@ def bench_decode(
     refuse_given("only --forwards and --shape read it", cache_length=None if forwards or shape else cache_length)
     modes, sizes = mode or (["ar"] if shape else []), block_size or ()
     _check_read(modes, threshold, block_size)
-    check_output(output)
+    output = check_output(output)
     extra, thresholds = [parse_variant(text) for text in variant or ()], thresholds_of(threshold or [])
     asked = None if shape else read_prompts(task, prompts, 16 if examples is None else examples, "test")
     loading = loading_options(given)
@@ -339,7 +339,7 @@ def tune(
             "--write changes settings in config.json; put the block_diffusion section there, not --settings"
         )
     folder = writable_folder(model) if write else None
-    check_output(output)
+    output = check_output(output)
     asked = read_prompts(task, prompts, examples, "train")
     extra = [parse_variant(text) for text in variant or ()]
     lm = load_lm(model, given)
@@ -402,4 +402,10 @@ def report(run: Annotated[Path, typer.Argument(help="output folder of adapt or d
     """Make `report.html` of a finished run again, from its figures and its log."""
     from nextblock.measure.report import load_results, write_report
 
-    print(write_report(load_results(run), run))
+    try:
+        print(write_report(load_results(run), run))
+    except OSError as error:
+        place = error.filename2 or run
+        raise UsageError(
+            f"{place} cannot be written: {error.strerror}; make way there, or copy the run and name the copy"
+        ) from None

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 import typer
 
 from nextblock.config.errors import UsageError
+from nextblock.config.files import user_path
 from nextblock.config.sections import Section, validate
 from nextblock.config.signatures import spell_out
 from nextblock.decoding.options import DecodingConfig
@@ -134,10 +135,11 @@ def at_least_one(**counts: int) -> None:
             raise UsageError(f"{name}={count} must be at least 1")
 
 
-def check_output(output: Path | None) -> None:
-    """Refuse, before anything is measured, an output that is no JSON file or cannot be written."""
+def check_output(output: Path | None) -> Path | None:
+    """The output as a path, refused before anything is measured if it is no JSON file or cannot be written."""
     if output is None:
-        return
+        return None
+    output = user_path(output, "--output")
     if not output.absolute().parent.is_dir():
         raise UsageError(f"--output {output}: the folder {output.parent} does not exist; make it, or name another")
     if output.suffix != ".json" or output.is_dir():
@@ -149,6 +151,7 @@ def check_output(output: Path | None) -> None:
             output.unlink()
     except OSError as error:
         raise UsageError(f"--output {output} cannot be written: {error.strerror}; name another") from None
+    return output
 
 
 def wide_console() -> Any:

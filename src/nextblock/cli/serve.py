@@ -113,7 +113,7 @@ def bench_serve(
     from nextblock.measure.bench.command import read_prompts
     from nextblock.server import load
 
-    check_output(output)
+    output = check_output(output)
     asked = read_prompts(task, prompts, examples, "test")
     loads = [load.Load(clients=n) for n in clients or ([] if rate else [1, 4, 16, 64])]
     loads += [load.Load(rate=each) for each in rate or ()]

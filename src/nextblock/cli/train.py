@@ -13,7 +13,7 @@ import typer
 
 from nextblock.cli.options import at_least_one
 from nextblock.config.errors import UsageError
-from nextblock.config.files import read_yaml
+from nextblock.config.files import read_yaml, user_path
 from nextblock.config.run import AdaptConfig
 from nextblock.config.sections import Section, said_type
 
@@ -186,6 +186,7 @@ def prepare(
     from nextblock.workflows.prepare import CONFIG
     from nextblock.workflows.prepare import prepare as run
 
+    output = user_path(output, "--output")
     found = run(
         load_config(find_config(config), parse_overrides(context.args)),
         output,

@@ -13,7 +13,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,9 @@ LOCK = ".lock"
 
 STALE_SECONDS = 3600.0
 """After which a part of a file is of a process that was killed."""
+
+SHOWN_LETTERS = 100
+"""Of a path that is too long for the system, in a message."""
 
 UNWRITTEN = {
     errno.ENOSPC: "free space",
@@ -100,6 +103,32 @@ def unwritten(error: BaseException) -> tuple[str, str] | None:
     return None
 
 
+def expanded(name: str | Path, what: str = "path") -> Path:
+    """A path with the home folder in place of `~`; `what` it names, for the message. UsageError: no such user."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        raise UsageError(f"{what} {name} is in the home folder of an unknown user; write the whole path") from None
+
+
+def user_path(name: str | Path, what: str = "path") -> Path:
+    """A path as a user gives it, `expanded`; it need not exist.
+
+    Raises:
+        UsageError: no such user, or the system cannot look there.
+    """
+    path = expanded(name, what)
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:  # ValueError: of a null byte
+        why, shown = getattr(error, "strerror", None) or one_line(error), str(name)
+        shown = shown if len(shown) <= SHOWN_LETTERS else f"{shown[:SHOWN_LETTERS]}..."
+        raise UsageError(f"{what} {shown!r} cannot be looked up: {why}; name a file or folder") from None
+    return path
+
+
 def make_folder(folder: Path) -> None:
     """Make a folder and those above it. UsageError where that cannot be."""
     if folder.is_file():
@@ -112,7 +141,7 @@ def make_folder(folder: Path) -> None:
 
 @contextmanager
 def locked(folder: Path, name: str = LOCK, what: str = "") -> Iterator[None]:
-    """A folder for this process alone; made if missing, and gone again if nothing was put there.
+    """A folder for this process alone; made if missing with those above it, and gone again if nothing was put there.
 
     name: of the lock's file, where not the folder is meant but `what` in it.
 
@@ -123,7 +152,7 @@ def locked(folder: Path, name: str = LOCK, what: str = "") -> Iterator[None]:
     """
     import fcntl  # here, because Windows has none, and decoding works there
 
-    made = not folder.exists()
+    made = [one for one in (folder, *folder.parents) if not one.exists()]  # the innermost first
     make_folder(folder)
     path = folder / name
     while True:
@@ -150,8 +179,9 @@ def locked(folder: Path, name: str = LOCK, what: str = "") -> Iterator[None]:
             yield
         finally:
             path.unlink(missing_ok=True)
-            if made and not any(folder.iterdir()):
-                folder.rmdir()
+            with suppress(OSError):  # what has something in it stays
+                for one in made:
+                    one.rmdir()
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from nextblock.config.errors import UsageError, nearest
+from nextblock.config.files import user_path
 
 
 def preset(name: str) -> Path:
@@ -26,7 +27,7 @@ def preset(name: str) -> Path:
 
 def find_config(argument: str) -> Path:
     """A YAML path as given, or else the preset of that name (`demo`, `presets/demo.yaml`)."""
-    path = Path(argument)
+    path = user_path(argument, "configuration")
     if path.is_file():
         return path
     if path.suffix not in (".yaml", ".yml"):

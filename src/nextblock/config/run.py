@@ -7,10 +7,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from nextblock.config.errors import UsageError, one_line
-from nextblock.config.files import read_yaml
+from nextblock.config.files import expanded, read_yaml, user_path
 from nextblock.config.sections import (
     CorrectionConfig,
     DataConfig,
@@ -76,6 +76,12 @@ class AdaptConfig(Section):
     def masks(self) -> bool:
         """Whether tokens are ever masked; if not, this is plain AR training (b = 1 to the end)."""
         return self.growth.b_max > 1 or self.recipe.prediction == "aligned"
+
+    @field_validator("output")
+    @classmethod
+    def _expanded(cls, output: str) -> str:
+        """With the home folder in place of `~`, wherever the folder is named from here on."""
+        return str(expanded(output, "output")) if output.startswith("~") else output
 
     @model_validator(mode="after")
     def _cross_checks(self) -> Self:
@@ -268,8 +274,9 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Mapping[str, 
     if isinstance(source, Mapping):
         values: Any = dict(source)
     else:
+        file = user_path(source, "configuration")
         try:
-            values = read_yaml(Path(source).read_text(encoding="utf-8")) or {}
+            values = read_yaml(file.read_text(encoding="utf-8")) or {}
         except (OSError, ValueError) as error:
             raise UsageError(f"cannot read the configuration {source}: {one_line(error)}") from None
     if not isinstance(values, dict):

@@ -14,6 +14,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils.hub import cached_file
 
 from nextblock.config.errors import UsageError, nearest, one_line, require
+from nextblock.config.files import user_path
 from nextblock.gguf.values import take_values
 
 SUFFIX = ".gguf"
@@ -35,7 +36,7 @@ def find_gguf(path: str | Path, revision: str | None = None) -> Path | None:
     name = str(path)
     if not name.lower().endswith(SUFFIX):
         return None
-    file = Path(name).expanduser()
+    file = user_path(name, "model")
     if file.is_dir():  # of a model, with a name that ends so
         return None
     hub_id, inside = "/".join(name.split("/")[:2]), "/".join(name.split("/")[2:])

@@ -25,7 +25,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils.hub import cached_file
 
 from nextblock.config.errors import UsageError, nearest, one_line
-from nextblock.config.files import read_yaml
+from nextblock.config.files import read_yaml, user_path
 from nextblock.config.sections import BlockDiffusionSettings, validate
 from nextblock.gguf.files import find_gguf, gguf_config, has_tokenizer, unpacked, unpacking
 from nextblock.model.positions import layer_windows, text_config
@@ -55,7 +55,7 @@ def resolve(path: str | Path) -> str:
     name = str(path)
     if name in SHIPPED:
         name = str(resources.files("nextblock") / "assets" / name)
-    folder = Path(name).expanduser()
+    folder = user_path(name, "model")
     if folder.is_file():
         raise UsageError(f"model {name} is a file; give the folder that holds config.json, or a .gguf file")
     if not folder.exists():
@@ -97,7 +97,7 @@ def resolve_adapter(path: str | Path) -> Path:
     """A shipped draft adapter's name or a local folder -> the folder."""
     if str(path) in SHIPPED_ADAPTERS:
         return Path(str(resources.files("nextblock") / "assets" / str(path)))
-    folder = Path(path).expanduser()
+    folder = user_path(path, "draft adapter")
     if not folder.is_dir():
         raise UsageError(
             f"draft adapter {path} is not a folder; give one made by `nextblock adapt`, or {SHIPPED_ADAPTERS[0]}"
@@ -135,9 +135,8 @@ def read_config(
         raise
     except Exception as error:  # transformers raises many kinds here; each means the same to the user
         suggestion = nearest(str(path), SHIPPED) if "/" not in str(path) else ""
-        there = (
-            "" if Path(path).expanduser().exists() or str(path) in SHIPPED else "no such folder here, and on the Hub: "
-        )
+        here = user_path(path, "model").exists() or str(path) in SHIPPED
+        there = "" if here else "no such folder here, and on the Hub: "
         raise UsageError(f"cannot load model {path}: {there}{one_line(error).rstrip('.')}{suggestion}") from None
     check_architecture(config)
     replace_values(config, override or {})
@@ -348,7 +347,7 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase | None:
     """The model's tokenizer; None where none can be had (`no_tokenizer` says why): token ids still work."""
     names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
-    own = Path(path).expanduser()  # which may hold a tokenizer alone
+    own = user_path(path, "model")  # which may hold a tokenizer alone
     found = str(path) not in SHIPPED and any((own / name).is_file() for name in names)
     source, where = (str(own), {"revision": revision}) if found else located(path, revision)
     bare = Path(source).is_dir() and not any((Path(source) / name).is_file() for name in names)
@@ -373,7 +372,7 @@ def no_tokenizer(path: str | Path, revision: str | None = None) -> str:
     """Why `load_tokenizer` gives none, as the first half of a message; an empty path: a model that has none."""
     if not str(path):
         return "this model has no tokenizer"
-    if _tokenizer_code(str(Path(path).expanduser()), revision):
+    if _tokenizer_code(str(user_path(path, "model")), revision):
         return f"the tokenizer of {path} is code in its folder, which runs only with trust_remote_code"
     return f"model {path} has no tokenizer"
 
@@ -385,8 +384,8 @@ def read_settings(config: PreTrainedConfig, given: GivenSettings | None = None) 
         UsageError: settings that cannot be read, an unknown key, or a value out of range.
     """
     section = getattr(config, "block_diffusion", None)
-    for name, value in (("block_diffusion of config.json", section), ("settings", given)):
-        if not isinstance(value, Mapping | BlockDiffusionSettings | str | None):
+    for name, value, text in (("block_diffusion of config.json", section, False), ("settings", given, True)):
+        if not isinstance(value, Mapping | BlockDiffusionSettings | None) and not (text and isinstance(value, str)):
             raise UsageError(f"{name} is {value!r}; it must be a mapping such as {{block_size: 32, mask_token_id: 7}}")
     if isinstance(given, str):
         given = KNOWN_SETTINGS.get(given.lower()) or _mapping(given)
@@ -399,9 +398,10 @@ def read_settings(config: PreTrainedConfig, given: GivenSettings | None = None) 
 
 def _mapping(text: str) -> Mapping[str, Any]:
     """The mapping that a YAML text, or a file of that name, holds."""
+    is_text = "{" in text or "\n" in text  # which may be too long for the name of a file
+    file = None if is_text else user_path(text, "settings")
     try:
-        is_text = "{" in text or "\n" in text  # which may be too long for the name of a file
-        values = read_yaml(text if is_text or not Path(text).is_file() else Path(text).read_text("utf-8"))
+        values = read_yaml(text if file is None or not file.is_file() else file.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(f"settings {text}: {one_line(error)}") from None
     if not isinstance(values, Mapping):

@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from nextblock.config.errors import UsageError
 from nextblock.config.files import write_whole
 from nextblock.recipe.corruption import NOISE_LEVELS, MaskedTargets
 
@@ -107,6 +108,37 @@ def trim_log(path: Path, steps: int) -> int:
             kept.append(line)
     write_whole(path, b"".join(kept))
     return damaged
+
+
+def read_log(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
+    """The records of one kind in `log.jsonl`, in order; none if there is no such file.
+
+    Args:
+        path: the file.
+        kind: "profile" (`LossProfile`), "evaluation" (`evaluate_midway`) or "resume" (what was changed then); None:
+            the steps.
+    Raises:
+        UsageError: the file cannot be read, or a line holds no JSON object; the last one may be unfinished, as a
+            killed run leaves it.
+    """
+    if not path.is_file():
+        return []
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}; change its rights") from None
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line.decode("utf-8"))
+        except ValueError as error:
+            if number < len(lines):
+                raise UsageError(f"{path}, line {number} is not JSON ({error}); delete the line") from error
+            break
+        if not isinstance(record, dict):
+            raise UsageError(f"{path}, line {number} holds a {type(record).__name__}, not an object; delete the line")
+        records.append(record)
+    return [record for record in records if record.get("kind") == kind]
 
 
 def finite(value: Any) -> Any:

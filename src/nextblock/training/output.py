@@ -14,7 +14,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
 from nextblock.config.errors import TrainingStopped, UsageError
-from nextblock.config.files import LOCK, locked, make_folder, to_yaml, unwritten, whole_folder
+from nextblock.config.files import LOCK, locked, make_folder, to_yaml, unwritten, user_path, whole_folder
 from nextblock.config.run import AdaptConfig
 from nextblock.model.adapter_files import fingerprint, save_adapter
 from nextblock.model.correction import save_correction, without_correction
@@ -187,7 +187,7 @@ def merged_model(run: Run, lora: LoraAdapter) -> PreTrainedModel:
 
 def check_output(output: Path, stages: list[AdaptConfig], resume: bool) -> None:
     """Refuse a folder with something in it, unless it is a run that is to be resumed, and one that cannot be made."""
-    if output.is_file():
+    if user_path(output, "output").is_file():
         raise UsageError(f"output {output} is a file; give a folder")
     above = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):

@@ -15,8 +15,9 @@ from nextblock.config.sections import BlockDiffusionSettings
 from nextblock.data.feed import merged
 from nextblock.decoding.options import resolve_config
 from nextblock.measure.machine import environment
-from nextblock.measure.report import read_log, write_report
+from nextblock.measure.report import write_report
 from nextblock.recipe import schedules
+from nextblock.training.log import read_log
 from nextblock.training.loop import stop_on_sigterm, train
 from nextblock.training.output import writing
 from nextblock.training.ranks import gather

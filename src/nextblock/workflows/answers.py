@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from nextblock.config.errors import UsageError
-from nextblock.config.files import LOCK, locked, write_whole
+from nextblock.config.files import LOCK, locked, user_path, write_whole
 from nextblock.data.encode import encode_prompt
 from nextblock.data.prompts import read_prompts
 from nextblock.data.records import Record
@@ -78,7 +78,7 @@ def write_answers(
     Raises:
         UsageError: bad input, or an output that was begun with other prompts or settings; nothing is written then.
     """
-    output = Path(output).expanduser()
+    output = user_path(output, "output")
     _check_places(output, source, batch_size, ray)
     records = read_prompts(source, examples)
     section = read_settings(read_config(model), settings)
@@ -203,7 +203,8 @@ def _check_places(output: Path, source: str, batch_size: int, ray: int | None) -
         raise UsageError(f"output folder {output.parent} does not exist; make it first")
     if output.is_dir():
         raise UsageError(f"output {output} is a folder; give a file")
-    if output.exists() and Path(source).expanduser().exists() and output.samefile(Path(source).expanduser()):
+    given = user_path(source, "prompts")
+    if output.exists() and given.exists() and output.samefile(given):
         raise UsageError(f"output {output} is the input itself; choose another file")
     if batch_size < 1:
         raise UsageError(f"batch_size={batch_size} must be at least 1")

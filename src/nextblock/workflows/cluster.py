@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nextblock.config.errors import UsageError
+from nextblock.config.files import user_path
 
 Batches = Sequence[tuple[int, Any]]  # number of the first prompt, and what is given to `answer` with it
 LOST_IN_TURN = 5  # for each copy, without an answer in between
@@ -108,4 +109,5 @@ def _run(
 
 def absolute(path: str | Path | None) -> str | Path | None:
     """A local path as other processes find it; a Hub id as it is."""
-    return path if path is None or not Path(path).expanduser().exists() else Path(path).expanduser().resolve()
+    found = None if path is None else user_path(path)
+    return path if found is None or not found.exists() else found.resolve()

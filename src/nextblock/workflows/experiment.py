@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import Field, field_validator
 
 from nextblock.config.errors import UsageError, nearest
-from nextblock.config.files import read_yaml
+from nextblock.config.files import read_yaml, user_path
 from nextblock.config.run import AdaptConfig, load_config
 from nextblock.config.sections import Section, validate
 from nextblock.decoding.options import DecodingConfig
@@ -141,7 +141,7 @@ def _dotted(keys: Mapping[str, Any]) -> dict[str, Any]:
 
 def find_experiment(argument: str) -> Path:
     """A YAML path as given, or the experiment of that name in the folder `experiments`."""
-    path = Path(argument)
+    path = user_path(argument, "experiment")
     if path.is_file():
         return path
     names = sorted(one.stem for one in Path("experiments").glob("*.yaml"))

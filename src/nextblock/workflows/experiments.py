@@ -30,8 +30,8 @@ from nextblock.config.run import AdaptConfig, load_config, stage_configs
 from nextblock.decoding.lm import BlockDiffusionLM, load
 from nextblock.measure.accuracy import score_task
 from nextblock.measure.machine import environment
-from nextblock.measure.report import read_log
 from nextblock.model.loading import usable_device
+from nextblock.training.log import read_log
 from nextblock.training.run import LOG, RESOLVED_CONFIG
 from nextblock.workflows.adapt import adapt
 from nextblock.workflows.experiment import Experiment, Score

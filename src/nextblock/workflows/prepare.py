@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nextblock.config.errors import UsageError
-from nextblock.config.files import make_folder, to_yaml, write_whole
+from nextblock.config.files import make_folder, to_yaml, user_path, write_whole
 from nextblock.config.progress import progress
 from nextblock.config.run import AdaptConfig, stage_configs
 from nextblock.config.sections import DataConfig, ModelConfig, Source
@@ -121,7 +121,7 @@ def _values(config: AdaptConfig, stores: Mapping[Place, Prepared]) -> dict[str, 
 
 def _absolute(path: str) -> str:
     """The path of what is on this machine, for any folder; another name as it is."""
-    found = Path(path).expanduser()
+    found = user_path(path)
     return str(found.absolute()) if found.exists() and path not in SHIPPED else path
 
 

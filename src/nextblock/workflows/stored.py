@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nextblock.config.errors import UsageError
-from nextblock.config.files import write_whole
+from nextblock.config.files import user_path, write_whole
 from nextblock.decoding.options import DEPENDENT
 from nextblock.model.loading import SHIPPED
 
@@ -20,7 +20,7 @@ def writable_folder(model: str | Path) -> Path:
     Raises:
         UsageError: a shipped model, a Hub id, or a folder that cannot be written.
     """
-    folder = Path(model).expanduser()
+    folder = user_path(model, "model")
     if str(model) in SHIPPED:
         raise UsageError(f"--write: {model} is a shipped model and stays as it is; copy it first, and tune the copy")
     if not folder.is_dir():

@@ -35,9 +35,9 @@ from pathlib import Path
 from typing import Any
 
 from nextblock.config.errors import UsageError
-from nextblock.config.files import write_whole
+from nextblock.config.files import user_path, write_whole
 from nextblock.measure.report.page import render
-from nextblock.training.log import finite
+from nextblock.training.log import finite, read_log
 
 RESULTS = "results.json"
 REPORT = "report.html"
@@ -49,7 +49,7 @@ def load_results(folder: Path | str) -> dict[str, Any]:
     Raises:
         UsageError: the folder has none, or it is not a JSON object.
     """
-    path = Path(folder) / RESULTS
+    path = user_path(Path(folder) / RESULTS, "run")
     if not path.is_file():
         raise UsageError(f"{folder} has no {RESULTS}; give a folder that `nextblock adapt` or `nextblock demo` wrote")
     try:
@@ -70,7 +70,7 @@ def write_report(results: Mapping[str, Any], folder: Path | str) -> Path:
     Raises:
         UsageError: a line of the log cannot be read; nothing is written then.
     """
-    folder = Path(folder)
+    folder = user_path(folder, "report folder")
     path = folder / results["log"] if results.get("log") else None
     records = [read_log(path, kind) if path else [] for kind in (None, "profile", "resume")]
     results = finite(results)
@@ -80,26 +80,3 @@ def write_report(results: Mapping[str, Any], folder: Path | str) -> Path:
     for name, text in ((RESULTS, stored), (REPORT, page)):
         write_whole(folder / name, text.encode("utf-8"))  # a reader never sees half a file
     return folder / REPORT
-
-
-def read_log(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
-    """The records of one kind in `log.jsonl`, in order; none if there is no such file.
-
-    Args:
-        path: the file.
-        kind: "profile" (`training.log.LossProfile`), "evaluation" (`evaluate_midway`) or "resume" (what was changed
-            then); None: the steps.
-    Raises:
-        UsageError: a line is not JSON; the last one may be unfinished, as a killed run leaves it.
-    """
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            records.append(json.loads(line))
-        except ValueError as error:
-            if number < len(lines):
-                raise UsageError(f"{path}, line {number} is not JSON ({error}); delete the line") from error
-    return [record for record in records if record.get("kind") == kind]
