@@ -115,9 +115,10 @@ def test_lines_come_often_enough_to_be_watched_and_rarely_enough_to_be_kept(cloc
     assert all(line.endswith(" left") for line in lines[1:-1])
 
 
-def test_a_bar_on_a_terminal_leaves_nothing_behind():
+def test_a_bar_on_a_terminal_shows_its_label_whatever_that_holds_and_leaves_nothing_behind():
     screen = io.StringIO()
-    with progress("scoring", Console(file=screen, force_terminal=True, width=120)) as update:
+    with progress("m[/x] {y}", Console(file=screen, force_terminal=True, width=120)) as update:
         update(3, 10, "what")
+    assert "m[/x] {y}" in screen.getvalue()
     assert "3/10" in screen.getvalue()
     assert screen.getvalue().endswith("\x1b[2K")

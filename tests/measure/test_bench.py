@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 
 import nextblock as nb
 from families import tiny_model
+from nextblock.cli import measure as measure_commands
 from nextblock.cli.main import app
 from nextblock.config.errors import UsageError
 from nextblock.config.sections import BlockDiffusionSettings
@@ -414,6 +416,28 @@ def test_results_are_json_with_a_plot_beside_it(lm, tmp_path):
     ]
     assert stored["environment"]["device"].startswith("cpu")
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+ENTRY: dict[str, Any] = {"batch": 1, "tokens_per_second": 9.0, "speedup": 1.0, "speedup_low": 1.0, "options": {}}
+ENTRY |= {"speedup_high": 1.0, "first_token_seconds": 0.1, "forward_ms": 1.0, "tokens_per_forward": 1.0}
+ENTRY |= {"equal_to_ar": 1.0, "peak_memory_gib": None}
+
+
+@pytest.mark.parametrize("name", ["assistant m[/x]", "assistant m[v2]"])
+def test_a_contestant_is_shown_by_its_name_whatever_that_holds(name, capsys):
+    measure_commands._tell_speeds(None, {"decode": [{**ENTRY, "name": name}], "forwards": []})
+    assert name in capsys.readouterr().out
+
+
+def test_figures_are_written_before_they_are_shown(tmp_path, monkeypatch):
+    def broken() -> Any:
+        raise OSError("no terminal")
+
+    monkeypatch.setattr(measure_commands, "wide_console", broken)
+    output: Path = tmp_path / "b.json"
+    with pytest.raises(OSError, match="no terminal"):
+        measure_commands._tell_speeds(output, {"decode": [{**ENTRY, "name": "a"}], "forwards": []})
+    assert json.loads(output.read_text())["decode"][0]["name"] == "a"
 
 
 def test_random_weights_are_timed_without_tokenizer_or_end_tokens():

@@ -106,6 +106,22 @@ def test_any_block_size_is_measured(block_size):
     assert [check for check in checks if check.status != "passed"] == []
 
 
+@pytest.mark.parametrize(("family", "key"), [("llama", "max_position_embeddings"), ("gpt2", "n_positions")])
+@pytest.mark.parametrize("positions", [12, 13, 16, 20, 24, 25])
+def test_a_short_context_is_measured_with_shorter_blocks(family, key, positions, tmp_path):
+    tiny_model(family, **{key: positions}).save_pretrained(tmp_path)
+    checks = verify(tmp_path)
+    assert [check for check in checks if check.status != "passed"] == []
+    assert max(check.positions for check in checks) <= positions
+
+
+@pytest.mark.parametrize("positions", [9, 11])
+def test_a_context_too_short_for_any_block_is_refused(positions, tmp_path):
+    tiny_model("gpt2", n_positions=positions).save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match=f"the model has {positions} positions and the identities need 12"):
+        verify(tmp_path)
+
+
 def test_in_bfloat16_the_logits_are_compared_and_the_tokens_left_out(tmp_path):
     tiny_model("llama").save_pretrained(tmp_path)
     checks = verify(tmp_path, dtype=torch.bfloat16)
@@ -115,7 +131,7 @@ def test_in_bfloat16_the_logits_are_compared_and_the_tokens_left_out(tmp_path):
 
 def test_a_mask_token_outside_the_vocabulary_is_refused(tmp_path):
     tiny_model("llama").save_pretrained(tmp_path)
-    with pytest.raises(UsageError, match="outside the vocabulary"):
+    with pytest.raises(UsageError, match=r"^mask_token=97 is outside the vocabulary"):
         verify(tmp_path, mask_token=97)
 
 
@@ -171,6 +187,14 @@ def test_the_table_shows_every_check_with_its_result():
         assert check.name in text
     assert "failed" in text
     assert "passed" in text
+
+
+def test_a_reason_is_shown_whatever_it_holds():
+    reason = "ValueError: no [/x] in [bold]m[v2]"
+    console = Console(width=200)
+    with console.capture() as captured:
+        console.print(table([Check("1", "failed", None, None, "relative", reason, 1.0, 9)]))
+    assert reason in captured.get()
 
 
 @pytest.mark.parametrize("width", [72, 80, 100])

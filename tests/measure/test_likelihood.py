@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import PreTrainedModel
 
 import nextblock as nb
@@ -18,7 +19,7 @@ from layouts import CHAT, PLAIN, PROMPTED, make_rows
 from nextblock.config.sections import BlockDiffusionSettings
 from nextblock.data.rows import Rows
 from nextblock.measure.accuracy import score_task
-from nextblock.measure.likelihood import bits_per_byte
+from nextblock.measure.likelihood import BitsPerByte, bits_per_byte, likelihood_table
 from nextblock.model.decoder import Decoder
 from nextblock.recipe.likelihood import ar_nats as row_nats
 from nextblock.recipe.likelihood import bound_nats
@@ -144,6 +145,15 @@ def test_the_bound_averages_over_how_many_tokens_of_a_block_are_masked():
     found = bits_per_byte(Decoder(model), TwoBytes(), rows, settings, draws=3000)[1].value * math.log(2) * 6
     spread = max(abs(2 * noised_nats((i,)) - expected) for i in (2, 3)) + abs(noised_nats((2, 3)) - expected)
     assert found == pytest.approx(expected, abs=5 * spread / math.sqrt(3000) + 1e-3)
+
+
+def test_a_bad_bound_is_shown_in_a_few_digits():
+    bad = BitsPerByte("diffusion (bound)", 32, 200.0, 900, 300, 3.21e60, 1.5)
+    console = Console(width=100)
+    with console.capture() as captured:
+        console.print(likelihood_table([bad, BitsPerByte("AR (exact)", None, 2.0, 900, 300, 1234.5)]))
+    assert "3.21e+60" in captured.get()
+    assert "1,234.50" in captured.get()
 
 
 def test_a_task_score_is_that_of_the_answers_graded_one_by_one():

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
@@ -25,6 +26,7 @@ from nextblock.config.sections import BlockDiffusionSettings, DraftAdapterConfig
 from nextblock.measure.likelihood import bits_per_byte, evaluation_rows
 from nextblock.measure.plan import USABLE, StagedPlan, largest_row, plan, plan_stages
 from nextblock.measure.plan.memory import evaluation_memory, step_memory
+from nextblock.measure.plan.table import plan_table
 from nextblock.measure.plan.work import (
     attention_pairs,
     noised_tokens,
@@ -581,6 +583,15 @@ def test_the_command_prints_all_stages_as_a_table_and_as_json(staged, tmp_path):
     assert rows["steps"] == ["9", "3", "5", "17"]
     assert rows["longest row that fits"] == ["2048", "4096", "4096"]
     assert len(rows["GPU-hours"]) == 4
+
+
+@pytest.mark.parametrize("name", ["m[/x]", "m[v2]"])
+def test_a_model_is_shown_by_its_name_whatever_that_holds(name, tmp_path):
+    found = replace(plan(config_of(LLAMA, tmp_path), device="l4"), model=name)
+    console = Console(width=140)
+    with console.capture() as captured:
+        console.print(plan_table(found))
+    assert captured.get().count(name) == 2  # beside the parameters, and below the table
 
 
 def test_the_command_prints_the_plan_as_json():

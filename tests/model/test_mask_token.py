@@ -102,6 +102,16 @@ def test_a_wrong_mask_token_is_refused(wanted, said):
     assert said in str(refused.value)
 
 
+@pytest.mark.parametrize("wanted", [300, "[nope]", 256])
+def test_a_wrong_mask_token_is_refused_by_the_name_of_its_option(wanted):
+    model = tiny_model("llama", vocab_size=300)
+    model.generation_config.eos_token_id = 256
+    with pytest.raises(UsageError) as refused:
+        choose_mask_token(Decoder(model), byte_tokenizer(), wanted, name="mask_token")
+    assert "mask_token" in str(refused.value)
+    assert "model.mask_token" not in str(refused.value)
+
+
 def test_a_tokenizer_with_a_mask_token_of_its_own_follows_the_one_that_is_chosen():
     tokenizer = with_mask_token()
     choose_mask_token(Decoder(tiny_model("llama", vocab_size=300)), tokenizer, 7)

@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 import nextblock as nb
@@ -44,9 +45,11 @@ def test_figures_of_answers_are_those_of_their_clocks():
     assert told["whole_seconds"]["p50"] == 5.0
     assert percentile([*range(1, 101)], 95) == 95
     assert percentile([], 50) is None
-    assert load.table(
-        [{"decoder": "ar", "load": "4 clients", **told}, {"decoder": "ar", "load": "0 / s", **summary([], 1)}]
-    )
+    entries = [{"decoder": "ar", "load": "4 clients", **told}, {"decoder": "m[/x]", "load": "0 / s", **summary([], 1)}]
+    console = Console(width=140)
+    with console.capture() as captured:
+        console.print(load.table(entries))
+    assert "m[/x]" in captured.get()
 
 
 def test_a_closed_loop_asks_again_at_once_and_an_open_loop_does_not_wait():

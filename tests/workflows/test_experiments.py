@@ -15,7 +15,9 @@ from typing import Any
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from nextblock.cli.main import app
 from nextblock.config.errors import UsageError
 from nextblock.config.files import LOCK, locked
 from nextblock.config.run import load_config
@@ -291,6 +293,17 @@ def test_figures_of_another_version_of_an_experiment_are_not_mixed_in(tmp_path):
     place.result("causal", 0).write_text("{")
     with pytest.raises(UsageError, match="holds no figures"):
         read_results(experiment, place)
+
+
+def test_a_question_and_a_folder_are_shown_whatever_they_hold(tmp_path, monkeypatch):
+    figures = fake({"causal": [1.0, 1.2], "block": [2.0, 2.1]})
+    monkeypatch.setattr("nextblock.workflows.experiments.read_results", lambda *_: figures)
+    source, runs = written(tmp_path, question="Is [/x] better than [y]?"), tmp_path / "runs[v2]"
+    result = CliRunner().invoke(
+        app, ["experiment", str(source), "--runs", str(runs), "--table"], catch_exceptions=False
+    )
+    assert "Is [/x] better than [y]?" in result.stdout
+    assert "runs[v2]" in result.stdout
 
 
 def test_every_shipped_experiment_is_valid():

@@ -55,11 +55,9 @@ def demo(output: str | Path | None = None, *, examples: int = 200, console: Cons
     results |= {"title": f"{config.model.path}, adapted in the demo", "command": "nextblock demo"}
     report = write_report(results, folder)
     console.print(decoding_table(results))
-    console.print(f"report      {report}\nfigures     {folder / 'results.json'}\ncheckpoint  {folder}", soft_wrap=True)
-    console.print(
-        f"try         nextblock generate {folder} {shlex.quote(get_task(TASK).example('test', 7).prompt)}",
-        soft_wrap=True,
-    )
+    told = f"report      {report}\nfigures     {folder / 'results.json'}\ncheckpoint  {folder}\ntry         "
+    told += f"nextblock generate {folder} {shlex.quote(get_task(TASK).example('test', 7).prompt)}"
+    console.print(told, soft_wrap=True, markup=False)
     return results
 
 

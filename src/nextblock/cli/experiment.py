@@ -58,8 +58,8 @@ def experiment(
         if not (results := read_results(checked, place)):
             raise UsageError(f"{place.results} holds no figures yet; run without --table")
         console = wide_console()
-        console.print(checked.question, soft_wrap=True, highlight=False)
+        console.print(checked.question, soft_wrap=True, highlight=False, markup=False)
         console.print(Markdown(markdown_table(checked, results)))
         place.runs.mkdir(parents=True, exist_ok=True)
         plot(checked, results).savefig(place.runs / "plot.png")
-        console.print(f"plot        {place.runs / 'plot.png'}", soft_wrap=True, highlight=False)
+        console.print(f"plot        {place.runs / 'plot.png'}", soft_wrap=True, highlight=False, markup=False)

@@ -161,8 +161,6 @@ def _evaluate_text(
     """What `evaluate --likelihood` does."""
     from dataclasses import asdict
 
-    from rich.console import Console
-
     from nextblock.config.progress import progress
     from nextblock.config.sections import Source, validate
     from nextblock.data.sources import place_of
@@ -179,7 +177,7 @@ def _evaluate_text(
     lm = load_lm(model, given)
     with progress("scoring text") as update:
         found = text_likelihood(lm, validate(Source, source), block_sizes=sizes, on_documents=update, **options)
-    Console().print(likelihood_table(found.measures))
+    wide_console().print(likelihood_table(found.measures))
     read = {"documents": found.documents, "truncated": found.truncated, "skipped": found.skipped}
     if found.truncated or found.skipped:
         print(
@@ -295,15 +293,16 @@ def _assisted(
 
 
 def _tell_speeds(output: Path | None, results: dict[str, Any]) -> None:
-    """Print the tables of a benchmark, and write its figures if an output is named."""
+    """Write the figures of a benchmark if an output is named, and print its tables."""
     from nextblock.measure.bench.command import write_results
     from nextblock.measure.bench.figures import forward_table, plot_bench, speed_table
 
+    written = () if output is None else write_results(results, plot_bench(results), output)
     for kind, table in (("decode", speed_table), ("forwards", forward_table)):
         if results[kind]:
             wide_console().print(table(results[kind]))
-    if output is not None:
-        print(*write_results(results, plot_bench(results), output))
+    if written:
+        print(*written)
 
 
 @takes_loading_options

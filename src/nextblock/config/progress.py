@@ -55,8 +55,8 @@ def progress(label: str, console: Console | None = None, *, transient: bool = Tr
     console = console or Console(stderr=True)
     if console.is_terminal:
         columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-        what = TextColumn("{task.fields[what]}", markup=False)
-        with Progress(TextColumn(label), *columns, what, console=console, transient=transient) as bar:
+        name, what = (TextColumn(f"{{task.{own}}}", markup=False) for own in ("description", "fields[what]"))
+        with Progress(name, *columns, what, console=console, transient=transient) as bar:
             task = bar.add_task(label, total=None, what="")
             yield lambda done, total, what="": bar.update(task, completed=done, total=total, what=what)
         return

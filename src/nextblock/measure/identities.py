@@ -16,6 +16,7 @@ from typing import Any, Literal, cast
 
 import torch
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_mask
@@ -48,6 +49,8 @@ AR_WEIGHT = 0.5
 Unit = Literal["relative", "tokens", "entries"]
 Status = Literal["passed", "failed", "skipped"]
 OnCheck = Callable[[int, int, str], None]
+Identity = tuple[str, Callable[["_Subject"], float | None], float | None, Unit, int]
+"""Name, how it is measured, and of the `Check`: tolerance, unit and positions."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +100,8 @@ def verify(
         settings: as of `load`.
         on_check: called before each check: checks done, checks in all, and its name.
     Raises:
-        UsageError: the model cannot be loaded or ignores the mask or the positions that it is given, or the mask
-            token is not in its vocabulary.
+        UsageError: the model cannot be loaded, ignores the mask or the positions that it is given or has too few of
+            these, or the mask token is not in its vocabulary.
     """
     model = load_model(path, dtype=dtype, attention=attention, device=device)
     decoder, tokenizer, given = Decoder(model), load_tokenizer(path), read_settings(model.config, settings)
@@ -107,22 +110,25 @@ def verify(
     probe(decoder)
     mask_id = decoder.vocabulary - 1
     if mask_token is not None or given is not None or getattr(tokenizer, "mask_token_id", None) is not None:
-        mask_id = choose_mask_token(decoder, tokenizer, mask_token)
-    given = given or BlockDiffusionSettings(mask_token_id=mask_id)
-    given = given.model_copy(update={"mask_token_id": mask_id})
+        mask_id = choose_mask_token(decoder, tokenizer, mask_token, name="mask_token")
+    given = (given or BlockDiffusionSettings(mask_token_id=mask_id)).model_copy(update={"mask_token_id": mask_id})
     return verify_model(BlockDiffusionLM(model, None, given), on_check)
 
 
 def verify_model(lm: BlockDiffusionLM, on_check: OnCheck = lambda done, total, name: None) -> list[Check]:
     """Run the identities on a model in memory, which must have settings (block size, mask token, recipe)."""
     assert lm.settings is not None
-    block_size = lm.settings.block_size if 1 < lm.settings.block_size < 8 else 8
-    settings = lm.settings.model_copy(update={"block_size": block_size, "decoding": {}})
+    own, room = lm.settings.block_size, Decoder(lm.model).max_positions or 2**31
+    # The longest of the shortest documents takes 2b + 8 positions, a prompt of one token with its answer 3b + 1.
+    fitting = [b for b in range(2, 1 + (own if 1 < own < 8 else 8)) if max(2 * b + 8, 3 * b + 1) <= room]
+    if not fitting:
+        raise UsageError(f"the model has {room} positions and the identities need 12; verify one with more")
+    settings = lm.settings.model_copy(update={"block_size": fitting[-1], "decoding": {}})
     subject = _Subject(BlockDiffusionLM(lm.model, None, settings), settings)
     relative = TOLERANCE.get(lm.model.dtype, 5e-2)
     row, prompt = subject.longest(subject.rows), max(len(p) for prompts in subject.prompts for p in prompts)
     context, short = subject.decoder.max_positions or 5, subject.longest(subject.short_rows)
-    checks: list[tuple[str, Callable[[_Subject], float | None], float | None, Unit, int]] = [
+    checks: list[Identity] = [
         ("the model obeys the mask and positions it is given", lambda s: probe(s.decoder), None, "relative", context),
         ("1  clean half = plain causal forward", _clean_half, relative, "relative", row),
         ("2  noised block = cached decoding step", _decoding_step, relative, "relative", row),
@@ -135,7 +141,7 @@ def verify_model(lm: BlockDiffusionLM, on_check: OnCheck = lambda done, total, n
     done: list[Check] = []
     for check in checks:
         on_check(len(done), len(checks), check[0])
-        done.append(_measure(subject, *check))
+        done.append(_measure(subject, check))
     skipped = ("skipped", None, None, "relative", "such a row is too long to try", 0.0, row)
     return done + [Check(f"   {limit} are exceeded", *skipped) for limit in subject.untried]
 
@@ -150,19 +156,13 @@ def table(checks: Iterable[Check]) -> Table:
         unit = "" if check.unit == "relative" else f" {check.unit}"
         numbers = (check.difference, check.tolerance)
         difference, tolerance = ("" if value is None else f"{value:.2g}{unit}" for value in numbers)
-        result = f"[{colour[check.status]}]{check.status}[/]" + (f": {check.reason}" if check.reason else "")
+        result = f"[{colour[check.status]}]{check.status}[/]" + (f": {escape(check.reason)}" if check.reason else "")
         out.add_row(check.name, str(check.positions), difference, tolerance, f"{check.seconds:.2f}", result)
     return out
 
 
-def _measure(
-    subject: _Subject,
-    name: str,
-    check: Callable[[_Subject], float | None],
-    tolerance: float | None,
-    unit: Unit,
-    positions: int,
-) -> Check:
+def _measure(subject: _Subject, identity: Identity) -> Check:
+    name, check, tolerance, unit, positions = identity
     start, difference, reason = time.perf_counter(), None, ""
     status: Status
     try:
@@ -419,7 +419,5 @@ def _batching(mode: Any, subject: _Subject) -> float:
 
 
 def _speculative(subject: _Subject) -> float:
-    return sum(
-        _different_tokens(_greedy(subject, "speculative", prompts), _greedy(subject, "ar", prompts))
-        for prompts in subject.prompts
-    )
+    both = ([_greedy(subject, mode, prompts) for mode in ("speculative", "ar")] for prompts in subject.prompts)
+    return sum(_different_tokens(ours, theirs) for ours, theirs in both)

@@ -141,7 +141,7 @@ def likelihood_table(found: Sequence[BitsPerByte]) -> Table:
         table.add_column(heading, justify="left" if heading == "measure" else "right", no_wrap=True)
     for one in found:
         error = f" ± {one.standard_error:.4f}" if one.standard_error else ""
-        size = str(one.block_size or words.DASH)
-        figures = (f"{one.value:.4f}{error}", words.number(one.perplexity), f"{one.tokens:,}", f"{one.bytes:,}")
-        table.add_row(one.measure, size, *figures)
+        perplexity = f"{one.perplexity:.3g}" if one.perplexity > 1e6 else words.number(one.perplexity)
+        figures = (f"{one.value:.4f}{error}", perplexity, f"{one.tokens:,}", f"{one.bytes:,}")
+        table.add_row(one.measure, str(one.block_size or words.DASH), *figures)
     return table

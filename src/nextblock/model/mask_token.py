@@ -39,6 +39,7 @@ def choose_mask_token(
     tokenizer: Any,
     wanted: int | str | None,
     fill: Callable[[Decoder, range], None] = fill_rows,
+    name: str = "model.mask_token",
 ) -> int:
     """The mask token's id; makes one where the model has none, with embedding and head rows at the mean.
 
@@ -47,12 +48,13 @@ def choose_mask_token(
 
     Args:
         fill: what gives the rows of a token that was made their values.
+        name: what the option is called that gave `wanted`.
     Raises:
         UsageError: an id outside the vocabulary, a token that is not in it, or an end token.
     """
     settings = read_settings(decoder.model.config)
     if wanted is not None:
-        mask_id = _wanted_mask(decoder, tokenizer, wanted)
+        mask_id = _wanted_mask(decoder, tokenizer, wanted, name)
     elif settings is not None:
         mask_id = settings.mask_token_id
         check_mask_token(mask_id, decoder.vocabulary, "block_diffusion.mask_token_id of the checkpoint")
@@ -67,7 +69,7 @@ def choose_mask_token(
     for source in (model.generation_config, decoder.config, tokenizer):
         ends = getattr(source, "eos_token_id", None)
         if mask_id in (ends if isinstance(ends, list) else [ends]):
-            raise UsageError(f"mask token id {mask_id} is an end token; set model.mask_token to another")
+            raise UsageError(f"mask token id {mask_id} is an end token; set {name} to another")
     if tokenizer is not None and tokenizer.mask_token_id not in (None, mask_id):  # what is exported tells one story
         tokenizer.mask_token = tokenizer.convert_ids_to_tokens(mask_id)
     return mask_id
@@ -111,15 +113,15 @@ def check_round_trip(tokenizer: Any, mask_id: int) -> None:
         raise UsageError(f"the tokenizer reads {tokens} as one id, {mask_id}; set model.mask_token to an unused one")
 
 
-def _wanted_mask(decoder: Decoder, tokenizer: Any, wanted: int | str) -> int:
+def _wanted_mask(decoder: Decoder, tokenizer: Any, wanted: int | str, name: str) -> int:
     if isinstance(wanted, str):
         if tokenizer is None or wanted not in tokenizer.get_vocab():
             raise UsageError(
-                f"model.mask_token={wanted!r} is not in the tokenizer's vocabulary; give an id, or leave it out "
+                f"{name}={wanted!r} is not in the tokenizer's vocabulary; give an id, or leave it out "
                 "to have one added"
             )
         wanted = int(tokenizer.convert_tokens_to_ids(wanted))
-    check_mask_token(wanted, decoder.vocabulary, "model.mask_token")
+    check_mask_token(wanted, decoder.vocabulary, name)
     return wanted
 
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import httpx
 from rich.box import SIMPLE_HEAD
+from rich.markup import escape
 from rich.table import Table
 
 from nextblock.config.errors import UsageError, one_line
@@ -275,7 +276,7 @@ def table(entries: Sequence[Mapping[str, Any]]) -> Table:
         base = first.setdefault(entry["decoder"], speed)
         times = (entry[f"{name}_seconds"].values() for name in ("first_token", "per_token"))
         shown.add_row(
-            entry["decoder"],
+            escape(entry["decoder"]),
             entry["load"],
             str(entry["answers"]),
             str(entry["errors"]),

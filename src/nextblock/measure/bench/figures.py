@@ -8,6 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
+from rich.markup import escape
 from rich.table import Table
 
 from nextblock.measure import words
@@ -28,7 +29,7 @@ def speed_table(entries: Sequence[Entry]) -> Table:
         held = entry["peak_memory_gib"]
         table.add_row(
             str(entry["batch"]),
-            entry["name"],
+            escape(entry["name"]),
             words.number(entry["tokens_per_second"], 0),
             f"{entry['speedup']:.2f} ({entry['speedup_low']:.2f}–{entry['speedup_high']:.2f})",
             f"{1000 * entry['first_token_seconds']:.1f} ms",
@@ -116,7 +117,7 @@ def tuning_table(trials: Sequence[Entry], measure: str) -> Table:
     for trial in sorted((t for t in trials if t["stage"] == "fine"), key=lambda t: -t["speedup"]):
         table.add_row(
             "★" if trial["chosen"] else "",
-            trial["name"],
+            escape(trial["name"]),
             words.number(trial["speedup"]),
             words.number(trial["tokens_per_second"], 0),
             words.number(trial["tokens_per_forward"]),

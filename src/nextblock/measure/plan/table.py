@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
+from rich.markup import escape
 from rich.table import Table
 
 from nextblock.measure.plan import USABLE, Plan, StagedPlan
@@ -26,11 +27,11 @@ def plan_table(found: Plan | StagedPlan) -> Table:
     table = Table(box=SIMPLE_HEAD, show_header=staged)
     table.add_column("", no_wrap=True)
     for name in (stage.name for stage in found.stages) if isinstance(found, StagedPlan) else ("",):
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(escape(name), justify="right", no_wrap=True)
     table.add_column("all" if staged else "", justify="right" if staged else "left", style="" if staged else "dim")
 
     def row(label: str, cell: Callable[[Plan], str], note: str = "", total: str = "", **style: Any) -> None:
-        table.add_row(label, *map(cell, plans), total if staged else note, **style)
+        table.add_row(label, *map(cell, plans), escape(total if staged else note), **style)
 
     share = f"{100 * first.trained_share:.2f} % of the parent" if first.trained != "full" else ""
     row("parameters", lambda one: count(one.parameters, 2), first.model)
@@ -71,7 +72,7 @@ def plan_table(found: Plan | StagedPlan) -> Table:
         return table
     table.add_section()
     where = f"{first.devices} x {first.device}" + (f", {first.parallel}" if first.parallel else "")
-    table.caption = f"{first.model} on {where} at {first.mfu:.0%} MFU, assumed"
+    table.caption = escape(f"{first.model} on {where} at {first.mfu:.0%} MFU, assumed")
     row("tokens per second", lambda one: number(one.tokens_per_second, 0))
     row("of which each process is fed", lambda one: number(one.feed_tokens_per_second, 0))
     row("seconds a step", lambda one: number(one.step_seconds))
