@@ -30,6 +30,7 @@ from nextblock.cli.options import (
     wide_console,
 )
 from nextblock.config.errors import UsageError, require
+from nextblock.config.files import write_json
 from nextblock.server.limits import Limits
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -108,7 +109,6 @@ def bench_serve(
     if not seconds > 0 or any(not each > 0 for each in rate or ()):
         raise UsageError("--seconds and --rate must be above 0")
     at_least_one(max_new_tokens=max_new_tokens, clients=min(clients or [1]))
-    from nextblock.config.files import write_json
     from nextblock.config.progress import progress
     from nextblock.measure.bench.command import read_prompts
     from nextblock.server import load
