@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from nextblock.config.sections import BlockDiffusionSettings, DraftAdapterConfig
 from nextblock.model.adapter_files import save_adapter
 from nextblock.model.draft_adapter import DraftAdapter
 from nextblock.model.parent import byte_tokenizer
+from nextblock.tasks import get_task
 from nextblock.training.export import export
 
 
@@ -513,11 +515,19 @@ def test_the_type_of_a_key_says_how_its_value_is_read(key, text, value):
         (["--mode", "ar", "--block-size", "4"], "--block-size: ar mode has no blocks; leave it out"),
         (["--top-p", "0.5"], "--top-p cuts what is sampled, and answers are greedy; give --temperature as well"),
         (["--first", "-1"], "first=-1 must be at least 0"),
-        (["--task", "human_eval", "--first", "164"], "human_eval has 164 problems"),
     ],
 )
 def test_evaluate_refuses_bad_options_in_one_line(run, tmp_path, arguments, words):
     refused(run, ["evaluate", "tiny-bd", *arguments], words, tmp_path / "out")
+
+
+def test_evaluate_takes_what_is_left_of_a_task_behind_the_first(run, monkeypatch, tmp_path):
+    task = replace(get_task("algebra"), count=32)
+    monkeypatch.setattr("nextblock.tasks.get_task", lambda name: task)
+    status, _, _ = run("evaluate", "tiny-bd", "--mode", "ar", "--first", "30", "--output", tmp_path / "scores.json")
+    assert status == 0
+    (row,) = json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))
+    assert row["examples"] == 2
 
 
 def test_the_demo_refuses_a_number_of_examples_before_it_trains(run, tmp_path):
