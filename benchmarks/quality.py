@@ -8,7 +8,6 @@ python benchmarks/quality.py --model runs/real/parent --draft-adapter runs/real/
 from __future__ import annotations
 
 import itertools
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -19,6 +18,7 @@ import typer
 
 import nextblock as nb
 import real_prompts
+from nextblock.config.files import write_json
 from nextblock.config.progress import progress
 from nextblock.decoding.lm import BlockDiffusionLM
 from nextblock.measure.bench.contest import (
@@ -217,13 +217,12 @@ def main(
             title = f"{name} + {adapter}" if adapter else name
             cells += cells_of(title, lm, model is None, given, lambda: update(next(done), parts))
     print(f"{table(cells)}\n\n{summary(cells)}")
-    output.parent.mkdir(parents=True, exist_ok=True)
     results = {
         "environment": environment(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
         **given,
         "cells": [asdict(one) for one in cells],
     }
-    output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    write_json(results, output)
     output.with_suffix(".md").write_text(f"{summary(cells)}\n\n{table(cells)}\n", encoding="utf-8")
 
 

@@ -230,11 +230,8 @@ def append(batch: Batch, found: list[Gain]) -> Iterator[Event]:
     """Append what was gained to the answers."""
     for row, gain in zip(batch.rows, found, strict=True):
         first = len(row.answer)
-        events = [*row.extend(gain.tokens, gain.confidence, gain.tops)]
-        last = [events.pop()] if row.finish is not None else []  # a row's last event is that it is finished
-        yield from events
+        yield from row.extend(gain.tokens, gain.confidence, gain.tops)
         for number, token in gain.rejected:
             if row.finish is None or first + number < len(row.answer):
                 yield Rejected(row.number, first + number, token, row.passes)
         yield BlockFinished(row.number, first, len(row.answer), gain.path)
-        yield from last

@@ -135,7 +135,7 @@ def grown(batch: Batch, pacer: Pacer, draft: Draft, gains: list[Gain], alone: bo
     A draft behind an answer's end is neither kept nor rejected.
     """
     before = [len(row.answer) for row in batch.rows]
-    events = [*append(batch, gains)]
+    events = sorted(append(batch, gains), key=is_last)
     grown_by = [len(row.answer) - n for row, n in zip(batch.rows, before, strict=True)]
     kept = [min(gain.kept, n) for gain, n in zip(gains, grown_by, strict=True)]
     batch.stats.kept += sum(kept)

@@ -125,7 +125,7 @@ def compared(rounds: Sequence[Round], reference: Sequence[Round]) -> dict[str, f
 def our_mode(
     lm: BlockDiffusionLM, options: Options, max_new_tokens: int, ends: Sequence[int], stop: Sequence[str] = ()
 ) -> Contestant:
-    """One of this package's modes, greedy unless `options` say else. `ends`: end tokens, none if empty."""
+    """One of this package's modes, greedy unless `options` say else; the tokens and strings given end an answer."""
     device = lm.decoder.device
     shared: Any = {"temperature": 0.0, "max_new_tokens": max_new_tokens, "eos_token_id": list(ends), "stop": [*stop]}
 
