@@ -220,6 +220,35 @@ def failing_rank(rank: int, how: str, each: list[list[str]]) -> None:
     cli_rank(rank, each)
 
 
+def late_rank(rank: int, values: dict[str, Any], output: Path) -> None:
+    """Rank 0 is slow to clear the folder of a checkpoint; each tells whether that was done before it began."""
+    import nextblock.training.checkpoint as module
+
+    save, remove, cleared = module.save, module.shutil.rmtree, output.parent / "cleared"
+
+    def late(folder: Any, **options: Any) -> None:
+        if module.PARTIAL in str(folder):
+            time.sleep(1)
+            cleared.touch()
+        remove(folder, **options)
+
+    def told(*args: Any, **options: Any) -> None:
+        (output.parent / f"begun-{rank}").write_text(str(cleared.exists()))
+        save(*args, **options)
+
+    module.save = told
+    if rank == 0:
+        module.shutil.rmtree = late
+    adapt_rank(rank, values)
+
+
+def test_no_rank_makes_the_folder_of_a_checkpoint_while_rank_0_clears_it(place, processes, tmp_path):
+    config = config_of(place, tmp_path / "run", data__shards=2, training__checkpoint_every=12)
+    values = config.model_dump(mode="json")
+    assert finish(launch(processes, tmp_path, late_rank, values, tmp_path / "run")) == [0, 0]
+    assert [(tmp_path / f"begun-{rank}").read_text() for rank in range(2)] == ["True", "True"]
+
+
 def test_torchrun_starts_a_run_again_one_of_whose_processes_is_killed(place, processes, tmp_path):
     """Elastic restarts: the weights are those of a run that lost nothing."""
     options = {"data__shards": 2, "training__steps": 40, "training__checkpoint_every": 3}

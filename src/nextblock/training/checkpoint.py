@@ -106,10 +106,11 @@ class CheckpointWriter:
 
     def _write(self, folder: Path, staged: dict[str, Any], state: str, keep: int, keep_every: int | None) -> None:
         partial, group, main = folder.with_name(f"{PARTIAL}{folder.name}"), self._group, is_main()
-        if main:
-            shutil.rmtree(partial, ignore_errors=True)  # of a save that was broken off; no rank writes before rank 0
         try:
             with _named_failure(folder):  # what breaks between the ranks, and below what breaks in one of them
+                if main:
+                    shutil.rmtree(partial, ignore_errors=True)  # of a save that was broken off
+                gather(None, group)  # `save` makes the folder on each rank: none may do so before it is away
                 with errors_on_all_ranks(group), _named_failure(folder):
                     save(staged, storage_writer=FileSystemWriter(partial), process_group=group, no_dist=group is None)
                     if main:
