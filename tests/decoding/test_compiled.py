@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._guards import TracingContext
@@ -200,7 +201,7 @@ def test_a_stream_that_is_given_up_gives_the_memory_back(llama):
         stream = static.stream(**prompts(5, 3), mode="ar", max_new_tokens=20)
         next(stream)
         with pytest.warns(UserWarning, match="without torch.compile"):
-            assert not isinstance(static.passes.cache(1, 10, 1), StaticCache)
+            assert not isinstance(static.passes.cache(static.decoder, 1, 10, 1), StaticCache)
         if give_up == "dropped":
             del stream
             gc.collect()
@@ -210,7 +211,7 @@ def test_a_stream_that_is_given_up_gives_the_memory_back(llama):
         else:
             with stream:
                 next(stream)
-        cache = static.passes.cache(1, 10, 1)
+        cache = static.passes.cache(static.decoder, 1, 10, 1)
         assert isinstance(cache, StaticCache)
         static.passes.release(cache)
 
@@ -450,6 +451,17 @@ def test_tokens_that_see_nothing_do_no_harm_in_float64(attention):
     assert_same(*pair(model, block_size=3), prompts(5), eos_token_id=[], **options)
 
 
+def test_copies_that_are_merged_between_two_calls_are_used():
+    torch._dynamo.reset()
+    model: Any = tiny_model("llama", num_hidden_layers=1)
+    adapter = drafting(model, False)
+    lms = pair(model, StaticPasses(unguarded), adapter, mask_token_id=adapter.mask_token_id)
+    for _ in range(2):
+        assert_same(*lms, prompts(9), mode="speculative", draft_length=None)
+        adapter.merge_copies()
+    assert len(lms[1].passes._passes) == 2
+
+
 @pytest.mark.parametrize("merged", [False, True])
 def test_passes_of_a_draft_adapter_that_begin_with_the_free_token_are_compiled(merged):
     torch._dynamo.reset()
@@ -480,6 +492,53 @@ def test_a_replay_copies_tokens_and_row_numbers_and_never_the_cache():
     keys_and_values = 2 * 2  # of two layers
     assert passes[0] == (keys_and_values, True, [(2, 2), (2, 8)])
     assert all(written == keys_and_values and fixed for written, fixed, _ in passes)
+
+
+class Louder(nn.Module):
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 3 * self.base(x)
+
+
+def softer(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    return output / 2
+
+
+CHANGES: dict[str, Callable[[Any], object]] = {
+    "the dtype": lambda model: model.double(),
+    "a module": lambda model: model.set_submodule("model.layers.0.mlp", Louder(model.model.layers[0].mlp)),
+    "a hook": lambda model: model.model.layers[0].mlp.register_forward_hook(softer),
+    "the weights": lambda model: model.model.layers[0].mlp.down_proj.weight.data.mul_(-2),
+}
+
+
+def unguarded(function):
+    """As compiled for a device, without looking at modules before each pass, but soon done."""
+    options: Any = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+    return torch.compile(function, backend="eager", options=options, fullgraph=True, dynamic=False)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_changed_in_a_model_between_two_calls_counts(change):
+    torch._dynamo.reset()
+    model: Any = tiny_model("llama", num_hidden_layers=1, std=0.3)
+    lms = pair(model, StaticPasses(unguarded))
+    options = {"mode": "speculative", "eos_token_id": [], "max_new_tokens": 12}
+    assert_same(*lms, prompts(9), **options)
+    before = lms[0].generate(**prompts(9), **options).answers
+    CHANGES[change](model)
+    assert_same(*lms, prompts(9), **options)
+    assert change == "the dtype" or lms[0].generate(**prompts(9), **options).answers != before
+
+
+def test_compiled_models_of_other_forms_in_one_process_do_not_meet():
+    torch._dynamo.reset()
+    for layers in (1, 2, 3):
+        lms = pair(tiny_model("llama", num_hidden_layers=layers), StaticPasses(unguarded))
+        assert_same(*lms, prompts(9), mode="ar", max_new_tokens=6, eos_token_id=[])
 
 
 @pytest.mark.slow

@@ -60,7 +60,8 @@ class Batch:
         self.head = Head(decoder, settings, rows, processor, confidence)
         scratch = 1 if config.mode == "ar" else self.block_size * (config.draft_paths + config.draft_ahead)
         capacity = max(len(row.prompt) + row.limit for row in rows) + scratch
-        self.cache = SlotCache(len(rows), capacity) if passes is None else passes.cache(len(rows), capacity, scratch)
+        sizes = len(rows), capacity
+        self.cache = SlotCache(*sizes) if passes is None else passes.cache(decoder, *sizes, scratch)
         self.context = decoder.context(min(len(row.prompt) for row in rows))
         self.masks = Masks(decoder, self.cache.capacity, self.context)
         self.max_positions = self.masks.max_positions

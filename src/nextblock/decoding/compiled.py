@@ -15,7 +15,8 @@ import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from functools import partial
+from itertools import chain
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -36,11 +37,24 @@ LIMITS = {"recompile_limit": 512, "accumulated_recompile_limit": 512}
 LONG = 512
 """Most tokens of a prompt that a compiled pass reads: its mask is dense, and arithmetic is soon all that counts."""
 
-cuda_graphs = partial(torch.compile, mode="reduce-overhead", fullgraph=True, dynamic=False)
+Compiler = Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
+
+
+def compiler_of(device: torch.device) -> Compiler:
+    """torch.compile with the least work around a pass: on CUDA a graph is replayed, on a CPU the caller is C++ too.
+
+    torch would look before each pass whether anything in any module has changed, which takes a tenth of a pass of a
+    small model on a CPU: `StaticPasses` looks once for each batch.
+    """
+    least = {"triton.cudagraphs": True} if device.type == "cuda" else {"cpp_wrapper": True}
+    options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe, **least}
+    return lambda function: torch.compile(function, options=options, fullgraph=True, dynamic=False)
 
 
 class StaticPasses:
     """Compiled passes of one model, and the memory of the cache that they are compiled for.
+
+    compiler: None: that of the device.
 
     failed: a pass could not be compiled; from then on all are ordinary ones. Memory that ran out is no such failure.
     reads: likewise, False when a pass that reads prompts could not be compiled; from then on these are ordinary ones.
@@ -48,9 +62,10 @@ class StaticPasses:
 
     _lock = threading.Lock()  # of the class: there when a stream is closed by the end of Python
 
-    def __init__(self, compiler: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] = cuda_graphs) -> None:
+    def __init__(self, compiler: Compiler | None = None) -> None:
         self.failed, self.reads = False, True
-        self._pass = compiler(_pass)
+        self._compiler = compiler
+        self._passes: dict[tuple[Any, ...], tuple[int, Callable[..., Tensor]]] = {}  # by what the model is made of
         self._user: weakref.ref[StaticCache] | None = None
         self._memory: dict[tuple[int, str], Tensor] = {}
         self._slots: dict[tuple[int, str, int, int], Tensor] = {}
@@ -61,8 +76,10 @@ class StaticPasses:
         """A copy of the model, or one from a pickle, has passes and memory of its own."""
         return StaticPasses, ()
 
-    def cache(self, rows: int, capacity: int, widest: int) -> SlotCache:
+    def cache(self, decoder: Decoder, rows: int, capacity: int, widest: int) -> SlotCache:
         """A cache of at least `capacity` slots for a new batch whose passes have at most `widest` tokens.
+
+        decoder: as it is now, and stays until the batch ends.
 
         An ordinary one, after a warning, while another batch has the memory, as when two streams are read in turns.
         """
@@ -72,6 +89,7 @@ class StaticPasses:
             user = self._user and self._user()
             if user is None or not user.rows:
                 cache = StaticCache(self, rows, rounded_capacity(capacity + rounded_width(widest)))
+                cache.number, cache.run = self._of(decoder)
                 self._user = weakref.ref(cache)
                 return cache
         warnings.warn(
@@ -80,6 +98,15 @@ class StaticPasses:
             stacklevel=2,
         )
         return SlotCache(rows, capacity)
+
+    def _of(self, decoder: Decoder) -> tuple[int, Callable[..., Tensor]]:
+        """The pass for what the model is made of now, and its number. Each has its own code, which torch compiles."""
+        made = made_of(decoder)
+        if made not in self._passes:
+            own: Any = FunctionType(_pass.__code__.replace(), _pass.__globals__, _pass.__name__)
+            compiler = self._compiler or compiler_of(decoder.device)
+            self._passes[made] = len(self._passes), compiler(own)
+        return self._passes[made]
 
     def release(self, cache: StaticCache) -> None:
         """Let the next batch have the memory of this cache, which is not used again."""
@@ -173,7 +200,7 @@ class StaticPasses:
             opens_at, noised = decoder.adapter.first_open(noised), _filled_up(noised, shape)
         windows, max_positions = dict(masks.windows), masks.max_positions
         acts = "by token" if isinstance(noised, Tensor) else noised
-        seen_as = shape[0], cache.seen and shape[1], cache.seen, cache.capacity
+        seen_as = cache.number, shape[0], cache.seen and shape[1], cache.seen, cache.capacity
         key = (*seen_as, *windows.values(), max_positions, acts, opens_at, seen is None)
         try:
             if device.type == "cuda":
@@ -184,7 +211,7 @@ class StaticPasses:
                 if prompt:
                     torch._dynamo.mark_dynamic(filled, 1)
                 gate = (noised, opens_at)
-                hidden = self._pass(decoder, cache, filled, lines, position, seen, gate, windows, max_positions)
+                hidden = cache.run(decoder, cache, filled, lines, position, seen, gate, windows, max_positions)
             self._compiled.add(key)
         except Exception as error:  # of many kinds; what is no fault of the compiler comes again in the ordinary pass
             self._fail(error, cache, decoder.model.config.model_type, prompt)
@@ -216,6 +243,7 @@ class StaticCache(SlotCache):
     """A `SlotCache` in the memory of `StaticPasses`; a static pass writes to `target`.
 
     compiled: whether passes may still be static ones.
+    number, run: of the pass as `StaticPasses` has it compiled.
     seen: slots that a static pass is given, the first ones; 0: as many as the pass has tokens.
     """
 
@@ -223,6 +251,7 @@ class StaticCache(SlotCache):
         super().__init__(rows, capacity)
         self.passes = passes
         self.compiled = True
+        self.number, self.run = 0, _pass
         self.target: Tensor | None = None
         self.seen = self._rounded = 0
         self._layers: list[tuple[Tensor, ...]] = []
@@ -269,6 +298,15 @@ class StaticCache(SlotCache):
         values[row, :, self.target] = value_states.transpose(1, 2)
         seen = self.seen or key_states.shape[2]
         return keys.narrow(2, 0, seen), values.narrow(2, 0, seen)
+
+
+def made_of(decoder: Decoder) -> tuple[Any, ...]:
+    """What compiled code takes for granted of a model: kinds of modules and of weights, and what else they look at."""
+    model, adapter = decoder.model, decoder.adapter
+    drafts = adapter and (weakref.ref(adapter), bool(adapter.layers) and adapter.layers[0].merged is not None)
+    modules = ((type(m), m.training, len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules())
+    weights = ((w.dtype, w.device, w.shape, w.stride()) for w in chain(model.parameters(), model.buffers()))
+    return decoder.attention, drafts, *modules, *weights
 
 
 def _pass(

@@ -130,8 +130,8 @@ class Decoder:
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., V] in the head's dtype, with the scaling and soft cap that the config names."""
         logits = cast(nn.Module, self.model.get_output_embeddings())(hidden)
-        if self.logit_scale != 1:
-            logits = logits * self.logit_scale
+        if (scale := self.logit_scale) != 1:
+            logits = logits * scale
         if (cap := self.logit_cap) is not None:
             logits = torch.tanh(logits / cap) * cap
         return logits

@@ -23,6 +23,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from nextblock.config.errors import UsageError
 from nextblock.decoding.lm import BlockDiffusionLM
+from nextblock.decoding.request import make_request
 from nextblock.measure.bench.prompts import Options, variant_name
 from nextblock.measure.machine import synchronize
 
@@ -127,13 +128,15 @@ def our_mode(
 ) -> Contestant:
     """One of this package's modes, greedy unless `options` say else; the tokens and strings given end an answer."""
     device = lm.decoder.device
-    shared: Any = {"temperature": 0.0, "max_new_tokens": max_new_tokens, "eos_token_id": list(ends), "stop": [*stop]}
+    given: Options = {"temperature": 0.0, "max_new_tokens": max_new_tokens, "eos_token_id": list(ends)}
+    given |= {"stop": [*stop], **options}
 
     def run(prompts: TokenLists) -> Round:
         tokens, mask = left_padded(prompts, device)
         synchronize(device)
         began = time.perf_counter()
-        stream = lm.stream(tokens, attention_mask=mask, **{**shared, **options})
+        request = make_request(lm.decoder, lm.tokenizer, lm.settings, tokens, {**given, "attention_mask": mask})
+        stream = lm.run(request, began)  # as `lm.generate`, which also decodes the texts
         for _ in stream:
             pass
         synchronize(device)
