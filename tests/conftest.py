@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from families import BYTE_VOCABULARY, FAMILIES, WINDOW, pangu_folder, tiny_model
 from nextblock.decoding import lm
-from nextblock.model.costs import NOMINAL, Costs
+from nextblock.model.costs import Costs
 from runs import config_of, start, weights
 
 # A loaded machine is no fault of the code.
@@ -54,10 +54,7 @@ def _every_width_costs_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     flat = {"check": {1: {1: 1.0, 4096: 1.0}, 4096: {1: 1.0, 4096: 1.0}}}
     flat |= {kind: {1: seconds, 4096: seconds} for kind, seconds in (("draft", 1.0), ("alone", 9.0))}
 
-    def given(decoder: Any, settings: Any, config: Any, *more: Any) -> Costs:
-        return NOMINAL if config.temperature else Costs.model_validate(flat)
-
-    monkeypatch.setattr(lm, "costs_of", given)
+    monkeypatch.setattr(lm, "costs_of", lambda *_: Costs.model_validate(flat))
 
 
 @pytest.fixture(autouse=True)

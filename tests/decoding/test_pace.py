@@ -259,7 +259,7 @@ def test_passes_that_are_stopped_while_they_are_timed_hold_no_cache(tmp_path, mo
 @pytest.mark.parametrize("prediction", ["shifted", "aligned"])
 @pytest.mark.parametrize("alone", [False, True])
 def test_where_width_is_dear_drafts_are_few_and_the_pass_that_makes_them_is_narrow(monkeypatch, prediction, alone):
-    """And the answers stay; what is drawn comes from whole blocks."""
+    """And the answers stay; what is drawn with a seed comes from whole blocks."""
     passes: dict[str, Any] = {"draft": {1: 9.0 if alone else 1.3}, "alone": {1: 1.3 if alone else 9.0}}
     costs = Costs(check={1: {1: 1.0, 3: 1.02, 8: 8.0}}, **passes)
     monkeypatch.setattr(calls, "costs_of", lambda *_: costs)
@@ -277,7 +277,29 @@ def test_where_width_is_dear_drafts_are_few_and_the_pass_that_makes_them_is_narr
     assert 0 < max(widths) < 4
     widths.clear()
     lm.generate(prompt(3), **AUTO, temperature=1.0)
+    assert (0 if alone else 1) <= max(widths) < 4  # what is drawn needs the free token
+    widths.clear()
+    lm.generate(prompt(3), **AUTO, temperature=1.0, seed=0)
     assert max(widths) == 7
+
+
+def test_the_global_seed_repeats_a_drawn_answer_whatever_was_decoded_before(monkeypatch):
+    """Though drafts go by what passes cost, and what was kept in earlier greedy calls tells how many pay."""
+    costs = Costs(check={1: {1: 1.0, 8: 3.0}}, draft={1: 1.3}, alone={1: 9.0})
+    monkeypatch.setattr(calls, "costs_of", lambda *_: costs)
+    lm, drawn = language_model(sure_of(7)), language_model(tiny_model("llama"))
+    before = costs.share.chances(7)
+
+    def answer():
+        torch.manual_seed(4)
+        found = drawn.generate(prompt(3), **AUTO, temperature=1.0)
+        return found.answers, found.stats.row_forwards
+
+    first = answer()
+    assert first[1]["denoise"]
+    lm.generate(prompt(3), **AUTO)
+    assert costs.share.chances(7) != before
+    assert answer() == first
 
 
 def test_what_lies_behind_an_end_token_is_not_checked():

@@ -43,8 +43,7 @@ Compiler = Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
 def compiler_of(device: torch.device) -> Compiler:
     """torch.compile with the least work around a pass: on CUDA a graph is replayed, on a CPU the caller is C++ too.
 
-    torch would look before each pass whether anything in any module has changed, which takes a tenth of a pass of a
-    small model on a CPU: `StaticPasses` looks once for each batch.
+    torch would look before each pass whether any module has changed: `StaticPasses` looks once for each batch.
     """
     least = {"triton.cudagraphs": True} if device.type == "cuda" else {"cpp_wrapper": True}
     options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe, **least}
@@ -77,9 +76,7 @@ class StaticPasses:
         return StaticPasses, ()
 
     def cache(self, decoder: Decoder, rows: int, capacity: int, widest: int) -> SlotCache:
-        """A cache of at least `capacity` slots for a new batch whose passes have at most `widest` tokens.
-
-        decoder: as it is now, and stays until the batch ends.
+        """A cache of at least `capacity` slots for a new batch of `decoder`, with passes of at most `widest` tokens.
 
         An ordinary one, after a warning, while another batch has the memory, as when two streams are read in turns.
         """

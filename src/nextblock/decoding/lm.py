@@ -185,7 +185,11 @@ class BlockDiffusionLM:
         parts = self.decoder, self.settings, request.config, request.rows, stats, processor, self.passes, confidence
 
         def make() -> Batch:  # costs are measured before the batch has the memory of compiled passes
-            return Batch(*parts, costs_of(self.decoder, self.settings, request.config, len(request.rows), self.passes))
+            if not any(row.paced for row in request.rows):
+                return Batch(*parts)
+            costs = costs_of(*parts[:3], len(request.rows), self.passes)
+            # A draw depends on the length of its draft: torch's own seed repeats it, whatever was decoded before.
+            return Batch(*parts, costs.unlearned() if request.config.temperature else costs)
 
         return Stream(request, stats, run(make, stats, began))
 

@@ -152,7 +152,7 @@ def costs_of(
 
     On a busy machine nominal costs, which are not kept.
     """
-    if config.mode != "speculative" or config.draft_length != "auto" or config.draft_ahead or config.temperature:
+    if config.mode != "speculative" or config.draft_length != "auto" or config.draft_ahead:
         return NOMINAL
     kind = (a := decoder.adapter) and (a.config.rank, *a.names, a.layers[0].merged is not None)
     head = decoder.correction and decoder.correction.config  # both change the pass that drafts

@@ -109,6 +109,7 @@ def make_request(
             sampling=Sampling(config.temperature, config.top_k, config.top_p),
             denoising=Denoising(config.sampler, config.threshold, config.sub_blocks, config.steps),
             draft_length=config.draft_length,
+            free=seed is None,
             padding=padding,
         )
         for i, (padding, ids) in enumerate(encoded)

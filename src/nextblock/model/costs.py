@@ -142,6 +142,10 @@ class Costs(BaseModel):
             raise ValueError("some passes are missing")
         return self
 
+    def unlearned(self) -> Costs:
+        """The same passes, and nothing kept or lost yet."""
+        return Costs(of=self.of, check=self.check, draft=self.draft, alone=self.alone, block=self.block)
+
     def of_rows(
         self, rows: int, block: int, longest: int, step: int = 1
     ) -> tuple[list[float], list[float], list[float]]:
