@@ -22,27 +22,38 @@ HEAD = """# Experiments
 
 <!-- Made by `python docs/make_experiments.py` from experiments/; do not edit. -->
 
-The claims of the method, in miniature: parents of 2 million parameters and less, about 0.6 million tokens a run with
-the padding.
+The claims of the method, in miniature: models of 2 million parameters and less, and 0.6 million tokens of rows in most
+runs, prompts and padding included.
 Each experiment is one file in `experiments/`, and one command runs what is missing of it:
 
 ```sh
 nextblock experiment table1 --jobs 2
 ```
 
-Arms share parent, data, their order, and the budget in tokens; only what is named differs. A figure is the mean over
-seeds with its 95 % interval (Student's t); below the arms stand the differences from the first arm, paired by seed.
+Arms share parent, data, their order and the budget in tokens, unless an arm's name says otherwise; the keys of each
+arm stand in the YAML file. A figure is the mean over seeds with its 95 % interval (Student's t); below the arms stand
+the differences from the first arm, paired by seed. Intervals are over seeds of the adaptation: each parent was trained
+once, and all runs answer the same problems. Processors round differently, so the same run comes out a little
+different elsewhere: in diffusion mode the full recipe of 300 steps has {table1} in table1, {growth} in growth and
+{budget} in budget.
 Each run's figures are in `experiments/results/NAME/ARM-SEED.json`. A small model on one task says little about a large
 one on many: read these as a check of the direction, not of the size, of an effect.
 """
 NOTHING = "No runs yet.\n"
+SAME_RUN = {
+    "table1": "{diffusion: accuracy|context-causal}",
+    "growth": "{diffusion, blocks of 16: accuracy|by 2 every 30 steps}",
+    "budget": "{diffusion: accuracy|0.6}",
+}
+"""Where the full recipe of 300 steps was run, by experiment."""
 FINDINGS = "## Findings\n\nMeans with 95 % intervals; the sections below have the rest.\n"
 
 
 def page() -> str:
     """The whole page as Markdown."""
     found = {name: read(name) for name in ORDER}
-    return "\n".join([HEAD, findings(found), *(section(name, *one) for name, one in found.items())])
+    head = HEAD.format(**{name: filled(text, *found[name]) for name, text in SAME_RUN.items()})
+    return "\n".join([head, findings(found), *(section(name, *one) for name, one in found.items())])
 
 
 def findings(found: dict[str, tuple[Experiment, Results]]) -> str:

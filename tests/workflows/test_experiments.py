@@ -24,7 +24,7 @@ from nextblock.config.run import load_config
 from nextblock.workflows import experiments
 from nextblock.workflows.evidence import (
     Estimate,
-    differences,
+    difference,
     estimate,
     estimates,
     filled,
@@ -343,9 +343,11 @@ def test_differences_are_paired_by_seed(tmp_path):
     plot(experiment, results).savefig(tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 5000
     assert estimates(experiment, results)["loss"]["causal"].half > 5
-    assert differences(experiment, results, "loss") == {"block": Estimate(1, 0, 3)}
+    assert difference(experiment, results, "loss", "block", "causal") == Estimate(1, 0, 3)
     del results["block", 1]
-    assert differences(experiment, results, "loss")["block"].seeds == 2
+    after = difference(experiment, results, "loss", "block", "causal")
+    assert after is not None
+    assert after.seeds == 2
 
 
 def test_a_plot_shows_its_titles_whole_and_no_share_beyond_0_and_1():
@@ -376,9 +378,12 @@ def test_the_swing_of_a_loss_is_that_from_step_to_step(tmp_path):
 
 
 def test_numbers_in_a_sentence_are_those_of_the_runs():
-    experiment = Experiment.model_validate({**TINY, "figures": ["other"]})
+    experiment = Experiment.model_validate({**TINY, "figures": ["other"], "seeds": [0, 1, 2]})
     results = fake({"causal": [1.0, 5.0, 9.0], "block": [2.0, 6.0, 10.0]})
     known = filled("blocks lose {loss|block}, {as} {loss|causal}", experiment, results)
     assert known == f"blocks lose {estimate([2, 6, 10])}, {{as}} {estimate([1, 5, 9])}"
-    with pytest.raises(UsageError, match=r"no number for \{loss\|nobody\}"):
-        filled("{loss|nobody}", experiment, results)
+    apart = fake({"causal": [1.0, 5.0, 9.0], "block": [2.0, 6.0, 11.5]})
+    assert filled("{loss|block less causal}", experiment, apart) == "+1.500 ± 2.151"  # 1, 1 and 2.5; t = 4.303
+    for arm in ("nobody", "block less nobody"):
+        with pytest.raises(UsageError, match=rf"no number for \{{loss\|{arm}\}}"):
+            filled(f"{{loss|{arm}}}", experiment, results)

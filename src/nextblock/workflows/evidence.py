@@ -73,24 +73,20 @@ def estimates(experiment: Experiment, results: Results) -> dict[str, dict[str, E
     return found
 
 
-def differences(experiment: Experiment, results: Results, name: str) -> dict[str, Estimate]:
-    """For each arm but the first, a figure's difference from the first arm's, paired by seed."""
-    first, *others = experiment.arms
+def difference(experiment: Experiment, results: Results, name: str, arm: str, other: str) -> Estimate | None:
+    """A figure of one arm less that of another, paired by seed; None where no seed has both."""
 
     def value(arm: str, seed: int) -> float | None:
         return results.get((arm, seed), {"figures": {}})["figures"].get(name)
 
-    found = {}
-    for arm in others:
-        pairs = [(value(arm, seed), value(first, seed)) for seed in experiment.seeds]
-        gaps = [one - other for one, other in pairs if one is not None and other is not None]
-        if gaps:
-            found[arm] = estimate(gaps)
-    return found
+    pairs = [(value(arm, seed), value(other, seed)) for seed in experiment.seeds]
+    gaps = [one - two for one, two in pairs if one is not None and two is not None]
+    return estimate(gaps) if gaps else None
 
 
 def filled(text: str, experiment: Experiment, results: Results) -> str:
-    """A text with the mean and interval of a figure in place of each `{figure|arm}`.
+    """A text with the mean and interval of a figure in place of each `{figure|arm}`, and those of a difference, paired
+    by seed, in place of each `{figure|arm less other}`.
 
     Raises:
         UsageError: no such figure or arm has a number.
@@ -99,9 +95,13 @@ def filled(text: str, experiment: Experiment, results: Results) -> str:
 
     def number(match: re.Match[str]) -> str:
         name, arm = match.groups()
-        if arm not in shown.get(name, {}):
+        if arm in shown.get(name, {}):
+            return str(shown[name][arm])
+        one, less, other = arm.partition(" less ")
+        gap = difference(experiment, results, name, one, other) if less else None
+        if gap is None:
             raise UsageError(f"there is no number for {match.group()}; name a figure and an arm that has run")
-        return str(shown[name][arm])
+        return _signed(gap)
 
     return re.sub(r"\{([^|{}]+)\|([^{}]+)\}", number, text)
 
@@ -110,7 +110,6 @@ def markdown_table(experiment: Experiment, results: Results) -> str:
     """A row for each arm, a column for each figure: mean ± half of the 95 % interval, and below it the paired
     difference from the first arm."""
     shown = estimates(experiment, results)
-    gaps = {name: differences(experiment, results, name) for name in shown}
     lines = ["| arm | seeds | " + " | ".join(shown) + " |", "|---|---|" + "---|" * len(shown)]
     for arm in experiment.arms:
         count = sum(one == arm for one, _ in results)
@@ -118,7 +117,8 @@ def markdown_table(experiment: Experiment, results: Results) -> str:
         lines.append(f"| {arm} | {count} | " + " | ".join(cells) + " |")
     first, *others = experiment.arms
     for arm in others:
-        cells = [_signed(gaps[name][arm]) if arm in gaps[name] else DASH for name in shown]
+        gaps = [difference(experiment, results, name, arm, first) for name in shown]
+        cells = [_signed(gap) if gap else DASH for gap in gaps]
         lines.append(f"| *{arm} less {first}* | | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
