@@ -43,7 +43,7 @@ def test_an_openpangu_folder_passes_under_given_settings(pangu):
     folder, _ = pangu
     checks = verify(folder, settings="{mask_token_id: 299, block_size: 4}")
     assert [check for check in checks if check.status != "passed"] == []
-    with pytest.raises(UsageError, match="mask_token_id of the checkpoint=45830 is outside the vocabulary"):
+    with pytest.raises(UsageError, match=r"^settings\.mask_token_id=45830 is outside the vocabulary"):
         verify(folder, settings="nbdiff-7b")
 
 

@@ -82,7 +82,7 @@ def test_a_draft_adapter_in_compiled_passes():
 
 
 def test_more_drafts_than_a_block_has():
-    refused(lambda: config_of(speculative_config={**SPECULATIVE, "num_speculative_tokens": 31}), "31", "use 15")
+    refused(lambda: config_of(speculative_config={**SPECULATIVE, "num_speculative_tokens": 32}), "32", "use 31")
 
 
 def test_a_mask_token_outside_the_vocabulary(tmp_path):
@@ -136,7 +136,7 @@ def test_an_unknown_version_of_vllm(monkeypatch):
         ({"mode": "diffuse"}, ["mode", "diffusion"]),
         ({"treshold": 0.9}, ["treshold", "threshold"]),
         ({"threshold": 1.5}, ["threshold", "1"]),
-        ({"mode": "diffusion", "block_size": 32}, ["block_size=32", "use 16"]),
+        ({"mode": "diffusion", "block_size": 64}, ["block_size=64", "use 32"]),
         ({"mode": "diffusion", "sub_blocks": 3}, ["sub_blocks=3", "does not divide"]),
     ],
     ids=str,

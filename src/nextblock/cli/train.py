@@ -126,7 +126,8 @@ def plan(
     gpu: Annotated[
         str | None,
         typer.Option(
-            help="h200, h100, a100-80g, a100-40g, l40s, l4, rtx5090, rtx4090, b200; cpu: memory alone; "
+            help="h200, h100, h100-pcie, a100-80g, a100-40g, l40s, l4, rtx5090, rtx4090, rtx3090, b200; cpu: memory "
+            "alone; "
             "default: machine.gpu of the configuration"
         ),
     ] = None,
@@ -212,7 +213,7 @@ def demo(
     output: Annotated[Path | None, typer.Option(help="folder for everything; default: a new one under runs/")] = None,
     examples: Annotated[int, typer.Option(help="held-out problems scored in each mode")] = 200,
 ) -> None:
-    """Adapt the shipped AR model in front of your eyes, then decode with it in every mode (about 8 minutes)."""
+    """Adapt the shipped AR model in front of your eyes, then decode with it in every mode (about 7 minutes)."""
     at_least_one(examples=examples)
     from nextblock.cli.demo import demo as run
 

@@ -70,7 +70,9 @@ class ModelConfig(Section):
         default="auto", description="auto: FlexAttention on CUDA, elsewhere SDPA, in parts while training"
     )
     mask_token: int | str | None = Field(
-        default=None, description="mask token id or text; default: the tokenizer's, else an unused row, else a new one"
+        default=None,
+        description="mask token id or text; default: that of the checkpoint's settings, else the tokenizer's, else "
+        "an unused row, else a new one",
     )
     trust_remote_code: bool = Field(default=False, description="run model code that comes with the checkpoint")
     override: dict[str, Any] = Field(
@@ -140,7 +142,9 @@ class RecipeConfig(Section):
     )
     ar_weight: float = Field(default=0.5, ge=0, description="lambda, weight of the AR loss (Eq. 2)")
     ar_weight_final: float | None = Field(
-        default=None, ge=0, description="anneal lambda to this value while blocks grow; default: constant"
+        default=None,
+        ge=0,
+        description="lambda at the end of block growth, annealed to; without growth: throughout; default: constant",
     )
     noise_per: Literal["block", "row"] = Field(default="block", description="one noise level t per block, or per row")
     full_mask_share: float = Field(default=0.0, ge=0, le=1, description="share of blocks masked whole, whatever t is")
@@ -258,7 +262,7 @@ class LoraConfig(DraftAdapterConfig):
 class MachineConfig(Section):
     """What the run is meant for, as `nextblock plan` takes it (`gpu`, `gpus`), and how FSDP2 uses it."""
 
-    gpu: str = Field(default="h100", description="h200, h100, a100-80g, rtx4090, ... ; cpu: none")
+    gpu: str = Field(default="h100", description="h200, h100, a100-80g, rtx4090, ...; cpu: no GPU")
     gpus: int = Field(default=1, ge=1, description="how many of them, on all machines")
     shard_over: int | None = Field(
         default=None,

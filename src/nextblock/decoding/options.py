@@ -55,7 +55,7 @@ class DecodingConfig(Section):
     draft_ahead: int = Field(
         default=0,
         ge=0,
-        description="speculative: points of acceptance for which the next draft is made in the check's own pass",
+        description="speculative: places where a check may end for which the same pass makes the next draft",
     )
     draft_paths: int = Field(
         default=1,

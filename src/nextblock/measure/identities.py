@@ -34,7 +34,7 @@ from nextblock.decoding.options import MODES, DecodingConfig, Mode
 from nextblock.decoding.rows import Row
 from nextblock.model.decoder import Decoder
 from nextblock.model.loading import GivenSettings, load_model, load_tokenizer, read_settings
-from nextblock.model.mask_token import choose_mask_token
+from nextblock.model.mask_token import check_mask_token, choose_mask_token
 from nextblock.model.probe import probe
 from nextblock.recipe.corruption import TwoView, corrupt
 from nextblock.recipe.objective import TwoViewLoss
@@ -107,6 +107,8 @@ def verify(
     decoder, tokenizer, given = Decoder(model), load_tokenizer(path), read_settings(model.config, settings)
     if given is not None:
         model.config.block_diffusion = given.model_dump()
+        if mask_token is None and settings is not None:
+            check_mask_token(given.mask_token_id, decoder.vocabulary, "settings.mask_token_id")
     probe(decoder)
     mask_id = decoder.vocabulary - 1
     if mask_token is not None or given is not None or getattr(tokenizer, "mask_token_id", None) is not None:

@@ -30,7 +30,7 @@ class RunResult:
     """What `adapt` leaves.
 
     output: folder of the checkpoint, `report.html`, `results.json`, the log and the resolved configuration.
-    finished: False when a SIGTERM ended the run early; `resume=True` goes on. One that came after the last step has
+    finished: False when a SIGTERM ended the run early; `resume=True` goes on. One that came during the export has
         left the trained model and its last checkpoint, but no figures.
     steps: optimizer steps done.
     results: the figures of `results.json`; empty when the run did not finish.
