@@ -16,14 +16,16 @@ PROMPTS = [get_task("word_problems").example("test", number).prompt for number i
 
 
 @contextmanager
-def engine(model: str, **options: Any) -> Iterator[Any]:
-    """A `vllm.LLM` that drafts, in this process; gone behind the `with` block."""
+def engine(model: str, drafts: int = 15, **options: Any) -> Iterator[Any]:
+    """A `vllm.LLM` that makes so many drafts, in this process; gone behind the `with` block."""
     from vllm.distributed import cleanup_dist_env_and_memory  # pyright: ignore
 
     from vllm import LLM  # pyright: ignore
 
     defaults = {"dtype": "float32", "enforce_eager": True, "max_num_seqs": 16, "disable_log_stats": False, "seed": 0}
-    llm = LLM(model=resolve(model), speculative_config=dict(SPECULATIVE), **defaults | options)
+    llm = LLM(
+        model=resolve(model), speculative_config=SPECULATIVE | {"num_speculative_tokens": drafts}, **defaults | options
+    )
     yield llm
     llm.llm_engine.engine_core.shutdown()
     del llm

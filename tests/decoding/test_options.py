@@ -12,8 +12,9 @@ import typer
 import nextblock as nb
 from nextblock.cli.main import app
 from nextblock.config.errors import UsageError
-from nextblock.config.sections import validate
+from nextblock.config.sections import BlockDiffusionSettings, validate
 from nextblock.decoding.options import DecodingConfig
+from nextblock.vllm.checks import request_options
 
 FIELDS = DecodingConfig.model_fields
 
@@ -64,3 +65,21 @@ def test_a_value_out_of_its_limits_is_refused_in_one_line(options, message):
     with pytest.raises(UsageError) as refused:
         validate(DecodingConfig, options)
     assert str(refused.value) == message
+
+
+@pytest.mark.parametrize(
+    ("most", "given", "block_size", "sub_blocks"),
+    [
+        (32, {}, 32, 4),
+        (40, {}, 32, 4),
+        (16, {}, 16, 1),
+        (32, {"block_size": 8}, 8, 1),
+        (32, {"threshold": 0.5}, 32, 4),
+    ],
+)
+def test_an_engine_of_vllm_keeps_the_stored_sub_blocks_where_it_has_room_for_the_block(
+    most, given, block_size, sub_blocks
+):
+    settings = BlockDiffusionSettings(block_size=32, mask_token_id=5, decoding={"sub_blocks": 4})
+    found = request_options(settings, most, {"mode": "diffusion", **given})
+    assert (found.block_size, found.sub_blocks) == (block_size, sub_blocks)

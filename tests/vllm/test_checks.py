@@ -136,7 +136,7 @@ def test_an_unknown_version_of_vllm(monkeypatch):
         ({"mode": "diffuse"}, ["mode", "diffusion"]),
         ({"treshold": 0.9}, ["treshold", "threshold"]),
         ({"threshold": 1.5}, ["threshold", "1"]),
-        ({"mode": "diffusion", "block_size": 64}, ["block_size=64", "use 32"]),
+        ({"mode": "diffusion", "block_size": 64}, ["block_size=64", "use 16"]),
         ({"mode": "diffusion", "sub_blocks": 3}, ["sub_blocks=3", "does not divide"]),
     ],
     ids=str,

@@ -14,7 +14,7 @@ CONTEXT = 1024
 
 @pytest.fixture(scope="module")
 def llm():
-    with engine("tiny-bd", max_model_len=CONTEXT) as llm:
+    with engine("tiny-bd", drafts=31, max_model_len=CONTEXT) as llm:
         yield llm
 
 

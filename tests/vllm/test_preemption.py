@@ -9,7 +9,7 @@ from engines import LIMIT, PROMPTS, answers, counted, engine
 
 @pytest.fixture(scope="module")
 def llm():
-    with engine("tiny-bd", max_model_len=256, block_size=32, num_gpu_blocks_override=30) as llm:
+    with engine("tiny-bd", drafts=31, max_model_len=256, block_size=32, num_gpu_blocks_override=30) as llm:
         yield llm
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from nextblock.config.errors import UsageError, nearest
 from nextblock.config.sections import BlockDiffusionSettings
-from nextblock.decoding.options import DecodingConfig, resolve_config
+from nextblock.decoding.options import DecodingConfig, resolve_config, with_stored
 from nextblock.model.adapter_files import StoredAdapter, read_adapter
 from nextblock.model.loading import read_settings, resolve_adapter, weights_folder
 from nextblock.model.mask_token import check_mask_token
@@ -169,5 +169,7 @@ def request_options(settings: BlockDiffusionSettings, most: int, extra: Mapping[
             f"block_size={size} is more than this engine has room for, whose num_speculative_tokens is {most - 1}; "
             f"use {most} or less"
         )
-    values = {name: None if value == "none" else value for name, value in given.items()}
-    return resolve_config(settings, {"block_size": most, "mode": "speculative", **values})
+    values = {"mode": "speculative", **{name: None if value == "none" else value for name, value in given.items()}}
+    if (with_stored(settings, values).block_size or settings.block_size) > most:
+        values["block_size"] = most  # only then: the block of a call comes without the checkpoint's sub-blocks
+    return resolve_config(settings, values)
