@@ -127,8 +127,7 @@ def plan(
         str | None,
         typer.Option(
             help="h200, h100, h100-pcie, a100-80g, a100-40g, l40s, l4, rtx5090, rtx4090, rtx3090, b200; cpu: memory "
-            "alone; "
-            "default: machine.gpu of the configuration"
+            "alone; default: machine.gpu of the configuration"
         ),
     ] = None,
     gpus: Annotated[int | None, typer.Option(help="how many of them; default: machine.gpus")] = None,
