@@ -83,10 +83,20 @@ def section(name: str, experiment: Experiment, results: Results) -> str:
         return "\n".join([*parts, NOTHING])
     if len(results) < (wanted := len(wanted_runs(experiment))):
         parts.append(f"{len(results)} of {wanted} runs are made; they are too few to tell.\n")
+    parts.append(effort(results))
     parts += [markdown_table(experiment, results) + "\n", f"![{name}](experiments/{name}.svg)\n"]
     if experiment.finding:
         parts.append(f"{filled(experiment.finding, experiment, results)}\n")
     return "\n".join(parts)
+
+
+def effort(results: Results) -> str:
+    """What the runs took, for whoever wants to run them again."""
+    seconds = [one["training"]["seconds"] for one in results.values()]
+    return (
+        f"The {len(seconds)} runs trained for {sum(seconds) / 3600:.1f} hours in all, the longest for "
+        f"{max(seconds) / 60:.0f} minutes, on one thread each of a CPU that did other work besides.\n"
+    )
 
 
 def main() -> None:
